@@ -1,0 +1,1 @@
+"""GRPO for yes/no questions on one small graphics card."""

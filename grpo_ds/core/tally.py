@@ -1,0 +1,32 @@
+"""Sums and counts by name: they add up across micro-batches and ranks, which averages do not."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class Tally:
+    """Named (sum, count) pairs; `means()` divides at the very end."""
+
+    def __init__(self) -> None:
+        self._pairs: dict[str, Tensor] = {}
+
+    def add(self, name: str, total: float | Tensor, count: float | Tensor = 1) -> None:
+        """Add `total`, the sum of `count` observations, to what `name` holds."""
+        pair = torch.tensor([float(total), float(count)], dtype=torch.float64)
+        self._pairs[name] = self._pairs.get(name, torch.zeros(2, dtype=torch.float64)) + pair
+
+    def add_all(self, values: Mapping[str, list[float]]) -> None:
+        """Add one list of observations a name."""
+        for name, observations in values.items():
+            self.add(name, sum(observations), len(observations))
+
+    def as_tensor(self) -> Tensor:
+        """[names, 2] in sorted order of names: what ranks exchange. All ranks hold the same names."""
+        return torch.stack([self._pairs[name] for name in sorted(self._pairs)])
+
+    def means(self, summed: Tensor | None = None) -> dict[str, float]:
+        """name -> sum / count, from this tally or from the sum of all ranks' `as_tensor()`."""
+        pairs = self.as_tensor() if summed is None else summed
+        return {name: float(s / c) if c else 0.0 for name, (s, c) in zip(sorted(self._pairs), pairs, strict=True)}

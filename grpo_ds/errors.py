@@ -1,0 +1,37 @@
+"""Errors a person can cause or meet: a message of at most six lines and an exit code, no traceback.
+
+`launch/` prints the message of a GrpoError to stderr and exits with its code; anything else is our bug
+and keeps its traceback. `one_error` gathers all that is wrong into one error, because fixing five
+mistakes in five runs is four runs too many.
+"""
+
+from collections.abc import Sequence
+
+MAX_LINES = 6  # what still reads at a glance in a terminal full of launcher output
+
+
+class GrpoError(Exception):
+    """What went wrong, where, and what to do. Subclasses fix the exit code."""
+
+    exit_code = 1
+
+
+class UsageError(GrpoError):
+    """A flag, a YAML file, a DeepSpeed JSON or an output folder that cannot work."""
+
+    exit_code = 2
+
+
+class DataError(GrpoError):
+    """A data file or a record that cannot be used."""
+
+    exit_code = 3
+
+
+def one_error(error_type: type[GrpoError], headline: str, problems: Sequence[str], remedy: str = "") -> GrpoError:
+    """One error from many problems: headline, as many problems as fit, how many more, remedy."""
+    room = MAX_LINES - 1 - bool(remedy)
+    shown = list(problems) if len(problems) <= room else list(problems[: room - 1])
+    if len(shown) < len(problems):
+        shown.append(f"... and {len(problems) - len(shown)} more")
+    return error_type("\n".join([headline, *(f"  {line}" for line in shown), *([remedy] if remedy else [])]))

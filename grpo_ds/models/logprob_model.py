@@ -1,0 +1,60 @@
+"""A causal LM seen as one function: packed rows -> log-probs of the completion tokens.
+
+Policy, old policy and reference share it. The head is applied in chunks inside `forward`, so the
+policy's engine wraps log-probs, not logits, and no [tokens, vocabulary] tensor exists anywhere.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from grpo_ds.core.logprobs import HeadRows, token_logprobs
+from grpo_ds.core.packing import PackedRows
+from grpo_ds.errors import UsageError
+
+# Config keys of models that change the logits after the head; we compute the head ourselves.
+LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
+
+
+class LogprobModel(nn.Module):
+    """`model` as PackedRows -> [B, C] fp32 log-probs, 0 where masked.
+
+    vocab_size: ids the tokenizer knows; the head's padding rows above it take no part.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, vocab_size: int, temperature: float, chunk_mib: float) -> None:
+        super().__init__()
+        check_plain_head(model)
+        self.model = model
+        self.options = {"vocab_size": vocab_size, "temperature": temperature, "chunk_mib": chunk_mib}
+
+    def forward(self, rows: PackedRows) -> Float[Tensor, "B C"]:
+        hidden = self.model.base_model(
+            input_ids=rows.input_ids,
+            attention_mask=rows.attention_mask(),
+            position_ids=rows.position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        # Only the positions that predict a counted token go through the head.
+        sources, targets = rows.sources[rows.mask], rows.targets[rows.mask]
+        logprobs = token_logprobs(hidden.flatten(0, 1)[sources], self.head, targets, **self.options)
+        return torch.zeros(rows.mask.shape, device=logprobs.device).masked_scatter(rows.mask, logprobs)
+
+    @property
+    def head(self) -> HeadRows:
+        """The rows of the output embedding: its weight, or a module that keeps them in 8 bits."""
+        head = self.model.get_output_embeddings()
+        return getattr(head, "rows", None) or head.weight
+
+
+def check_plain_head(model: PreTrainedModel) -> None:
+    """Refuse models whose logits are more than hidden @ head.T."""
+    changes = [key for key in LOGIT_CHANGES if getattr(model.config, key, None) not in (None, 1.0)]
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        changes.append("a bias on the output embedding")
+    if changes:
+        raise UsageError(
+            f"This model changes its logits after the head ({', '.join(changes)}), which the chunked log-probs "
+            "do not do.\nTry a model of the Qwen2, Llama, Mistral, SmolLM or GPT-2 kind."
+        )

@@ -1,0 +1,1 @@
+"""8-bit AdamW: bitsandbytes' on the card, ours under CPU offload."""

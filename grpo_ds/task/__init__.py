@@ -1,0 +1,1 @@
+"""Text only: questions, prompts, answers, rewards, grading. Standard library, no tensors."""

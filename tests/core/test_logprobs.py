@@ -1,0 +1,88 @@
+"""Chunked log-probs against log_softmax and gather, in value, gradient and memory."""
+
+import pytest
+import torch
+
+from grpo_ds.core import logprobs
+from grpo_ds.core.logprobs import token_logprobs
+
+
+def naive(hidden, head, targets, vocab_size, temperature):
+    logits = (hidden.double() @ head.double().T)[:, :vocab_size] / temperature
+    return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+
+
+def inputs(dtype=torch.float32, tokens=37, width=48, rows=1000, vocab=900):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, width, generator=g).to(dtype).requires_grad_()
+    head = torch.randn(rows, width, generator=g).to(dtype).requires_grad_()
+    return hidden, head, torch.randint(0, vocab, (tokens,), generator=g), vocab
+
+
+@pytest.mark.parametrize("block", [7, 128, 450, 900, 5000])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_chunked_logprobs_equal_log_softmax_and_gather_in_value_and_gradient(block, temperature, monkeypatch):
+    hidden, head, targets, vocab = inputs()
+    monkeypatch.setattr(logprobs, "MIN_BLOCK", block)
+    ours = token_logprobs(hidden, head, targets, vocab_size=vocab, temperature=temperature, chunk_mib=0)
+    theirs = naive(hidden, head, targets, vocab, temperature)
+    torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=1e-5)
+
+    upstream = torch.randn(len(targets), generator=torch.Generator().manual_seed(1))
+    grads = torch.autograd.grad((ours * upstream).sum(), (hidden, head))
+    expected = torch.autograd.grad((theirs * upstream).sum(), (hidden, head))
+    for got, want in zip(grads, expected, strict=True):
+        torch.testing.assert_close(got, want.float(), atol=1e-4, rtol=1e-4)
+
+
+def test_bf16_inputs_keep_an_fp32_log_sum_exp():
+    hidden, head, targets, vocab = inputs(torch.bfloat16)
+    ours = token_logprobs(hidden, head, targets, vocab_size=vocab, chunk_mib=0)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), naive(hidden, head, targets, vocab, 1.0), atol=1e-5, rtol=1e-5)
+
+
+def test_padding_rows_of_the_head_get_no_probability_and_no_gradient():
+    hidden, head, targets, vocab = inputs()
+    head.data[vocab:] = 100.0  # would win every softmax
+    ours = token_logprobs(hidden, head, targets, vocab_size=vocab, chunk_mib=0)
+    torch.testing.assert_close(ours.double(), naive(hidden, head, targets, vocab, 1.0), atol=1e-5, rtol=1e-5)
+    assert torch.autograd.grad(ours.sum(), head)[0][vocab:].abs().max() == 0
+
+
+def test_huge_logits_neither_overflow_nor_vanish():
+    hidden, head, targets, vocab = inputs()
+    with torch.no_grad():
+        ours = token_logprobs(hidden * 1e3, head, targets, vocab_size=vocab, chunk_mib=0)
+    torch.testing.assert_close(ours.double(), naive(hidden * 1e3, head, targets, vocab, 1.0), rtol=1e-5, atol=0.1)
+
+
+def test_no_tokens_give_no_logprobs():
+    hidden, head, targets, vocab = inputs()
+    assert token_logprobs(hidden[:0], head, targets[:0], vocab_size=vocab).shape == (0,)
+
+
+class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    """Watches every tensor that any operator returns, forward and backward."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_no_tensor_of_tokens_by_vocabulary_exists_beyond_one_chunk():
+    tokens, width, vocab = 512, 16, 20_000
+    hidden, head = torch.randn(tokens, width, requires_grad=True), torch.randn(vocab, width, requires_grad=True)
+    targets = torch.randint(0, vocab, (tokens,))
+    with LargestTensor() as ours:
+        token_logprobs(hidden, head, targets, vocab_size=vocab, chunk_mib=1).sum().backward()
+    with LargestTensor() as naive_way:
+        (hidden @ head.T).log_softmax(-1).gather(1, targets[:, None]).sum().backward()
+    # 1 MiB of fp32 is 262,144 elements; the head and its gradient are 320,000
+    assert ours.elements == vocab * width
+    assert naive_way.elements == tokens * vocab  # the watcher does see what it must see
