@@ -5,7 +5,9 @@ and keeps its traceback. `one_error` gathers all that is wrong into one error, b
 mistakes in five runs is four runs too many.
 """
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Sequence
 
 MAX_LINES = 6  # what still reads at a glance in a terminal full of launcher output
 
@@ -35,3 +37,14 @@ def one_error(error_type: type[GrpoError], headline: str, problems: Sequence[str
     if len(shown) < len(problems):
         shown.append(f"... and {len(problems) - len(shown)} more")
     return error_type("\n".join([headline, *(f"  {line}" for line in shown), *([remedy] if remedy else [])]))
+
+
+def run_script(main: Callable[[list[str]], None]) -> None:
+    """Call `main(argv)`; a GrpoError ends in its message and exit code, said by the first rank alone."""
+    try:
+        main(sys.argv[1:])
+    except GrpoError as error:
+        rank = os.environ.get("RANK", "0")
+        message = f"Error: {error}" if rank == "0" else f"[rank {rank}] Error: {str(error).splitlines()[0]}"
+        print(message, file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)

@@ -9,7 +9,7 @@ R rows (one a group), L tokens in the longest row, B = R * G completions, C toke
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Bool, Int
@@ -28,6 +28,10 @@ class PackedRows:
     sources: Int[Tensor, "B C"]  # flat index into R * L of the token that predicts; 0 where mask is False
     targets: Int[Tensor, "B C"]
     mask: Bool[Tensor, "B C"]  # True counts
+
+    def to(self, device: torch.device) -> "PackedRows":
+        """The same rows on another device."""
+        return PackedRows(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def attention_mask(self) -> Bool[Tensor, "R 1 L L"]:
         """True where a query (dim 2) may see a key (dim 3); every query sees itself, so no row is empty."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from grpo_ds.core.logprobs import HeadRows, token_logprobs
 from grpo_ds.core.packing import PackedRows
 from grpo_ds.errors import UsageError
+from grpo_ds.models.quantized import Int8Rows
 
 # Config keys of models that change the logits after the head; we compute the head ourselves.
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
@@ -45,7 +46,7 @@ class LogprobModel(nn.Module):
     def head(self) -> HeadRows:
         """The rows of the output embedding: its weight, or a module that keeps them in 8 bits."""
         head = self.model.get_output_embeddings()
-        return getattr(head, "rows", None) or head.weight
+        return head if isinstance(head, Int8Rows) else head.weight
 
 
 def check_plain_head(model: PreTrainedModel) -> None:

@@ -3,7 +3,13 @@
 Standard library only: the command line needs it before anything heavy is loaded.
 """
 
+import os
+import shutil
+import subprocess
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from grpo_ds.config import prompt_recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +49,55 @@ PRESETS = {
 }
 
 
-def gpu_gib_needed(parameters: int) -> float:
-    """A first, simple estimate of GPU memory for training under ZeRO-2 offload.
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The model a run uses, why, and the defaults that suit it."""
 
-    bf16 weights (2 B a parameter), the int8 reference (1.05 B), one gradient bucket and the largest
-    parameter's fp32 gradient, KV cache and activations (2 GiB covers the defaults), CUDA itself (0.7 GiB).
+    model: str
+    why: str
+    recipe: dict[str, object]
+    needs_gpu: bool  # it was chosen for the card
+
+
+def choose_model(name: str, *, gpu_gib: float | None, ram_gib: float) -> Choice:
+    """What --model means on this machine; `auto` is the largest Qwen that fits the card and the RAM."""
+    if name in PRESETS:
+        return Choice(name, "as asked", PRESETS[name].recipe, needs_gpu=False)
+    if name != "auto":
+        return Choice(name, "as asked", prompt_recipe(Path(name)), needs_gpu=False)
+    if gpu_gib is None:
+        return Choice(EMBEDDED, "no GPU here, so the model that comes with the installation", LAPTOP, needs_gpu=False)
+    fitting = [p for p in PRESETS.values() if p.hub_id and fits(p.parameters, gpu_gib=gpu_gib, ram_gib=ram_gib)]
+    machine = f"{gpu_gib:.0f} GiB GPU and {ram_gib:.0f} GiB RAM"
+    if not fitting:
+        return Choice(EMBEDDED, f"no Qwen fits {machine}", LAPTOP, needs_gpu=True)
+    best = max(fitting, key=lambda preset: preset.parameters)
+    return Choice(best.name, f"the largest Qwen that fits {machine}", best.recipe, needs_gpu=True)
+
+
+def fits(parameters: int, *, gpu_gib: float, ram_gib: float) -> bool:
+    """A first, simple estimate under ZeRO-2 offload; a planner will replace it.
+
+    GPU: bf16 weights 2 bytes a parameter, the int8 reference 1.03, the largest parameter's gradient in bf16
+    and fp32 about 0.4, and 2.7 GiB for one gradient bucket, KV cache, activations and CUDA itself.
+    Host: fp32 master and gradient, bf16 staging, 8-bit moments: 12.03 bytes, and 4 GiB for the processes.
     """
-    return parameters * 3.05 / 2**30 + parameters * 0.4 / 2**30 + 2.7
+    gib = parameters / 2**30
+    return 3.43 * gib + 2.7 <= gpu_gib and 12.03 * gib + 4 <= ram_gib
 
 
-def largest_that_fits(gpu_gib: float) -> Preset | None:
-    """The largest Qwen preset whose estimate fits the card, or None."""
-    fitting = [p for p in PRESETS.values() if p.hub_id and gpu_gib_needed(p.parameters) <= gpu_gib]
-    return max(fitting, key=lambda preset: preset.parameters, default=None)
+def gpu_memory_gib() -> float | None:
+    """Memory of the smallest visible NVIDIA card, or None. By nvidia-smi: importing torch takes seconds."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shutil.which("nvidia-smi") is None or visible in ("", "-1"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    query += [f"--id={visible}"] if visible else []
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    sizes = [float(line) / 1024 for line in answer.stdout.split() if line.replace(".", "").isdigit()]
+    return min(sizes, default=None)
+
+
+def ram_gib() -> float:
+    """Physical memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

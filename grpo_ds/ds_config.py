@@ -1,0 +1,501 @@
+"""The DeepSpeed JSON, resolved and checked before DeepSpeed sees it.
+
+The JSON owns what DeepSpeed executes; the flags own GRPO and data. What both need is "auto" in the JSON, or
+left out, and filled here. Raw DeepSpeed would take `"bf16": {"enabled": "auto"}` for off, ignore a mistyped
+top-level key and stop at the first wrong value after minutes of loading; here all that is wrong comes at once.
+Standard library only: a typo is answered before torch is imported.
+"""
+
+import copy
+import difflib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo_ds.errors import UsageError, one_error
+
+AUTO = "auto"
+SHIPPED = Path(__file__).resolve().parents[1] / "ds_configs"
+SMALL_BUCKET = 25_000_000  # elements: 50 MB in bf16 where DeepSpeed's default takes 1 GB of the card
+
+
+@dataclass(frozen=True, slots=True)
+class DsSizes:
+    """What the flags own and DeepSpeed needs too: the value typed, or the flag's default."""
+
+    learning_rate: float
+    weight_decay: float
+    max_grad_norm: float  # 0 turns clipping off
+    warmup_steps: int
+    total_steps: int  # optimizer steps of the whole run
+    micro_batch_size: int  # completions a rank trains on in one step: questions x generations
+    world_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSpec:
+    """The optimizer asked for; params always hold lr, betas, eps and weight_decay."""
+
+    type: str  # "AdamW8bit" is built by us and handed in; "Adam" and "AdamW" are built by DeepSpeed
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class DsConfig:
+    """What deepspeed.initialize gets, and the numbers the run really uses."""
+
+    engine: dict[str, Any]  # no "auto" left; without "optimizer" when the type is AdamW8bit
+    optimizer: OptimizerSpec
+    offload: bool  # optimizer states and step live in host memory
+    zero_stage: int  # 0, 1 or 2
+    bf16: bool  # weights in bf16 (fp32 when the JSON says "enabled": false)
+    learning_rate: float
+    weight_decay: float
+    max_grad_norm: float
+    warmup_steps: int
+    has_scheduler: bool  # DeepSpeed steps the JSON's schedule; the trainer must add none of its own
+
+
+def names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# The keys DeepSpeed 0.19.8 reads, section by section: runtime/config.py and constants.py (top level, optimizer,
+# scheduler, data_types), precision_config.py, zero/config.py, zero/offload_config.py and the constructors of
+# its Adams and schedules. tests/test_ds_config.py holds these lists against the installed DeepSpeed.
+KNOWN_KEYS = {
+    "": names(
+        """activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger
+        communication_data_type compile csv_monitor data_efficiency data_types dataloader_drop_last
+        datastates_ckpt disable_allgather disable_python_gc dump_state expert_parallel flops_profiler fp16
+        gradient_accumulation_steps gradient_allreduce_op gradient_clipping gradient_predivide_factor
+        hybrid_engine log_level managed_gradient_accumulation memory_breakdown optimizer pipeline
+        prescale_gradients scheduler seq_parallel_communication_data_type steps_per_print tensor_parallel
+        tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu
+        use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb weight_quantization
+        zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization"""
+    ),
+    "zero_optimization": names(
+        """allgather_bucket_size allgather_partitions allgather_sequential compute_grad_norm
+        contiguous_gradients cpu_offload cpu_offload_param cpu_offload_use_pin_memory elastic_checkpoint
+        enable_sanity_checks gather_16bit_weights_on_model_save ignore_unused_parameters leaf_module
+        legacy_stage1 load_from_fp32_weights log_trace_cache_warnings max_live_parameters max_reuse_distance
+        memory_efficient_linear model_persistence_threshold module_granularity_threshold offload_optimizer
+        offload_param overlap_comm override_module_apply param_persistence_threshold parameter_alignment
+        pipeline_loading_checkpoint prefetch_bucket_size reduce_bucket_size reduce_scatter
+        round_robin_gradients save_muon_momentum_buffer_in_memory stage stage3_allgather_sequential
+        stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save
+        stage3_max_live_parameters stage3_max_reuse_distance stage3_model_persistence_threshold
+        stage3_module_granularity_threshold stage3_param_persistence_threshold stage3_prefetch_bucket_size
+        stage3_use_all_reduce_for_fetch_params sub_group_size use_all_reduce_for_fetch_params
+        use_multi_rank_bucket_allreduce zenflow zero_hpz_partition_size zero_quantized_gradients
+        zero_quantized_nontrainable_weights zero_quantized_weights"""
+    ),
+    "zero_optimization.offload_optimizer": names(
+        """buffer_count cpuadam_cores_perc device fast_init nvme_path pin_memory pipeline_read pipeline_write
+        ratio super_offload"""
+    ),
+    "bf16": names(
+        "bf16_master_weights_and_grads bf16_optimizer_states check_grad_overflow enabled immediate_grad_update"
+    ),
+    "fp16": names(
+        """auto_cast consecutive_hysteresis enabled fp16_master_weights_and_grads hysteresis
+        initial_scale_power loss_scale loss_scale_window min_loss_scale"""
+    ),
+    "data_types": names("buffer_dtype grad_accum_dtype keep_in_fp32_modules param_dtype"),
+    "optimizer": names("legacy_fusion params type"),
+    "scheduler": names("params type"),
+}
+ADAM_PARAMS = names("adam_w_mode amsgrad betas bias_correction eps fp32_optimizer_states lr torch_adam weight_decay")
+WARMUP_PARAMS = names("warmup_min_lr warmup_max_lr warmup_num_steps warmup_type last_batch_iteration")
+PARAMS_BY_TYPE = {
+    "optimizer": {"AdamW8bit": names("lr betas eps weight_decay"), "Adam": ADAM_PARAMS, "AdamW": ADAM_PARAMS},
+    "scheduler": {
+        "WarmupLR": WARMUP_PARAMS,
+        "WarmupDecayLR": WARMUP_PARAMS | {"total_num_steps"},
+        "WarmupCosineLR": names(
+            "total_num_steps warmup_min_ratio warmup_num_steps cos_min_ratio warmup_type last_batch_iteration"
+        ),
+    },
+}
+
+# Sections whose bare presence is implied: an empty JSON still has a precision and an optimizer.
+ALWAYS_OPEN = ("zero_optimization", "bf16", "optimizer", "optimizer.params")
+OPEN_IF_GIVEN = ("zero_optimization.offload_optimizer", "scheduler", "scheduler.params", "fp16", "data_types")
+
+FP32_NAMES = ("fp32", "float32", "float", "torch.float32")
+# Real keys of DeepSpeed with a value that cannot work here: path, is the value that one, why and what to do.
+REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("bfloat16", lambda value: True, 'is DeepSpeed\'s old name: write "bf16"'),
+    ("fp16.enabled", bool, 'overflows in Qwen and needs loss scaling; all else here is bf16: write "bf16" instead'),
+    (
+        "data_types.grad_accum_dtype",
+        lambda value: value in FP32_NAMES,
+        "puts 4 bytes a parameter on the GPU: leave it out, one backward a step needs no accumulator",
+    ),
+    (
+        "zero_optimization.offload_param",
+        lambda value: (
+            value not in (None, False, {}) and not (isinstance(value, dict) and value.get("device") == "none")
+        ),
+        "exists in ZeRO stage 3 only: remove it",
+    ),
+    ("zero_optimization.cpu_offload", bool, 'is deprecated: write "offload_optimizer": {"device": "cpu"}'),
+    ("zero_optimization.cpu_offload_param", bool, "exists in ZeRO stage 3 only: remove it"),
+    ("zero_optimization.cpu_offload_use_pin_memory", bool, 'is deprecated: write "pin_memory" in "offload_optimizer"'),
+    ("zero_optimization.legacy_stage1", bool, "was removed from DeepSpeed: remove it"),
+    ("zero_optimization.zenflow", bool, "cannot sum gradients over ranks, which token weights need: remove it"),
+    ("compile.deepcompile", bool, "cannot sum gradients over ranks, which token weights need: remove it"),
+    ("prescale_gradients", bool, "has no effect on summed gradients: remove it"),
+    ("gradient_predivide_factor", lambda value: value != 1, "has no effect on summed gradients: remove it"),
+    ("optimizer.params.max_grad_norm", lambda value: True, 'belongs at the top level as "gradient_clipping"'),
+    ("zero_optimization.offload_optimizer.ratio", lambda value: value != 1, "exists in ZeRO stage 3 only: remove it"),
+    ("zero_optimization.offload_optimizer.super_offload", bool, "exists in ZeRO stage 3 only: remove it"),
+)
+
+
+def resolve_ds_config(path: str | Path, *, fill: DsSizes, explicit: frozenset[str] = frozenset()) -> DsConfig:
+    """The JSON at `path`, checked and with every "auto" filled.
+
+    explicit: the names of the DsSizes fields the user typed as flags. A number in the JSON wins over a flag's
+    default without a word; against a typed flag it is a contradiction.
+    Raises UsageError, one for all that is wrong.
+    """
+    engine = read_json(Path(path))
+    problems = [
+        *open_sections(engine),
+        *unknown_keys(engine),
+        *refused_values(engine),
+        *fill_fixed(engine, fill),
+        *fill_rows(engine, shared_rows(fill), explicit),
+        *fill_rows(engine, schedule_rows(engine, fill), explicit),
+        *fill_peak(engine),
+        *check_zero(engine),
+        *check_optimizer(engine),
+        *leftover_autos(engine),
+    ]
+    if problems:
+        one_line_each = [" ".join(problem.split()) for problem in problems]  # a key may hold a line break
+        raise one_error(UsageError, f"{path} cannot be handed to DeepSpeed:", one_line_each)
+    return split(engine, fill)
+
+
+# --- reading ---------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file; duplicate keys, NaN and comments are errors with a place."""
+    if not path.is_file():
+        raise UsageError(no_such_file(path))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        config = json.loads(text, object_pairs_hook=unique_keys, parse_constant=no_constant)
+    except json.JSONDecodeError as error:
+        lines = text.split("\n")
+        line = lines[min(error.lineno, len(lines)) - 1].strip()[:80] or "(nothing there)"
+        place = f"{path}, line {error.lineno}, column {error.colno}: {error.msg}"
+        raise UsageError(f"{place}\n  {line}\n  {json_hint(error)}") from None
+    except (ValueError, RecursionError) as error:  # our two hooks, bytes that are no UTF-8, nesting without end
+        raise UsageError(f"{path} is not a DeepSpeed JSON: {error}") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    if not isinstance(config, dict):
+        raise UsageError(
+            f"{path} holds {kind(config)}, but a DeepSpeed JSON is an object: " + '{"zero_optimization": ...}'
+        )
+    return config
+
+
+def no_such_file(path: Path) -> str:
+    shipped = sorted(f"{SHIPPED.name}/{file.name}" for file in SHIPPED.glob("*.json"))
+    what = "is a folder, not a JSON file" if path.is_dir() else "does not exist"
+    return (
+        f"--ds {path}: {what}. Shipped: {', '.join(shipped) or 'none found'}; {SHIPPED.name}/README.md explains them."
+    )
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """One JSON object, without its nulls: to most of DeepSpeed null means left out, to the rest it is a crash."""
+    seen = [key for key, _ in pairs]
+    twice = sorted({key for key in seen if seen.count(key) > 1})
+    if twice:
+        raise ValueError(f'"{twice[0]}" is given twice in one object; keep one of them')
+    return {key: value for key, value in pairs if value is not None}
+
+
+def no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON; write a finite number")
+
+
+def json_hint(error: json.JSONDecodeError) -> str:
+    """The usual reason why JSON breaks at this place."""
+    before, here = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
+    if here.startswith(("//", "/*", "#")):
+        return f"JSON has no comments; {SHIPPED.name}/README.md explains every key."
+    if "trailing comma" in error.msg or (before.endswith(",") and here.startswith(("}", "]"))):
+        return "Remove the comma before the closing bracket."
+    if here.startswith("'"):
+        return 'JSON takes double quotes: "auto".'
+    if here.startswith(("True", "False", "None")):
+        return "JSON writes true, false and null."
+    if "',' delimiter" in error.msg and here:
+        return "A comma is missing before this."
+    return f"Compare with {SHIPPED.name}/zero2.json."
+
+
+# --- looking into nested sections by dotted path -----------------------------------------------------------
+
+
+def look(config: dict[str, Any], path: str) -> Any:
+    """The value at "a.b.c", or None where it or a section above it is absent."""
+    value: Any = config
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def put(config: dict[str, Any], path: str, value: Any) -> None:
+    section, _, key = path.rpartition(".")
+    (look(config, section) if section else config)[key] = value
+
+
+def has_section(config: dict[str, Any], path: str) -> bool:
+    section = path.rpartition(".")[0]
+    return not section or isinstance(look(config, section), dict)
+
+
+def kind(value: Any) -> str:
+    """A JSON value in words: true, the number 3, the text "auto", a list, an object."""
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    if isinstance(value, str):
+        return f"the text {json.dumps(value[:40])}"
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    return f"the number {value}"
+
+
+# --- what is wrong -----------------------------------------------------------------------------------------
+
+
+def open_sections(engine: dict[str, Any]) -> Iterator[str]:
+    """Create the sections every run has; a section that is no object is named and emptied, so that checks go on."""
+    for path in (*ALWAYS_OPEN, *OPEN_IF_GIVEN):
+        value = look(engine, path)
+        if value is not None and not isinstance(value, dict):
+            yield f"{path} is {kind(value)}, but must be an object {{...}}"
+            put(engine, path, {})
+        elif value is None and path in ALWAYS_OPEN:
+            put(engine, path, {})
+
+
+def unknown_keys(engine: dict[str, Any]) -> Iterator[str]:
+    """Keys DeepSpeed does not read, each with the nearest real one; types of optimizer and schedule not supported."""
+    known = dict(KNOWN_KEYS)
+    for section, params_of in PARAMS_BY_TYPE.items():
+        if section not in engine:
+            continue
+        asked = engine[section].get("type", "AdamW8bit" if section == "optimizer" else None)
+        name = next((name for name in params_of if name.lower() == str(asked).lower()), None)
+        if name is None:
+            yield f"{section}.type is {kind(asked) if asked is not None else 'missing'}, but must be one of {', '.join(params_of)}"
+            continue
+        engine[section]["type"] = name
+        engine[section].setdefault("params", {})
+        known[f"{section}.params"] = params_of[name]
+    refused = {path for path, _, _ in REFUSED}
+    for section, real in known.items():
+        for key in (look(engine, section) if section else engine) or ():
+            path = f"{section}.{key}" if section else key
+            if key not in real and path not in refused:
+                yield f"{path} is not a key DeepSpeed reads{nearest(key, section, known)}"
+
+
+def nearest(key: str, section: str, known: dict[str, frozenset[str]]) -> str:
+    elsewhere = next((other for other, real in known.items() if key in real), None)
+    if elsewhere is not None:
+        return f": it belongs in {elsewhere}" if elsewhere else ": it belongs at the top level"
+    close = difflib.get_close_matches(key.lower(), known[section], n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def refused_values(engine: dict[str, Any]) -> Iterator[str]:
+    """Values DeepSpeed would take and this trainer cannot use."""
+    for path, is_wrong, reason in REFUSED:
+        value = look(engine, path)
+        if value is not None and value != AUTO and is_wrong(value):
+            yield f"{path} {reason}"
+
+
+# --- filling -----------------------------------------------------------------------------------------------
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value < math.inf
+
+
+# What a value may be: how to say it, how to tell.
+SWITCH = ("true or false", lambda value: isinstance(value, bool))
+AMOUNT = ("a number from 0 up", lambda value: is_number(value) and value >= 0)
+COUNT = ("a whole number from 1 up", lambda value: is_number(value) and value >= 1 and value == int(value))
+BETAS = (
+    "two numbers below 1, such as [0.9, 0.999]",
+    lambda value: isinstance(value, list) and len(value) == 2 and all(is_number(b) and 0 <= b < 1 for b in value),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A value filled here: where, with what, what the JSON may say instead, and the flag that owns it, if any."""
+
+    path: str
+    value: Any
+    allowed: tuple[str, Callable[[Any], bool]]
+    flag: str = ""
+
+
+def shared_rows(fill: DsSizes) -> list[Row]:
+    """Everything "auto" or an omission stands for, but for batch sizes and schedule."""
+    return [
+        Row("optimizer.params.lr", fill.learning_rate, AMOUNT, "learning_rate"),
+        Row("optimizer.params.weight_decay", fill.weight_decay, AMOUNT, "weight_decay"),
+        Row("optimizer.params.betas", [0.9, 0.999], BETAS),
+        Row("optimizer.params.eps", 1e-8, AMOUNT),
+        Row("gradient_clipping", fill.max_grad_norm, AMOUNT, "max_grad_norm"),
+        Row("bf16.enabled", True, SWITCH),
+        Row("wall_clock_breakdown", False, SWITCH),
+        # On one card there is nobody to overlap with: the second bucket would only take memory.
+        Row("zero_optimization.overlap_comm", False, SWITCH),
+        Row("zero_optimization.reduce_bucket_size", SMALL_BUCKET, COUNT),
+        Row("zero_optimization.allgather_bucket_size", SMALL_BUCKET, COUNT),
+        # DeepSpeed's own default is true since 0.19.5, which page-locks every host buffer.
+        Row("zero_optimization.offload_optimizer.pin_memory", False, SWITCH),
+    ]
+
+
+def schedule_rows(engine: dict[str, Any], fill: DsSizes) -> list[Row]:
+    """The numbers of the JSON's schedule, if it has one."""
+    known = PARAMS_BY_TYPE["scheduler"].get(str(look(engine, "scheduler.type")), frozenset())
+    every = [
+        # DeepSpeed refuses a warm-up of 0 steps and takes 1 for 2.
+        Row("scheduler.params.warmup_num_steps", max(1, fill.warmup_steps), COUNT, "warmup_steps"),
+        Row("scheduler.params.total_num_steps", max(1, fill.total_steps), COUNT),
+        Row("scheduler.params.warmup_min_lr", 0, AMOUNT),
+    ]
+    return [row for row in every if row.path.rpartition(".")[2] in known]
+
+
+def fill_rows(engine: dict[str, Any], rows: list[Row], explicit: frozenset[str]) -> Iterator[str]:
+    """Fill what is "auto" or left out; name values of the wrong kind and numbers that contradict a typed flag."""
+    for row in rows:
+        given, (what, fits) = look(engine, row.path), row.allowed
+        if not has_section(engine, row.path):
+            continue
+        if given in (None, AUTO):
+            put(engine, row.path, row.value)
+        elif not fits(given):
+            yield f'{row.path} is {kind(given)}; write {what}, or "auto"'
+        elif row.flag in explicit and given != row.value:
+            yield f'{row.path} is {given}, but --{row.flag} {row.value} was given: write "auto" or drop the flag'
+
+
+def fill_fixed(engine: dict[str, Any], fill: DsSizes) -> Iterator[str]:
+    """Values only one number fits, because the trainer's own arithmetic rests on it."""
+    per_rank, ranks = fill.micro_batch_size, fill.world_size
+    for path, value, why in (
+        ("train_micro_batch_size_per_gpu", per_rank, f"--batch_size x --num_generations make {per_rank}"),
+        ("gradient_accumulation_steps", 1, "the trainer splits a step itself (--micro_groups)"),
+        ("train_batch_size", per_rank * ranks, f"{per_rank} completions x {ranks} ranks make {per_rank * ranks}"),
+        ("gradient_allreduce_op", "sum", "the token weights of all ranks together already sum to 1"),
+    ):
+        given = look(engine, path)
+        if given not in (None, AUTO) and (given != value or isinstance(given, bool)):
+            yield f'{path} is {kind(given)}, but {why}: write "auto"'
+        put(engine, path, value)
+
+
+def fill_peak(engine: dict[str, Any]) -> Iterator[str]:
+    """A schedule climbs to the learning rate; DeepSpeed's own default would be 0.001."""
+    path, peak = "scheduler.params.warmup_max_lr", look(engine, "optimizer.params.lr")
+    if "warmup_max_lr" not in PARAMS_BY_TYPE["scheduler"].get(str(look(engine, "scheduler.type")), ()):
+        return
+    given = look(engine, path)
+    if given not in (None, AUTO, peak):
+        yield f'{path} is {kind(given)}, but the learning rate is {peak}: write "auto"'
+    put(engine, path, peak)
+
+
+# --- relations between keys --------------------------------------------------------------------------------
+
+
+def check_zero(engine: dict[str, Any]) -> Iterator[str]:
+    """Stage, offload device and what hangs on them."""
+    zero, bf16 = engine["zero_optimization"], engine["bf16"]
+    stage, offload = zero.setdefault("stage", 0), offloads(engine)
+    if type(stage) is int and stage == 3:
+        yield "zero_optimization.stage 3 splits the weights, but sampling and the chunked head read them whole: use 2"
+    elif type(stage) is not int or stage not in (0, 1, 2):
+        yield f"zero_optimization.stage is {kind(stage)}; write 2 (or 1, or 0)"
+    device = look(engine, "zero_optimization.offload_optimizer.device")
+    if device == "nvme":
+        yield "offload_optimizer.device nvme needs ZeRO stage 3; in stage 2 everything stays in RAM: write cpu"
+    elif device not in (None, "none", "cpu"):
+        yield f"zero_optimization.offload_optimizer.device is {kind(device)}; write cpu or none"
+    if offload and stage == 0:
+        yield "offload_optimizer needs ZeRO stage 1 or 2, but zero_optimization.stage is 0: use 2"
+    if zero.get("compute_grad_norm") is False and (offload or engine["gradient_clipping"] != 0):
+        yield "zero_optimization.compute_grad_norm false needs gradient_clipping 0 and no offload: remove it"
+    if bf16.get("bf16_master_weights_and_grads") is True and stage == 0:
+        yield "bf16.bf16_master_weights_and_grads needs ZeRO stage 1 or 2, but zero_optimization.stage is 0: use 2"
+    if bf16.get("bf16_optimizer_states") is True and bf16.get("bf16_master_weights_and_grads") is not True:
+        yield "bf16.bf16_optimizer_states needs bf16.bf16_master_weights_and_grads true"
+
+
+def check_optimizer(engine: dict[str, Any]) -> Iterator[str]:
+    """DeepSpeed lets an optimizer of ours in with two permissions only, given here where the JSON is silent."""
+    if engine["optimizer"].get("type") != "AdamW8bit":
+        return
+    if engine.setdefault("zero_allow_untested_optimizer", True) is not True:
+        yield "zero_allow_untested_optimizer must be true: AdamW8bit is not on DeepSpeed's list"
+    if engine.setdefault("zero_force_ds_cpu_optimizer", False) is not False and offloads(engine):
+        yield "zero_force_ds_cpu_optimizer must be false: true forbids AdamW8bit under offload"
+
+
+def offloads(engine: dict[str, Any]) -> bool:
+    return look(engine, "zero_optimization.offload_optimizer.device") == "cpu"
+
+
+def leftover_autos(value: Any, path: str = "") -> Iterator[str]:
+    """Every "auto" nothing above has filled or named; DeepSpeed would drop it or take it for a text."""
+    named = ("stage", "device", "type", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
+    if value == AUTO and path.rpartition(".")[2] not in named:
+        yield f'{path} is "auto", which is filled only for sizes that flags own: write a value or leave it out'
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from leftover_autos(item, f"{path}.{key}" if path else str(key))
+
+
+# --- handing over ------------------------------------------------------------------------------------------
+
+
+def split(engine: dict[str, Any], fill: DsSizes) -> DsConfig:
+    """The checked JSON as what DeepSpeed gets and what the trainer needs to know."""
+    optimizer = OptimizerSpec(type=engine["optimizer"]["type"], params=copy.deepcopy(engine["optimizer"]["params"]))
+    if optimizer.type == "AdamW8bit":  # a name DeepSpeed would look for in torch.optim
+        del engine["optimizer"]
+    has_scheduler = "scheduler" in engine
+    return DsConfig(
+        engine=engine,
+        optimizer=optimizer,
+        offload=offloads(engine),
+        zero_stage=engine["zero_optimization"]["stage"],
+        bf16=engine["bf16"]["enabled"],
+        learning_rate=optimizer.params["lr"],
+        weight_decay=optimizer.params["weight_decay"],
+        max_grad_norm=engine["gradient_clipping"],
+        warmup_steps=look(engine, "scheduler.params.warmup_num_steps") if has_scheduler else fill.warmup_steps,
+        has_scheduler=has_scheduler,
+    )

@@ -1,0 +1,43 @@
+"""Greedy answers to the held-out questions, graded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from grpo_ds.rollouts import PromptStyle
+from grpo_ds.sampling import Sampler
+from grpo_ds.task.answers import parse_answer
+from grpo_ds.task.grading import Grades, grade
+from grpo_ds.task.questions import Question
+from grpo_ds.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Answers in the order of the questions, and their grades."""
+
+    texts: list[str]
+    answers: list[str | None]
+    grades: Grades
+
+
+def evaluate(
+    sampler: Sampler,
+    style: PromptStyle,
+    questions: list[Question],
+    world: World,
+    *,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda answered: None,
+) -> Evaluation:
+    """Every rank answers its share; every rank returns the whole. `advance` hears of answers as they come."""
+    mine = questions[world.rank :: world.size]
+    texts: list[str] = []
+    for start in range(0, len(mine), batch_size):
+        batch = mine[start : start + batch_size]
+        completions = sampler(style.encode(sampler.tokenizer, batch), group_size=1, temperature=0.0)
+        texts += style.texts(sampler.tokenizer, completions)
+        advance(len(batch) * world.size)
+    shares = world.gather(texts)
+    whole = [shares[i % world.size][i // world.size] for i in range(len(questions))]
+    answers = [parse_answer(text, labels=style.labels).answer for text in whole]
+    return Evaluation(whole, answers, grade(answers, questions, labels=style.labels))

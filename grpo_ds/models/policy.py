@@ -1,0 +1,68 @@
+"""The policy: a causal LM in bf16 and its tokenizer, from a preset, a folder or the hub."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from grpo_ds.errors import UsageError
+from grpo_ds.models.embedded import embedded_folder
+from grpo_ds.models.presets import EMBEDDED, PRESETS
+from grpo_ds.task.prompts import ensure_chat_template
+
+
+def model_source(name: str) -> str:
+    """What from_pretrained takes: a preset's hub id, the embedded model's folder, or the name itself."""
+    if name == EMBEDDED:
+        return str(embedded_folder())
+    return PRESETS[name].hub_id if name in PRESETS else name
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer, with a plain chat template where the model brings none and a pad token in any case."""
+    with _named_errors(name):
+        tokenizer = AutoTokenizer.from_pretrained(model_source(name))
+    ensure_chat_template(tokenizer)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masks, never ids, say what counts: EOS may double as pad
+    return tokenizer
+
+
+def load_policy(name: str) -> PreTrainedModel:
+    """The model in bf16 on the CPU, without dropout and with a neutral generation config.
+
+    Dropout would make the ratio of the first update differ from 1. The model's own generation config
+    (Qwen ships top_k 20, top_p 0.8, repetition_penalty 1.1) would sample from another distribution than
+    the one the log-probs describe; only its token ids are kept.
+    """
+    source = model_source(name)
+    with _named_errors(name):
+        config = AutoConfig.from_pretrained(source)
+        for key, value in config.to_dict().items():
+            if ("dropout" in key or key.endswith("_pdrop")) and isinstance(value, float):
+                setattr(config, key, 0.0)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
+    return model
+
+
+@contextmanager
+def _named_errors(name: str):
+    """Turn what transformers raises for a wrong name or an unreachable hub into one clear error."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        where = "folder" if Path(name).is_dir() else "model"
+        first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UsageError(
+            f"The {where} {name} cannot be loaded: {first_line[:200]}\n"
+            "If the hub cannot be reached from here, name a folder saved by save_pretrained (--model FOLDER),\n"
+            f"or use the embedded model, which needs no network: --model {EMBEDDED}"
+        ) from error

@@ -1,0 +1,113 @@
+"""The reference: a frozen copy of the policy that costs one byte a weight.
+
+It is made from the policy in memory, layer by layer, at the start of every outer iteration: nothing
+is read twice from disk, and no second 16-bit model exists at any moment (but for --reference bf16).
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from grpo_ds.core.packing import PackedRows
+from grpo_ds.core.losses import kl_k3
+from grpo_ds.models.logprob_model import LogprobModel
+from grpo_ds.models.quantized import Int8Embedding, Int8Linear
+
+
+class Reference:
+    """Log-probs under the policy as it was when this object was made. Never seen by DeepSpeed."""
+
+    def __init__(self, policy: LogprobModel, kind: str) -> None:
+        model = MAKERS[kind](policy.model)
+        self.model = LogprobModel(model, **policy.options).eval().requires_grad_(False)
+        self.device = torch.device("cpu") if kind == "bf16-cpu" else policy.model.device
+
+    @torch.no_grad()
+    def __call__(self, rows: PackedRows) -> Tensor:
+        """[B, C] on the rows' own device, wherever the reference lives."""
+        return self.model(rows.to(self.device)).to(rows.input_ids.device)
+
+    def bytes(self) -> int:
+        """What it keeps in memory."""
+        return sum(t.untyped_storage().nbytes() for t in _distinct(self.model))
+
+
+@torch.no_grad()
+def kl_floor(policy: LogprobModel, reference: Reference, rows: PackedRows) -> float:
+    """Mean per-token k3 between the policy and its own copy: the KL that training starts from, not 0."""
+    return float(kl_k3(policy(rows), reference(rows))[rows.mask].mean())
+
+
+def _distinct(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, each storage once (tied weights are one)."""
+    seen: set[int] = set()
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.untyped_storage().data_ptr() not in seen:
+            seen.add(tensor.untyped_storage().data_ptr())
+            yield tensor
+
+
+def _rebuilt(policy: PreTrainedModel, replace: Callable[[nn.Module], nn.Module | None]) -> PreTrainedModel:
+    """An empty model of the policy's kind, filled module by module with `replace(policy's module)`.
+
+    Where `replace` returns None the module's own tensors are copied. Tied modules stay tied.
+    """
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(policy.config, dtype=policy.dtype)
+    replaced: dict[int, nn.Module] = {}  # by the storage of the weight, so that a tied head is made once
+    for name, source in policy.named_modules():
+        if not isinstance(source, nn.Linear | nn.Embedding | Conv1D):
+            for key, tensor in (*source._parameters.items(), *source._buffers.items()):
+                target = model.get_submodule(name)
+                if tensor is not None and key in target._parameters:
+                    target._parameters[key] = nn.Parameter(tensor.detach().clone(), requires_grad=False)
+                elif tensor is not None:
+                    target._buffers[key] = tensor.detach().clone()
+            continue
+        storage = source.weight.data_ptr()
+        if storage not in replaced:
+            replaced[storage] = replace(source)
+        model.set_submodule(name, replaced[storage])
+    return model
+
+
+def _int8(source: nn.Module) -> nn.Module:
+    if isinstance(source, nn.Embedding):
+        return Int8Embedding(source.weight)
+    # GPT-2's Conv1D is a linear layer with its weight stored the other way round.
+    weight = source.weight.T.contiguous() if isinstance(source, Conv1D) else source.weight
+    return Int8Linear(weight, source.bias)
+
+
+def _llm_int8(source: nn.Module) -> nn.Module:
+    """bitsandbytes' LLM.int8, with its own rule that embeddings and the head stay in 16 bits."""
+    if not isinstance(source, nn.Linear) or source.out_features > LARGEST_LAYER:
+        return _frozen_copy(source)
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    weight, bias = source.weight, source.bias
+    with init_empty_weights():
+        layer = Linear8bitLt(source.in_features, source.out_features, bias is not None, has_fp16_weights=False)
+    layer.weight = Int8Params(weight.detach().cpu().clone(), requires_grad=False, has_fp16_weights=False)
+    layer.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return layer.to(weight.device)
+
+
+LARGEST_LAYER = 40_000  # output rows; more than any hidden layer has and fewer than any vocabulary in use
+
+
+def _frozen_copy(source: nn.Module) -> nn.Module:
+    return copy.deepcopy(source).requires_grad_(False)
+
+
+MAKERS: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {
+    "int8": lambda policy: _rebuilt(policy, _int8),
+    "llm.int8": lambda policy: _rebuilt(policy, _llm_int8),
+    "bf16": lambda policy: _rebuilt(policy, _frozen_copy),
+    "bf16-cpu": lambda policy: _rebuilt(policy, _frozen_copy).cpu(),
+}

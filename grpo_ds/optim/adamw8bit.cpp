@@ -1,0 +1,246 @@
+// Blockwise 8-bit AdamW in one pass: decode a block's moments, step, encode them, with nothing larger than a block
+// on the side. Plain C++ that the compiler vectorises three times (portable, AVX2, AVX-512); the processor chooses.
+//
+// The arithmetic is bitsandbytes 0.50's CPU update, operation by operation, so that the codes are its codes:
+// contraction is off at compile time and every fused multiply-add is written out. On encoding, bitsandbytes rounds
+// value / absmax to a grid of 65536 points over [-1, 1] and takes the code nearest to the grid point.
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int BLOCK = 256;         // values that share one scale
+constexpr int64_t CHUNK = 128;     // blocks a thread takes at a time: 32 K values, some 500 KB of traffic
+constexpr float SMALLEST = 0x1p-127f;  // 1 / scale is finite from here up
+constexpr float LARGEST = 0x1.fffffep127f;
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+ALWAYS_INLINE uint32_t bits_of(float value) { uint32_t bits; memcpy(&bits, &value, 4); return bits; }
+ALWAYS_INLINE float float_of(uint32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
+ALWAYS_INLINE float widen(uint16_t bf16) { return float_of(uint32_t(bf16) << 16); }
+ALWAYS_INLINE uint16_t nearest_bf16(float value) {  // ties to even, NaN stays NaN: torch's rounding
+    const uint32_t bits = bits_of(value);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+// How gradients and parameters lie in memory. A new layout is a new struct here and a line in choose_kernel.
+struct Fp32 {
+    float* data;
+    ALWAYS_INLINE float load(int i) const { return data[i]; }
+    ALWAYS_INLINE void store(int i, float value) const { data[i] = value; }
+};
+struct Bf16 {
+    uint16_t* data;
+    ALWAYS_INLINE float load(int i) const { return widen(data[i]); }
+    ALWAYS_INLINE void store(int i, float value) const { data[i] = nearest_bf16(value); }
+};
+struct Split {  // fp32 as a nearest bf16 and the signed difference of the bit patterns; ties go away from zero,
+    uint16_t* data;  // because the difference +32768 of a tie to even does not fit 16 bits
+    int16_t* residual;
+    ALWAYS_INLINE float load(int i) const { return float_of((uint32_t(data[i]) << 16) + uint32_t(int32_t(residual[i]))); }
+    ALWAYS_INLINE void store(int i, float value) const {
+        const uint32_t bits = bits_of(value), half = (bits + 0x8000) >> 16;
+        data[i] = uint16_t(half);
+        residual[i] = int16_t(bits - (half << 16));
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+struct Job {  // mirrored in native.py
+    int64_t elements;
+    void* gradient;
+    void* parameter;
+    int16_t* residual;  // with it, a bf16 parameter is the upper half of an fp32 one
+    uint16_t* copy;     // where to write the new parameters in bf16 as well; may be null
+    uint8_t *codes1, *codes2;
+    float *absmax1, *absmax2;
+    const float *qmap1, *qmap2;
+    const uint8_t *grid1, *grid2;  // code of each grid point, from build_grid
+    float beta1, one_minus_beta1, beta2, one_minus_beta2, decay, step_size, eps;
+    int32_t gradient_is_bf16, parameter_is_bf16, threads, path;  // path: -1 the best, 0 portable, 1 AVX2, 2 AVX-512
+};
+
+}  // extern "C"
+
+namespace {
+
+// A block whose scale has no finite inverse (subnormal, or not finite): as bitsandbytes' clamp and cast treat it.
+ALWAYS_INLINE void encode_odd_block(const float* values, int n, float absmax, const uint8_t* grid, uint8_t* codes) {
+    const float inverse = 1.0f / absmax;
+    for (int i = 0; i < n; i++) {
+        const float t = values[i] * inverse;
+        const float clamped = t < -1.0f ? -1.0f : t > 1.0f ? 1.0f : t;
+        codes[i] = grid[clamped != clamped ? 0 : int32_t(__builtin_fmaf(clamped + 1.0f, 32767.5f, 0.5f))];
+    }
+}
+
+ALWAYS_INLINE void encode(const float* values, int n, float absmax, const uint8_t* grid, uint8_t* codes) {
+    if (absmax == 0.0f) { memset(codes, 0, n); return; }
+    if (!(absmax > SMALLEST && absmax <= LARGEST)) { encode_odd_block(values, n, absmax, grid, codes); return; }
+    const float inverse = 1.0f / absmax;
+    alignas(64) int32_t point[BLOCK];
+    for (int i = 0; i < BLOCK; i++) point[i] = int32_t(__builtin_fmaf(values[i] * inverse + 1.0f, 32767.5f, 0.5f));
+    int i = 0;
+    for (; i + 8 <= n; i += 8) {  // one store of eight codes: eight stores would be the bottleneck
+        uint64_t word = 0;
+#pragma GCC unroll 8
+        for (int k = 0; k < 8; k++) word |= uint64_t(grid[point[i + k]]) << (8 * k);
+        memcpy(codes + i, &word, 8);
+    }
+    for (; i < n; i++) codes[i] = grid[point[i]];
+}
+
+ALWAYS_INLINE void decode(const uint8_t* codes, int n, const float* qmap, float* values) {
+    int i = 0;
+    for (; i + 8 <= n; i += 8) {
+        uint64_t word;
+        memcpy(&word, codes + i, 8);
+#pragma GCC unroll 8
+        for (int k = 0; k < 8; k++) values[i + k] = qmap[uint8_t(word >> (8 * k))];
+    }
+    for (; i < n; i++) values[i] = qmap[codes[i]];
+    for (; i < BLOCK; i++) values[i] = 0.0f;
+}
+
+// N is the block's length where the compiler may know it, else 0. Little-endian, like every machine torch runs on.
+template <int N, class Gradient, class Parameter>
+ALWAYS_INLINE void step_block(const Job& job, int64_t block, Gradient gradient, Parameter parameter) {
+    const int64_t start = block * BLOCK;
+    const int n = N ? N : int(job.elements - start);
+    alignas(64) float moment1[BLOCK], moment2[BLOCK];
+    decode(job.codes1 + start, n, job.qmap1, moment1);
+    decode(job.codes2 + start, n, job.qmap2, moment2);
+    const float absmax1 = job.absmax1[block], absmax2 = job.absmax2[block];
+    const float beta1 = job.beta1, beta2 = job.beta2, rest1 = job.one_minus_beta1, rest2 = job.one_minus_beta2;
+    const float decay = job.decay, step_size = job.step_size, eps = job.eps;
+    int32_t largest1 = 0, largest2 = 0;  // as bit patterns: positive floats order like integers, and integers vectorise
+#pragma GCC ivdep
+    for (int i = 0; i < n; i++) {
+        const float g = gradient.load(i);
+        const float m = __builtin_fmaf(g, rest1, (moment1[i] * absmax1) * beta1);
+        const float v = __builtin_fmaf(g * rest2, g, (moment2[i] * absmax2) * beta2);
+        moment1[i] = m;
+        moment2[i] = v;
+        const int32_t m_bits = int32_t(bits_of(m) & 0x7fffffff), v_bits = int32_t(bits_of(v) & 0x7fffffff);
+        largest1 = m_bits > largest1 ? m_bits : largest1;
+        largest2 = v_bits > largest2 ? v_bits : largest2;
+        parameter.store(i, parameter.load(i) * decay + (step_size * m) / (__builtin_sqrtf(v) + eps));
+    }
+    if (job.copy)
+        for (int i = 0; i < n; i++) job.copy[start + i] = nearest_bf16(parameter.load(i));
+    job.absmax1[block] = float_of(uint32_t(largest1));
+    job.absmax2[block] = float_of(uint32_t(largest2));
+    encode(moment1, n, job.absmax1[block], job.grid1, job.codes1 + start);
+    encode(moment2, n, job.absmax2[block], job.grid2, job.codes2 + start);
+}
+
+template <class T> ALWAYS_INLINE T at(const Job& job, void* data, int64_t start);
+template <> ALWAYS_INLINE Fp32 at<Fp32>(const Job&, void* data, int64_t start) { return {(float*)data + start}; }
+template <> ALWAYS_INLINE Bf16 at<Bf16>(const Job&, void* data, int64_t start) { return {(uint16_t*)data + start}; }
+template <> ALWAYS_INLINE Split at<Split>(const Job& job, void* data, int64_t start) {
+    return {(uint16_t*)data + start, job.residual + start};
+}
+
+template <class Gradient, class Parameter>
+ALWAYS_INLINE void step_blocks(const Job& job, int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; block++) {
+        const int64_t start = block * BLOCK;
+        const auto gradient = at<Gradient>(job, job.gradient, start);
+        const auto parameter = at<Parameter>(job, job.parameter, start);
+        if (start + BLOCK <= job.elements) step_block<BLOCK>(job, block, gradient, parameter);
+        else step_block<0>(job, block, gradient, parameter);
+    }
+}
+
+using Kernel = void (*)(const Job&, int64_t, int64_t);
+
+template <class G, class P> void portable(const Job& job, int64_t first, int64_t last) {
+    step_blocks<G, P>(job, first, last);
+}
+#if defined(__x86_64__)
+template <class G, class P>
+__attribute__((target("avx2,fma"))) void avx2(const Job& job, int64_t first, int64_t last) {
+    step_blocks<G, P>(job, first, last);
+}
+template <class G, class P>
+__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
+void avx512(const Job& job, int64_t first, int64_t last) {
+    step_blocks<G, P>(job, first, last);
+}
+int best_path() {
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return wide ? 2 : 1;
+}
+template <class G, class P> Kernel on_path(int path) {
+    return path == 2 ? avx512<G, P> : path == 1 ? avx2<G, P> : portable<G, P>;
+}
+#else
+int best_path() { return 0; }
+template <class G, class P> Kernel on_path(int) { return portable<G, P>; }
+#endif
+
+template <class G> Kernel for_parameter(const Job& job, int path) {
+    if (!job.parameter_is_bf16) return on_path<G, Fp32>(path);
+    return job.residual ? on_path<G, Split>(path) : on_path<G, Bf16>(path);
+}
+Kernel choose_kernel(const Job& job) {
+    const int best = best_path();
+    const int path = job.path < 0 || job.path > best ? best : job.path;
+    return job.gradient_is_bf16 ? for_parameter<Bf16>(job, path) : for_parameter<Fp32>(job, path);
+}
+
+template <class T, T MASK, T LIMIT> int64_t first_bad(const T* bits, int64_t n, int threads) {
+    constexpr int64_t STRIDE = CHUNK * BLOCK;
+    int64_t first = n;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(min : first)
+    for (int64_t start = 0; start < n; start += STRIDE) {
+        const int64_t stop = start + STRIDE < n ? start + STRIDE : n;
+        T bad = 0;
+        for (int64_t i = start; i < stop; i++) bad |= T((bits[i] & MASK) >= LIMIT);
+        for (int64_t i = start; bad && i < stop; i++)
+            if ((bits[i] & MASK) >= LIMIT) { first = i < first ? i : first; break; }
+    }
+    return first < n ? first : -1;
+}
+
+}  // namespace
+
+extern "C" {
+
+int grpo_ds_best_path() { return best_path(); }
+
+// Code of each of the 65536 grid points, as bitsandbytes computes it.
+void grpo_ds_build_grid(const float* qmap, uint8_t* grid) {
+    int code = 0;
+    for (int i = 0; i < 65536; i++) {
+        const float value = (2.0f * i) / 65535.0f - 1.0f;
+        while (code < 255 && 0.5f * (qmap[code] + qmap[code + 1]) < value) code++;
+        grid[i] = uint8_t(code);
+    }
+}
+
+// Index of the first value that is NaN, infinite or 2^64 and more in size (its square overflows); -1 if there is none.
+int64_t grpo_ds_first_bad(const void* data, int64_t n, int is_bf16, int threads) {
+    if (is_bf16) return first_bad<uint16_t, 0x7fff, 0x5f80>((const uint16_t*)data, n, threads);
+    return first_bad<uint32_t, 0x7fffffff, 0x5f800000>((const uint32_t*)data, n, threads);
+}
+
+void grpo_ds_step(const Job* job) {
+    const Kernel kernel = choose_kernel(*job);
+    const int64_t blocks = (job->elements + BLOCK - 1) / BLOCK, chunks = (blocks + CHUNK - 1) / CHUNK;
+#pragma omp parallel for num_threads(job->threads) schedule(dynamic) if (chunks > 1)
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        const int64_t last = (chunk + 1) * CHUNK;
+        kernel(*job, chunk * CHUNK, last < blocks ? last : blocks);
+    }
+}
+
+}  // extern "C"

@@ -1,0 +1,161 @@
+"""The compiled step: built with the machine's C++ compiler on first use, cached where torch caches its extensions.
+
+A bare shared object behind ctypes: torch's headers would make a nine-second build a minute, its loader needs ninja
+and waits for ever on the lock of a build that was killed. The file's name carries a hash of source and flags and is
+renamed into place, so ranks that build at once do not disturb each other.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+NAME = "grpo_ds_adamw8bit"
+SOURCE = Path(__file__).with_name("adamw8bit.cpp")
+# No -march: the file serves every machine that shares the cache. No contraction: the codes would differ.
+FLAGS = (
+    *("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+)
+BUILD_SECONDS = 300  # nine on two cores
+PATHS = ("portable", "avx2", "avx512")
+
+logger = logging.getLogger(__name__)
+
+
+class _Job(ctypes.Structure):
+    """struct Job of adamw8bit.cpp."""
+
+    _fields_ = [
+        ("elements", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("gradient", "parameter", "residual", "copy", "codes1", "codes2")),
+        *((name, ctypes.c_void_p) for name in ("absmax1", "absmax2", "qmap1", "qmap2", "grid1", "grid2")),
+        *((name, ctypes.c_float) for name in ("beta1", "one_minus_beta1", "beta2", "one_minus_beta2")),
+        *((name, ctypes.c_float) for name in ("decay", "step_size", "eps")),
+        *((name, ctypes.c_int32) for name in ("gradient_is_bf16", "parameter_is_bf16", "threads", "path")),
+    ]
+
+
+def native_step(
+    parameter: Tensor,
+    gradient: Tensor,
+    state: dict,
+    group: dict,
+    *,
+    copy: Tensor | None = None,
+    path: str | None = None,
+) -> None:
+    """The blockwise 8-bit update of [N] elements in place; `copy` receives the new parameters in bf16.
+
+    With state["residual"] (int16) a bf16 parameter is the upper half of an fp32 one. `path` is for tests.
+    """
+    beta1, beta2 = group["betas"]
+    correction1, correction2 = 1 - beta1 ** state["step"], math.sqrt(1 - beta2 ** state["step"])
+    residual = state.get("residual")
+    job = _Job(
+        elements=parameter.numel(),
+        gradient=gradient.data_ptr(),
+        parameter=parameter.data_ptr(),
+        residual=None if residual is None else residual.data_ptr(),
+        copy=None if copy is None else copy.data_ptr(),
+        codes1=state["state1"].data_ptr(),
+        codes2=state["state2"].data_ptr(),
+        **{name: state[name].data_ptr() for name in ("absmax1", "absmax2", "qmap1", "qmap2")},
+        grid1=ctypes.addressof(_grid(state["qmap1"].numpy().tobytes())),
+        grid2=ctypes.addressof(_grid(state["qmap2"].numpy().tobytes())),
+        beta1=beta1,
+        one_minus_beta1=1 - beta1,
+        beta2=beta2,
+        one_minus_beta2=1 - beta2,
+        decay=1 - group["lr"] * group["weight_decay"],
+        # The correction of the second moment moves from the root to the step size: one division less.
+        step_size=-group["lr"] * correction2 / correction1,
+        eps=group["eps"] * correction2,
+        gradient_is_bf16=gradient.dtype == torch.bfloat16,
+        parameter_is_bf16=parameter.dtype == torch.bfloat16,
+        threads=torch.get_num_threads(),
+        path=-1 if path is None else PATHS.index(path),
+    )
+    _kernels().grpo_ds_step(ctypes.byref(job))
+
+
+def native_first_bad_element(gradient: Tensor) -> int | None:
+    """As slices.first_bad_element, in one read of the gradient."""
+    is_bf16 = int(gradient.dtype == torch.bfloat16)
+    found = _kernels().grpo_ds_first_bad(gradient.data_ptr(), gradient.numel(), is_bf16, torch.get_num_threads())
+    return None if found < 0 else found
+
+
+def best_path() -> str:
+    """Which of PATHS this processor takes."""
+    return PATHS[_kernels().grpo_ds_best_path()]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None, after one line that says why, on a machine that cannot build them."""
+    try:
+        loaded = ctypes.CDLL(str(_build()))
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning("8-bit AdamW runs on bitsandbytes' slower kernels: %s", _reason(error))
+        return None
+    loaded.grpo_ds_first_bad.restype = ctypes.c_int64
+    loaded.grpo_ds_first_bad.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
+    return loaded
+
+
+def _kernels() -> ctypes.CDLL:
+    kernels = library()
+    assert kernels is not None, "callers ask library() first"
+    return kernels
+
+
+@functools.cache
+def _grid(qmap: bytes) -> ctypes.Array:
+    """uint8[65536]: the code bitsandbytes gives to each point between -1 and 1."""
+    grid = (ctypes.c_uint8 * 65536)()
+    _kernels().grpo_ds_build_grid(qmap, grid)
+    return grid
+
+
+def _build() -> Path:
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        raise FileNotFoundError("no C++ compiler (c++, g++ or clang++) on PATH; install g++ for a faster step")
+    digest = hashlib.sha256(SOURCE.read_bytes() + " ".join((compiler, *FLAGS)).encode()).hexdigest()[:16]
+    built = _cache_folder() / f"{NAME}-{digest}.so"
+    if not built.exists():
+        built.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=built.parent) as scratch:
+            output = Path(scratch) / built.name
+            command = [*compiler.split(), *FLAGS, str(SOURCE), "-o", str(output)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
+            output.replace(built)
+    return built
+
+
+def _cache_folder() -> Path:
+    """The folder torch.utils.cpp_extension.load would take for an extension of this name."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if root is None:
+        from torch.utils.cpp_extension import get_default_build_root
+
+        root = Path(get_default_build_root()) / f"py{sys.version_info.major}{sys.version_info.minor}_cpu"
+    return Path(root) / NAME
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines() or [""]
+        return f"{error.cmd[0]} failed: {lines[0]}"
+    return str(error)

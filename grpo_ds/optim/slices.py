@@ -1,0 +1,79 @@
+"""bitsandbytes' own CPU kernels, a slice of the tensor at a time: the path that needs no compiler, and the oracle."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SLICE = 1 << 20  # elements: 20 MB of bitsandbytes' temporaries; smaller slices lose to its overhead per call
+BLOCK = 256  # values that share one scale; fixed by bitsandbytes' kernels
+LARGEST = 2.0**64  # the first gradient whose square overflows fp32 and would poison the second moment
+
+
+def first_bad_element(gradient: Tensor) -> int | None:
+    """Index of the first element that is NaN, infinite or has an infinite square; None when there is none."""
+    flat = gradient.view(-1)
+    for start in range(0, flat.numel(), SLICE):
+        window = flat[start : start + SLICE]
+        if not bool(window.abs().max() < LARGEST):  # a NaN makes the maximum NaN
+            return start + int((~(window.abs() < LARGEST)).nonzero()[0])
+    return None
+
+
+def slice_step(parameter: Tensor, gradient: Tensor, state: dict, group: dict, *, copy: Tensor | None = None) -> None:
+    """The blockwise 8-bit update of [N] elements in place, in windows of whole blocks."""
+    import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
+
+    flat = {"parameter": parameter, "gradient": gradient, **{k: state[k] for k in ("state1", "state2")}}
+    flat |= {k: v for k, v in (("residual", state.get("residual")), ("copy", copy)) if v is not None}
+    flat = {name: tensor.view(-1) for name, tensor in flat.items()}
+    for start in range(0, parameter.numel(), SLICE):
+        window = {name: tensor[start : start + SLICE] for name, tensor in flat.items()}
+        blocks = slice(start // BLOCK, (start + SLICE) // BLOCK)
+
+        def update(master: Tensor, window=window, blocks=blocks) -> None:
+            torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
+                "adam", window["gradient"], master, window["state1"], window["state2"],
+                *group["betas"], 0.0, 0.0, group["eps"], state["step"], group["lr"],
+                state["qmap1"], state["qmap2"], state["absmax1"][blocks], state["absmax2"][blocks],
+                group["weight_decay"], 1.0,
+            )  # fmt: skip
+
+        _update_master(update, window["parameter"], window.get("residual"))
+        if copy is not None:
+            window["copy"].copy_(window["parameter"])
+
+
+def small_step(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> None:
+    """bitsandbytes' update with fp32 moments, for tensors too small to be worth quantising."""
+    import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
+
+    def update(master: Tensor) -> None:
+        torch.ops.bitsandbytes.optimizer_update_32bit(
+            "adam", gradient, master, state["state1"], state["state2"], None, 0.0, 0.0,
+            *group["betas"], 0.0, 0.0, group["eps"], group["weight_decay"], state["step"], group["lr"], 1.0,
+        )  # fmt: skip
+
+    _update_master(update, parameter, state.get("residual"))
+
+
+def split(master: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 as a nearest bf16 (ties away from zero) and the int16 difference of the bit patterns; lossless."""
+    bits = master.view(torch.int32)
+    half = (bits + 0x8000) >> 16  # a tie to even could leave +32768, which int16 does not hold
+    return half.to(torch.int16).view(torch.bfloat16), (bits - (half << 16)).to(torch.int16)
+
+
+def join(half: Tensor, residual: Tensor) -> Tensor:
+    """The fp32 values that split() took apart."""
+    return ((half.view(torch.int16).to(torch.int32) << 16) + residual).view(torch.float32)
+
+
+def _update_master(update: Callable[[Tensor], None], parameter: Tensor, residual: Tensor | None) -> None:
+    if residual is None:
+        return update(parameter)
+    master = join(parameter, residual)
+    update(master)
+    half, rest = split(master)
+    parameter.copy_(half)
+    residual.copy_(rest)

@@ -1,0 +1,150 @@
+"""Prompts to completions: each distinct prompt is prefilled once, its KV cache repeated G times.
+
+Sampling is from the policy's own distribution at the given temperature and nothing else: no top-k, no
+top-p, no penalties, and never an id the tokenizer cannot name. A row ends at EOS or at `</answer>`.
+
+Q prompts of at most P tokens, G completions each, B = Q * G, C tokens in the longest completion.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+STOP = "</answer>"
+TAIL = 12  # tokens that surely hold STOP: it has 9 characters, and a token is at least a byte
+
+
+@dataclass(frozen=True, slots=True)
+class Completions:
+    """B completions, padded on the right."""
+
+    ids: Int[Tensor, "B C"]
+    mask: Bool[Tensor, "B C"]  # True counts: up to and including the EOS or the last token of STOP
+    ended: Bool[Tensor, " B"]  # by EOS or STOP, not by the length limit
+
+    def lengths(self) -> Int[Tensor, " B"]:
+        return self.mask.sum(dim=1)
+
+
+class Sampler:
+    """Completions from `model`, wherever it lives and however it is wrapped for training."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_completion_length: int):
+        self.model, self.tokenizer = model, tokenizer
+        self.max_completion_length = max_completion_length
+        self.eos_ids = _eos_ids(model, tokenizer)
+        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        self.may_close = torch.tensor([STOP[-1] in token for token in tokens], device=model.device)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Sequence[int]], *, group_size: int, temperature: float) -> Completions:
+        """group_size completions for each prompt, a group's rows together; temperature 0 is greedy.
+
+        Draws from torch's global generator: seed it before.
+        """
+        was_training = self.model.training
+        self.model.eval()  # switches gradient checkpointing off, which the KV cache cannot go with
+        try:
+            ids, attended, cache = self._prefill(prompts)
+            cache.batch_repeat_interleave(group_size)
+            stop = StopAfterAnswer(self.tokenizer, self.may_close, prompt_width=ids.shape[1])
+            output = self.model.generate(
+                ids.repeat_interleave(group_size, dim=0),
+                attention_mask=attended.repeat_interleave(group_size, dim=0),
+                past_key_values=cache,
+                generation_config=self._settings(temperature),
+                logits_processor=LogitsProcessorList([OnlyKnownTokens(len(self.tokenizer))]),
+                stopping_criteria=StoppingCriteriaList([stop]),
+            )
+        finally:
+            self.model.train(was_training)
+        return self._cut(output[:, ids.shape[1] :], stop)
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, DynamicCache]:
+        """[Q P] ids and mask, padded on the left, and the cache of all but each prompt's last token."""
+        width, device = max(map(len, prompts)), self.model.device
+        ids = torch.tensor([[self.tokenizer.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=device)
+        attended = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        cache = DynamicCache(config=self.model.config)
+        # generate() takes the last prompt token itself; the head is not needed for the others.
+        self.model.base_model(
+            input_ids=ids[:, :-1],
+            attention_mask=attended[:, :-1],
+            position_ids=(attended.cumsum(dim=1) - 1).clamp(min=0)[:, :-1],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return ids, attended, cache
+
+    def _settings(self, temperature: float) -> GenerationConfig:
+        draw = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        return GenerationConfig(
+            **draw,
+            top_k=0 if temperature else None,
+            max_new_tokens=self.max_completion_length,
+            eos_token_id=self.eos_ids,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+
+    def _cut(self, ids: Tensor, stop: "StopAfterAnswer") -> Completions:
+        """Mask by where each row ended. Not by `ids != pad`: pad may be EOS, which must be trained."""
+        width = ids.shape[1]
+        is_eos = torch.isin(ids, torch.tensor(self.eos_ids, device=ids.device))
+        at_eos = torch.where(is_eos.any(dim=1), is_eos.int().argmax(dim=1) + 1, width + 1)
+        at_stop = stop.length if stop.length is not None else torch.full_like(at_eos, width + 1)
+        end = torch.minimum(at_eos, at_stop)
+        mask = torch.arange(width, device=ids.device) < end[:, None]
+        return Completions(ids.clone(), mask, end <= width)
+
+
+class OnlyKnownTokens(LogitsProcessor):
+    """No probability for the head's padding rows (Qwen: 151,936 rows, 151,665 tokens)."""
+
+    def __init__(self, known: int) -> None:
+        self.known = known
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, self.known :] = -torch.inf
+        return scores
+
+
+class StopAfterAnswer(StoppingCriteria):
+    """Ends a row at `</answer>`, however the tokenizer cuts it up.
+
+    Text is looked at only where the newest token holds a ">", which is rare: transformers' own
+    stop_strings matches all rows at every step.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, may_close: Bool[Tensor, " V"], *, prompt_width: int):
+        self.tokenizer, self.may_close, self.prompt_width = tokenizer, may_close, prompt_width
+        self.length: Int[Tensor, " B"] | None = None  # of each completion when it met STOP; huge before
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+        if self.length is None:
+            self.length = torch.full((len(input_ids),), torch.iinfo(torch.long).max, device=input_ids.device)
+        width = input_ids.shape[1] - self.prompt_width
+        for row in (self.may_close[input_ids[:, -1]] & (self.length > width)).nonzero().flatten().tolist():
+            tail = input_ids[row, -min(TAIL, width) :]
+            if STOP in self.tokenizer.decode(tail, skip_special_tokens=False):
+                self.length[row] = width
+        return self.length <= width
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a turn: the tokenizer's and all that the model's generation config names."""
+    own = model.generation_config.eos_token_id
+    listed = own if isinstance(own, list) else [own]
+    return sorted({id for id in (*listed, tokenizer.eos_token_id) if id is not None})

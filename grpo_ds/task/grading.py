@@ -1,0 +1,84 @@
+"""Grading: how good a set of answers is, and whether a model is better than it was.
+
+Accuracy alone flatters: always answering "yes" scores 62 % on PubMedQA's yes/no test items. So macro-F1,
+recall by class and the majority baseline stand beside it. An answer that did not parse (None) is wrong and
+is no class's prediction.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb, sqrt
+
+from grpo_ds.errors import DataError
+from grpo_ds.task.questions import Question
+
+Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+COLLAPSED_SHARE = 0.95
+FEWEST_TO_COLLAPSE = 5  # four answers alike are chance
+
+
+@dataclass(frozen=True, slots=True)
+class Grades:
+    """Every share is in [0, 1]; the dicts are by label."""
+
+    count: int
+    accuracy: float
+    accuracy_interval: tuple[float, float]  # Wilson, 95 %
+    macro_f1: float  # mean over the classes that occur among the questions
+    recall: dict[str, float]  # of the classes that occur among the questions
+    well_formed: float  # share of answers that parsed
+    majority_baseline: float  # accuracy of always giving the commonest label
+    predicted: dict[str, int]  # parsed answers by label
+    collapsed: bool  # nearly all parsed answers are one class, though the labels are not
+
+
+def grade(answers: Sequence[str | None], questions: Sequence[Question], *, labels: Sequence[str]) -> Grades:
+    """Compare answers[i] with questions[i].label."""
+    if not questions:
+        raise DataError("There is no question to grade. Give a data file with at least one record.")
+    count = len(questions)
+    predicted = Counter(answer for answer in answers if answer is not None)
+    actual = Counter(question.label for question in questions)
+    hits = Counter(q.label for answer, q in zip(answers, questions, strict=True) if answer == q.label)
+    classes = [label for label in labels if actual[label]]
+    # F1 = 2 tp / (2 tp + fp + fn), and predicted + actual = 2 tp + fp + fn.
+    f1 = [2 * hits[label] / (predicted[label] + actual[label]) for label in classes]
+    baseline = max(actual.values()) / count
+    return Grades(
+        count=count,
+        accuracy=hits.total() / count,
+        accuracy_interval=wilson_interval(hits.total(), count),
+        macro_f1=sum(f1) / len(f1),
+        recall={label: hits[label] / actual[label] for label in classes},
+        well_formed=predicted.total() / count,
+        majority_baseline=baseline,
+        predicted={label: predicted[label] for label in labels},
+        collapsed=baseline < COLLAPSED_SHARE and _is_one_sided(predicted),
+    )
+
+
+def wilson_interval(successes: int, count: int) -> tuple[float, float]:
+    """95 % confidence interval of a share (Wilson 1927); unlike p +- 1.96 s it stays in [0, 1] and holds for few."""
+    share, z2 = successes / count, Z_95**2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = Z_95 / (1 + z2 / count) * sqrt(share * (1 - share) / count + z2 / (4 * count**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mcnemar(before_correct: Sequence[bool], after_correct: Sequence[bool]) -> float:
+    """Exact two-sided p-value that the same questions are answered equally well before and after.
+
+    Only questions whose verdict changed count; under the null each change is a fair coin.
+    """
+    pairs = list(zip(before_correct, after_correct, strict=True))
+    gained = sum(after and not before for before, after in pairs)
+    lost = sum(before and not after for before, after in pairs)
+    changed = gained + lost
+    as_lopsided = sum(comb(changed, k) for k in range(min(gained, lost) + 1))
+    return min(1.0, 2 * as_lopsided / 2**changed)
+
+
+def _is_one_sided(predicted: Counter[str]) -> bool:
+    parsed = predicted.total()
+    return parsed >= FEWEST_TO_COLLAPSE and max(predicted.values()) >= COLLAPSED_SHARE * parsed

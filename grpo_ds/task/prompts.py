@@ -1,0 +1,158 @@
+"""Prompts: a question as chat messages, and as token ids within a budget.
+
+A context may hold "<|im_end|>" or any other control token as plain text. So the chat template is rendered
+around two marks, cut there, and only its own pieces are tokenised with control tokens; the user's pieces are
+tokenised as text and put in between. Shortening then is dropping tokens of the context, with no re-rendering.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from grpo_ds.errors import DataError, UsageError
+from grpo_ds.task.answers import REASONING_OPEN, write_answer
+from grpo_ds.task.questions import Question
+
+DEFAULT_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+# Private-use characters, which no chat template has reason to hold or to strip.
+CONTEXT_MARK = "\ue000context\ue001"
+QUESTION_MARK = "\ue000question\ue001"
+
+WORKED_EXAMPLES = (
+    (
+        Question(
+            id="worked-example-yes",
+            text="Does hand washing by ward staff reduce the spread of intestinal infections?",
+            context="Two wards were compared for a year. The ward with a hand-washing programme had 4 infections "
+            "in 400 patients, the other 21 in 410 (p < 0.01).",
+            label="yes",
+        ),
+        "Infections were five times rarer in the ward with the programme, and the difference is significant.",
+    ),
+    (
+        Question(
+            id="worked-example-no",
+            text="Does an evening glass of water shorten the common cold?",
+            context="In a trial of 300 adults, colds lasted 7.1 days with an evening glass of water and 7.0 days "
+            "without it (p = 0.81).",
+            label="no",
+        ),
+        "The colds lasted equally long in both groups, and the difference is not significant.",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """A prompt ready to be continued by the model."""
+
+    ids: list[int]  # at most max_prompt_length
+    text_tokens_dropped: int  # tokens cut from the front of the context
+
+
+def build_messages(question: Question, *, labels: Sequence[str], few_shot: int) -> list[dict[str, str]]:
+    """System prompt, `few_shot` worked examples as turns of their own, then the question."""
+    examples = [example for example in WORKED_EXAMPLES if example[0].label in labels][:few_shot]
+    turns = [{"role": "system", "content": system_prompt(labels)}]
+    for example, reasoning in examples:
+        turns.append({"role": "user", "content": _user_text(example)})
+        turns.append({"role": "assistant", "content": write_answer(reasoning, example.label)})
+    return [*turns, {"role": "user", "content": _user_text(question)}]
+
+
+def system_prompt(labels: Sequence[str]) -> str:
+    """What is asked for; its placeholders ("...", "yes|no") earn nothing when they are repeated."""
+    return (
+        "You answer biomedical questions from the given context. First reason briefly, then answer with "
+        f"{' or '.join(labels)}. Reply in exactly this form:\n{write_answer('...', '|'.join(labels))}"
+    )
+
+
+def encode_prompt(
+    tokenizer: Any, question: Question, *, labels: Sequence[str], few_shot: int, prefill: bool, max_prompt_length: int
+) -> EncodedPrompt:
+    """Token ids of a prompt; the context loses its front to fit, as an abstract's results stand at its end.
+
+    prefill: the prompt ends with an opened <reasoning>, which the completion continues.
+    Raises DataError where not even the question fits.
+    """
+    marked = replace(question, text=QUESTION_MARK, context=CONTEXT_MARK)
+    rendered = _render(tokenizer, build_messages(marked, labels=labels, few_shot=few_shot))
+    before, between, after = _cut_at_marks(rendered)
+    head = _template_ids(tokenizer, before)
+    context = _text_ids(tokenizer, f" {question.context}")
+    middle = _template_ids(tokenizer, between) + _text_ids(tokenizer, f" {question.text}")
+    tail = _template_ids(tokenizer, after + REASONING_OPEN * prefill)
+    fixed = len(head) + len(middle) + len(tail)
+    if fixed > max_prompt_length:
+        raise _too_long(question, fixed, max_prompt_length)
+    dropped = max(0, fixed + len(context) - max_prompt_length)
+    return EncodedPrompt(head + context[dropped:] + middle + tail, dropped)
+
+
+def ensure_chat_template(tokenizer: Any) -> None:
+    """Give a tokenizer without a chat template the plain default, behind BOS where it starts texts with one."""
+    if tokenizer.chat_template:
+        return
+    starts_with_bos = tokenizer.bos_token_id is not None and tokenizer.encode("a")[0] == tokenizer.bos_token_id
+    tokenizer.chat_template = "{{ bos_token }}" * starts_with_bos + DEFAULT_CHAT_TEMPLATE
+
+
+def _user_text(question: Question) -> str:
+    return f"Context: {question.context}\n\nQuestion: {question.text}"
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """The chat as text, its system prompt in the first user turn where the template refuses or ignores that role."""
+    try:
+        rendered = _apply_template(tokenizer, messages)
+    except Exception:  # the template engine's own; any other fault is raised again just below
+        return _apply_template(tokenizer, _without_system_role(messages))
+    if messages[0]["content"] in rendered:
+        return rendered
+    return _apply_template(tokenizer, _without_system_role(messages))
+
+
+def _apply_template(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _without_system_role(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    system, first, *others = messages
+    return [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *others]
+
+
+def _cut_at_marks(rendered: str) -> tuple[str, str, str]:
+    """The template's text before the context, between context and question, and after.
+
+    The space before a mark goes to the user's text: tokenizers join a word with the space before it.
+    """
+    before, found_context, rest = rendered.partition(f" {CONTEXT_MARK}")
+    between, found_question, after = rest.partition(f" {QUESTION_MARK}")
+    if not (found_context and found_question):
+        raise UsageError(
+            "The tokenizer's chat template does not repeat the last user turn as it stands, so no question can be put "
+            "into it.\nUse an instruction-tuned model, or mend chat_template in its tokenizer_config.json."
+        )
+    return before, between, after
+
+
+def _template_ids(tokenizer: Any, text: str) -> list[int]:
+    """Our own text: control tokens are control tokens; the template holds BOS if it wants it."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
+
+
+def _text_ids(tokenizer: Any, text: str) -> list[int]:
+    """A user's text: control tokens are spelled out (all that the tokenizer calls special)."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+def _too_long(question: Question, needed: int, max_prompt_length: int) -> DataError:
+    return DataError(
+        f"Question {question.id} needs {needed} tokens without any context, but --max_prompt_length is "
+        f"{max_prompt_length}.\nThe question and the instructions are never cut: "
+        f"raise --max_prompt_length to {needed} and room for the context, or lower --few_shot."
+    )

@@ -1,0 +1,170 @@
+"""Questions: read them, split them once and for all, and say which of them a step asks.
+
+The split and the order are pure functions of (seed, ids) and (seed, step): there is no sampler to save,
+and a resumed run asks what the unbroken one would have asked.
+"""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from math import ceil, floor
+from random import Random
+
+from grpo_ds.errors import DataError, UsageError, one_error
+from grpo_ds.task.records import check_record, clip
+from grpo_ds.task.sources import ACCEPTED, Source, open_source
+
+PUBMEDQA_LABELS = ("yes", "no", "maybe")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question with the abstract that answers it."""
+
+    id: str  # from the file, or a hash of the texts
+    text: str
+    context: str
+    label: str  # the right answer, lower-case
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionSet:
+    """All usable questions of a source."""
+
+    questions: tuple[Question, ...]  # in the order of the file
+    source: str  # what was read and how much of it, on one line
+    left_out: dict[str, int]  # records by label that PubMedQA knows and `labels` does not ask for
+
+
+def read_questions(data: str | None, *, labels: tuple[str, ...] = ("yes", "no")) -> QuestionSet:
+    """Read --data (file, hub id, "sample", None for the default); one DataError names every bad record."""
+    source = open_source(data)
+    found, problems = _check_all(source, known_labels=tuple(dict.fromkeys([*labels, *PUBMEDQA_LABELS])))
+    if problems:
+        headline = (
+            f"{source.name}: {_counted(len(problems), 'problem')} ({_counted(len(source.records), 'record')} read):"
+        )
+        raise one_error(DataError, headline, problems, ACCEPTED)
+    kept = tuple(question for question in found if question.label in labels)
+    left_out = dict(Counter(question.label for question in found if question.label not in labels))
+    if not kept:
+        raise _none_left(source.name, labels, left_out)
+    return QuestionSet(kept, _summary(source.name, kept, labels, left_out), left_out)
+
+
+def split_questions(
+    questions: Sequence[Question], *, eval_fraction: float, seed: int
+) -> tuple[list[Question], list[Question]]:
+    """(training, held-out), stratified by class; the order of the records in their file does not matter.
+
+    Each class gives its share of the held-out part, rounded by largest remainder, so that the sizes are exact:
+    500 records at 0.2 are 400 and 100 whatever their mix.
+    """
+    if not 0 < eval_fraction < 1:
+        raise UsageError(f"eval_fraction is {eval_fraction}, but it must lie between 0 and 1. Try --eval_fraction 0.2.")
+    mixed = sorted(questions, key=lambda question: _draw(seed, question))
+    by_label = defaultdict(list)
+    for question in mixed:
+        by_label[question.label].append(question.id)
+    counts = _apportion({label: len(ids) for label, ids in by_label.items()}, eval_fraction)
+    held_out = {id_ for label, ids in by_label.items() for id_ in ids[: counts[label]]}
+    return [q for q in mixed if q.id not in held_out], [q for q in mixed if q.id in held_out]
+
+
+def questions_at(step: int, questions: Sequence[Question], *, per_step: int, seed: int) -> list[Question]:
+    """The questions of one step (from 0), for all ranks together.
+
+    Steps take `per_step` at a time from an endless row of epochs; epoch e is a permutation seeded by (seed, e),
+    so within an epoch each question comes once, and a step may straddle two.
+    """
+    count = len(questions)
+    places = range(step * per_step, (step + 1) * per_step)
+    return [questions[_permutation(count, seed, place // count)[place % count]] for place in places]
+
+
+@lru_cache(maxsize=2)  # a step straddles at most two epochs of any sensible size
+def _permutation(count: int, seed: int, epoch: int) -> tuple[int, ...]:
+    return tuple(Random(f"{seed}/{epoch}").sample(range(count), count))
+
+
+def _draw(seed: int, question: Question) -> bytes:
+    """A fixed random draw for each id: unlike a shuffle it depends on no other record."""
+    return hashlib.sha256(f"{seed}/{question.id}".encode()).digest()
+
+
+def _apportion(counts: dict[str, int], eval_fraction: float) -> dict[str, int]:
+    """How many of each class are held out (largest remainder)."""
+    fraction = Fraction(str(eval_fraction))  # exact: 0.29 * 100 is 28.999999999999996 in floats
+    total = _held_out(sum(counts.values()), fraction)
+    if not 0 < total < sum(counts.values()):
+        raise DataError(
+            f"{sum(counts.values())} records cannot be split: --eval_fraction {eval_fraction} leaves one part empty.\n"
+            f"It needs at least {_fewest_to_split(fraction)} records; give more, or another --eval_fraction."
+        )
+    shares = {label: floor(count * fraction) for label, count in counts.items()}
+    by_remainder = sorted(counts, key=lambda label: (shares[label] - counts[label] * fraction, label))
+    for label in by_remainder[: total - sum(shares.values())]:
+        shares[label] += 1
+    return shares
+
+
+def _held_out(count: int, fraction: Fraction) -> int:
+    return floor(count * fraction + Fraction(1, 2))
+
+
+def _fewest_to_split(fraction: Fraction) -> int:
+    """The smallest count of which _held_out takes at least one and not all."""
+    return max(ceil(1 / (2 * fraction)), floor(1 / (2 * (1 - fraction))) + 1)
+
+
+def _check_all(source: Source, *, known_labels: tuple[str, ...]) -> tuple[list[Question], list[str]]:
+    """Every sound record as a question, and every problem of the others with its place."""
+    placed, problems = [], list(source.problems)
+    for place, record in source.records:
+        fields, wrong = check_record(record, known_labels=known_labels)
+        if wrong:
+            problems.append(f"{place}: {', '.join(wrong)}" if isinstance(record, dict) else f"{place} {wrong[0]}")
+        else:
+            placed.append((place, _question(fields)))
+    return [question for _, question in placed], [*problems, *_duplicates(placed)]
+
+
+def _question(fields: dict[str, str]) -> Question:
+    content = f"{fields['text']}\n{fields['context']}".encode()
+    return Question(**{"id": hashlib.sha256(content).hexdigest()[:12], **fields})
+
+
+def _duplicates(placed: Sequence[tuple[str, Question]]) -> Iterator[str]:
+    """A record twice would weigh double, and could be trained on and held out at once."""
+    by_id: dict[str, str] = {}
+    by_content: dict[tuple[str, str], str] = {}
+    for place, question in placed:
+        content = (question.text, question.context)
+        if content in by_content:
+            yield f"{place}: same question and context as {by_content[content]}; remove one"
+        elif question.id in by_id:
+            yield f"{place}: id {clip(question.id)} is taken by {by_id[question.id]}; ids must differ"
+        by_id.setdefault(question.id, place)
+        by_content.setdefault(content, place)
+
+
+def _none_left(name: str, labels: Sequence[str], left_out: dict[str, int]) -> DataError:
+    if not left_out:
+        return DataError(f"{name} has no records.\n{ACCEPTED}")
+    counts = ", ".join(f"{count} {label}" for label, count in left_out.items())
+    everything = ",".join(dict.fromkeys([*labels, *left_out]))
+    return DataError(f"{name} has no record labelled {' or '.join(labels)}, only {counts}.\nTry --labels {everything}.")
+
+
+def _summary(name: str, kept: Sequence[Question], labels: Sequence[str], left_out: dict[str, int]) -> str:
+    actual = Counter(question.label for question in kept)
+    mix = ", ".join(f"{actual[label]} {label}" for label in labels)
+    rest = "".join(f", {count} {label} left out" for label, count in left_out.items())
+    return f"{name}: {_counted(len(kept), 'question')} ({mix}{rest})"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -1,0 +1,193 @@
+"""Where records come from: a file, the packaged sample or a hub data set, all to one form.
+
+What a file holds is told by its content, never by its name: a JSON list, PubMedQA's mapping of PMIDs, or lines.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from grpo_ds.errors import DataError
+from grpo_ds.task.records import REQUIRED_NAMES, clip, describe
+
+SAMPLE = "sample"
+GOLDEN_FILE = "golden_dataset_pubmedqa_qwen2.5_pro_test_500.json"  # the default where it lies in the working folder
+HUB = "https://huggingface.co"
+HUB_CONFIGS = {"qiaojin/pubmedqa": "pqa_labeled"}
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".yaml", ".gz", ".zip"}
+PROBE_SECONDS = 5  # `datasets` itself retries an unreachable hub for 23 seconds
+OTHERWISE = f"Use a file (--data FILE.json), the packaged records (--data {SAMPLE}) or a hub id (qiaojin/PubMedQA)."
+ACCEPTED = (
+    'Records: {"question": "...", "context": "...", "ground_truth": "yes" or "no"},'
+    " as a JSON list, one a line, or in PubMedQA's own form."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Records as they were read, unchecked."""
+
+    name: str  # the file, hub id or "sample"
+    records: tuple[tuple[str, object], ...]  # (where it stands: "record 3" or "line 3", the JSON value)
+    problems: tuple[str, ...] = ()  # what could not even be read as a record, with its place
+
+
+def open_source(data: str | None) -> Source:
+    """Find and read what --data names."""
+    if data is None:
+        data = GOLDEN_FILE if os.path.exists(GOLDEN_FILE) else SAMPLE
+    if data == SAMPLE:
+        return parse_file(SAMPLE, resources.files("grpo_ds.task").joinpath("sample.json").read_bytes())
+    path = os.path.expanduser(data)
+    if os.path.exists(path):
+        return parse_file(data, _read_bytes(path))
+    if _is_hub_id(data):
+        return _read_hub(data)
+    raise DataError(f"There is no data file {data} (in {os.getcwd()}).\n{OTHERWISE}")
+
+
+def parse_file(name: str, content: bytes) -> Source:
+    """A file's bytes to records, whatever its name says."""
+    text = _decode(name, content)
+    if not text.strip():
+        raise DataError(f"{name} is empty.\n{ACCEPTED}")
+    repeated: list[str] = []
+    try:
+        value = _loads(text, repeated)
+    except json.JSONDecodeError as error:
+        if _looks_like_lines(text):
+            return _parse_lines(name, text)
+        raise DataError(f"{name} is not valid JSON: {_where(error)}.\nMend it there. {ACCEPTED}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name} cannot be read as JSON: {_reason(error)}.\n{ACCEPTED}") from None
+    return Source(name, tuple(_numbered(name, value)), tuple(_repetitions("the file", repeated)))
+
+
+def _is_hub_id(data: str) -> bool:
+    looks_alike = HUB_ID.fullmatch(data) is not None and Path(data).suffix.lower() not in FILE_SUFFIXES
+    return looks_alike and not os.path.isdir(os.path.dirname(data))
+
+
+def _read_bytes(path: str) -> bytes:
+    if os.path.isdir(path):
+        raise DataError(f"{path} is a folder. Give the data file in it: --data {os.path.join(path, 'FILE.json')}.")
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.\n{OTHERWISE}") from None
+
+
+def _decode(name: str, content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{name} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset {error.start}.\n"
+            "Save it as UTF-8 (for instance: iconv -f LATIN1 -t UTF-8), unpacked if it is an archive."
+        ) from None
+
+
+def _loads(text: str, repeated: list[str]) -> object:
+    """json.loads that also notes the names standing twice in one object, of which JSON keeps the last alone."""
+
+    def note_repeated(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        as_dict = dict(pairs)
+        if len(as_dict) < len(pairs):
+            names = [name for name, _ in pairs]
+            repeated.extend(name for name in as_dict if names.count(name) > 1)
+        return as_dict
+
+    return json.loads(text, object_pairs_hook=note_repeated)
+
+
+def _numbered(name: str, value: object) -> Iterator[tuple[str, object]]:
+    """(place, record) of a whole JSON value: a list, PubMedQA's mapping, or one record alone."""
+    if isinstance(value, dict) and REQUIRED_NAMES.isdisjoint(value):
+        for number, (key, record) in enumerate(value.items(), start=1):
+            yield f"record {number} ({clip(key)})", {"id": key, **record} if isinstance(record, dict) else record
+    elif isinstance(value, list | dict):
+        for number, record in enumerate(value if isinstance(value, list) else [value], start=1):
+            yield f"record {number}", record
+    else:
+        raise DataError(f"{name} holds {describe(value)}, not records.\n{ACCEPTED}")
+
+
+def _looks_like_lines(text: str) -> bool:
+    # Most lines of a JSONL file open an object; in an indented JSON file few do.
+    lines = [line for line in text.split("\n") if line.strip()]
+    return sum(line.startswith("{") for line in lines) > len(lines) / 2
+
+
+def _parse_lines(name: str, text: str) -> Source:
+    """One JSON value a line; a broken line is one more problem, not the end."""
+    records, problems = [], []
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand in a text
+        if not line.strip():
+            continue
+        repeated: list[str] = []
+        try:
+            records.append((f"line {number}", _loads(line, repeated)))
+        except (ValueError, RecursionError) as error:
+            problems.append(f"line {number}: broken JSON, {_reason(error)}")
+        problems.extend(_repetitions(f"line {number}", repeated))
+    return Source(name, tuple(records), tuple(problems))
+
+
+def _repetitions(place: str, repeated: list[str]) -> list[str]:
+    return [f"{place}: {clip(name)} stands twice in one object; keep one" for name in repeated]
+
+
+def _where(error: json.JSONDecodeError) -> str:
+    return f"line {error.lineno}, column {error.colno}: {error.msg}"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"column {error.colno}: {error.msg}"
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
+
+
+def _read_hub(hub_id: str) -> Source:
+    """A hub data set through `datasets`; its rows are records in the hub's spelling."""
+    _probe_hub(hub_id)
+    from datasets import load_dataset  # heavy, and only hub ids need it
+
+    try:
+        rows = load_dataset(hub_id, HUB_CONFIGS.get(hub_id.lower()), split="train")
+    except Exception as error:  # the hub's failures share no type: what matters is that it was not read
+        raise _hub_error(hub_id, error) from error
+    return rows_to_source(hub_id, rows)
+
+
+def rows_to_source(name: str, rows: Iterable[Mapping]) -> Source:
+    """Rows of a table as records, numbered from 1."""
+    return Source(name, tuple((f"record {number}", dict(row)) for number, row in enumerate(rows, start=1)))
+
+
+def _probe_hub(hub_id: str) -> None:
+    """Fail at once where the hub cannot be reached."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "TRUE", "ON", "YES"}:
+        return  # the user says so: `datasets` looks into its cache alone
+    try:
+        urlopen(Request(os.environ.get("HF_ENDPOINT", HUB), method="HEAD"), timeout=PROBE_SECONDS).close()
+    except HTTPError:
+        return  # an answer, if an unfriendly one
+    except (OSError, ValueError) as error:  # ValueError: HF_ENDPOINT is no address
+        raise _hub_error(hub_id, error) from error
+
+
+def _hub_error(hub_id: str, error: Exception) -> DataError:
+    reason = (str(getattr(error, "reason", error)).splitlines() or [type(error).__name__])[0][:160]
+    return DataError(
+        f"{hub_id} is no file here, and as a hub data set it could not be read:\n"
+        f"  {reason}\n"
+        f"Use a file (--data FILE.json) or the packaged records (--data {SAMPLE});\n"
+        "set HF_HUB_OFFLINE=1 to use a copy that was downloaded before."
+    )

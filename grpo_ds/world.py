@@ -1,0 +1,87 @@
+"""The ranks of a run, and what they exchange: sums, objects, barriers. Identity on one process.
+
+Works under `deepspeed`, `accelerate launch`, `torchrun` and plain `python`, which differ in which of the
+rendezvous variables they set.
+"""
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grpo_ds.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Elementwise sum over ranks, on every rank, on the tensor's own device."""
+        if self.size == 1:
+            return tensor
+        summed = tensor.to(self.device, copy=True)
+        dist.all_reduce(summed)
+        return summed.to(tensor.device)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in order of rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def start(*, needs_gpu: bool = False) -> World:
+    """Join the process group, alone if no launcher made one.
+
+    needs_gpu: the model was chosen for a card that must then be usable by this torch.
+    """
+    has_gpu = torch.cuda.is_available()
+    if needs_gpu and not has_gpu:
+        raise UsageError(
+            "There is a graphics card, but this torch cannot use it (torch.cuda.is_available() is False).\n"
+            f"Installed is torch {torch.__version__}; install a CUDA build that fits the driver,\n"
+            "or train on the CPU: CUDA_VISIBLE_DEVICES= with --model smollm2-135m."
+        )
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:  # two runs on one machine must not meet
+        os.environ["MASTER_PORT"] = str(_free_port())
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if has_gpu else "gloo")
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,337 @@
+"""CPUAdamW8bit takes bitsandbytes' steps: the same codes and scales, block by block, and the same weights to an ulp."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from grpo_ds.errors import UsageError
+from grpo_ds.optim import CPUAdamW8bit, adamw8bit, build_optimizer, native, slices
+from grpo_ds.optim.adamw8bit import NonFiniteGradient
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+TAIL = 40 * 256 + 77  # forty whole blocks and one short one
+SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C++ compiler on this machine")
+
+
+@pytest.fixture(params=["native", "slices"])
+def engine(request, monkeypatch):
+    """Both ways to take the step; the small slice makes the second cross several borders."""
+    if request.param == "native" and native.library() is None:
+        pytest.skip("no C++ compiler on this machine")
+    if request.param == "slices":
+        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(slices, "SLICE", 16 * 256)
+    return request.param
+
+
+def gradients(kind, n, step):
+    generator = torch.Generator().manual_seed(step)
+    noise = torch.randn(n, generator=generator)
+    return {
+        "random": lambda: noise,
+        "tiny": lambda: noise * 1e-12,
+        "huge": lambda: noise * 1e17,
+        "zero": lambda: torch.zeros(n),
+        "denormal": lambda: noise * 1e-40,  # the gradient is subnormal and its square is 0
+        "denormal square": lambda: noise * 1e-21,  # the second moment is subnormal and its scale has no inverse
+        "eight decades": lambda: noise * 10 ** (-8 * torch.rand(n, generator=generator)),
+        "sparse": lambda: noise * (torch.rand(n, generator=generator) < 0.02),  # some blocks are all zero, some not
+    }[kind]()
+
+
+KINDS = ["random", "tiny", "huge", "zero", "denormal", "denormal square", "eight decades", "sparse"]
+
+
+def one_step(optimizer, parameter, gradient):
+    parameter.grad = gradient.clone()
+    optimizer.step()
+
+
+def pair(n, dtype=torch.float32, **settings):
+    """The same parameter under our optimizer and under bitsandbytes'."""
+    settings = {**SETTINGS, **settings}
+    start = torch.randn(n, generator=torch.Generator().manual_seed(99)).to(dtype)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    return (CPUAdamW8bit([ours], **settings), ours), (bitsandbytes.optim.AdamW8bit([theirs], **settings), theirs)
+
+
+def assert_same_moments(state, expected):
+    for key in ("state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2"):
+        assert torch.equal(state[key], expected[key]), key
+    assert state["step"] == expected["step"]
+
+
+def assert_same_to_an_ulp(parameter, expected, steps):
+    """torch takes the root by MKL, which rounds some roots the other way, and we divide once where it divides twice:
+    a step's update is off by a few roundings of its own, which can move the weight by an ulp of its own."""
+    size = expected.detach().float().abs()
+    ulp = (torch.nextafter(size, torch.tensor(float("inf"))) - size) * (
+        2**16 if expected.dtype == torch.bfloat16 else 1
+    )
+    update_error = 2**-22 * 10 * SETTINGS["lr"]  # Adam's update is at most some ten times the rate
+    assert ((parameter.float() - expected.float()).abs() <= steps * (ulp + update_error)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_block_gets_the_codes_and_scales_bitsandbytes_gives_it(engine, kind):
+    (ours, p), (theirs, q) = pair(TAIL)
+    for step in range(1, 7):
+        gradient = gradients(kind, TAIL, step)
+        one_step(ours, p, gradient)
+        one_step(theirs, q, gradient)
+        assert_same_moments(ours.state[p], theirs.state[q])
+        assert_same_to_an_ulp(p, q, step)
+
+
+@pytest.mark.parametrize("n", [4096, 4097, 5000, 2 * 256 * 128 + 1, 300_001])
+def test_any_number_of_elements_leaves_no_element_out(engine, n):
+    (ours, p), (theirs, q) = pair(n)
+    for step in (1, 2, 3):
+        one_step(ours, p, gradients("random", n, step))
+        one_step(theirs, q, gradients("random", n, step))
+    assert_same_moments(ours.state[p], theirs.state[q])
+    assert_same_to_an_ulp(p, q, 3)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_decay_and_a_changing_rate_act_as_in_bitsandbytes(engine, weight_decay, dtype):
+    (ours, p), (theirs, q) = pair(TAIL, dtype, weight_decay=weight_decay)
+    for step in range(1, 6):
+        for optimizer, parameter in ((ours, p), (theirs, q)):
+            optimizer.param_groups[0]["lr"] = 1e-2 / step
+            one_step(optimizer, parameter, gradients("random", TAIL, step).to(dtype))
+        assert_same_to_an_ulp(p, q, step)
+    assert_same_moments(ours.state[p], theirs.state[q])
+
+
+def test_bf16_gradients_step_an_fp32_parameter_like_their_fp32_values(engine):
+    (narrow, p), _ = pair(TAIL)
+    (wide, q), _ = pair(TAIL)
+    q.grad_dtype = p.grad_dtype = None  # torch 2.9 and later: a gradient may differ from its parameter in dtype
+    for step in (1, 2, 3):
+        gradient = gradients("random", TAIL, step).bfloat16()
+        one_step(narrow, p, gradient)
+        one_step(wide, q, gradient.float())
+    assert_same_moments(narrow.state[p], wide.state[q])
+    assert torch.equal(p, q)
+
+
+def test_groups_keep_their_own_settings_and_tensors_without_gradient_their_values(engine):
+    n = 5000
+    start = torch.randn(n)
+    fast, slow, idle = (torch.nn.Parameter(start.clone()) for _ in range(3))
+    optimizer = CPUAdamW8bit([{"params": [fast], "lr": 1e-1}, {"params": [slow, idle]}], lr=1e-3)
+    fast.grad = slow.grad = torch.ones(n)
+    optimizer.step()
+    # The first step of Adam is the rate times the sign of the gradient.
+    torch.testing.assert_close(start - fast, torch.full((n,), 1e-1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(start - slow, torch.full((n,), 1e-3), rtol=1e-3, atol=1e-6)
+    assert torch.equal(idle, start) and idle not in optimizer.state
+
+
+def test_small_tensors_keep_fp32_moments_as_in_bitsandbytes(engine):
+    (ours, p), (theirs, q) = pair(100)
+    for step in (1, 2, 3):
+        one_step(ours, p, gradients("random", 100, step))
+        one_step(theirs, q, gradients("random", 100, step))
+    assert ours.state[p]["state1"].dtype == torch.float32
+    assert torch.equal(p, q) and torch.equal(ours.state[p]["state2"], theirs.state[q]["state2"])
+
+
+def test_an_empty_partition_takes_its_steps(engine):
+    parameter = torch.nn.Parameter(torch.empty(0))
+    optimizer = CPUAdamW8bit([parameter])
+    one_step(optimizer, parameter, torch.empty(0))
+    assert optimizer.state[parameter]["step"] == 1
+
+
+@pytest.mark.parametrize("n", [TAIL, 100])
+def test_a_state_dict_moves_to_bitsandbytes_and_back(engine, n):
+    (ours, p), (theirs, q) = pair(n)
+    for step in (1, 2):
+        one_step(ours, p, gradients("random", n, step))
+    theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
+    q.data.copy_(p.data)
+    one_step(theirs, q, gradients("random", n, 3))
+    (again, r), _ = pair(n)
+    again.load_state_dict(copy.deepcopy(theirs.state_dict()))  # as bitsandbytes writes it, wrapped for FSDP
+    r.data.copy_(q.data)
+    one_step(ours, p, gradients("random", n, 3))
+    for optimizer, parameter in ((ours, p), (theirs, q), (again, r)):
+        one_step(optimizer, parameter, gradients("random", n, 4))
+        for key in ("state1", "state2"):
+            assert torch.equal(optimizer.state[parameter][key], ours.state[p][key])
+        assert optimizer.state[parameter]["step"] == 4
+        assert_same_to_an_ulp(parameter, p, 4)
+
+
+def test_a_resumed_run_takes_bit_identical_steps(engine, tmp_path):
+    (straight, p), _ = pair(TAIL, torch.bfloat16)
+    for step in (1, 2):
+        one_step(straight, p, gradients("random", TAIL, step).bfloat16())
+    torch.save({"optimizer": straight.state_dict(), "parameter": p.data}, tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    (resumed, q), _ = pair(TAIL, torch.bfloat16)
+    resumed.load_state_dict(saved["optimizer"])
+    q.data.copy_(saved["parameter"])
+    for optimizer, parameter in ((straight, p), (resumed, q)):
+        one_step(optimizer, parameter, gradients("random", TAIL, 3).bfloat16())
+    assert_same_moments(straight.state[p], resumed.state[q])
+    assert resumed.state[q]["absmax1"].dtype == torch.float32
+    assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 2.0**64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bad_gradient_refuses_the_step_before_anything_changes_and_is_named(engine, value, dtype):
+    good, bad = (torch.nn.Parameter(torch.randn(n).to(dtype)) for n in (5000, 70_000))
+    optimizer = CPUAdamW8bit([("embed.weight", good), ("head.weight", bad)], lr=1e-2)
+    good.grad, bad.grad = torch.ones_like(good), torch.ones_like(bad)
+    optimizer.step()
+    before = copy.deepcopy((good.data, bad.data, optimizer.state_dict()["state"]))
+    bad.grad[[66_666, 69_999]] = value
+    with pytest.raises(NonFiniteGradient, match=r"head\.weight .* element 66666"):
+        optimizer.step()
+    assert torch.equal(good, before[0]) and torch.equal(bad, before[1])
+    for index, parameter in enumerate((good, bad)):
+        assert_same_moments(optimizer.state[parameter], before[2][index])
+
+
+def test_the_largest_gradient_that_is_taken_leaves_finite_moments(engine):
+    (optimizer, p), _ = pair(5000)
+    largest = torch.nextafter(torch.tensor(2.0**64), torch.tensor(0.0)).expand(5000)
+    for _ in range(3):
+        one_step(optimizer, p, largest)
+    assert optimizer.state[p]["absmax2"].isfinite().all() and p.isfinite().all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("path", native.PATHS)
+def test_every_instruction_set_takes_the_same_steps(path):
+    if native.PATHS.index(path) > native.PATHS.index(native.best_path()):
+        pytest.skip(f"this processor has no {path}")
+    (ours, p), _ = pair(TAIL)
+    (theirs, q), _ = pair(TAIL)
+    for step in range(1, 5):
+        gradient = gradients("eight decades", TAIL, step)
+        one_step(ours, p, gradient)
+        state = theirs.state[q] or adamw8bit._new_state(q, lossless=False)
+        theirs.state[q] = {**state, "step": step}
+        native.native_step(q.data, gradient, theirs.state[q], theirs.param_groups[0], path=path)
+    assert_same_moments(ours.state[p], theirs.state[q])
+    assert torch.equal(p, q)
+
+
+@needs_compiler
+def test_the_copy_of_the_same_pass_is_the_parameter_rounded_to_bf16():
+    (optimizer, p), _ = pair(TAIL)
+    state = {**adamw8bit._new_state(p, lossless=False), "step": 1}
+    written = torch.empty(TAIL, dtype=torch.bfloat16)
+    native.native_step(p.data, gradients("random", TAIL, 1), state, optimizer.param_groups[0], copy=written)
+    assert torch.equal(written, p.data.bfloat16())
+
+
+def test_bf16_and_its_residual_step_like_the_fp32_master_bit_by_bit_over_fifty_steps(engine):
+    (fp32, p), _ = pair(TAIL, lr=1e-6)  # bf16 alone would stand still at this rate
+    half, residual = slices.split(p.data.clone())
+    q = torch.nn.Parameter(half)
+    lossless = CPUAdamW8bit([q], **{**SETTINGS, "lr": 1e-6}, lossless_bf16=True)
+    p.grad_dtype = None
+    for step in range(1, 51):
+        gradient = gradients("random", TAIL, step).bfloat16()
+        q.grad = gradient.clone()
+        if step == 1:  # a master that is not a bf16 number to begin with
+            lossless.state[q] = adamw8bit._new_state(q, lossless=True)
+            lossless.state[q]["residual"].copy_(residual)
+        lossless.step()
+        one_step(fp32, p, gradient)
+    assert torch.equal(slices.join(q.data, lossless.state[q]["residual"]), p.data)
+    assert_same_moments(lossless.state[q], fp32.state[p])
+
+
+def test_splitting_loses_no_bit_of_any_kind_of_number():
+    generator = torch.Generator().manual_seed(0)
+    anything = torch.randint(-(2**31), 2**31, (1 << 20,), dtype=torch.int64, generator=generator).to(torch.int32)
+    ties = (torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16) + 0x8000  # halfway between two bf16 numbers
+    bits = torch.cat([anything, ties, ties - 1, ties + 1])
+    half, residual = slices.split(bits.view(torch.float32))
+    assert torch.equal(slices.join(half, residual).view(torch.int32), bits)
+    finite = torch.randn(100_000, generator=generator)
+    assert torch.equal(slices.split(finite)[0], finite.bfloat16())  # off the ties it is torch's own rounding
+
+
+STEP_AND_WATCH = """
+import resource, sys, torch
+from grpo_ds.optim import CPUAdamW8bit, native
+if sys.argv[1] == "slices": native.library = lambda: None
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MB
+n = 48 * 1024 * 1024
+small = torch.nn.Parameter(torch.zeros(1 << 20)); small.grad = torch.ones_like(small)
+parameter = torch.nn.Parameter(torch.ones(n)); parameter.grad = torch.ones_like(parameter)
+CPUAdamW8bit([small]).step()  # libraries, maps and threads are there now
+optimizer = CPUAdamW8bit([parameter])
+before = peak()
+for _ in range(2): optimizer.step()
+states = 2 * n + 2 * n // 256 * 4
+print(peak() - before - states / 2**20)
+"""
+
+
+@pytest.mark.parametrize("way", ["native", "slices"])
+def test_a_step_needs_less_than_64_megabytes_beside_its_states(way):
+    if way == "native" and native.library() is None:
+        pytest.skip("no C++ compiler on this machine")
+    done = subprocess.run([sys.executable, "-c", STEP_AND_WATCH, way], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 64  # bitsandbytes would take 960
+
+
+def test_without_a_compiler_one_line_says_so_and_the_step_is_taken(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    assert native.library() is None
+    assert len(caplog.messages) == 1 and "no C++ compiler" in caplog.messages[0] and "\n" not in caplog.messages[0]
+    (ours, p), _ = pair(5000)
+    one_step(ours, p, torch.ones(5000))
+
+
+def test_a_compiler_that_fails_is_named_in_the_line(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")
+    assert native.library.__wrapped__() is None
+    assert "false failed" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"lr": -1.0}, "lr"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"eps": -1e-8}, "eps"),
+        ({"weight_decay": -0.1}, "decay"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(settings, named):
+    with pytest.raises(UsageError, match=named):
+        CPUAdamW8bit([torch.nn.Parameter(torch.zeros(1))], **settings)
+
+
+def test_a_dtype_it_cannot_step_is_refused_before_anything_changes():
+    good, bad = torch.nn.Parameter(torch.zeros(8)), torch.nn.Parameter(torch.zeros(8, dtype=torch.float64))
+    optimizer = CPUAdamW8bit([good, bad])
+    good.grad, bad.grad = torch.ones(8), torch.ones(8, dtype=torch.float64)
+    with pytest.raises(UsageError, match=r"parameter 1 of group 0 is torch\.float64"):
+        optimizer.step()
+    assert torch.equal(good, torch.zeros(8))
+
+
+def test_offloaded_moments_get_the_optimizer_of_the_host():
+    built = build_optimizer([torch.nn.Parameter(torch.zeros(4))], offload=True, **SETTINGS)
+    assert isinstance(built, CPUAdamW8bit)

@@ -1,0 +1,135 @@
+"""The answer contract: what counts as an answer, and what earns nothing."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo_ds.task.answers import parse_answer, split_reasoning, write_answer
+
+LABELS = ("yes", "no")
+GOOD = "<reasoning>It fell.</reasoning><answer>yes</answer>"
+
+ANSWERS = [
+    (GOOD, "yes"),
+    ("<reasoning>It fell.</reasoning><answer>no</answer>", "no"),
+    (f"\n {GOOD} \n", "yes"),  # white space around is forgiven
+    ("<reasoning>\nIt\nfell.\n</reasoning>\n\n<answer>\nyes\n</answer>", "yes"),  # and between and within
+    ("<reasoning>It fell.</reasoning><answer> Yes. </answer>", "yes"),  # case, space and one full stop are forgiven
+    ("<reasoning>It fell.</reasoning><answer>NO .</answer>", "no"),
+    ("<reasoning>a < b > c </p></reasoning><answer>yes</answer>", "yes"),  # other angle brackets are text
+]
+
+NO_ANSWERS = [
+    ("", "nothing was said"),
+    ("The answer is yes", "outside the tags it is prose"),
+    ("<answer>yes</answer>", "no reasoning"),
+    ("<reasoning>It fell.</reasoning>", "no answer"),
+    ("<reasoning>It fell.</reasoning>yes", "the answer is not in its tags"),
+    (f"{GOOD}<answer>no</answer>", "two answers are no answer"),
+    (f"{GOOD}<answer>yes</answer>", "not even if they agree"),
+    (f"{GOOD}{GOOD}", "two of everything"),
+    ("<reasoning>It <answer>yes</answer> fell.</reasoning>", "the answer stands inside the reasoning"),
+    ("<reasoning>It <answer>yes</answer></reasoning><answer>yes</answer>", "one inside, one after"),
+    ("<reasoning>It fell.<answer>yes</answer>", "the reasoning never ends, so the answer is inside it"),
+    ("<answer><reasoning>It fell.</reasoning>yes</answer>", "the reasoning stands inside the answer"),
+    ("<answer>yes</answer><reasoning>It fell.</reasoning>", "answered before reasoning"),
+    ("<reasoning>a<reasoning>b</reasoning></reasoning><answer>yes</answer>", "nested reasoning"),
+    ("<reasoning>a</reasoning><answer><answer>yes</answer></answer>", "nested answers"),
+    ("</reasoning>It fell.<reasoning><answer>yes</answer>", "closed before it was opened"),
+    ("It fell.</reasoning><answer>yes</answer>", "never opened: the caller forgot the prefilled tag"),
+    ("<reasoning>It fell.</reasoning><answer>yes", "cut off in the answer"),
+    ("<reasoning>It fell.</reasoning>yes</answer>", "the answer was never opened"),
+    ("<reasoning>a</reasoning><answer>yes</reasoning>", "closed by the wrong tag"),
+    ("<reasoning></reasoning><answer>yes</answer>", "empty reasoning"),
+    ("<reasoning> \n </reasoning><answer>yes</answer>", "blank reasoning"),
+    ("<reasoning>...</reasoning><answer>yes</answer>", "the prompt's placeholder is no reasoning"),
+    ("<reasoning>a</reasoning><answer>yes|no</answer>", "nor is this one an answer"),
+    ("<reasoning>a</reasoning><answer></answer>", "empty answer"),
+    ("<reasoning>a</reasoning><answer>.</answer>", "a full stop alone"),
+    ("<reasoning>a</reasoning><answer>yes..</answer>", "one full stop is forgiven, not two"),
+    ("<reasoning>a</reasoning><answer>yes or no</answer>", "both labels"),
+    ("<reasoning>a</reasoning><answer>maybe</answer>", "not one of the labels asked for"),
+    ("<reasoning>a</reasoning><answer>yes, it fell</answer>", "more than the label"),
+    (f"Sure! {GOOD}", "prose before"),
+    ("<reasoning>a</reasoning>So:<answer>yes</answer>", "prose between"),
+    (f"{GOOD} I hope this helps.", "prose after"),
+    ("<REASONING>a</REASONING><ANSWER>yes</ANSWER>", "tags are lower-case"),
+    ("< reasoning >a</ reasoning ><answer>yes</answer>", "and have no spaces"),
+    ("<reasoning>a<reasoning><answer>yes<answer>", "opened where it should close"),
+]
+
+PAIRS = [
+    (GOOD, True, True),
+    ("<reasoning>a</reasoning>", True, False),
+    ("<reasoning>a</reasoning><answer>yes", True, False),  # out of tokens: the finished pair keeps its worth
+    ("<reasoning>a</reasoning><answer>perhaps</answer>", True, False),  # no label, no answer
+    ("<answer>no</answer>", False, True),
+    ("<reasoning>...</reasoning><answer>no</answer>", False, True),
+    (f"Sure! {GOOD} Bye.", True, True),  # the pairs are sound, the whole is not: no answer
+    ("<reasoning>a", False, False),
+    ("<reasoning>a<answer>yes</answer></reasoning>", False, False),
+    ("<reasoning>a<answer>yes</answer>", False, False),
+    ("<answer>yes</answer><reasoning>a</reasoning>", False, False),  # out of order: neither
+    (f"{GOOD}<answer>no</answer>", False, False),  # one pair too many spoils both
+    ("<reasoning>a</reasoning></answer>", False, False),  # a stray tag too
+    ("</answer></reasoning><answer><reasoning>", False, False),  # all four tags in the text are worth nothing
+]
+
+
+@pytest.mark.parametrize(("completion", "answer"), ANSWERS)
+def test_an_answer_by_the_contract_is_read(completion, answer):
+    parsed = parse_answer(completion, labels=LABELS)
+    assert (parsed.answer, parsed.well_formed) == (answer, True)
+    assert parsed.reasoning_tags and parsed.answer_tags
+
+
+@pytest.mark.parametrize(("completion", "why"), NO_ANSWERS)
+def test_whatever_breaks_the_contract_is_no_answer(completion, why):
+    parsed = parse_answer(completion, labels=LABELS)
+    assert (parsed.answer, parsed.well_formed) == (None, False), why
+
+
+@pytest.mark.parametrize(("completion", "reasoning_tags", "answer_tags"), PAIRS)
+def test_a_tag_pair_counts_only_in_its_place(completion, reasoning_tags, answer_tags):
+    parsed = parse_answer(completion, labels=LABELS)
+    assert (parsed.reasoning_tags, parsed.answer_tags) == (reasoning_tags, answer_tags)
+
+
+def test_maybe_is_an_answer_where_it_is_a_label():
+    assert parse_answer(write_answer("a", "maybe"), labels=(*LABELS, "maybe")).answer == "maybe"
+
+
+@settings(deadline=None)  # the cores are shared
+@given(st.text(st.characters(exclude_characters="<")), st.sampled_from(LABELS))
+def test_what_write_answer_writes_is_read_back(reasoning, answer):
+    # Any text reasons as long as it holds a word and none of our tags.
+    assert parse_answer(write_answer(f"word {reasoning}", answer), labels=LABELS).answer == answer
+
+
+TAG_SOUP = st.lists(
+    st.sampled_from(["<reasoning>", "</reasoning>", "<answer>", "</answer>", "yes", " ", "because"]), max_size=12
+).map("".join)
+
+
+@settings(deadline=None)  # the cores are shared
+@given(TAG_SOUP)
+def test_a_soup_of_tags_is_an_answer_only_if_a_naive_reader_agrees(soup):
+    parsed = parse_answer(soup, labels=LABELS)
+    assert parsed.well_formed == _naively_well_formed(soup)
+    assert parsed.well_formed <= (parsed.reasoning_tags and parsed.answer_tags)
+
+
+def _naively_well_formed(text):
+    if [text.count(tag) for tag in ("<reasoning>", "</reasoning>", "<answer>", "</answer>")] != [1, 1, 1, 1]:
+        return False
+    before, rest = text.split("<reasoning>")
+    reasoning, _, rest = rest.partition("</reasoning>")
+    between, _, rest = rest.partition("<answer>")
+    answer, closed, after = rest.partition("</answer>")
+    words = any(word in reasoning for word in ("yes", "because"))
+    return bool(closed and words) and answer.strip() == "yes" and not (before + between + after).strip()
+
+
+def test_reasoning_and_answer_are_told_apart_for_display():
+    assert split_reasoning(GOOD) == ("It fell.", "<answer>yes</answer>")
+    assert split_reasoning("It fell") == ("It fell", "")

@@ -1,0 +1,154 @@
+"""Questions: the split, the order of asking, and reading real data."""
+
+import json
+import random
+
+import pytest
+from conftest import SHARED_DATA
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo_ds.errors import DataError, UsageError
+from grpo_ds.task.questions import Question, questions_at, read_questions, split_questions
+
+needs_shared_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the PubMedQA files are not on this machine")
+
+
+def make_questions(**counts):
+    return [Question(f"{label}{i}", f"{label} {i}?", "c", label) for label, n in counts.items() for i in range(n)]
+
+
+def ids(questions):
+    return [question.id for question in questions]
+
+
+# The split.
+
+
+@pytest.mark.parametrize("yes", [0, 1, 190, 250, 276, 333, 499])
+def test_500_records_of_any_mix_give_400_and_100(yes):
+    train, held_out = split_questions(make_questions(yes=yes, no=500 - yes), eval_fraction=0.2, seed=0)
+    assert (len(train), len(held_out)) == (400, 100)
+
+
+def test_each_class_gives_its_share_to_the_held_out_part():
+    _, held_out = split_questions(make_questions(yes=62, no=38), eval_fraction=0.5, seed=0)
+    assert [question.label for question in held_out].count("yes") == 31
+
+
+def test_a_seat_that_rounding_leaves_goes_to_the_largest_remainder():
+    # 0.2 of 7, 7 and 11 is 1.4, 1.4 and 2.2; 25 records hold out 5 = 1 + 1 + 2 and one more, to the first 1.4.
+    _, held_out = split_questions(make_questions(yes=7, no=7, maybe=11), eval_fraction=0.2, seed=0)
+    labels = [question.label for question in held_out]
+    assert {label: labels.count(label) for label in ("no", "yes", "maybe")} == {"no": 2, "yes": 1, "maybe": 2}
+
+
+@settings(deadline=None)  # the cores are shared
+@given(
+    st.integers(0, 40), st.integers(0, 40), st.floats(0.01, 0.99), st.integers(0, 5), st.randoms(use_true_random=False)
+)
+def test_the_parts_are_disjoint_complete_stratified_and_blind_to_the_files_order(yes, no, eval_fraction, seed, rng):
+    questions = make_questions(yes=yes, no=no)
+    try:
+        train, held_out = split_questions(questions, eval_fraction=eval_fraction, seed=seed)
+    except DataError:
+        return
+    assert sorted(ids(train) + ids(held_out)) == sorted(ids(questions))
+    assert train and held_out and abs(len(held_out) - len(questions) * eval_fraction) <= 0.5 + 1e-9
+    assert abs(sum(q.label == "yes" for q in held_out) - yes * eval_fraction) < 1
+    shuffled = rng.sample(questions, len(questions))
+    assert split_questions(shuffled, eval_fraction=eval_fraction, seed=seed) == (train, held_out)
+
+
+def test_another_seed_holds_out_others():
+    questions = make_questions(yes=50, no=50)
+    held_out = [set(ids(split_questions(questions, eval_fraction=0.2, seed=seed)[1])) for seed in (0, 1)]
+    assert held_out[0] != held_out[1]
+
+
+def test_the_split_of_seed_0_never_changes():
+    # Published numbers hang on it: if this fails, old and new evaluations are of different questions.
+    _, held_out = split_questions(make_questions(yes=10, no=10), eval_fraction=0.2, seed=0)
+    assert ids(held_out) == ["no0", "yes1", "yes5", "no2"]
+
+
+def test_the_first_held_out_questions_are_a_mix_of_classes():
+    _, held_out = split_questions(make_questions(yes=50, no=50), eval_fraction=0.4, seed=0)
+    assert {question.label for question in held_out[:8]} == {"yes", "no"}  # what --eval_limit 8 grades
+
+
+@pytest.mark.parametrize(("eval_fraction", "fewest"), [(0.2, 3), (0.5, 2), (0.01, 50), (0.9, 6), (0.34, 2)])
+def test_too_few_records_are_told_how_many_are_needed(eval_fraction, fewest):
+    split_questions(make_questions(yes=fewest), eval_fraction=eval_fraction, seed=0)
+    with pytest.raises(DataError, match=f"at least {fewest} records"):
+        split_questions(make_questions(yes=fewest - 1), eval_fraction=eval_fraction, seed=0)
+
+
+@pytest.mark.parametrize("eval_fraction", [0.0, 1.0, -0.2, 20, float("nan")])
+def test_a_fraction_is_between_0_and_1(eval_fraction):
+    with pytest.raises(UsageError, match=r"Try --eval_fraction 0\.2"):
+        split_questions(make_questions(yes=10), eval_fraction=eval_fraction, seed=0)
+
+
+# The order of asking.
+
+
+@settings(deadline=None)  # the cores are shared
+@given(st.integers(1, 12), st.integers(1, 30), st.integers(0, 9))
+def test_every_epoch_asks_each_question_once_wherever_steps_begin(count, per_step, seed):
+    questions = make_questions(yes=count)
+    steps = -(-3 * count // per_step)  # enough for three epochs
+    asked = [q.id for step in range(steps) for q in questions_at(step, questions, per_step=per_step, seed=seed)]
+    for epoch in range(3):
+        assert sorted(asked[epoch * count : (epoch + 1) * count]) == sorted(ids(questions))
+
+
+def test_a_step_is_a_function_of_step_and_seed_alone():
+    questions = make_questions(yes=20)
+    forward = [ids(questions_at(step, questions, per_step=3, seed=1)) for step in range(30)]
+    order = random.Random(0).sample(range(30), 30)
+    assert all(ids(questions_at(step, questions, per_step=3, seed=1)) == forward[step] for step in order)
+
+
+def test_epochs_and_seeds_differ_in_their_order():
+    questions = make_questions(yes=20)
+    first, second = (ids(questions_at(step, questions, per_step=20, seed=0)) for step in (0, 1))
+    other_seed = ids(questions_at(0, questions, per_step=20, seed=1))
+    assert first != second and first != other_seed and first != ids(questions)
+
+
+# Real data.
+
+
+@needs_shared_data
+def test_our_form_and_pubmedqas_own_give_the_same_questions():
+    ours = read_questions(str(SHARED_DATA / "pubmedqa_labeled_yesno.json"))
+    original = read_questions(str(SHARED_DATA / "ori_pqal_first60.json"))
+    assert (len(ours.questions), ours.left_out) == (445, {})
+    assert (len(original.questions), original.left_out) == (50, {"maybe": 10})
+    assert set(original.questions) <= set(ours.questions)
+    assert original.source.endswith("ori_pqal_first60.json: 50 questions (36 yes, 14 no, 10 maybe left out)")
+
+
+@needs_shared_data
+def test_maybe_is_kept_when_it_is_a_label():
+    read = read_questions(str(SHARED_DATA / "ori_pqal_first60.json"), labels=("yes", "no", "maybe"))
+    assert (len(read.questions), read.left_out) == (60, {})
+
+
+@needs_shared_data
+def test_a_file_and_its_lines_hold_the_same_questions(tmp_path):
+    records = json.loads((SHARED_DATA / "pubmedqa_labeled_yesno.json").read_text())
+    lines = tmp_path / "lines.json"  # the name lies: content decides
+    lines.write_text("\n".join(json.dumps(record) for record in records))
+    assert (
+        read_questions(str(lines)).questions
+        == read_questions(str(SHARED_DATA / "pubmedqa_labeled_yesno.json")).questions
+    )
+
+
+def test_the_worked_examples_are_not_in_the_data():
+    from grpo_ds.task.prompts import WORKED_EXAMPLES
+
+    texts = {question.text for question in read_questions("sample").questions}
+    assert texts.isdisjoint(example.text for example, _ in WORKED_EXAMPLES)

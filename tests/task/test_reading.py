@@ -1,0 +1,258 @@
+"""Reading data: every accepted form, and a corpus of bad input with what each error must say."""
+
+import json
+import urllib.error
+
+import pytest
+
+from grpo_ds.errors import MAX_LINES, DataError
+from grpo_ds.task import sources
+from grpo_ds.task.questions import Question, read_questions
+from grpo_ds.task.sources import GOLDEN_FILE, Source, rows_to_source
+
+GOOD = {"id": "1", "question": "Is it?", "context": "It is.", "ground_truth": "yes"}
+OTHER = {"id": "2", "question": "Was it?", "context": "It was not.", "ground_truth": "no"}
+ORIGINAL = {"QUESTION": "Is it?", "CONTEXTS": ["It", "is."], "LABELS": ["A", "B"], "final_decision": "yes"}
+HUB_ROW = {"pubid": 7, "question": "Is it?", "context": {"contexts": ["It", "is."]}, "final_decision": "maybe"}
+
+
+def but(record=GOOD, **changes):
+    return {**record, **changes}
+
+
+def without(field, record=GOOD):
+    return {name: value for name, value in record.items() if name != field}
+
+
+@pytest.fixture
+def read(tmp_path):
+    def write_and_read(content, **options):
+        path = tmp_path / "data.json"
+        as_text = content if isinstance(content, str | bytes) else json.dumps(content)
+        path.write_bytes(as_text if isinstance(as_text, bytes) else as_text.encode())
+        return read_questions(str(path), **options)
+
+    return write_and_read
+
+
+def lines(*records):
+    return "\n".join(record if isinstance(record, str) else json.dumps(record) for record in records)
+
+
+FORMS = [
+    ([GOOD, OTHER], "a list"),
+    (lines(GOOD, OTHER), "lines"),
+    (lines(GOOD, "", OTHER, ""), "lines with blank ones between"),
+    (lines(GOOD, OTHER).replace("\n", "\r\n"), "lines from Windows"),
+    ("\ufeff" + json.dumps([GOOD, OTHER]), "a byte order mark"),
+    ("\ufeff" + lines(GOOD, OTHER), "a byte order mark before lines"),
+    (json.dumps([GOOD, OTHER], indent=2), "indented"),
+    ([but(ground_truth=" YES\n"), but(OTHER, ground_truth="No")], "labels in any case"),
+    ([but(question=" Is it? "), OTHER], "space around"),
+    ([but(id=1), but(OTHER, id=2)], "numbers as ids"),
+    ([but(final_decision="no", year=float("nan")), OTHER], "fields that nobody reads may hold anything"),
+]
+
+
+@pytest.mark.parametrize(("content", "form"), FORMS)
+def test_the_same_two_questions_in_every_form(read, content, form):
+    expected = (Question("1", "Is it?", "It is.", "yes"), Question("2", "Was it?", "It was not.", "no"))
+    assert read(content).questions == expected, form
+
+
+def test_pubmedqas_own_form_takes_ids_from_its_keys_and_joins_its_paragraphs(read):
+    assert read({"10": ORIGINAL}).questions == (Question("10", "Is it?", "It\nis.", "yes"),)
+
+
+def test_a_list_of_paragraphs_serves_as_a_context(read):
+    assert read([but(context=["It", "is."])]).questions[0].context == "It\nis."
+
+
+def test_one_record_alone_is_a_file_of_one(read):
+    assert len(read(GOOD).questions) == 1
+
+
+def test_a_line_separator_within_a_text_ends_no_record(read):
+    assert (
+        len(read(json.dumps(but(context="It\u2028is."), ensure_ascii=False) + "\n" + json.dumps(OTHER)).questions) == 2
+    )
+
+
+def test_ids_are_made_from_the_text_where_there_are_none(read):
+    first, second = read([without("id"), without("id", OTHER)]).questions
+    assert first.id != second.id
+    assert read([without("id", OTHER), without("id")]).questions == (second, first)
+
+
+def test_rows_of_the_hub_are_records_like_others(monkeypatch):
+    monkeypatch.setattr("grpo_ds.task.questions.open_source", lambda data: rows_to_source(data, [HUB_ROW]))
+    read = read_questions("qiaojin/PubMedQA", labels=("yes", "no", "maybe"))
+    assert read.questions == (Question("7", "Is it?", "It\nis.", "maybe"),)
+
+
+def test_maybe_is_left_out_and_counted(read):
+    result = read([GOOD, but(OTHER, ground_truth="maybe")])
+    assert (len(result.questions), result.left_out) == (1, {"maybe": 1})
+    assert result.source.endswith("data.json: 1 question (1 yes, 0 no, 1 maybe left out)")
+
+
+def test_the_golden_file_is_the_default_where_it_lies_and_else_the_sample(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_questions(None) == read_questions("sample")
+    (tmp_path / GOLDEN_FILE).write_text(json.dumps([GOOD]))
+    assert read_questions(None).source == f"{GOLDEN_FILE}: 1 question (1 yes, 0 no)"
+
+
+def test_the_sample_is_balanced_and_large_enough():
+    read = read_questions("sample")
+    labels = [question.label for question in read.questions]
+    assert labels.count("yes") == labels.count("no") >= 60
+
+
+LONG = "x" * 500
+TWICE = json.dumps({"10": ORIGINAL, "11": ORIGINAL}).replace("11", "10")
+BAD = [  # content, what the error must say
+    (b"", ["data.json is empty"]),
+    (" \n\n", ["data.json is empty"]),
+    ("[]", ["data.json has no records"]),
+    ("{}", ["data.json has no records"]),
+    ("null", ["data.json holds null, not records"]),
+    ('"yes"', ["holds a text, not records"]),
+    ("NaN", ["holds NaN"]),
+    ("[null]", ["record 1 is null, not an object"]),
+    ([GOOD, "yes"], ["record 2 is a text, not an object"]),
+    ([[GOOD, OTHER]], ["record 1 is a list, not an object"]),
+    ({"data": [GOOD]}, ["record 1 ('data') is a list, not an object"]),
+    ([GOOD, without("question", OTHER)], ["record 2: question is missing"]),
+    ([GOOD, without("context", OTHER)], ["record 2: context is missing"]),
+    ([GOOD, without("ground_truth", OTHER)], ["record 2: ground_truth is missing"]),
+    ([without("final_decision", HUB_ROW)], ["record 1:", "is missing"]),
+    ({"10": without("CONTEXTS", ORIGINAL)}, ["record 1 ('10'): CONTEXTS is missing"]),
+    ({"10": without("final_decision", ORIGINAL)}, ["record 1 ('10'): final_decision is missing"]),
+    ([{}], ["record 1: question is missing, context is missing, ground_truth is missing"]),
+    ([but(question=None)], ["record 1: question is null, not a text"]),
+    ([but(question=7)], ["record 1: question is a number, not a text"]),
+    ([but(question=" \t")], ["record 1: question is empty"]),
+    ([but(context="")], ["record 1: context is empty"]),
+    ([but(context=[])], ["record 1: context is empty"]),
+    ([but(context=["", " "])], ["record 1: context is empty"]),
+    ([but(context=["a", None])], ["record 1: context is a list that holds null"]),
+    ([but(context={"a": "b"})], ["record 1: context is an object, not a text"]),
+    ([but(ground_truth="perhaps")], ["record 1: ground_truth is 'perhaps'; it must be yes or no or maybe"]),
+    ([but(ground_truth=LONG)], ["record 1: ground_truth is 'xxx", "...'"]),
+    ([but(ground_truth="a\nb")], [r"ground_truth is 'a\nb'"]),  # an error's lines are its own
+    ([but(ground_truth=True)], ["record 1: ground_truth is true, not a text"]),
+    ([but(ground_truth=float("nan"))], ["record 1: ground_truth is NaN (a missing value), not a text"]),
+    ([but(ground_truth=["yes"])], ["record 1: ground_truth is a list, not a text"]),
+    ([but(id=None)], ["record 1: id is null"]),
+    ([but(id="")], ["record 1: id is empty"]),
+    ([but(id=True)], ["record 1: id is true"]),
+    (
+        '[{"question": "\\ud800", "context": "c", "ground_truth": "no"}]',
+        ["record 1: question holds a broken character"],
+    ),
+    ([GOOD, OTHER, but(OTHER, id="1")], ["record 3: same question and context as record 2; remove one"]),
+    ([GOOD, but(OTHER, id="1")], ["record 2: id '1' is taken by record 1"]),
+    ([GOOD, but(id="2", ground_truth="no")], ["record 2: same question and context as record 1"]),
+    (TWICE, ["'10' stands twice in one object"]),
+    (lines(GOOD, '{"id": "2", "id": "3"}'), ["line 2: 'id' stands twice in one object"]),
+    (lines(GOOD, "{oops}", without("context", OTHER)), ["line 2: broken JSON, column 2", "line 3: context is missing"]),
+    (
+        lines(GOOD, "", "null", OTHER, but(OTHER, id="9")),
+        ["line 3 is null", "line 5: same question and context as line 4"],
+    ),
+    ('[\n  {"question": "a",}\n]', ["is not valid JSON: line 2, column"]),
+    ('[{"question": "a"', ["is not valid JSON: line 1, column 18"]),
+    ("question,context\na,b", ["is not valid JSON: line 1, column 1"]),
+    ("[" * 100_000, ["nested too deeply"]),
+    (f"[{'1' * 5000}]", ["cannot be read as JSON", "digits"]),
+    (
+        '[{"question": "caf\u00e9"}]'.encode("latin-1"),
+        ["is not UTF-8 text: byte 0xe9 at offset 18", "Save it as UTF-8"],
+    ),
+    (json.dumps([GOOD]).encode("utf-16"), ["is not UTF-8 text: byte 0xff at offset 0"]),
+    (b"\x1f\x8b\x08", ["is not UTF-8 text: byte 0x8b"]),
+    ([but(ground_truth="maybe")], ["no record labelled yes or no, only 1 maybe", "--labels yes,no,maybe"]),
+]
+
+
+@pytest.mark.parametrize(("content", "expected"), BAD)
+def test_bad_data_is_named_with_its_place_in_six_lines(read, content, expected):
+    with pytest.raises(DataError) as error:
+        read(content)
+    message = str(error.value)
+    assert "data.json" in message
+    assert [part for part in expected if part not in message] == [], message
+    assert len(message.splitlines()) <= MAX_LINES
+    assert max(map(len, message.splitlines())) < 250
+
+
+def test_all_bad_records_are_counted_and_the_first_are_shown(read):
+    with pytest.raises(DataError) as error:
+        read([GOOD, *[{"question": "a"}] * 20])
+    first, *shown, more, remedy = str(error.value).splitlines()
+    assert first.endswith("data.json: 20 problems (21 records read):")
+    assert shown == [f"  record {n}: context is missing, ground_truth is missing" for n in (2, 3, 4)]
+    assert more == "  ... and 17 more" and remedy.startswith('Records: {"question"')
+
+
+MISSING = ["no.json", "folder/no.jsonl", "./no", "no", "a/b/c", "/no/where.json", "", "x" * 5000, "no\0.json"]
+
+
+@pytest.mark.parametrize("data", MISSING)
+def test_a_missing_file_is_named_with_what_else_to_use(data):
+    with pytest.raises(DataError) as error:
+        read_questions(data)
+    assert f"no data file {data}" in str(error.value)
+    assert "--data sample" in str(error.value) and "qiaojin/PubMedQA" in str(error.value)
+
+
+def test_a_folder_is_no_data_file(tmp_path):
+    with pytest.raises(DataError, match="is a folder"):
+        read_questions(str(tmp_path))
+
+
+def test_a_slash_below_an_existing_folder_means_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(DataError, match="no data file data/mine"):
+        read_questions("data/mine")
+
+
+def test_a_hub_that_cannot_be_reached_is_told_at_once_with_what_else_to_use(monkeypatch):
+    def unreachable(*_, **__):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(sources, "urlopen", unreachable)
+    with pytest.raises(DataError) as error:
+        read_questions("qiaojin/PubMedQA")
+    for part in ("qiaojin/PubMedQA", "  Name or service not known", "--data FILE.json", "--data sample"):
+        assert part in str(error.value)
+
+
+def test_a_hub_data_set_that_datasets_cannot_load_is_the_same_error(monkeypatch):
+    import datasets
+
+    def fails(*_, **__):
+        raise ConnectionError("Couldn't reach it\nand a long story")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets, "load_dataset", fails)
+    with pytest.raises(DataError, match="  Couldn't reach it\nUse a file"):
+        read_questions("someone/questions")
+
+
+def test_a_hub_data_set_is_loaded_with_its_config_and_read(monkeypatch):
+    import datasets
+
+    calls = []
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: calls.append((args, options)) or [HUB_ROW])
+    read = read_questions("qiaojin/PubMedQA", labels=("maybe",))
+    assert calls == [(("qiaojin/PubMedQA", "pqa_labeled"), {"split": "train"})]
+    assert read.questions[0].id == "7"
+
+
+def test_a_source_is_checked_whoever_made_it():
+    assert rows_to_source("table", [{"a": 1}]) == Source("table", (("record 1", {"a": 1}),))
