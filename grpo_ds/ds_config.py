@@ -33,6 +33,7 @@ class DsSizes:
     total_steps: int  # optimizer steps of the whole run
     micro_batch_size: int  # completions a rank trains on in one step: questions x generations
     world_size: int
+    bf16: bool = True  # this machine computes in bf16; many CPUs only imitate it, up to 80 times slower than fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,7 +366,7 @@ def shared_rows(fill: DsSizes) -> list[Row]:
         Row("optimizer.params.betas", [0.9, 0.999], BETAS),
         Row("optimizer.params.eps", 1e-8, AMOUNT),
         Row("gradient_clipping", fill.max_grad_norm, AMOUNT, "max_grad_norm"),
-        Row("bf16.enabled", True, SWITCH),
+        Row("bf16.enabled", fill.bf16, SWITCH),
         Row("wall_clock_breakdown", False, SWITCH),
         # On one card there is nobody to overlap with: the second bucket would only take memory.
         Row("zero_optimization.overlap_comm", False, SWITCH),

@@ -61,10 +61,8 @@ class Trainer:
         self.reward_functions = reward_functions
         self.tokenizer = load_tokenizer(config.model)
         self.style = PromptStyle(config.label_names, config.few_shot, config.prefill, config.max_prompt_length)
-        model = load_policy(config.model)
-        if config.gradient_checkpointing:
-            # Non-reentrant: ZeRO-2 refuses a parameter whose gradient arrives twice.
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        dtype = torch.bfloat16 if ds.bf16 else torch.float32
+        model = load_policy(config.model, dtype=dtype, checkpointing=config.gradient_checkpointing)
         known_ids = min(len(self.tokenizer), model.get_output_embeddings().weight.shape[0])
         policy = LogprobModel(
             model, vocab_size=known_ids, temperature=config.temperature, chunk_mib=config.logprob_chunk_mib

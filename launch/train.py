@@ -11,7 +11,8 @@ from pathlib import Path
 from grpo_ds.config import TrainConfig, parse
 from grpo_ds.ds_config import DsConfig, DsSizes, resolve_ds_config
 from grpo_ds.errors import UsageError, run_script
-from grpo_ds.models.presets import Choice, choose_model, gpu_memory_gib, ram_gib
+from grpo_ds.models.presets import Choice, choose_model
+from grpo_ds.machine import cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.report.trackers import check_trackers
 from grpo_ds.task.questions import QuestionSet, read_questions, split_questions
 
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> None:
 
     here = world.start(needs_gpu=choice.needs_gpu)
     console = Console(speaks=here.is_first)
-    for line in first_lines(choice, config, questions, len(train), len(held_out)):
+    for line in first_lines(choice, config, ds, questions, len(train), len(held_out)):
         console.line(line)
     rewards = reward_functions(
         labels=config.label_names,
@@ -48,7 +49,8 @@ def main(argv: list[str]) -> None:
 def settle(argv: list[str]) -> tuple[Choice, TrainConfig, DsConfig]:
     """Flags, the model they mean, its recipe, and the DeepSpeed JSON filled from them."""
     asked = parse(TrainConfig, argv, about=__doc__)
-    choice = choose_model(asked.config.model, gpu_gib=gpu_memory_gib(), ram_gib=ram_gib())
+    gpu_gib = gpu_memory_gib()
+    choice = choose_model(asked.config.model, gpu_gib=gpu_gib, ram_gib=ram_gib())
     config = parse(TrainConfig, [*argv, "--model", choice.model], about=__doc__, recipe=choice.recipe).config
     sizes = DsSizes(
         learning_rate=config.learning_rate,
@@ -58,6 +60,7 @@ def settle(argv: list[str]) -> tuple[Choice, TrainConfig, DsConfig]:
         total_steps=config.total_steps * config.mu,
         micro_batch_size=config.batch_size * config.num_generations,
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        bf16=gpu_gib is not None or cpu_has_bf16(),
     )
     return choice, config, resolve_ds_config(config.ds, fill=sizes, explicit=asked.typed)
 
@@ -74,15 +77,18 @@ def output_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def first_lines(choice: Choice, config: TrainConfig, questions: QuestionSet, train: int, held_out: int) -> list[str]:
+def first_lines(
+    choice: Choice, config: TrainConfig, ds: DsConfig, questions: QuestionSet, train: int, held_out: int
+) -> list[str]:
     """What was chosen and why, before the wait for the model."""
     left_out = ", ".join(f"{count} {label!r} left out" for label, count in questions.left_out.items())
     per_step = f"{config.batch_size} questions x {config.num_generations} completions of at most"
+    precision = "bf16" if ds.bf16 else "fp32, as bf16 is off in the JSON or not native to this CPU"
     return [
-        f"Model: {config.model} ({choice.why})",
+        f"Model: {config.model} ({choice.why}), in {precision}",
         f"Data: {questions.source}{f' ({left_out})' if left_out else ''}; {train} to train on, {held_out} held out",
         f"Plan: {config.total_steps} steps of {per_step} {config.max_completion_length} tokens; "
-        f"learning rate {config.learning_rate:g}, beta {config.beta:g}, seed {config.seed}",
+        f"learning rate {ds.learning_rate:g}, beta {config.beta:g}, seed {config.seed}",
     ]
 
 

@@ -1,4 +1,4 @@
-"""The policy: a causal LM in bf16 and its tokenizer, from a preset, a folder or the hub."""
+"""The policy: a causal LM and its tokenizer, from a preset, a folder or the hub."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,10 +7,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from transformers.utils import logging as transformers_logging
+
 from grpo_ds.errors import UsageError
 from grpo_ds.models.embedded import embedded_folder
 from grpo_ds.models.presets import EMBEDDED, PRESETS
 from grpo_ds.task.prompts import ensure_chat_template
+
+transformers_logging.disable_progress_bar()  # our own lines and bars say what is going on
 
 
 def model_source(name: str) -> str:
@@ -30,8 +34,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     return tokenizer
 
 
-def load_policy(name: str) -> PreTrainedModel:
-    """The model in bf16 on the CPU, without dropout and with a neutral generation config.
+def load_policy(name: str, *, dtype: torch.dtype, checkpointing: bool) -> PreTrainedModel:
+    """The model on the CPU, without dropout and with a neutral generation config.
 
     Dropout would make the ratio of the first update differ from 1. The model's own generation config
     (Qwen ships top_k 20, top_p 0.8, repetition_penalty 1.1) would sample from another distribution than
@@ -44,12 +48,15 @@ def load_policy(name: str) -> PreTrainedModel:
             if ("dropout" in key or key.endswith("_pdrop")) and isinstance(value, float):
                 setattr(config, key, 0.0)
         model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=torch.bfloat16, attn_implementation="sdpa"
+            source, config=config, dtype=dtype, attn_implementation="sdpa"
         )
     own = model.generation_config
     model.generation_config = GenerationConfig(
         bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
     )
+    if checkpointing:
+        # Non-reentrant: ZeRO-2 refuses a parameter whose gradient arrives twice.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 

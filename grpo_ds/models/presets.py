@@ -3,9 +3,6 @@
 Standard library only: the command line needs it before anything heavy is loaded.
 """
 
-import os
-import shutil
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,20 +81,3 @@ def fits(parameters: int, *, gpu_gib: float, ram_gib: float) -> bool:
     """
     gib = parameters / 2**30
     return 3.43 * gib + 2.7 <= gpu_gib and 12.03 * gib + 4 <= ram_gib
-
-
-def gpu_memory_gib() -> float | None:
-    """Memory of the smallest visible NVIDIA card, or None. By nvidia-smi: importing torch takes seconds."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if shutil.which("nvidia-smi") is None or visible in ("", "-1"):
-        return None
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    query += [f"--id={visible}"] if visible else []
-    answer = subprocess.run(query, capture_output=True, text=True, check=False)
-    sizes = [float(line) / 1024 for line in answer.stdout.split() if line.replace(".", "").isdigit()]
-    return min(sizes, default=None)
-
-
-def ram_gib() -> float:
-    """Physical memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

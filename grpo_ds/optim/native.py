@@ -146,12 +146,11 @@ def _build() -> Path:
 
 def _cache_folder() -> Path:
     """The folder torch.utils.cpp_extension.load would take for an extension of this name."""
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if root is None:
-        from torch.utils.cpp_extension import get_default_build_root
+    if root := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(root) / NAME
+    from torch.utils.cpp_extension import get_default_build_root
 
-        root = Path(get_default_build_root()) / f"py{sys.version_info.major}{sys.version_info.minor}_cpu"
-    return Path(root) / NAME
+    return Path(get_default_build_root()) / f"py{sys.version_info.major}{sys.version_info.minor}_cpu" / NAME
 
 
 def _reason(error: Exception) -> str:

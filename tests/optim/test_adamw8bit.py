@@ -263,6 +263,7 @@ def test_splitting_loses_no_bit_of_any_kind_of_number():
     half, residual = slices.split(bits.view(torch.float32))
     assert torch.equal(slices.join(half, residual).view(torch.int32), bits)
     finite = torch.randn(100_000, generator=generator)
+    finite = finite[finite.view(torch.int32) & 0xFFFF != 0x8000]
     assert torch.equal(slices.split(finite)[0], finite.bfloat16())  # off the ties it is torch's own rounding
 
 

@@ -1,0 +1,157 @@
+"""How fast a host steps its parameters: our 8-bit AdamW beside bitsandbytes', DeepSpeed's and torch's.
+
+The contenders step the same gradient in turn, round after round, so that a busy neighbour slows them all; medians.
+`GB/s` is the least traffic a step can do with (bytes/param) over its time, to be held against the copy's.
+`transient` is how far resident memory rose above its level before the step.
+
+    python benchmarks/optimizer.py [--elements 67108864] [--rounds 7] [--json FILE]
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+OURS, OURS_SPLIT = "CPUAdamW8bit", "CPUAdamW8bit, bf16 + residual"
+BITSANDBYTES, DEEPSPEED, TORCH = "bitsandbytes AdamW8bit", "DeepSpeedCPUAdam", "torch AdamW(fused)"
+# Gradient + parameter read and written + moments read and written. Ours reads the gradient twice: NaN check first.
+BYTES = {OURS: 4 + 4 + 8 + 4, OURS_SPLIT: 2 + 2 + 8 + 4, BITSANDBYTES: 4 + 8 + 4, DEEPSPEED: 28, TORCH: 28}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One contender: medians over the rounds, at `elements` parameters."""
+
+    name: str
+    seconds: float
+    parameters_per_second: float
+    bytes_per_parameter: int
+    gigabytes_per_second: float
+    transient_megabytes: float | None  # None where the system does not tell
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    # A user's `.venv/bin/python` finds the ninja of its own folder, which DeepSpeed's build asks for.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    steps = contenders(arguments.elements)
+    transients = {name: transient_megabytes(step) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in [*steps, "copy"]}
+    copy = copier(arguments.elements)
+    for _ in range(arguments.rounds):
+        for name, step in [*steps.items(), ("copy", copy)]:
+            times[name].append(seconds(step))
+    rows = [row(name, statistics.median(times[name]), arguments.elements, transients[name]) for name in steps]
+    copy_bandwidth = 8 * arguments.elements / statistics.median(times["copy"]) / 1e9
+    print_table(rows, copy_bandwidth, arguments)
+    if arguments.json:
+        report = {"machine": machine(), "elements": arguments.elements, "rounds": arguments.rounds}
+        report |= {"copy_gigabytes_per_second": copy_bandwidth, "rows": [asdict(r) for r in rows]}
+        Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--elements", type=int, default=1 << 26, help="parameters in the flat tensor (default 64 Mi)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each contender (default 7)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    return parser.parse_args()
+
+
+def contenders(elements: int) -> dict[str, Callable[[], object]]:
+    """Each with parameters and moments of its own, one step already taken."""
+    import bitsandbytes
+    import torch
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    from grpo_ds.optim import CPUAdamW8bit
+
+    torch.manual_seed(0)
+    gradient = torch.randn(elements) * torch.rand(elements) ** 3  # magnitudes spread over some decades
+
+    def prepare(build, dtype=torch.float32):
+        parameter = torch.nn.Parameter(torch.full((elements,), 0.02, dtype=dtype))
+        parameter.grad = gradient.to(dtype)
+        optimizer = build([parameter])
+        optimizer.step()
+        return optimizer.step
+
+    settings = {"lr": 1e-5, "weight_decay": 0.01}
+    return {
+        OURS: prepare(lambda p: CPUAdamW8bit(p, **settings)),
+        OURS_SPLIT: prepare(lambda p: CPUAdamW8bit(p, **settings, lossless_bf16=True), torch.bfloat16),
+        BITSANDBYTES: prepare(lambda p: bitsandbytes.optim.AdamW8bit(p, **settings)),
+        DEEPSPEED: prepare(lambda p: DeepSpeedCPUAdam(p, **settings)),
+        TORCH: prepare(lambda p: torch.optim.AdamW(p, **settings, fused=True)),
+    }
+
+
+def copier(elements: int) -> Callable[[], object]:
+    import torch
+
+    source, target = torch.ones(elements), torch.zeros(elements)
+    return lambda: target.copy_(source)
+
+
+def seconds(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def transient_megabytes(step: Callable[[], object]) -> float | None:
+    """Linux can reset a process's peak of resident memory; elsewhere nothing is said."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status_megabytes("VmRSS")
+        step()
+        return max(0.0, _status_megabytes("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def _status_megabytes(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) / 1024
+
+
+def row(name: str, taken: float, elements: int, transient: float | None) -> Row:
+    moved = BYTES[name] * elements / taken / 1e9
+    return Row(name, taken, elements / taken, BYTES[name], moved, transient)
+
+
+def machine() -> dict[str, object]:
+    import torch
+
+    from grpo_ds.optim import native
+
+    path = "bitsandbytes slices" if native.library() is None else native.best_path()
+    return {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "path": path}
+
+
+def print_table(rows: list[Row], copy_bandwidth: float, arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    rate = {r.name: r.parameters_per_second for r in rows}
+    table = Table(title=f"{arguments.elements / 1e6:.0f} M parameters, medians of {arguments.rounds} interleaved steps")
+    for header in ("", "M param/s", "x bnb", "x DeepSpeed", "bytes/param", "GB/s", "transient MB"):
+        table.add_column(header, justify="right" if header else "left")
+    for r in rows:
+        ratios = [f"{r.parameters_per_second / rate[other]:.2f}" for other in (BITSANDBYTES, DEEPSPEED)]
+        transient = "?" if r.transient_megabytes is None else f"{r.transient_megabytes:.0f}"
+        speed = f"{r.parameters_per_second / 1e6:.0f}"
+        table.add_row(r.name, speed, *ratios, str(r.bytes_per_parameter), f"{r.gigabytes_per_second:.1f}", transient)
+    table.add_row("torch copy_", "", "", "", "8", f"{copy_bandwidth:.1f}", "")
+    Console(width=110).print(table)
+    print(", ".join(f"{key}: {value}" for key, value in machine().items()))
+
+
+if __name__ == "__main__":
+    main()
