@@ -68,7 +68,7 @@ class EvaluateConfig(AskConfig):
         return super().problems() + [
             message
             for wrong, message in (
-                (not 0 < self.eval_fraction < 1, f"eval_fraction is {self.eval_fraction}; a share lies between 0 and 1"),
+                (not 0 < self.eval_fraction <= 1, f"eval_fraction is {self.eval_fraction}; a share lies between 0 and 1"),
                 (self.eval_limit is not None and self.eval_limit < 1, "eval_limit must be 1 or more"),
                 (self.eval_batch_size < 1, "eval_batch_size must be 1 or more"),
             )
@@ -112,6 +112,7 @@ class TrainConfig(EvaluateConfig):
             for wrong, message in (
                 (self.num_generations < 2, alone),
                 (self.temperature <= 0, f"temperature is {self.temperature}; sampling needs more than 0"),
+                (self.eval_fraction == 1, "eval_fraction is 1, which leaves nothing to train on"),
                 (self.beta < 0, f"beta is {self.beta}; it must be 0 or more"),
                 (not 0 < self.epsilon < 1, f"epsilon is {self.epsilon}; it must lie between 0 and 1"),
                 (self.learning_rate <= 0, f"learning_rate is {self.learning_rate}; it must be more than 0"),
@@ -140,6 +141,7 @@ class Parsed(Generic[ConfigType]):
 
     config: ConfigType
     typed: frozenset[str]  # names given by the person, not by a default or a recipe
+    extra: dict[str, str | None]  # the script's own flags
 
 
 def parse(
@@ -165,7 +167,7 @@ def parse(
     config = config_type(**{name: values[name] for name in names})
     if problems := config.problems():
         raise one_error(UsageError, "These settings cannot work:", problems)
-    return Parsed(config, frozenset(typed) & names)
+    return Parsed(config, frozenset(typed) & names, {name: values[name] for name in extra or {}})
 
 
 def write_config(config: AskConfig, folder: Path) -> None:

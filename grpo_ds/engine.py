@@ -56,6 +56,8 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Gradients of a loss that is already normalised over the whole step, micro-batches and ranks."""
         self._engine.backward(loss, scale_wrt_gas=False)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # DeepSpeed counts backwards in step(); only the last one updates
 
     def step(self) -> float:
         """Clip, update, and return the gradient norm before clipping."""

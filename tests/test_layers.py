@@ -1,0 +1,64 @@
+"""The house rule: imports run downward, and each heavy library has one owner."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1] / "grpo_ds"
+# From the ground up; a module imports from lower layers and from its own.
+LAYERS = [
+    {"errors"},
+    {"core", "task"},
+    {"config", "ds_config", "machine", "world"},
+    {"models", "optim"},
+    {"sampling"},
+    {"engine", "rollouts"},
+    {"update", "evaluation", "inference"},
+    {"report"},
+    {"trainer"},
+]
+OWNERS = {
+    "deepspeed": {"engine"},
+    "torch.distributed": {"world"},
+    "bitsandbytes": {"optim", "models"},
+    "wandb": {"report"},
+    "rich": {"report"},
+    "jsonargparse": {"config"},
+}
+HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
+
+
+def imports():
+    """(file, part of the house it stands in, imported module) for every import, wherever it stands."""
+    for file in PACKAGE.rglob("*.py"):
+        part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                yield from ((file.name, part, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                yield file.name, part, node.module
+
+
+def test_imports_run_downward():
+    broken = []
+    for file, part, module in imports():
+        if part == "__init__" or not module.startswith("grpo_ds."):
+            continue
+        other = module.split(".")[1]
+        if other != part and HEIGHT[other] > HEIGHT[part] or {other, part} == {"core", "task"}:
+            broken.append(f"{part}/{file} imports {module}")
+    assert not broken
+
+
+def test_every_heavy_library_has_one_owner():
+    broken = [
+        f"{part}/{file} imports {module}"
+        for file, part, module in imports()
+        for library, owners in OWNERS.items()
+        if (module == library or module.startswith(f"{library}.")) and part not in owners
+    ]
+    assert not broken
+
+
+def test_task_knows_no_tensors():
+    heavy = ("torch", "transformers", "numpy")
+    assert not [f"task/{file} imports {m}" for file, part, m in imports() if part == "task" and m.split(".")[0] in heavy]

@@ -1,0 +1,127 @@
+"""The whole trainer on a tiny model: through the real launcher, and learning for real."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo_ds import world
+from grpo_ds.config import CONFIG_FILE, TrainConfig
+from grpo_ds.ds_config import DsSizes, resolve_ds_config
+from grpo_ds.report.console import Console
+from grpo_ds.task.questions import read_questions, split_questions
+from grpo_ds.trainer import Trainer, seed_at
+from tests.conftest import SHARED_DATA
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL_DATA = SHARED_DATA / "pubmedqa_labeled_yesno.json"
+
+
+@pytest.fixture(scope="module")
+def launched(tiny_folder, tmp_path_factory):
+    """`deepspeed launch/train.py` with every part switched on: two iterations, mu 2, split batches, wandb offline."""
+    folder = tmp_path_factory.mktemp("launched") / "run"
+    data = str(REAL_DATA) if REAL_DATA.exists() else "sample"
+    flags = {
+        "ds": "ds_configs/zero2.json", "model": tiny_folder, "data": data, "output_dir": folder,
+        "num_iterations": 2, "num_steps": 2, "mu": 2, "micro_groups": 1, "num_generations": 3,
+        "max_prompt_length": 700, "max_completion_length": 8, "eval_limit": 4, "learning_rate": 1e-3,
+        "report_to": "wandb",
+    }  # fmt: skip
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    launcher = Path(sys.executable).with_name("deepspeed")
+    result = subprocess.run(
+        [str(launcher), "launch/train.py", *words],
+        cwd=ROOT,
+        env={**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return folder, result.stdout
+
+
+def test_the_launcher_trains_and_says_what_it_did(launched):
+    _, output = launched
+    for words in ("Model:", "Data:", "Before training: accuracy", "Reference: int8", "step 4/4", "McNemar"):
+        assert words in output
+    assert output.count("Reference: int8") == 2  # remade at the start of each outer iteration
+
+
+def test_metrics_hold_a_line_a_step(launched):
+    folder, _ = launched
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    wanted = {"reward", "rewards/correctness", "rewards/format", "loss", "kl", "grad_norm", "completion_length"}
+    wanted |= {"tokens_per_second", "seconds/sample", "seconds/score", "seconds/update", "memory/ram_gib"}
+    assert all(wanted <= line.keys() for line in lines)
+    assert all(line["completion_length"] <= 8 for line in lines)
+
+
+def test_the_model_loads_in_plain_transformers_and_has_changed(launched, tiny_folder):
+    folder, _ = launched
+    trained, before = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (folder, tiny_folder))
+    assert not torch.equal(trained.get_input_embeddings().weight, before.get_input_embeddings().weight)
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    assert trained(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def test_the_run_says_how_it_was_made(launched):
+    folder, _ = launched
+    saved = yaml.safe_load((folder / CONFIG_FILE).read_text())
+    assert saved["num_generations"] == 3 and saved["mu"] == 2
+
+
+def test_wandb_kept_the_run_offline(launched):
+    assert list(launched[0].glob("wandb/offline-run-*"))
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("evaluate_model.py", ["--eval_limit", "4"]),
+        ("ask.py", ["--question", "Does it help?", "--context", "It helped 9 of 10."]),
+    ],
+)
+def test_the_saved_model_can_be_evaluated_and_asked(launched, script, flags):
+    command = [sys.executable, f"launch/{script}", "--model", str(launched[0]), *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert ("accuracy" if script.startswith("eval") else "Answer:") in result.stdout
+
+
+def letters_reward(completions, questions):
+    """A task a random model can solve by chance: write small letters."""
+    return [sum(c.isascii() and c.islower() for c in text) / 8 for text in completions]
+
+
+def test_a_tiny_model_learns(tiny_folder, tmp_path):
+    """Mean reward rises clearly under the whole stack: sampling, packing, int8 reference, 8-bit Adam, ZeRO-2."""
+    config = TrainConfig(
+        model=str(tiny_folder), num_generations=8, batch_size=2, num_steps=40, max_completion_length=8,
+        max_prompt_length=480, learning_rate=5e-3, beta=0.01, eval_limit=2, eval_batch_size=2,
+    )  # fmt: skip
+    sizes = DsSizes(config.learning_rate, 0.0, 1.0, 0, 40, 16, 1, bf16=False)
+    train, held_out = split_questions(read_questions("sample").questions, eval_fraction=0.2, seed=0)
+    here = world.start()
+    trainer = Trainer(
+        config,
+        resolve_ds_config(ROOT / "ds_configs/zero2.json", fill=sizes),
+        here,
+        Console(speaks=False),
+        {"letters": (letters_reward, 1.0)},
+    )
+    first, last = trainer.run(train, held_out[:2], tmp_path / "run").quarters()
+    assert last > first + 0.3
+
+
+def test_seeds_of_steps_and_ranks_never_meet():
+    seeds = {seed_at(seed, step, rank) for seed in range(5) for step in range(200) for rank in range(4)}
+    assert len(seeds) == 5 * 200 * 4
