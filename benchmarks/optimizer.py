@@ -1,6 +1,7 @@
 """How fast a host steps its parameters: our 8-bit AdamW beside bitsandbytes', DeepSpeed's and torch's.
 
-The contenders step the same gradient in turn, round after round, so that a busy neighbour slows them all; medians.
+The contenders step the same gradient in turn, round after round, so that a busy neighbour slows them all; medians,
+and the fastest step beside them (a neighbour slows a step that computes more than one that waits for memory).
 `GB/s` is the least traffic a step can do with (bytes/param) over its time, to be held against the copy's.
 `transient` is how far resident memory rose above its level before the step.
 
@@ -31,6 +32,7 @@ class Row:
     name: str
     seconds: float
     parameters_per_second: float
+    fastest_parameters_per_second: float
     bytes_per_parameter: int
     gigabytes_per_second: float
     transient_megabytes: float | None  # None where the system does not tell
@@ -47,7 +49,7 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for name, step in [*steps.items(), ("copy", copy)]:
             times[name].append(seconds(step))
-    rows = [row(name, statistics.median(times[name]), arguments.elements, transients[name]) for name in steps]
+    rows = [row(name, times[name], arguments.elements, transients[name]) for name in steps]
     copy_bandwidth = 8 * arguments.elements / statistics.median(times["copy"]) / 1e9
     print_table(rows, copy_bandwidth, arguments)
     if arguments.json:
@@ -121,9 +123,10 @@ def _status_megabytes(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) / 1024
 
 
-def row(name: str, taken: float, elements: int, transient: float | None) -> Row:
+def row(name: str, times: list[float], elements: int, transient: float | None) -> Row:
+    taken = statistics.median(times)
     moved = BYTES[name] * elements / taken / 1e9
-    return Row(name, taken, elements / taken, BYTES[name], moved, transient)
+    return Row(name, taken, elements / taken, elements / min(times), BYTES[name], moved, transient)
 
 
 def machine() -> dict[str, object]:
@@ -141,14 +144,16 @@ def print_table(rows: list[Row], copy_bandwidth: float, arguments: argparse.Name
 
     rate = {r.name: r.parameters_per_second for r in rows}
     table = Table(title=f"{arguments.elements / 1e6:.0f} M parameters, medians of {arguments.rounds} interleaved steps")
-    for header in ("", "M param/s", "x bnb", "x DeepSpeed", "bytes/param", "GB/s", "transient MB"):
+    for header in ("", "M param/s", "x bnb", "x DeepSpeed", "fastest", "bytes/param", "GB/s", "transient MB"):
         table.add_column(header, justify="right" if header else "left")
     for r in rows:
         ratios = [f"{r.parameters_per_second / rate[other]:.2f}" for other in (BITSANDBYTES, DEEPSPEED)]
         transient = "?" if r.transient_megabytes is None else f"{r.transient_megabytes:.0f}"
-        speed = f"{r.parameters_per_second / 1e6:.0f}"
-        table.add_row(r.name, speed, *ratios, str(r.bytes_per_parameter), f"{r.gigabytes_per_second:.1f}", transient)
-    table.add_row("torch copy_", "", "", "", "8", f"{copy_bandwidth:.1f}", "")
+        speed, fastest = (f"{s / 1e6:.0f}" for s in (r.parameters_per_second, r.fastest_parameters_per_second))
+        table.add_row(
+            r.name, speed, *ratios, fastest, str(r.bytes_per_parameter), f"{r.gigabytes_per_second:.1f}", transient
+        )
+    table.add_row("torch copy_", "", "", "", "", "8", f"{copy_bandwidth:.1f}", "")
     Console(width=110).print(table)
     print(", ".join(f"{key}: {value}" for key, value in machine().items()))
 

@@ -5,6 +5,7 @@ was typed. Nothing heavy is imported here: --help and a mistyped flag are answer
 """
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args
@@ -68,7 +69,10 @@ class EvaluateConfig(AskConfig):
         return super().problems() + [
             message
             for wrong, message in (
-                (not 0 < self.eval_fraction <= 1, f"eval_fraction is {self.eval_fraction}; a share lies between 0 and 1"),
+                (
+                    not 0 < self.eval_fraction <= 1,
+                    f"eval_fraction is {self.eval_fraction}; a share lies between 0 and 1",
+                ),
                 (self.eval_limit is not None and self.eval_limit < 1, "eval_limit must be 1 or more"),
                 (self.eval_batch_size < 1, "eval_batch_size must be 1 or more"),
             )
@@ -149,7 +153,7 @@ def parse(
     argv: list[str],
     *,
     about: str,
-    recipe: dict[str, Any] | None = None,
+    recipe: Mapping[str, Any] | None = None,
     extra: dict[str, str] | None = None,
 ) -> Parsed[ConfigType]:
     """argv -> a checked config. Raises UsageError, one for all that is wrong.
@@ -193,10 +197,8 @@ def _parser(config_type: type, about: str, recipe: dict[str, Any], extra: dict[s
         parser.add_argument(f"--{name}", type=str | None, default=None, help=meaning)
     for knob in fields(config_type):
         default = recipe.get(knob.name, knob.default)
-        switch = {"nargs": "?", "const": True} if knob.type is bool else {}
-        parser.add_argument(
-            f"--{knob.name}", type=knob.type, default=default, help=knob.metadata["help"], **switch
-        )
+        switch: dict[str, Any] = {"nargs": "?", "const": True} if knob.type is bool else {}
+        parser.add_argument(f"--{knob.name}", type=knob.type, default=default, help=knob.metadata["help"], **switch)
     return parser
 
 

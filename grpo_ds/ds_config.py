@@ -302,7 +302,8 @@ def unknown_keys(engine: dict[str, Any]) -> Iterator[str]:
         asked = engine[section].get("type", "AdamW8bit" if section == "optimizer" else None)
         name = next((name for name in params_of if name.lower() == str(asked).lower()), None)
         if name is None:
-            yield f"{section}.type is {kind(asked) if asked is not None else 'missing'}, but must be one of {', '.join(params_of)}"
+            given = kind(asked) if asked is not None else "missing"
+            yield f"{section}.type is {given}, but must be one of {', '.join(params_of)}"
             continue
         engine[section]["type"] = name
         engine[section].setdefault("params", {})

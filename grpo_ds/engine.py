@@ -23,7 +23,7 @@ os.environ.setdefault("DS_LOG_LEVEL", "warning")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed  # noqa: E402  reads the variables above when it is imported
+import deepspeed
 
 
 class Engine:

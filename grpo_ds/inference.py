@@ -13,7 +13,8 @@ def load_for_asking(config: AskConfig, *, bf16: bool) -> tuple[Sampler, PromptSt
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(config.model)
     model = load_policy(config.model, dtype=torch.bfloat16 if bf16 else torch.float32, checkpointing=False)
-    sampler = Sampler(model.to(device).eval(), tokenizer, max_completion_length=config.max_completion_length)
+    model.to(device).eval()  # type: ignore[arg-type]  # transformers hides the signature of .to
+    sampler = Sampler(model, tokenizer, max_completion_length=config.max_completion_length)
     return sampler, prompt_style(config)
 
 

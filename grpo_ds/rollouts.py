@@ -49,7 +49,7 @@ class PromptStyle:
         """What the model said, a prefilled <reasoning> put back in front: what rewards and graders read."""
         opening = REASONING_OPEN * self.prefill
         rows = zip(completions.ids, completions.mask, strict=True)
-        return [opening + tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in rows]
+        return [opening + str(tokenizer.decode(ids[mask], skip_special_tokens=True)) for ids, mask in rows]
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ class Sampler:
         self.model, self.tokenizer = model, tokenizer
         self.max_completion_length = max_completion_length
         self.eos_ids = _eos_ids(model, tokenizer)
-        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         self.may_close = torch.tensor([STOP[-1] in token for token in tokens], device=model.device)
 
     @torch.no_grad()
@@ -61,7 +61,7 @@ class Sampler:
             ids, attended, cache = self._prefill(prompts)
             cache.batch_repeat_interleave(group_size)
             stop = StopAfterAnswer(self.tokenizer, self.may_close, prompt_width=ids.shape[1])
-            output = self.model.generate(
+            output = self.model.generate(  # type: ignore[operator]  # its signature is lost in a mixin
                 ids.repeat_interleave(group_size, dim=0),
                 attention_mask=attended.repeat_interleave(group_size, dim=0),
                 past_key_values=cache,

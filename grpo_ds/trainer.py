@@ -155,13 +155,13 @@ class Trainer:
             return
         self.reference = None  # the old one's memory goes before the new one comes
         self.reference = Reference(self.engine.policy, self.config.reference)
-        floor = self.measure_floor(questions)
+        floor = self.measure_floor(self.reference, questions)
         self.console.line(
-            f"Reference: {self.config.reference}, {self.reference.bytes() / 2**20:.0f} MiB; its KL to the policy it was "
-            f"made from is {floor:.4f} a token: the KL below starts there, not at 0."
+            f"Reference: {self.config.reference}, {self.reference.bytes() / 2**20:.0f} MiB; its KL to the policy it "
+            f"was made from is {floor:.4f} a token: the KL below starts there, not at 0."
         )
 
-    def measure_floor(self, questions: list[Question]) -> float:
+    def measure_floor(self, reference: Reference, questions: list[Question]) -> float:
         """Mean k3 between policy and reference over completions of the first step's questions."""
         config, asked = self.config, self.my_questions(0, questions)
         prompts, completions = sample(
@@ -169,7 +169,7 @@ class Trainer:
         )
         tally = Tally()
         for rows, _ in micro_batches(prompts, completions):
-            tally.add("floor", kl_floor(self.engine.policy, self.reference, rows))
+            tally.add("floor", kl_floor(self.engine.policy, reference, rows))
         return tally.means(self.world.sum(tally.as_tensor()))["floor"]
 
     def evaluate(self, when: str, questions: list[Question]) -> Evaluation:

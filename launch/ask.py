@@ -13,19 +13,18 @@ TEXTS = {"question": "a question that yes or no answers", "context": "the text t
 
 def main(argv: list[str]) -> None:
     first = parse(AskConfig, argv, about=__doc__, extra=TEXTS)
-    missing = [f"--{name}" for name in TEXTS if not (first.extra[name] or "").strip()]
+    texts = {name: (first.extra[name] or "").strip() for name in TEXTS}
+    missing = [f"--{name}" for name, text in texts.items() if not text]
     if missing:
         raise UsageError(f"Nothing to answer: {' and '.join(missing)} must be given and must hold text.")
     gpu_gib = gpu_memory_gib()
     choice = choose_model(first.config.model, gpu_gib=gpu_gib, ram_gib=ram_gib())
-    config = parse(
-        AskConfig, [*argv, "--model", choice.model], about=__doc__, recipe=choice.recipe, extra=TEXTS
-    ).config
+    config = parse(AskConfig, [*argv, "--model", choice.model], about=__doc__, recipe=choice.recipe, extra=TEXTS).config
 
     from grpo_ds.inference import load_for_asking  # from here on heavy libraries are loaded
 
     sampler, style = load_for_asking(config, bf16=gpu_gib is not None or cpu_has_bf16())
-    question = Question(id="asked", text=first.extra["question"], context=first.extra["context"], label="")
+    question = Question(id="asked", text=texts["question"], context=texts["context"], label="")
     completions = sampler(style.encode(sampler.tokenizer, [question]), group_size=1, temperature=0.0)
     text = style.texts(sampler.tokenizer, completions)[0]
     answer = parse_answer(text, labels=style.labels).answer

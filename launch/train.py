@@ -11,8 +11,8 @@ from pathlib import Path
 from grpo_ds.config import TrainConfig, parse
 from grpo_ds.ds_config import DsConfig, DsSizes, resolve_ds_config
 from grpo_ds.errors import UsageError, run_script
-from grpo_ds.models.presets import Choice, choose_model
 from grpo_ds.machine import cpu_has_bf16, gpu_memory_gib, ram_gib
+from grpo_ds.models.presets import Choice, choose_model
 from grpo_ds.report.trackers import check_trackers
 from grpo_ds.task.questions import QuestionSet, read_questions, split_questions
 
@@ -41,7 +41,9 @@ def main(argv: list[str]) -> None:
     )
     outcome = Trainer(config, ds, here, console, rewards).run(train, held_out, folder)
     console.before_and_after(outcome.before, outcome.after, held_out)
-    console.line("Mean reward: {:.2f} in the first quarter of the steps, {:.2f} in the last.".format(*outcome.quarters()))
+    console.line(
+        "Mean reward: {:.2f} in the first quarter of the steps, {:.2f} in the last.".format(*outcome.quarters())
+    )
     console.line(f"Model and metrics.jsonl: {folder}\nAsk it: python launch/ask.py --model {folder} --question ...")
     world.stop()
 

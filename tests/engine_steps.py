@@ -63,9 +63,7 @@ def main(folder: str, out: str, steps: int, micro_groups: int, mu: int) -> None:
     rollout = fixed_rollout(slice(here.rank * share, (here.rank + 1) * share))
     history = []
     for _ in range(steps):
-        tally = update(
-            engine, rollout, mu=mu, micro_groups=micro_groups, ranks=here.size, epsilon=0.2, beta=0.1
-        )
+        tally = update(engine, rollout, mu=mu, micro_groups=micro_groups, ranks=here.size, epsilon=0.2, beta=0.1)
         history.append(tally.means(here.sum(tally.as_tensor())))
     if here.is_first:
         torch.save({"weights": model.state_dict(), "history": history}, out)

@@ -44,7 +44,7 @@ def test_imports_run_downward():
         if part == "__init__" or not module.startswith("grpo_ds."):
             continue
         other = module.split(".")[1]
-        if other != part and HEIGHT[other] > HEIGHT[part] or {other, part} == {"core", "task"}:
+        if (other != part and HEIGHT[other] > HEIGHT[part]) or {other, part} == {"core", "task"}:
             broken.append(f"{part}/{file} imports {module}")
     assert not broken
 
@@ -61,4 +61,6 @@ def test_every_heavy_library_has_one_owner():
 
 def test_task_knows_no_tensors():
     heavy = ("torch", "transformers", "numpy")
-    assert not [f"task/{file} imports {m}" for file, part, m in imports() if part == "task" and m.split(".")[0] in heavy]
+    assert not [
+        f"task/{file} imports {m}" for file, part, m in imports() if part == "task" and m.split(".")[0] in heavy
+    ]

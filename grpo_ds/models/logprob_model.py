@@ -4,6 +4,8 @@ Policy, old policy and reference share it. The head is applied in chunks inside 
 policy's engine wraps log-probs, not logits, and no [tokens, vocabulary] tensor exists anywhere.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ class LogprobModel(nn.Module):
         super().__init__()
         check_plain_head(model)
         self.model = model
-        self.options = {"vocab_size": vocab_size, "temperature": temperature, "chunk_mib": chunk_mib}
+        self.options: dict[str, Any] = {"vocab_size": vocab_size, "temperature": temperature, "chunk_mib": chunk_mib}
 
     def forward(self, rows: PackedRows) -> Float[Tensor, "B C"]:
         hidden = self.model.base_model(

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
-
 from transformers.utils import logging as transformers_logging
 
 from grpo_ds.errors import UsageError
@@ -21,7 +20,7 @@ def model_source(name: str) -> str:
     """What from_pretrained takes: a preset's hub id, the embedded model's folder, or the name itself."""
     if name == EMBEDDED:
         return str(embedded_folder())
-    return PRESETS[name].hub_id if name in PRESETS else name
+    return (PRESETS[name].hub_id or name) if name in PRESETS else name
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -47,9 +46,7 @@ def load_policy(name: str, *, dtype: torch.dtype, checkpointing: bool) -> PreTra
         for key, value in config.to_dict().items():
             if ("dropout" in key or key.endswith("_pdrop")) and isinstance(value, float):
                 setattr(config, key, 0.0)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, attn_implementation="sdpa"
-        )
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, attn_implementation="sdpa")
     own = model.generation_config
     model.generation_config = GenerationConfig(
         bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id

@@ -3,6 +3,7 @@
 Standard library only: the command line needs it before anything heavy is loaded.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,7 @@ class Preset:
     name: str
     hub_id: str | None  # None: comes from a wheel (models/embedded.py)
     parameters: int
-    recipe: dict[str, object] = field(default_factory=dict)  # flag name -> default
+    recipe: Mapping[str, object] = field(default_factory=dict)  # flag name -> default
 
 
 EMBEDDED = "smollm2-135m"
@@ -30,7 +31,7 @@ LAPTOP = {
     "max_prompt_length": 512,
     "max_completion_length": 48,
     "learning_rate": 2e-5,
-    "num_steps": 20,
+    "num_steps": 16,
     "eval_limit": 24,
 }
 
@@ -52,7 +53,7 @@ class Choice:
 
     model: str
     why: str
-    recipe: dict[str, object]
+    recipe: Mapping[str, object]
     needs_gpu: bool  # it was chosen for the card
 
 

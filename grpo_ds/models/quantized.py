@@ -38,6 +38,10 @@ def dequantize(codes: Int8[Tensor, "out in"], scale: Float[Tensor, "out groups"]
 class Int8Rows(nn.Module):
     """A frozen weight [out, in] in int8 that hands out its rows, so that a head is never whole in 16 bits."""
 
+    codes: Tensor  # int8
+    scale: Tensor
+    bias: Tensor | None
+
     def __init__(self, weight: Float[Tensor, "out in"]) -> None:
         super().__init__()
         codes, scale = quantize(weight)

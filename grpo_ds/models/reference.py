@@ -6,6 +6,7 @@ is read twice from disk, and no second 16-bit model exists at any moment (but fo
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from grpo_ds.core.packing import PackedRows
 from grpo_ds.core.losses import kl_k3
+from grpo_ds.core.packing import PackedRows
 from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.models.quantized import Int8Embedding, Int8Linear
 
@@ -52,14 +53,14 @@ def _distinct(module: nn.Module) -> Iterator[Tensor]:
             yield tensor
 
 
-def _rebuilt(policy: PreTrainedModel, replace: Callable[[nn.Module], nn.Module | None]) -> PreTrainedModel:
-    """An empty model of the policy's kind, filled module by module with `replace(policy's module)`.
+def _rebuilt(policy: PreTrainedModel, replace: Callable[[Any], nn.Module]) -> PreTrainedModel:
+    """An empty model of the policy's kind, filled module by module with `replace(policy's layer)`.
 
-    Where `replace` returns None the module's own tensors are copied. Tied modules stay tied.
+    What is no linear layer and no embedding (norms, buffers) is copied. Tied modules stay tied.
     """
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(policy.config, dtype=policy.dtype)
-    replaced: dict[int, nn.Module] = {}  # by the storage of the weight, so that a tied head is made once
+    replaced: dict[int, nn.Module] = {}  # by the address of the weight, so that a tied head is made once
     for name, source in policy.named_modules():
         if not isinstance(source, nn.Linear | nn.Embedding | Conv1D):
             for key, tensor in (*source._parameters.items(), *source._buffers.items()):
@@ -69,14 +70,14 @@ def _rebuilt(policy: PreTrainedModel, replace: Callable[[nn.Module], nn.Module |
                 elif tensor is not None:
                     target._buffers[key] = tensor.detach().clone()
             continue
-        storage = source.weight.data_ptr()
-        if storage not in replaced:
-            replaced[storage] = replace(source)
-        model.set_submodule(name, replaced[storage])
+        address = source.weight.data_ptr()  # not its storage: ZeRO keeps all parameters in one
+        if address not in replaced:
+            replaced[address] = replace(source)
+        model.set_submodule(name, replaced[address])
     return model
 
 
-def _int8(source: nn.Module) -> nn.Module:
+def _int8(source: Any) -> nn.Module:
     if isinstance(source, nn.Embedding):
         return Int8Embedding(source.weight)
     # GPT-2's Conv1D is a linear layer with its weight stored the other way round.
@@ -84,7 +85,7 @@ def _int8(source: nn.Module) -> nn.Module:
     return Int8Linear(weight, source.bias)
 
 
-def _llm_int8(source: nn.Module) -> nn.Module:
+def _llm_int8(source: Any) -> nn.Module:
     """bitsandbytes' LLM.int8, with its own rule that embeddings and the head stay in 16 bits."""
     if not isinstance(source, nn.Linear) or source.out_features > LARGEST_LAYER:
         return _frozen_copy(source)

@@ -5,6 +5,7 @@
 // contraction is off at compile time and every fused multiply-add is written out. On encoding, bitsandbytes rounds
 // value / absmax to a grid of 65536 points over [-1, 1] and takes the code nearest to the grid point.
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -26,6 +27,12 @@ ALWAYS_INLINE uint16_t nearest_bf16(float value) {  // ties to even, NaN stays N
     return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
+// Asks for the next block while this one is worked on; past the end it does no harm.
+template <class T> ALWAYS_INLINE void prefetch_next_block(const T* here) {
+    for (size_t line = 0; line < BLOCK * sizeof(T); line += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(here + BLOCK) + line);
+}
+
 // How gradients and parameters lie in memory. A new layout is a new struct here and a line in choose_kernel.
 struct Fp32 {
     float* data;
@@ -40,7 +47,9 @@ struct Bf16 {
 struct Split {  // fp32 as a nearest bf16 and the signed difference of the bit patterns; ties go away from zero,
     uint16_t* data;  // because the difference +32768 of a tie to even does not fit 16 bits
     int16_t* residual;
-    ALWAYS_INLINE float load(int i) const { return float_of((uint32_t(data[i]) << 16) + uint32_t(int32_t(residual[i]))); }
+    ALWAYS_INLINE float load(int i) const {
+        return float_of((uint32_t(data[i]) << 16) + uint32_t(int32_t(residual[i])));
+    }
     ALWAYS_INLINE void store(int i, float value) const {
         const uint32_t bits = bits_of(value), half = (bits + 0x8000) >> 16;
         data[i] = uint16_t(half);
@@ -113,6 +122,10 @@ template <int N, class Gradient, class Parameter>
 ALWAYS_INLINE void step_block(const Job& job, int64_t block, Gradient gradient, Parameter parameter) {
     const int64_t start = block * BLOCK;
     const int n = N ? N : int(job.elements - start);
+    prefetch_next_block(gradient.data);
+    prefetch_next_block(parameter.data);
+    prefetch_next_block(job.codes1 + start);
+    prefetch_next_block(job.codes2 + start);
     alignas(64) float moment1[BLOCK], moment2[BLOCK];
     decode(job.codes1 + start, n, job.qmap1, moment1);
     decode(job.codes2 + start, n, job.qmap2, moment2);
@@ -197,16 +210,32 @@ Kernel choose_kernel(const Job& job) {
     return job.gradient_is_bf16 ? for_parameter<Bf16>(job, path) : for_parameter<Fp32>(job, path);
 }
 
+// The largest size in a stretch, as a bit pattern: sizes order like integers, infinities and NaN above all numbers.
+template <class T, T MASK> ALWAYS_INLINE T largest_size(const T* bits, int64_t n) {
+    T largest = 0;
+    for (int64_t i = 0; i < n; i++) largest = (bits[i] & MASK) > largest ? (bits[i] & MASK) : largest;
+    return largest;
+}
+template <class T, T MASK> T largest_portable(const T* bits, int64_t n) { return largest_size<T, MASK>(bits, n); }
+#if defined(__x86_64__)
+template <class T, T MASK> __attribute__((target("avx2"))) T largest_avx2(const T* bits, int64_t n) {
+    return largest_size<T, MASK>(bits, n);
+}
+#else
+template <class T, T MASK> T largest_avx2(const T* bits, int64_t n) { return largest_size<T, MASK>(bits, n); }
+#endif
+
 template <class T, T MASK, T LIMIT> int64_t first_bad(const T* bits, int64_t n, int threads) {
     constexpr int64_t STRIDE = CHUNK * BLOCK;
+    const auto largest = best_path() ? largest_avx2<T, MASK> : largest_portable<T, MASK>;
     int64_t first = n;
-#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(min : first)
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(min : first) if (n > STRIDE)
     for (int64_t start = 0; start < n; start += STRIDE) {
-        const int64_t stop = start + STRIDE < n ? start + STRIDE : n;
-        T bad = 0;
-        for (int64_t i = start; i < stop; i++) bad |= T((bits[i] & MASK) >= LIMIT);
-        for (int64_t i = start; bad && i < stop; i++)
-            if ((bits[i] & MASK) >= LIMIT) { first = i < first ? i : first; break; }
+        const int64_t length = start + STRIDE < n ? STRIDE : n - start;
+        if (largest(bits + start, length) < LIMIT) continue;
+        int64_t i = start;
+        while ((bits[i] & MASK) < LIMIT) i++;
+        first = i < first ? i : first;
     }
     return first < n ? first : -1;
 }
@@ -229,8 +258,8 @@ void grpo_ds_build_grid(const float* qmap, uint8_t* grid) {
 
 // Index of the first value that is NaN, infinite or 2^64 and more in size (its square overflows); -1 if there is none.
 int64_t grpo_ds_first_bad(const void* data, int64_t n, int is_bf16, int threads) {
-    if (is_bf16) return first_bad<uint16_t, 0x7fff, 0x5f80>((const uint16_t*)data, n, threads);
-    return first_bad<uint32_t, 0x7fffffff, 0x5f800000>((const uint32_t*)data, n, threads);
+    if (is_bf16) return first_bad<int16_t, 0x7fff, 0x5f80>((const int16_t*)data, n, threads);
+    return first_bad<int32_t, 0x7fffffff, 0x5f800000>((const int32_t*)data, n, threads);
 }
 
 void grpo_ds_step(const Job* job) {

@@ -1,0 +1,52 @@
+"""A causal LM as packed rows -> log-probs: every architecture, with checkpointing, without large tensors."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
+
+from grpo_ds.core.packing import pack
+from grpo_ds.models.logprob_model import LogprobModel
+from tests.conftest import tiny_config
+from tests.core.test_logprobs import LargestTensor
+from tests.core.test_packing import alone, make_groups
+
+SIZE = {"vocab_size": 272, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+MODELS = {
+    "qwen2": lambda: Qwen2ForCausalLM(tiny_config()),
+    "qwen2 with a head of its own": lambda: Qwen2ForCausalLM(tiny_config(tie_word_embeddings=False)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZE)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=272, n_embd=64, n_layer=2, n_head=4)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_equals_alone_for_every_architecture(name):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    prompts, ids, mask = make_groups([11, 5], [[4, 1, 7], [6, 6, 2]])
+    packed = LogprobModel(model, vocab_size=259, temperature=1.0, chunk_mib=1)(pack(prompts, ids, mask, pad_id=0))
+    torch.testing.assert_close(packed, alone(model, prompts, ids, mask, 259), atol=1e-5, rtol=1e-5)
+
+
+def test_checkpointing_recomputes_and_changes_nothing():
+    grads = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(tiny_config()).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        rows = pack(*make_groups([11, 5], [[4, 1, 7], [6, 6, 2]]), pad_id=0)
+        LogprobModel(model, vocab_size=259, temperature=1.0, chunk_mib=1)(rows).sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_forward_and_backward_hold_no_tensor_of_tokens_by_vocabulary():
+    vocab, tokens = 30_000, 2 * 4 * 32
+    model = Qwen2ForCausalLM(tiny_config(vocab_size=vocab, hidden_size=32, num_attention_heads=2))
+    rows = pack(*make_groups([10, 10], [[32] * 4] * 2), pad_id=0)
+    with LargestTensor() as watch:
+        LogprobModel(model, vocab_size=vocab, temperature=1.0, chunk_mib=0.5)(rows).sum().backward()
+    assert watch.elements == vocab * 32  # the head and its gradient; logits would be 8 times that
+    assert watch.elements < tokens * vocab
