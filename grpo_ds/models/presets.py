@@ -22,16 +22,16 @@ class Preset:
 
 EMBEDDED = "smollm2-135m"
 
-# For a laptop: a 135M model keeps to the format only when shown (two worked examples, the opening tag
+# For a laptop: a 135M model keeps to the format only when shown (a worked example, the opening tag
 # prefilled), learns at 20 times a large model's rate, and must not wait for 300 tokens on two cores.
 LAPTOP = {
-    "few_shot": 2,
+    "few_shot": 1,
     "prefill": True,
     "num_generations": 8,
     "max_prompt_length": 512,
     "max_completion_length": 48,
     "learning_rate": 2e-5,
-    "num_steps": 16,
+    "num_steps": 14,
     "eval_limit": 24,
 }
 

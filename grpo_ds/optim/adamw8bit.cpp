@@ -12,7 +12,7 @@
 namespace {
 
 constexpr int BLOCK = 256;         // values that share one scale
-constexpr int64_t CHUNK = 128;     // blocks a thread takes at a time: 32 K values, some 500 KB of traffic
+constexpr int64_t CHUNK = 1024;        // blocks a thread takes at a time: long enough for the processor to prefetch
 constexpr float SMALLEST = 0x1p-127f;  // 1 / scale is finite from here up
 constexpr float LARGEST = 0x1.fffffep127f;
 
@@ -213,7 +213,10 @@ Kernel choose_kernel(const Job& job) {
 // The largest size in a stretch, as a bit pattern: sizes order like integers, infinities and NaN above all numbers.
 template <class T, T MASK> ALWAYS_INLINE T largest_size(const T* bits, int64_t n) {
     T largest = 0;
-    for (int64_t i = 0; i < n; i++) largest = (bits[i] & MASK) > largest ? (bits[i] & MASK) : largest;
+    for (int64_t i = 0; i < n; i++) {
+        const T size = T(bits[i] & MASK);  // in T, or the promotion to int keeps 16-bit lanes from vectorising
+        largest = size > largest ? size : largest;
+    }
     return largest;
 }
 template <class T, T MASK> T largest_portable(const T* bits, int64_t n) { return largest_size<T, MASK>(bits, n); }
