@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-from conftest import make_tokenizer
 
 from grpo_ds.errors import DataError, UsageError
 from grpo_ds.task.answers import parse_answer
@@ -16,6 +15,7 @@ from grpo_ds.task.prompts import (
     system_prompt,
 )
 from grpo_ds.task.questions import Question
+from tests.conftest import make_tokenizer
 
 LABELS = ("yes", "no")
 QUESTION = Question(id="42", text="Does it help?", context="Methods first. Results last.", label="yes")

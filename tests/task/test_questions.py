@@ -4,12 +4,12 @@ import json
 import random
 
 import pytest
-from conftest import SHARED_DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_ds.errors import DataError, UsageError
 from grpo_ds.task.questions import Question, questions_at, read_questions, split_questions
+from tests.conftest import SHARED_DATA
 
 needs_shared_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the PubMedQA files are not on this machine")
 
