@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-OURS, OURS_SPLIT = "CPUAdamW8bit", "CPUAdamW8bit, bf16 + residual"
+OURS, OURS_SPLIT = "CPUAdamW8bit", "same, bf16 + residual"
 BITSANDBYTES, DEEPSPEED, TORCH = "bitsandbytes AdamW8bit", "DeepSpeedCPUAdam", "torch AdamW(fused)"
 # Gradient + parameter read and written + moments read and written. Ours reads the gradient twice: NaN check first.
 BYTES = {OURS: 4 + 4 + 8 + 4, OURS_SPLIT: 2 + 2 + 8 + 4, BITSANDBYTES: 4 + 8 + 4, DEEPSPEED: 28, TORCH: 28}
