@@ -94,7 +94,8 @@ ALWAYS_INLINE void encode(const float* values, int n, float absmax, const uint8_
     if (!(absmax > SMALLEST && absmax <= LARGEST)) { encode_odd_block(values, n, absmax, grid, codes); return; }
     const float inverse = 1.0f / absmax;
     alignas(64) uint32_t point[BLOCK];
-    for (int i = 0; i < BLOCK; i++) point[i] = uint32_t(int32_t(__builtin_fmaf(values[i] * inverse + 1.0f, 32767.5f, 0.5f)));
+    for (int i = 0; i < BLOCK; i++)
+        point[i] = uint32_t(int32_t(__builtin_fmaf(values[i] * inverse + 1.0f, 32767.5f, 0.5f)));
     int i = 0;
     for (; i + 8 <= n; i += 8) {  // one store of eight codes: eight stores would be the bottleneck
         uint64_t word = 0;
