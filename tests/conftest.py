@@ -9,6 +9,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
+
+import tests.shapes  # noqa: F401  jaxtyping finds the checker by its path
+
+# The shapes in signatures are checked in tests alone.
+install_import_hook(["grpo_ds.core", "grpo_ds.models.quantized"], "tests.shapes.check")
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

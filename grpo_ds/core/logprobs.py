@@ -8,7 +8,7 @@ is written once, in the head's own dtype, with its sum over tokens taken in fp32
 N tokens, H hidden size, V vocabulary rows of the head.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +18,7 @@ MIB = 2**20
 MIN_BLOCK = 128  # rows; below this a matmul is all overhead, and the tile is small anyway
 
 
+@runtime_checkable
 class HeadRows(Protocol):
     """A head whose rows come as `head[start:stop]` [rows, H]: a weight tensor, or one kept in 8 bits."""
 

@@ -41,7 +41,7 @@ class PackedRows:
 
 
 def pack(
-    prompts: Sequence[Int[Tensor, " P"]],
+    prompts: Sequence[Int[Tensor, " _"]],  # each of its own length
     completion_ids: Int[Tensor, "B C"],
     completion_mask: Bool[Tensor, "B C"],
     *,

@@ -1,0 +1,44 @@
+"""On a card (`make test-gpu`): the paths a CPU never takes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo_ds.core.logprobs import token_logprobs
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA card; `make test-gpu` on one"),
+]
+
+
+def test_bf16_logprobs_on_the_tensor_cores_equal_float64():
+    torch.manual_seed(0)
+    hidden = torch.randn(300, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    head = torch.randn(5000, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(0, 5000, (300,), device="cuda")
+    ours = token_logprobs(hidden, head, targets, vocab_size=5000, chunk_mib=1)
+    exact = (hidden.double() @ head.double().T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(ours.double(), exact, atol=1e-4, rtol=1e-5)
+    got = torch.autograd.grad(ours.sum(), (hidden, head))
+    for a, b in zip(got, torch.autograd.grad(exact.sum(), (hidden, head)), strict=True):
+        assert (a - b).norm() / b.norm() < 0.01  # both gradients are stored in bf16, which has 8 bits
+
+
+@pytest.mark.parametrize("ds", ["zero2.json", "zero2_gpu.json"])
+@pytest.mark.parametrize("reference", ["int8", "llm.int8", "bf16-cpu"])
+def test_the_whole_run_on_the_card(tiny_folder, tmp_path, ds, reference):
+    flags = ["--ds", f"ds_configs/{ds}", "--model", str(tiny_folder), "--reference", reference, "--num_steps", "2"]
+    flags += ["--max_completion_length", "8", "--eval_limit", "4", "--output_dir", str(tmp_path / "run")]
+    launcher = Path(sys.executable).with_name("deepspeed")
+    result = subprocess.run(
+        [str(launcher), "launch/train.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=400
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all(line["memory/gpu_peak_gib"] > 0 for line in lines)
