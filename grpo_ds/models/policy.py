@@ -4,11 +4,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from grpo_ds.errors import UsageError
+from grpo_ds.hub import knock
 from grpo_ds.models.embedded import embedded_folder
 from grpo_ds.models.presets import EMBEDDED, PRESETS
 from grpo_ds.task.prompts import ensure_chat_template
@@ -20,6 +22,12 @@ def model_source(name: str) -> str:
     """What from_pretrained takes: a preset's hub id, the embedded model's folder, or the name itself."""
     if name == EMBEDDED:
         return str(embedded_folder())
+    if Path(name).is_dir():
+        return name
+    try:
+        knock()
+    except (OSError, ValueError):
+        constants.HF_HUB_OFFLINE = True  # a model in the cache still loads, any other fails now, not in a minute
     return (PRESETS[name].hub_id or name) if name in PRESETS else name
 
 

@@ -10,19 +10,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 from grpo_ds.errors import DataError
+from grpo_ds.hub import knock
 from grpo_ds.task.records import REQUIRED_NAMES, clip, describe
 
 SAMPLE = "sample"
 GOLDEN_FILE = "golden_dataset_pubmedqa_qwen2.5_pro_test_500.json"  # the default where it lies in the working folder
-HUB = "https://huggingface.co"
 HUB_CONFIGS = {"qiaojin/pubmedqa": "pqa_labeled"}
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".yaml", ".gz", ".zip"}
-PROBE_SECONDS = 5  # `datasets` itself retries an unreachable hub for 23 seconds
 OTHERWISE = f"Use a file (--data FILE.json), the packaged records (--data {SAMPLE}) or a hub id (qiaojin/PubMedQA)."
 ACCEPTED = (
     'Records: {"question": "...", "context": "...", "ground_truth": "yes" or "no"},'
@@ -156,10 +153,10 @@ def _reason(error: Exception) -> str:
 
 def _read_hub(hub_id: str) -> Source:
     """A hub data set through `datasets`; its rows are records in the hub's spelling."""
-    _probe_hub(hub_id)
-    from datasets import load_dataset  # heavy, and only hub ids need it
-
     try:
+        knock()
+        from datasets import load_dataset  # heavy, and only hub ids need it
+
         rows = load_dataset(hub_id, HUB_CONFIGS.get(hub_id.lower()), split="train")
     except Exception as error:  # the hub's failures share no type: what matters is that it was not read
         raise _hub_error(hub_id, error) from error
@@ -169,18 +166,6 @@ def _read_hub(hub_id: str) -> Source:
 def rows_to_source(name: str, rows: Iterable[Mapping]) -> Source:
     """Rows of a table as records, numbered from 1."""
     return Source(name, tuple((f"record {number}", dict(row)) for number, row in enumerate(rows, start=1)))
-
-
-def _probe_hub(hub_id: str) -> None:
-    """Fail at once where the hub cannot be reached."""
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "TRUE", "ON", "YES"}:
-        return  # the user says so: `datasets` looks into its cache alone
-    try:
-        urlopen(Request(os.environ.get("HF_ENDPOINT", HUB), method="HEAD"), timeout=PROBE_SECONDS).close()
-    except HTTPError:
-        return  # an answer, if an unfriendly one
-    except (OSError, ValueError) as error:  # ValueError: HF_ENDPOINT is no address
-        raise _hub_error(hub_id, error) from error
 
 
 def _hub_error(hub_id: str, error: Exception) -> DataError:

@@ -5,8 +5,8 @@ import urllib.error
 
 import pytest
 
+from grpo_ds import hub
 from grpo_ds.errors import MAX_LINES, DataError
-from grpo_ds.task import sources
 from grpo_ds.task.questions import Question, read_questions
 from grpo_ds.task.sources import GOLDEN_FILE, Source, rows_to_source
 
@@ -224,7 +224,7 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once_with_what_else_to_use(monk
         raise urllib.error.URLError("Name or service not known")
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(sources, "urlopen", unreachable)
+    monkeypatch.setattr(hub, "urlopen", unreachable)
     with pytest.raises(DataError) as error:
         read_questions("qiaojin/PubMedQA")
     for part in ("qiaojin/PubMedQA", "  Name or service not known", "--data FILE.json", "--data sample"):
