@@ -87,7 +87,7 @@ def contenders(elements: int) -> dict[str, Callable[[], object]]:
     settings = {"lr": 1e-5, "weight_decay": 0.01}
     return {
         OURS: prepare(lambda p: CPUAdamW8bit(p, **settings)),
-        OURS_SPLIT: prepare(lambda p: CPUAdamW8bit(p, **settings, lossless_bf16=True), torch.bfloat16),
+        OURS_SPLIT: prepare(lambda p: CPUAdamW8bit(p, **settings, rounding="residual"), torch.bfloat16),
         BITSANDBYTES: prepare(lambda p: bitsandbytes.optim.AdamW8bit(p, **settings)),
         DEEPSPEED: prepare(lambda p: DeepSpeedCPUAdam(p, **settings)),
         TORCH: prepare(lambda p: torch.optim.AdamW(p, **settings, fused=True)),

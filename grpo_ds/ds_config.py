@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo_ds.ds_keys import KNOWN_KEYS, PARAMS_BY_TYPE, REFUSED
 from grpo_ds.errors import UsageError, one_error
 
 AUTO = "auto"
@@ -38,10 +39,10 @@ class DsSizes:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSpec:
-    """The optimizer asked for; params always hold lr, betas, eps and weight_decay."""
+    """The optimizer asked for."""
 
     type: str  # "AdamW8bit" is built by us and handed in; "Adam" and "AdamW" are built by DeepSpeed
-    params: dict[str, Any]
+    params: dict[str, Any]  # lr, betas, eps, weight_decay, and for DeepSpeed's whatever else it takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,9 @@ class DsConfig:
     engine: dict[str, Any]  # no "auto" left; without "optimizer" when the type is AdamW8bit
     optimizer: OptimizerSpec
     offload: bool  # optimizer states and step live in host memory
+    bf16_masters: bool  # masters and gradients in bf16; AdamW8bit then keeps what bf16 cannot hold by `rounding`
+    rounding: str  # "residual" or "stochastic"; means nothing to fp32 masters
+    share_staging: bool  # the bf16 copy on its way to the card lies in the gradients' memory, which is free by then
     zero_stage: int  # 0, 1 or 2
     bf16: bool  # weights in bf16 (fp32 when the JSON says "enabled": false)
     learning_rate: float
@@ -60,102 +64,9 @@ class DsConfig:
     has_scheduler: bool  # DeepSpeed steps the JSON's schedule; the trainer must add none of its own
 
 
-def names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-# The keys DeepSpeed 0.19.8 reads, section by section: runtime/config.py and constants.py (top level, optimizer,
-# scheduler, data_types), precision_config.py, zero/config.py, zero/offload_config.py and the constructors of
-# its Adams and schedules. tests/test_ds_config.py holds these lists against the installed DeepSpeed.
-KNOWN_KEYS = {
-    "": names(
-        """activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger
-        communication_data_type compile csv_monitor data_efficiency data_types dataloader_drop_last
-        datastates_ckpt disable_allgather disable_python_gc dump_state expert_parallel flops_profiler fp16
-        gradient_accumulation_steps gradient_allreduce_op gradient_clipping gradient_predivide_factor
-        hybrid_engine log_level managed_gradient_accumulation memory_breakdown optimizer pipeline
-        prescale_gradients scheduler seq_parallel_communication_data_type steps_per_print tensor_parallel
-        tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu
-        use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb weight_quantization
-        zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization"""
-    ),
-    "zero_optimization": names(
-        """allgather_bucket_size allgather_partitions allgather_sequential compute_grad_norm
-        contiguous_gradients cpu_offload cpu_offload_param cpu_offload_use_pin_memory elastic_checkpoint
-        enable_sanity_checks gather_16bit_weights_on_model_save ignore_unused_parameters leaf_module
-        legacy_stage1 load_from_fp32_weights log_trace_cache_warnings max_live_parameters max_reuse_distance
-        memory_efficient_linear model_persistence_threshold module_granularity_threshold offload_optimizer
-        offload_param overlap_comm override_module_apply param_persistence_threshold parameter_alignment
-        pipeline_loading_checkpoint prefetch_bucket_size reduce_bucket_size reduce_scatter
-        round_robin_gradients save_muon_momentum_buffer_in_memory stage stage3_allgather_sequential
-        stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save
-        stage3_max_live_parameters stage3_max_reuse_distance stage3_model_persistence_threshold
-        stage3_module_granularity_threshold stage3_param_persistence_threshold stage3_prefetch_bucket_size
-        stage3_use_all_reduce_for_fetch_params sub_group_size use_all_reduce_for_fetch_params
-        use_multi_rank_bucket_allreduce zenflow zero_hpz_partition_size zero_quantized_gradients
-        zero_quantized_nontrainable_weights zero_quantized_weights"""
-    ),
-    "zero_optimization.offload_optimizer": names(
-        """buffer_count cpuadam_cores_perc device fast_init nvme_path pin_memory pipeline_read pipeline_write
-        ratio super_offload"""
-    ),
-    "bf16": names(
-        "bf16_master_weights_and_grads bf16_optimizer_states check_grad_overflow enabled immediate_grad_update"
-    ),
-    "fp16": names(
-        """auto_cast consecutive_hysteresis enabled fp16_master_weights_and_grads hysteresis
-        initial_scale_power loss_scale loss_scale_window min_loss_scale"""
-    ),
-    "data_types": names("buffer_dtype grad_accum_dtype keep_in_fp32_modules param_dtype"),
-    "optimizer": names("legacy_fusion params type"),
-    "scheduler": names("params type"),
-}
-ADAM_PARAMS = names("adam_w_mode amsgrad betas bias_correction eps fp32_optimizer_states lr torch_adam weight_decay")
-WARMUP_PARAMS = names("warmup_min_lr warmup_max_lr warmup_num_steps warmup_type last_batch_iteration")
-PARAMS_BY_TYPE = {
-    "optimizer": {"AdamW8bit": names("lr betas eps weight_decay"), "Adam": ADAM_PARAMS, "AdamW": ADAM_PARAMS},
-    "scheduler": {
-        "WarmupLR": WARMUP_PARAMS,
-        "WarmupDecayLR": WARMUP_PARAMS | {"total_num_steps"},
-        "WarmupCosineLR": names(
-            "total_num_steps warmup_min_ratio warmup_num_steps cos_min_ratio warmup_type last_batch_iteration"
-        ),
-    },
-}
-
 # Sections whose bare presence is implied: an empty JSON still has a precision and an optimizer.
 ALWAYS_OPEN = ("zero_optimization", "bf16", "optimizer", "optimizer.params")
 OPEN_IF_GIVEN = ("zero_optimization.offload_optimizer", "scheduler", "scheduler.params", "fp16", "data_types")
-
-FP32_NAMES = ("fp32", "float32", "float", "torch.float32")
-# Real keys of DeepSpeed with a value that cannot work here: path, is the value that one, why and what to do.
-REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("bfloat16", lambda value: True, 'is DeepSpeed\'s old name: write "bf16"'),
-    ("fp16.enabled", bool, 'overflows in Qwen and needs loss scaling; all else here is bf16: write "bf16" instead'),
-    (
-        "data_types.grad_accum_dtype",
-        lambda value: value in FP32_NAMES,
-        "puts 4 bytes a parameter on the GPU: leave it out, one backward a step needs no accumulator",
-    ),
-    (
-        "zero_optimization.offload_param",
-        lambda value: (
-            value not in (None, False, {}) and not (isinstance(value, dict) and value.get("device") == "none")
-        ),
-        "exists in ZeRO stage 3 only: remove it",
-    ),
-    ("zero_optimization.cpu_offload", bool, 'is deprecated: write "offload_optimizer": {"device": "cpu"}'),
-    ("zero_optimization.cpu_offload_param", bool, "exists in ZeRO stage 3 only: remove it"),
-    ("zero_optimization.cpu_offload_use_pin_memory", bool, 'is deprecated: write "pin_memory" in "offload_optimizer"'),
-    ("zero_optimization.legacy_stage1", bool, "was removed from DeepSpeed: remove it"),
-    ("zero_optimization.zenflow", bool, "cannot sum gradients over ranks, which token weights need: remove it"),
-    ("compile.deepcompile", bool, "cannot sum gradients over ranks, which token weights need: remove it"),
-    ("prescale_gradients", bool, "has no effect on summed gradients: remove it"),
-    ("gradient_predivide_factor", lambda value: value != 1, "has no effect on summed gradients: remove it"),
-    ("optimizer.params.max_grad_norm", lambda value: True, 'belongs at the top level as "gradient_clipping"'),
-    ("zero_optimization.offload_optimizer.ratio", lambda value: value != 1, "exists in ZeRO stage 3 only: remove it"),
-    ("zero_optimization.offload_optimizer.super_offload", bool, "exists in ZeRO stage 3 only: remove it"),
-)
 
 
 def resolve_ds_config(path: str | Path, *, fill: DsSizes, explicit: frozenset[str] = frozenset()) -> DsConfig:
@@ -173,6 +84,7 @@ def resolve_ds_config(path: str | Path, *, fill: DsSizes, explicit: frozenset[st
         *fill_fixed(engine, fill),
         *fill_rows(engine, shared_rows(fill), explicit),
         *fill_rows(engine, schedule_rows(engine, fill), explicit),
+        *fill_rows(engine, adamw8bit_rows() if ours(engine) else [], explicit),
         *fill_peak(engine),
         *check_zero(engine),
         *check_optimizer(engine),
@@ -343,6 +255,7 @@ def is_number(value: Any) -> bool:
 SWITCH = ("true or false", lambda value: isinstance(value, bool))
 AMOUNT = ("a number from 0 up", lambda value: is_number(value) and value >= 0)
 COUNT = ("a whole number from 1 up", lambda value: is_number(value) and value >= 1 and value == int(value))
+ROUNDING = ("residual or stochastic", lambda value: value in ("residual", "stochastic"))
 BETAS = (
     "two numbers below 1, such as [0.9, 0.999]",
     lambda value: isinstance(value, list) and len(value) == 2 and all(is_number(b) and 0 <= b < 1 for b in value),
@@ -375,6 +288,14 @@ def shared_rows(fill: DsSizes) -> list[Row]:
         Row("zero_optimization.allgather_bucket_size", SMALL_BUCKET, COUNT),
         # DeepSpeed's own default is true since 0.19.5, which page-locks every host buffer.
         Row("zero_optimization.offload_optimizer.pin_memory", False, SWITCH),
+    ]
+
+
+def adamw8bit_rows() -> list[Row]:
+    """What our optimizer takes beside Adam's own."""
+    return [
+        Row("optimizer.params.rounding", "residual", ROUNDING),
+        Row("optimizer.params.share_staging", True, SWITCH),
     ]
 
 
@@ -458,12 +379,27 @@ def check_zero(engine: dict[str, Any]) -> Iterator[str]:
 
 def check_optimizer(engine: dict[str, Any]) -> Iterator[str]:
     """DeepSpeed lets an optimizer of ours in with two permissions only, given here where the JSON is silent."""
-    if engine["optimizer"].get("type") != "AdamW8bit":
+    if not ours(engine):
         return
+    if masters_are_bf16(engine):
+        if not offloads(engine):
+            yield 'bf16.bf16_master_weights_and_grads needs "offload_optimizer": {"device": "cpu"} with AdamW8bit'
+        if engine["bf16"].get("enabled") is False:
+            yield "bf16.bf16_master_weights_and_grads needs bf16.enabled true (auto is false: this CPU imitates bf16)"
+        if engine["bf16"].get("bf16_optimizer_states") is True:
+            yield "bf16.bf16_optimizer_states is for DeepSpeed's own Adam; AdamW8bit's moments take half of it"
     if engine.setdefault("zero_allow_untested_optimizer", True) is not True:
         yield "zero_allow_untested_optimizer must be true: AdamW8bit is not on DeepSpeed's list"
     if engine.setdefault("zero_force_ds_cpu_optimizer", False) is not False and offloads(engine):
         yield "zero_force_ds_cpu_optimizer must be false: true forbids AdamW8bit under offload"
+
+
+def ours(engine: dict[str, Any]) -> bool:
+    return look(engine, "optimizer.type") == "AdamW8bit"
+
+
+def masters_are_bf16(engine: dict[str, Any]) -> bool:
+    return look(engine, "bf16.bf16_master_weights_and_grads") is True
 
 
 def offloads(engine: dict[str, Any]) -> bool:
@@ -486,6 +422,8 @@ def leftover_autos(value: Any, path: str = "") -> Iterator[str]:
 def split(engine: dict[str, Any], fill: DsSizes) -> DsConfig:
     """The checked JSON as what DeepSpeed gets and what the trainer needs to know."""
     optimizer = OptimizerSpec(type=engine["optimizer"]["type"], params=copy.deepcopy(engine["optimizer"]["params"]))
+    rounding = optimizer.params.pop("rounding", "nearest")
+    share_staging = optimizer.params.pop("share_staging", False) and offloads(engine)
     if optimizer.type == "AdamW8bit":  # a name DeepSpeed would look for in torch.optim
         del engine["optimizer"]
     has_scheduler = "scheduler" in engine
@@ -493,6 +431,9 @@ def split(engine: dict[str, Any], fill: DsSizes) -> DsConfig:
         engine=engine,
         optimizer=optimizer,
         offload=offloads(engine),
+        bf16_masters=masters_are_bf16(engine),
+        rounding=rounding,
+        share_staging=share_staging,
         zero_stage=engine["zero_optimization"]["stage"],
         bf16=engine["bf16"]["enabled"],
         learning_rate=optimizer.params["lr"],

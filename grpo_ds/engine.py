@@ -5,7 +5,9 @@ Why raw DeepSpeed and not accelerate's plugin: docs/decisions/0001-raw-deepspeed
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from transformers import PreTrainedModel
 
 from grpo_ds.core.packing import PackedRows
 from grpo_ds.ds_config import DsConfig
+from grpo_ds.errors import GrpoError
 from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.optim.adamw8bit import build_optimizer
 
@@ -24,6 +27,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 
 class Engine:
@@ -31,21 +35,22 @@ class Engine:
 
     backwards_per_step: `backward` calls that one `step` follows. With 1, DeepSpeed's fast path, a
     gradient leaves the card once; with more it accumulates in host memory, in bf16.
+    seed: of stochastic rounding, where the JSON asks for it; one a rank.
     """
 
-    def __init__(self, policy: LogprobModel, config: DsConfig, *, backwards_per_step: int = 1) -> None:
-        optimizer = None
-        if config.optimizer.type == "AdamW8bit":
-            parameters = [p for p in policy.parameters() if p.requires_grad]
-            optimizer = build_optimizer(parameters, offload=config.offload, **config.optimizer.params)
+    def __init__(self, policy: LogprobModel, config: DsConfig, *, backwards_per_step: int = 1, seed: int = 0) -> None:
         settings = {**config.engine, "gradient_accumulation_steps": backwards_per_step}
         settings["train_batch_size"] *= backwards_per_step
+        parameters = [p for p in policy.parameters() if p.requires_grad]
         self._engine, *_ = deepspeed.initialize(
             model=policy,
-            model_parameters=[p for p in policy.parameters() if p.requires_grad],
-            optimizer=optimizer,
+            model_parameters=parameters,
+            optimizer=_client_optimizer(parameters, config),
             config=settings,
         )
+        self._shares_staging = config.share_staging and not config.bf16_masters
+        if config.offload:
+            _exchange(self._engine, config, single_backward=backwards_per_step == 1, seed=seed)
         self.policy = policy
 
     def __call__(self, rows: PackedRows) -> Tensor:
@@ -61,6 +66,8 @@ class Engine:
 
     def step(self) -> float:
         """Clip, update, and return the gradient norm before clipping."""
+        if self._shares_staging:
+            _clear_unwritten_gradients(self._engine.optimizer)
         self._engine.step()
         return float(self._engine.get_global_grad_norm() or 0.0)
 
@@ -74,6 +81,98 @@ class Engine:
         """What the last step used."""
         return self._engine.get_lr()[0]
 
+    def save_checkpoint(self, folder: Path, tag: str) -> None:
+        """DeepSpeed's shards of weights and optimizer state in folder/tag; every rank calls it."""
+        self._engine.save_checkpoint(str(folder), tag=tag)
+
+    def load_checkpoint(self, folder: Path, tag: str) -> None:
+        """What save_checkpoint wrote; every rank calls it. Raises GrpoError where DeepSpeed would go on without."""
+        found, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        if found is None:
+            raise GrpoError(f"{folder / tag} holds no DeepSpeed checkpoint of this run; nothing was loaded.")
+
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
         self._engine.destroy()
+
+
+def _client_optimizer(parameters: Sequence[Tensor], config: DsConfig) -> torch.optim.Optimizer | None:
+    """What deepspeed.initialize gets; None lets DeepSpeed build its own from the JSON."""
+    if config.optimizer.type != "AdamW8bit":
+        return None
+    if not config.bf16_masters:
+        return build_optimizer(parameters, offload=config.offload, **config.optimizer.params)
+    # DeepSpeed gives bf16 masters to its own Adam alone and asks for the exact type. This one passes the question
+    # and is exchanged before it ever steps, so its C++ (a compiler and, beside CUDA, its toolkit) is never built.
+    passport = DeepSpeedCPUAdam.__new__(DeepSpeedCPUAdam)
+    torch.optim.Optimizer.__init__(passport, parameters, {**config.optimizer.params, "amsgrad": False})
+    return passport
+
+
+def _exchange(engine: Any, config: DsConfig, *, single_backward: bool, seed: int) -> None:
+    """Everything we replace inside DeepSpeed, right after its initialize: the host ladder and waste on the card.
+
+    bf16 masters: our optimizer for DeepSpeed's, and the masters themselves for their bf16 staging copy.
+    fp32 masters: the staging copy, written when the optimizer has used the gradients, moves into their memory.
+    Both: buffers of the largest parameter that are never read, and a gradient norm without a copy in fp64.
+    Raises GrpoError where DeepSpeed's insides are not those of 0.19.
+    """
+    zero = engine.optimizer
+    _check_insides(engine, bf16_masters=config.bf16_masters)
+    masters, staging = zero.single_partition_of_fp32_groups, zero.param_buffer_of_bit16_for_cpu_offload_groups
+    if config.bf16_masters and config.optimizer.type == "AdamW8bit":
+        groups = zero.optimizer.param_groups  # the same dicts: DeepSpeed's learning rate schedule writes into them
+        for group in groups:
+            del group["amsgrad"]
+        settings = {**config.optimizer.params, "rounding": config.rounding, "seed": seed}
+        zero.optimizer = engine.basic_optimizer = build_optimizer(groups, offload=True, **settings)
+        staging[:] = [master.data for master in masters]  # DeepSpeed's copy from one to the other is then none
+    elif config.share_staging:
+        staging[:] = [m.grad.view(-1).view(copy.dtype)[: m.numel()] for m, copy in zip(masters, staging, strict=True)]
+    zero.temp_grad_buffer_for_cpu_offload = torch.empty(0)
+    if single_backward:
+        zero.temp_grad_buffer_for_gpu_offload = torch.empty(0)
+    zero.set_norm_for_param_grad_in_gpu = lambda parameter: _set_norm(zero, parameter)
+    zero._has_inf_or_nan = lambda tensor: ~torch.linalg.vector_norm(tensor, torch.inf).isfinite()
+
+
+def _check_insides(engine: Any, *, bf16_masters: bool) -> None:
+    """What _exchange, _set_norm and _clear_unwritten_gradients rely on, looked at before anything is touched."""
+    zero, dtype = engine.optimizer, torch.bfloat16 if bf16_masters else torch.float32
+    try:
+        masters, staging = zero.single_partition_of_fp32_groups, zero.param_buffer_of_bit16_for_cpu_offload_groups
+        as_known = (
+            zero.optimizer is engine.basic_optimizer
+            and len(masters) == len(staging) == len(zero.optimizer.param_groups) == len(zero.offload_gradient_dict)
+            and all(master.dtype == master.grad.dtype == dtype for master in masters)
+            and all(m.shape == m.grad.shape == copy.shape for m, copy in zip(masters, staging, strict=True))
+            and all(group["params"][0] is m for group, m in zip(zero.optimizer.param_groups, masters, strict=True))
+            and not any(map(any, zero.round_robin_bit16_padding))  # paddings between parameters would be overwritten
+            and {"set_norm_for_param_grad_in_gpu", "_has_inf_or_nan"} <= set(dir(zero))
+            and zero.norm_for_param_grads == {}
+            and zero.temp_grad_buffer_for_cpu_offload.shape == zero.temp_grad_buffer_for_gpu_offload.shape
+        )
+    except (AttributeError, TypeError, ValueError):
+        as_known = False
+    if not as_known:
+        raise GrpoError(
+            f"DeepSpeed {deepspeed.__version__} keeps its offloaded masters, gradients and staging copy in another way "
+            "than 0.19.8,\nso they cannot be made smaller safely. Install the version that is known to work: "
+            "pip install deepspeed==0.19.8"
+        )
+
+
+def _set_norm(zero: Any, parameter: Tensor) -> None:
+    """A gradient's norm, accumulated in fp32; DeepSpeed's casts the gradient to fp64 first, 2.5 GB for a 3B model's."""
+    key = zero.get_param_id(parameter)
+    _, start, _, length = zero.grad_position[key]
+    gradient = zero.get_param_gradient_attribute(parameter).view(-1).narrow(0, start, length)
+    zero.norm_for_param_grads[key] = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+
+
+def _clear_unwritten_gradients(zero: Any) -> None:
+    """A parameter no backward reached has a gradient of 0, not the bytes of the staging copy that went before."""
+    for group, parameters in enumerate(zero.params_in_partition):
+        for parameter, gradient in zip(parameters, zero.offload_gradient_dict[group], strict=True):
+            if zero.get_param_id(parameter) not in zero.norm_for_param_grads:
+                gradient.zero_()

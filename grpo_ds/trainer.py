@@ -69,7 +69,8 @@ class Trainer:
             model, vocab_size=known_ids, temperature=config.temperature, chunk_mib=config.logprob_chunk_mib
         )
         backwards = backwards_per_step(config.batch_size, config.micro_groups)
-        self.engine = Engine(policy, ds, backwards_per_step=backwards)
+        seed = seed_at(config.seed, 0, world.rank)
+        self.engine = Engine(policy, ds, backwards_per_step=backwards, seed=seed)
         self.sampler = Sampler(model, self.tokenizer, max_completion_length=config.max_completion_length)
         self.reference: Reference | None = None
         self.seconds: dict[str, float] = {}

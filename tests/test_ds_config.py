@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo_ds.ds_config import KNOWN_KEYS, PARAMS_BY_TYPE, DsSizes, resolve_ds_config
+from grpo_ds.ds_config import DsSizes, resolve_ds_config
+from grpo_ds.ds_keys import KNOWN_KEYS, PARAMS_BY_TYPE
 from grpo_ds.errors import MAX_LINES, UsageError
 
 SHIPPED = Path(__file__).resolve().parents[1] / "ds_configs"

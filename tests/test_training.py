@@ -23,6 +23,21 @@ ROOT = Path(__file__).resolve().parents[1]
 REAL_DATA = SHARED_DATA / "pubmedqa_labeled_yesno.json"
 
 
+def launch(*launcher: str, **flags: object) -> str:
+    """launch/train.py as a user starts it; what it printed."""
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    result = subprocess.run(
+        [*launcher, "launch/train.py", *words],
+        cwd=ROOT,
+        env={**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return result.stdout
+
+
 @pytest.fixture(scope="module")
 def launched(tiny_folder, tmp_path_factory):
     """`deepspeed launch/train.py` with every part switched on: two iterations, mu 2, split batches, wandb offline."""
@@ -34,18 +49,19 @@ def launched(tiny_folder, tmp_path_factory):
         "max_prompt_length": 700, "max_completion_length": 8, "eval_limit": 4, "learning_rate": 1e-3,
         "report_to": "wandb",
     }  # fmt: skip
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    launcher = Path(sys.executable).with_name("deepspeed")
-    result = subprocess.run(
-        [str(launcher), "launch/train.py", *words],
-        cwd=ROOT,
-        env={**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    return folder, result.stdout
+    return folder, launch(str(Path(sys.executable).with_name("deepspeed")), **flags)
+
+
+def test_bf16_masters_train_the_same_way(tiny_folder, tmp_path):
+    flags = {
+        "ds": "ds_configs/zero2_lowram.json", "model": tiny_folder, "data": "sample", "output_dir": tmp_path / "run",
+        "num_steps": 2, "num_generations": 2, "max_prompt_length": 700, "max_completion_length": 4,
+        "eval_limit": 2, "learning_rate": 1e-3,
+    }  # fmt: skip
+    output = launch(sys.executable, **flags)
+    assert "step 2/2" in output
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype="auto")
+    assert saved.dtype == torch.bfloat16 and all(p.isfinite().all() for p in saved.parameters())
 
 
 def test_the_launcher_trains_and_says_what_it_did(launched):

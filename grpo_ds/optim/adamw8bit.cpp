@@ -56,6 +56,19 @@ struct Split {  // fp32 as a nearest bf16 and the signed difference of the bit p
         residual[i] = int16_t(bits - (half << 16));
     }
 };
+struct Stochastic {  // bf16, rounded up as often as the value is near the upper neighbour: right on average
+    uint16_t* data;
+    uint32_t key, start;  // the noise is a function of (key, element): no generator to save, any order of blocks
+    ALWAYS_INLINE float load(int i) const { return widen(data[i]); }
+    ALWAYS_INLINE void store(int i, float value) const {
+        data[i] = uint16_t((bits_of(value) + (noise((start + uint32_t(i)) ^ key) >> 16)) >> 16);
+    }
+    static ALWAYS_INLINE uint32_t noise(uint32_t x) {  // an integer hash: Wellons, "lowbias32"
+        x = (x ^ (x >> 16)) * 0x7feb352d;
+        x = (x ^ (x >> 15)) * 0x846ca68b;
+        return x ^ (x >> 16);
+    }
+};
 
 }  // namespace
 
@@ -66,13 +79,14 @@ struct Job {  // mirrored in native.py
     void* gradient;
     void* parameter;
     int16_t* residual;  // with it, a bf16 parameter is the upper half of an fp32 one
-    uint16_t* copy;     // where to write the new parameters in bf16 as well; may be null
     uint8_t *codes1, *codes2;
     float *absmax1, *absmax2;
     const float *qmap1, *qmap2;
     const uint8_t *grid1, *grid2;  // code of each grid point, from build_grid
     float beta1, one_minus_beta1, beta2, one_minus_beta2, decay, step_size, eps;
     int32_t gradient_is_bf16, parameter_is_bf16, threads, path;  // path: -1 the best, 0 portable, 1 AVX2, 2 AVX-512
+    int32_t stochastic;  // round a bf16 parameter with the noise of `key`
+    uint32_t key;
 };
 
 }  // extern "C"
@@ -146,8 +160,6 @@ ALWAYS_INLINE void step_block(const Job& job, int64_t block, Gradient gradient, 
         largest2 = v_bits > largest2 ? v_bits : largest2;
         parameter.store(i, parameter.load(i) * decay + (step_size * m) / (__builtin_sqrtf(v) + eps));
     }
-    if (job.copy)
-        for (int i = 0; i < n; i++) job.copy[start + i] = nearest_bf16(parameter.load(i));
     job.absmax1[block] = float_of(uint32_t(largest1));
     job.absmax2[block] = float_of(uint32_t(largest2));
     encode(moment1, n, job.absmax1[block], job.grid1, job.codes1 + start);
@@ -159,6 +171,9 @@ template <> ALWAYS_INLINE Fp32 at<Fp32>(const Job&, void* data, int64_t start) {
 template <> ALWAYS_INLINE Bf16 at<Bf16>(const Job&, void* data, int64_t start) { return {(uint16_t*)data + start}; }
 template <> ALWAYS_INLINE Split at<Split>(const Job& job, void* data, int64_t start) {
     return {(uint16_t*)data + start, job.residual + start};
+}
+template <> ALWAYS_INLINE Stochastic at<Stochastic>(const Job& job, void* data, int64_t start) {
+    return {(uint16_t*)data + start, job.key, uint32_t(start)};
 }
 
 template <class Gradient, class Parameter>
@@ -203,7 +218,8 @@ template <class G, class P> Kernel on_path(int) { return portable<G, P>; }
 
 template <class G> Kernel for_parameter(const Job& job, int path) {
     if (!job.parameter_is_bf16) return on_path<G, Fp32>(path);
-    return job.residual ? on_path<G, Split>(path) : on_path<G, Bf16>(path);
+    if (job.residual) return on_path<G, Split>(path);
+    return job.stochastic ? on_path<G, Stochastic>(path) : on_path<G, Bf16>(path);
 }
 Kernel choose_kernel(const Job& job) {
     const int best = best_path();

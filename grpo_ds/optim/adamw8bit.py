@@ -8,8 +8,9 @@ N elements of a tensor, K = ceil(N / 256) blocks of it that share one scale.
 """
 
 import functools
+import hashlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from grpo_ds.optim.slices import BLOCK
 MIN_8BIT_SIZE = 4096  # bitsandbytes keeps the moments of smaller tensors (norms, biases) in fp32
 # torch would cast these to the parameter's dtype on loading.
 EXACT_KEYS = ("state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2", "residual")
+Rounding = Literal["nearest", "residual", "stochastic"]
 _BNB_WRAPPER = "__bnb_optimizer_quant_state__"  # bitsandbytes nests the exact keys under this one for FSDP
 
 
@@ -39,9 +41,14 @@ class CPUAdamW8bit(torch.optim.Optimizer):
     """bitsandbytes' blockwise 8-bit AdamW (Dettmers et al. 2022, arXiv:2110.02861) for CPU tensors in fp32 or bf16.
 
     Gradients may be fp32 or bf16, whatever the parameter is. A step whose gradients are not all finite, or so large
-    that their square is not, raises NonFiniteGradient before anything changes. With `lossless_bf16` a bf16 parameter
-    is the upper half of an fp32 master whose other 16 bits live in state["residual"]: the steps are those of the
-    fp32 master, bit by bit, at two bytes a parameter less than keeping it beside its bf16 copy.
+    that their square is not, raises NonFiniteGradient before anything changes.
+
+    rounding: what becomes of the new value of a bf16 parameter; fp32 parameters are never rounded.
+        nearest: is lost where the step is smaller than half of bf16's spacing, which at fine-tuning rates it mostly is.
+        residual: the parameter is the upper half of an fp32 master whose other 16 bits live in state["residual"]. The
+            steps are those of the fp32 master, bit by bit, at two bytes a parameter less than it and a bf16 copy.
+        stochastic: no memory at all, and right on average (Gupta et al. 2015, arXiv:1502.02551). The noise is a
+            function of `seed`, the tensor, its element and the step, and a state dict carries it on.
     """
 
     def __init__(
@@ -52,10 +59,13 @@ class CPUAdamW8bit(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        lossless_bf16: bool = False,
+        rounding: Rounding = "nearest",
+        seed: int = 0,
     ):
-        self.lossless_bf16 = lossless_bf16
         _check_hyperparameters(lr, betas, eps, weight_decay)
+        if rounding not in get_args(Rounding):
+            raise UsageError(f"rounding is {rounding!r}; CPUAdamW8bit knows {', '.join(get_args(Rounding))}.")
+        self.rounding, self.seed = rounding, seed
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -83,16 +93,30 @@ class CPUAdamW8bit(torch.optim.Optimizer):
     def _step_tensor(self, group: dict, parameter: Tensor, gradient: Tensor) -> None:
         state = self.state[parameter]
         if not state:
-            state.update(_new_state(parameter, lossless=self.lossless_bf16))
+            state.update(self._new_state(parameter))
         state["step"] += 1
         if parameter.numel() == 0:  # a rank's partition can be empty
             return
         if state["state1"].dtype != torch.uint8:
-            slices.small_step(parameter, gradient, state, group)
-        elif native.library() is None:
-            slices.slice_step(parameter, gradient, state, group)
+            take = slices.small_step
         else:
-            native.native_step(parameter, gradient, state, group)
+            take = slices.slice_step if native.library() is None else native.native_step
+        take(parameter, gradient, state, group, noise_key=_noise_key(state))
+
+    def _new_state(self, parameter: Tensor) -> dict[str, Any]:
+        """Zero moments (bitsandbytes starts at code 0 with scale 0, which decodes to zero) and what rounding needs."""
+        small = parameter.numel() < MIN_8BIT_SIZE
+        dtype = torch.float32 if small else torch.uint8
+        state = {"step": 0, **{key: torch.zeros_like(parameter, dtype=dtype) for key in ("state1", "state2")}}
+        if parameter.dtype == torch.bfloat16 and self.rounding == "residual":
+            state["residual"] = torch.zeros_like(parameter, dtype=torch.int16)
+        if parameter.dtype == torch.bfloat16 and self.rounding == "stochastic":
+            state["noise"] = (self.seed << 16) + len(self.state)  # this tensor's own, and its for good
+        if not small:
+            blocks = -(-parameter.numel() // BLOCK)
+            state |= {"absmax1": torch.zeros(blocks), "absmax2": torch.zeros(blocks)}
+            state["qmap1"], state["qmap2"] = _dynamic_maps()
+        return state
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Takes this class's state dicts and bitsandbytes', wrapped for FSDP or not."""
@@ -117,28 +141,23 @@ def build_optimizer(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    rounding: Rounding = "nearest",
+    seed: int = 0,
 ) -> torch.optim.Optimizer:
     """The 8-bit AdamW for where the moments live: ours in host memory, bitsandbytes' on the card."""
     settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     if offload or not torch.cuda.is_available():
-        return CPUAdamW8bit(parameters, **settings)
+        return CPUAdamW8bit(parameters, **settings, rounding=rounding, seed=seed)
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(parameters, **settings)
 
 
-def _new_state(parameter: Tensor, *, lossless: bool) -> dict[str, Any]:
-    """Zero moments: bitsandbytes starts at code 0 with scale 0, which decodes to zero."""
-    small = parameter.numel() < MIN_8BIT_SIZE
-    dtype = torch.float32 if small else torch.uint8
-    state = {"step": 0, **{key: torch.zeros_like(parameter, dtype=dtype) for key in ("state1", "state2")}}
-    if lossless and parameter.dtype == torch.bfloat16:
-        state["residual"] = torch.zeros_like(parameter, dtype=torch.int16)
-    if not small:
-        blocks = -(-parameter.numel() // BLOCK)
-        state |= {"absmax1": torch.zeros(blocks), "absmax2": torch.zeros(blocks)}
-        state["qmap1"], state["qmap2"] = _dynamic_maps()
-    return state
+def _noise_key(state: dict[str, Any]) -> int | None:
+    """32 bits that no other step and no other tensor has; None where nothing is rounded stochastically."""
+    if "noise" not in state:
+        return None
+    return int.from_bytes(hashlib.blake2b(f"{state['noise']}/{state['step']}".encode(), digest_size=4).digest())
 
 
 @functools.cache

@@ -38,11 +38,15 @@ class _Job(ctypes.Structure):
 
     _fields_ = [
         ("elements", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("gradient", "parameter", "residual", "copy", "codes1", "codes2")),
+        *((name, ctypes.c_void_p) for name in ("gradient", "parameter", "residual", "codes1", "codes2")),
         *((name, ctypes.c_void_p) for name in ("absmax1", "absmax2", "qmap1", "qmap2", "grid1", "grid2")),
         *((name, ctypes.c_float) for name in ("beta1", "one_minus_beta1", "beta2", "one_minus_beta2")),
         *((name, ctypes.c_float) for name in ("decay", "step_size", "eps")),
-        *((name, ctypes.c_int32) for name in ("gradient_is_bf16", "parameter_is_bf16", "threads", "path")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("gradient_is_bf16", "parameter_is_bf16", "threads", "path", "stochastic")
+        ),
+        ("key", ctypes.c_uint32),
     ]
 
 
@@ -52,12 +56,13 @@ def native_step(
     state: dict,
     group: dict,
     *,
-    copy: Tensor | None = None,
+    noise_key: int | None = None,
     path: str | None = None,
 ) -> None:
-    """The blockwise 8-bit update of [N] elements in place; `copy` receives the new parameters in bf16.
+    """The blockwise 8-bit update of [N] elements in place.
 
-    With state["residual"] (int16) a bf16 parameter is the upper half of an fp32 one. `path` is for tests.
+    With state["residual"] (int16) a bf16 parameter is the upper half of an fp32 one; with `noise_key` it is rounded
+    stochastically. `path` is for tests.
     """
     beta1, beta2 = group["betas"]
     correction1, correction2 = 1 - beta1 ** state["step"], math.sqrt(1 - beta2 ** state["step"])
@@ -67,7 +72,6 @@ def native_step(
         gradient=gradient.data_ptr(),
         parameter=parameter.data_ptr(),
         residual=None if residual is None else residual.data_ptr(),
-        copy=None if copy is None else copy.data_ptr(),
         codes1=state["state1"].data_ptr(),
         codes2=state["state2"].data_ptr(),
         **{name: state[name].data_ptr() for name in ("absmax1", "absmax2", "qmap1", "qmap2")},
@@ -85,6 +89,8 @@ def native_step(
         parameter_is_bf16=parameter.dtype == torch.bfloat16,
         threads=torch.get_num_threads(),
         path=-1 if path is None else PATHS.index(path),
+        stochastic=noise_key is not None,
+        key=noise_key or 0,
     )
     _kernels().grpo_ds_step(ctypes.byref(job))
 

@@ -20,12 +20,12 @@ def first_bad_element(gradient: Tensor) -> int | None:
     return None
 
 
-def slice_step(parameter: Tensor, gradient: Tensor, state: dict, group: dict, *, copy: Tensor | None = None) -> None:
+def slice_step(parameter: Tensor, gradient: Tensor, state: dict, group: dict, *, noise_key: int | None = None) -> None:
     """The blockwise 8-bit update of [N] elements in place, in windows of whole blocks."""
     import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
 
     flat = {"parameter": parameter, "gradient": gradient, **{k: state[k] for k in ("state1", "state2")}}
-    flat |= {k: v for k, v in (("residual", state.get("residual")), ("copy", copy)) if v is not None}
+    flat |= {"residual": state["residual"]} if "residual" in state else {}
     flat = {name: tensor.view(-1) for name, tensor in flat.items()}
     for start in range(0, parameter.numel(), SLICE):
         window = {name: tensor[start : start + SLICE] for name, tensor in flat.items()}
@@ -39,12 +39,10 @@ def slice_step(parameter: Tensor, gradient: Tensor, state: dict, group: dict, *,
                 group["weight_decay"], 1.0,
             )  # fmt: skip
 
-        _update_master(update, window["parameter"], window.get("residual"))
-        if copy is not None:
-            window["copy"].copy_(window["parameter"])
+        _update_master(update, window["parameter"], window.get("residual"), noise_key, first=start)
 
 
-def small_step(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> None:
+def small_step(parameter: Tensor, gradient: Tensor, state: dict, group: dict, *, noise_key: int | None = None) -> None:
     """bitsandbytes' update with fp32 moments, for tensors too small to be worth quantising."""
     import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
 
@@ -54,7 +52,7 @@ def small_step(parameter: Tensor, gradient: Tensor, state: dict, group: dict) ->
             *group["betas"], 0.0, 0.0, group["eps"], group["weight_decay"], state["step"], group["lr"], 1.0,
         )  # fmt: skip
 
-    _update_master(update, parameter, state.get("residual"))
+    _update_master(update, parameter, state.get("residual"), noise_key)
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,11 +67,37 @@ def join(half: Tensor, residual: Tensor) -> Tensor:
     return ((half.view(torch.int16).to(torch.int32) << 16) + residual).view(torch.float32)
 
 
-def _update_master(update: Callable[[Tensor], None], parameter: Tensor, residual: Tensor | None) -> None:
-    if residual is None:
-        return update(parameter)
-    master = join(parameter, residual)
-    update(master)
-    half, rest = split(master)
-    parameter.copy_(half)
-    residual.copy_(rest)
+def round_stochastically(master: Tensor, noise_key: int, *, first: int = 0) -> Tensor:
+    """fp32 to one of its two bf16 neighbours, the nearer one more often: the mean over keys is the value itself.
+
+    The noise of an element is a hash (Wellons, "lowbias32") of its index, counted from `first`, and the key.
+    """
+    low = 0xFFFFFFFF
+    x = (torch.arange(first, first + master.numel()).view(master.shape) & low) ^ noise_key
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & low
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & low
+    bits = (master.view(torch.int32).long() & low) + ((x ^ (x >> 16)) >> 16)
+    return (bits >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def _update_master(
+    update: Callable[[Tensor], None],
+    parameter: Tensor,
+    residual: Tensor | None,
+    noise_key: int | None,
+    *,
+    first: int = 0,
+) -> None:
+    """`update` in fp32 of a parameter kept in whichever of the three ways."""
+    if noise_key is not None:
+        master = parameter.float()
+        update(master)
+        parameter.copy_(round_stochastically(master, noise_key, first=first))
+    elif residual is not None:
+        master = join(parameter, residual)
+        update(master)
+        half, rest = split(master)
+        parameter.copy_(half)
+        residual.copy_(rest)
+    else:
+        update(parameter)
