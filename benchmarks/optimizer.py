@@ -19,10 +19,18 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-OURS, OURS_SPLIT = "CPUAdamW8bit", "same, bf16 + residual"
+OURS, OURS_SPLIT, OURS_STOCHASTIC = "CPUAdamW8bit", "same, bf16 + residual", "same, bf16 stochastic"
+COPY, STAGING = "torch copy_", "ZeRO's staging copy"
 BITSANDBYTES, DEEPSPEED, TORCH = "bitsandbytes AdamW8bit", "DeepSpeedCPUAdam", "torch AdamW(fused)"
 # Gradient + parameter read and written + moments read and written. Ours reads the gradient twice: NaN check first.
-BYTES = {OURS: 4 + 4 + 8 + 4, OURS_SPLIT: 2 + 2 + 8 + 4, BITSANDBYTES: 4 + 8 + 4, DEEPSPEED: 28, TORCH: 28}
+BYTES = {
+    OURS: 4 + 4 + 8 + 4,
+    OURS_SPLIT: 2 + 2 + 8 + 4,
+    OURS_STOCHASTIC: 2 + 2 + 4 + 4,
+    BITSANDBYTES: 4 + 8 + 4,
+    DEEPSPEED: 28,
+    TORCH: 28,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +52,19 @@ def main() -> None:
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     steps = contenders(arguments.elements)
     transients = {name: transient_megabytes(step) for name, step in steps.items()}
-    times: dict[str, list[float]] = {name: [] for name in [*steps, "copy"]}
-    copy = copier(arguments.elements)
+    copies = copiers(arguments.elements)
+    times: dict[str, list[float]] = {name: [] for name in [*steps, *copies]}
     for _ in range(arguments.rounds):
-        for name, step in [*steps.items(), ("copy", copy)]:
+        for name, step in [*steps.items(), *copies.items()]:
             times[name].append(seconds(step))
     rows = [row(name, times[name], arguments.elements, transients[name]) for name in steps]
-    copy_bandwidth = 8 * arguments.elements / statistics.median(times["copy"]) / 1e9
-    print_table(rows, copy_bandwidth, arguments)
+    medians = {name: statistics.median(times[name]) for name in copies}
+    copy_bandwidth = 8 * arguments.elements / medians[COPY] / 1e9
+    print_table(rows, copy_bandwidth, medians[STAGING], arguments)
     if arguments.json:
         report = {"machine": machine(), "elements": arguments.elements, "rounds": arguments.rounds}
-        report |= {"copy_gigabytes_per_second": copy_bandwidth, "rows": [asdict(r) for r in rows]}
+        report |= {"copy_gigabytes_per_second": copy_bandwidth, "staging_copy_seconds": medians[STAGING]}
+        report |= {"rows": [asdict(r) for r in rows]}
         Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n")
 
 
@@ -88,17 +98,19 @@ def contenders(elements: int) -> dict[str, Callable[[], object]]:
     return {
         OURS: prepare(lambda p: CPUAdamW8bit(p, **settings)),
         OURS_SPLIT: prepare(lambda p: CPUAdamW8bit(p, **settings, rounding="residual"), torch.bfloat16),
+        OURS_STOCHASTIC: prepare(lambda p: CPUAdamW8bit(p, **settings, rounding="stochastic"), torch.bfloat16),
         BITSANDBYTES: prepare(lambda p: bitsandbytes.optim.AdamW8bit(p, **settings)),
         DEEPSPEED: prepare(lambda p: DeepSpeedCPUAdam(p, **settings)),
         TORCH: prepare(lambda p: torch.optim.AdamW(p, **settings, fused=True)),
     }
 
 
-def copier(elements: int) -> Callable[[], object]:
+def copiers(elements: int) -> dict[str, Callable[[], object]]:
+    """The machine's bandwidth, and what ZeRO does after each step of fp32 masters: their copy in bf16."""
     import torch
 
-    source, target = torch.ones(elements), torch.zeros(elements)
-    return lambda: target.copy_(source)
+    source, target, half = torch.ones(elements), torch.zeros(elements), torch.zeros(elements, dtype=torch.bfloat16)
+    return {COPY: lambda: target.copy_(source), STAGING: lambda: half.copy_(source)}
 
 
 def seconds(step: Callable[[], object]) -> float:
@@ -138,7 +150,7 @@ def machine() -> dict[str, object]:
     return {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "path": path}
 
 
-def print_table(rows: list[Row], copy_bandwidth: float, arguments: argparse.Namespace) -> None:
+def print_table(rows: list[Row], copy_bandwidth: float, staging: float, arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -153,7 +165,9 @@ def print_table(rows: list[Row], copy_bandwidth: float, arguments: argparse.Name
         table.add_row(
             r.name, speed, *ratios, fastest, str(r.bytes_per_parameter), f"{r.gigabytes_per_second:.1f}", transient
         )
-    table.add_row("torch copy_", "", "", "", "", "8", f"{copy_bandwidth:.1f}", "")
+    table.add_row(COPY, "", "", "", "", "8", f"{copy_bandwidth:.1f}", "")
+    elements = arguments.elements
+    table.add_row(STAGING, f"{elements / staging / 1e6:.0f}", "", "", "", "6", f"{6e-9 * elements / staging:.1f}", "")
     Console(width=110).print(table)
     print(", ".join(f"{key}: {value}" for key, value in machine().items()))
 

@@ -5,9 +5,9 @@ Why raw DeepSpeed and not accelerate's plugin: docs/decisions/0001-raw-deepspeed
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,28 +29,29 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+Item = TypeVar("Item")
+
 
 class Engine:
     """The policy, its optimizer and what DeepSpeed makes of them.
 
-    backwards_per_step: `backward` calls that one `step` follows. With 1, DeepSpeed's fast path, a
-    gradient leaves the card once; with more it accumulates in host memory, in bf16.
+    A step follows one `backward`, DeepSpeed's fast path, on which a gradient leaves the card once, or several, of
+    which the earlier ones accumulate in host memory, in bf16.
     seed: of stochastic rounding, where the JSON asks for it; one a rank.
     """
 
-    def __init__(self, policy: LogprobModel, config: DsConfig, *, backwards_per_step: int = 1, seed: int = 0) -> None:
-        settings = {**config.engine, "gradient_accumulation_steps": backwards_per_step}
-        settings["train_batch_size"] *= backwards_per_step
+    def __init__(self, policy: LogprobModel, config: DsConfig, *, seed: int = 0) -> None:
         parameters = [p for p in policy.parameters() if p.requires_grad]
         self._engine, *_ = deepspeed.initialize(
             model=policy,
             model_parameters=parameters,
             optimizer=_client_optimizer(parameters, config),
-            config=settings,
+            config=config.engine,
         )
         self._shares_staging = config.share_staging and not config.bf16_masters
+        self._offload = config.offload
         if config.offload:
-            _exchange(self._engine, config, single_backward=backwards_per_step == 1, seed=seed)
+            _exchange(self._engine, config, seed=seed)
         self.policy = policy
 
     def __call__(self, rows: PackedRows) -> Tensor:
@@ -58,11 +59,15 @@ class Engine:
         self._engine.train()
         return self._engine(rows)
 
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of a loss that is already normalised over the whole step, micro-batches and ranks."""
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Gradients of a loss that is already normalised over the whole step, micro-batches and ranks.
+
+        last: step() comes next; gradients of earlier ones are kept and added to.
+        """
+        if not last and self._offload:
+            _allow_accumulation(self._engine.optimizer)
+        self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
-        if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()  # DeepSpeed counts backwards in step(); only the last one updates
 
     def step(self) -> float:
         """Clip, update, and return the gradient norm before clipping."""
@@ -70,6 +75,40 @@ class Engine:
             _clear_unwritten_gradients(self._engine.optimizer)
         self._engine.step()
         return float(self._engine.get_global_grad_norm() or 0.0)
+
+    def rehearse(self, micro_batches: Iterable[PackedRows]) -> None:
+        """A whole step, before the first, with gradients of 0 at a learning rate of 0: uses memory, changes nothing."""
+        inner, scheduler = self._engine.optimizer, self._engine.lr_scheduler
+        rates, schedule = [group["lr"] for group in inner.param_groups], scheduler and scheduler.state_dict()
+        for group in inner.param_groups:
+            group["lr"] = 0.0
+        for rows, last in flag_last(micro_batches):
+            self.backward(0 * self(rows).sum(), last=last)
+        self.step()
+        for state in getattr(inner, "optimizer", inner).state.values():
+            state["step"] *= 0  # a tensor in some optimizers
+        for group, rate in zip(inner.param_groups, rates, strict=True):
+            group["lr"] = rate
+        if scheduler:
+            scheduler.load_state_dict(schedule)
+        self._engine.global_steps = self._engine.global_samples = 0
+
+    def abandon(self) -> None:
+        """Forget the gradients of this step, also of a backward that failed half-way; the next step starts clean."""
+        zero = self._engine.optimizer
+        zero.zero_grad(set_to_none=True)
+        for bucket in zero.ipg_buckets.values():
+            bucket.clear()
+        zero.extra_large_param_to_reduce.clear()
+        zero._release_ipg_buffers()
+        zero.params_already_reduced[:] = [False] * len(zero.params_already_reduced)
+        zero._backward_active_depth = 0
+        zero.clear_backward_seen_flag()
+        zero.micro_step_id = -1
+        if self._offload:
+            zero.reset_cpu_buffers()
+        for group in zero.averaged_gradients:
+            zero.averaged_gradients[group] = zero.all_grad_tensors[group] = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -96,6 +135,17 @@ class Engine:
         self._engine.destroy()
 
 
+def flag_last(items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
+    """Each item, and whether it is the last."""
+    waiting = None
+    for item in items:
+        if waiting is not None:
+            yield waiting, False
+        waiting = item
+    if waiting is not None:
+        yield waiting, True
+
+
 def _client_optimizer(parameters: Sequence[Tensor], config: DsConfig) -> torch.optim.Optimizer | None:
     """What deepspeed.initialize gets; None lets DeepSpeed build its own from the JSON."""
     if config.optimizer.type != "AdamW8bit":
@@ -109,7 +159,7 @@ def _client_optimizer(parameters: Sequence[Tensor], config: DsConfig) -> torch.o
     return passport
 
 
-def _exchange(engine: Any, config: DsConfig, *, single_backward: bool, seed: int) -> None:
+def _exchange(engine: Any, config: DsConfig, *, seed: int) -> None:
     """Everything we replace inside DeepSpeed, right after its initialize: the host ladder and waste on the card.
 
     bf16 masters: our optimizer for DeepSpeed's, and the masters themselves for their bf16 staging copy.
@@ -130,8 +180,7 @@ def _exchange(engine: Any, config: DsConfig, *, single_backward: bool, seed: int
     elif config.share_staging:
         staging[:] = [m.grad.view(-1).view(copy.dtype)[: m.numel()] for m, copy in zip(masters, staging, strict=True)]
     zero.temp_grad_buffer_for_cpu_offload = torch.empty(0)
-    if single_backward:
-        zero.temp_grad_buffer_for_gpu_offload = torch.empty(0)
+    zero.temp_grad_buffer_for_gpu_offload = torch.empty(0)  # until _allow_accumulation
     zero.set_norm_for_param_grad_in_gpu = lambda parameter: _set_norm(zero, parameter)
     zero._has_inf_or_nan = lambda tensor: ~torch.linalg.vector_norm(tensor, torch.inf).isfinite()
 
@@ -160,6 +209,13 @@ def _check_insides(engine: Any, *, bf16_masters: bool) -> None:
             "than 0.19.8,\nso they cannot be made smaller safely. Install the version that is known to work: "
             "pip install deepspeed==0.19.8"
         )
+
+
+def _allow_accumulation(zero: Any) -> None:
+    """The buffer on the card that several backwards a step need, and one does not."""
+    if zero.temp_grad_buffer_for_gpu_offload.numel() == 0:
+        largest = max((p for group in zero.bit16_groups for p in group), key=Tensor.numel)
+        zero.temp_grad_buffer_for_gpu_offload = torch.zeros(largest.numel(), dtype=largest.dtype, device=largest.device)
 
 
 def _set_norm(zero: Any, parameter: Tensor) -> None:

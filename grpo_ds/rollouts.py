@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate.utils import set_seed
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -94,8 +93,7 @@ def sample(
 ) -> tuple[list[Tensor], Completions]:
     """group_size completions for each question, and the prompts they continue; `seed` alone decides the draw."""
     prompts = style.encode(sampler.tokenizer, questions)
-    set_seed(seed)
-    completions = sampler(prompts, group_size=group_size, temperature=temperature)
+    completions = sampler(prompts, group_size=group_size, temperature=temperature, seed=seed)
     return [torch.tensor(prompt, device=completions.ids.device) for prompt in prompts], completions
 
 

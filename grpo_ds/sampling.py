@@ -1,16 +1,21 @@
 """Prompts to completions: each distinct prompt is prefilled once, its KV cache repeated G times.
 
+Row r draws its t-th token with the t-th number of its own stream, which (seed, r) alone decides: what is sampled
+does not depend on how many rows are sampled at once, and no generator has to be saved.
+
 Sampling is from the policy's own distribution at the given temperature and nothing else: no top-k, no
 top-p, no penalties, and never an id the tokenizer cannot name. A row ends at EOS or at `</answer>`.
 
 Q prompts of at most P tokens, G completions each, B = Q * G, C tokens in the longest completion.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -45,32 +50,53 @@ class Sampler:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_completion_length: int):
         self.model, self.tokenizer = model, tokenizer
         self.max_completion_length = max_completion_length
+        self.prompts_at_once: int | None = None  # all; fewer take less memory
         self.eos_ids = _eos_ids(model, tokenizer)
         tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         self.may_close = torch.tensor([STOP[-1] in token for token in tokens], device=model.device)
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[Sequence[int]], *, group_size: int, temperature: float) -> Completions:
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        group_size: int,
+        temperature: float,
+        seed: int = 0,
+        full_length: bool = False,
+    ) -> Completions:
         """group_size completions for each prompt, a group's rows together; temperature 0 is greedy.
 
-        Draws from torch's global generator: seed it before.
+        full_length: no row ends early, for rehearsals and benchmarks.
         """
+        draws = _uniforms(seed, len(prompts) * group_size, self.max_completion_length).to(self.model.device)
         was_training = self.model.training
         self.model.eval()  # switches gradient checkpointing off, which the KV cache cannot go with
         try:
-            ids, attended, cache = self._prefill(prompts)
-            cache.batch_repeat_interleave(group_size)
-            stop = StopAfterAnswer(self.tokenizer, self.may_close, prompt_width=ids.shape[1])
-            output = self.model.generate(  # type: ignore[operator]  # its signature is lost in a mixin
-                ids.repeat_interleave(group_size, dim=0),
-                attention_mask=attended.repeat_interleave(group_size, dim=0),
-                past_key_values=cache,
-                generation_config=self._settings(temperature),
-                logits_processor=LogitsProcessorList([OnlyKnownTokens(len(self.tokenizer))]),
-                stopping_criteria=StoppingCriteriaList([stop]),
-            )
+            parts = []
+            for first in range(0, len(prompts), self.prompts_at_once or len(prompts)):
+                some = prompts[first : first + (self.prompts_at_once or len(prompts))]
+                its_draws = draws[first * group_size : (first + len(some)) * group_size]
+                draw = Draw(its_draws, len(self.tokenizer), temperature, prompt_width=max(map(len, some)))
+                parts.append(self._sample(some, group_size, draw, full_length=full_length))
         finally:
             self.model.train(was_training)
+        return _joined(parts, pad_id=self.tokenizer.pad_token_id)
+
+    def _sample(
+        self, prompts: Sequence[Sequence[int]], group_size: int, draw: "Draw", *, full_length: bool
+    ) -> Completions:
+        ids, attended, cache = self._prefill(prompts)
+        cache.batch_repeat_interleave(group_size)
+        stop = StopAfterAnswer(self.tokenizer, self.may_close & (not full_length), prompt_width=ids.shape[1])
+        output = self.model.generate(  # type: ignore[operator]  # its signature is lost in a mixin
+            ids.repeat_interleave(group_size, dim=0),
+            attention_mask=attended.repeat_interleave(group_size, dim=0),
+            past_key_values=cache,
+            generation_config=self._settings(full_length=full_length),
+            logits_processor=LogitsProcessorList([draw]),
+            stopping_criteria=StoppingCriteriaList([stop]),
+        )
         return self._cut(output[:, ids.shape[1] :], stop)
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, DynamicCache]:
@@ -89,13 +115,11 @@ class Sampler:
         )
         return ids, attended, cache
 
-    def _settings(self, temperature: float) -> GenerationConfig:
-        draw = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    def _settings(self, *, full_length: bool) -> GenerationConfig:
         return GenerationConfig(
-            **draw,
-            top_k=0 if temperature else None,
+            do_sample=False,  # Draw leaves one token to take
             max_new_tokens=self.max_completion_length,
-            eos_token_id=self.eos_ids,
+            eos_token_id=None if full_length else self.eos_ids,
             pad_token_id=self.tokenizer.pad_token_id,
         )
 
@@ -110,15 +134,26 @@ class Sampler:
         return Completions(ids.clone(), mask, end <= width)
 
 
-class OnlyKnownTokens(LogitsProcessor):
-    """No probability for the head's padding rows (Qwen: 151,936 rows, 151,665 tokens)."""
+class Draw(LogitsProcessor):
+    """Each row's next token, the only one left with a score: by its own uniform number through the inverse of the
+    cumulative distribution, or the most likely one at temperature 0.
 
-    def __init__(self, known: int) -> None:
-        self.known = known
+    The head's padding rows have no probability (Qwen: 151,936 rows, 151,665 tokens).
+    """
+
+    def __init__(self, uniforms: Float[Tensor, "B C"], known: int, temperature: float, *, prompt_width: int) -> None:
+        self.uniforms, self.known, self.temperature, self.prompt_width = uniforms, known, temperature, prompt_width
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores[:, self.known :] = -torch.inf
-        return scores
+        logits = scores[:, : self.known].float()
+        if self.temperature:
+            # In fp64: at 150,000 tokens the rounding of an fp32 sum is as large as the rare tokens' probabilities.
+            cumulative = (logits / self.temperature).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+            number = self.uniforms[:, input_ids.shape[1] - self.prompt_width, None] * cumulative[:, -1:]
+            token = torch.searchsorted(cumulative, number, right=True)
+        else:
+            token = logits.argmax(dim=-1, keepdim=True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token.clamp_(max=self.known - 1), 0.0)
 
 
 class StopAfterAnswer(StoppingCriteria):
@@ -141,6 +176,26 @@ class StopAfterAnswer(StoppingCriteria):
             if STOP in self.tokenizer.decode(tail, skip_special_tokens=False):
                 self.length[row] = width
         return self.length <= width
+
+
+def _uniforms(seed: int, rows: int, columns: int) -> Float[Tensor, "B C"]:
+    """Numbers in [0, 1): each row from a stream of its own, the same on every device."""
+    streams = []
+    for row in range(rows):
+        digest = hashlib.blake2b(f"{seed}/{row}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        streams.append(torch.rand(columns, generator=generator, dtype=torch.float64))
+    return torch.stack(streams)
+
+
+def _joined(parts: list[Completions], *, pad_id: int) -> Completions:
+    """Completions sampled apart, as one batch."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(part.ids.shape[1] for part in parts)
+    ids = torch.cat([F.pad(part.ids, (0, width - part.ids.shape[1]), value=pad_id) for part in parts])
+    mask = torch.cat([F.pad(part.mask, (0, width - part.mask.shape[1])) for part in parts])
+    return Completions(ids, mask, torch.cat([part.ended for part in parts]))
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

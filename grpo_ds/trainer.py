@@ -4,22 +4,27 @@
 reference from the policy, a middle loop that samples, and mu updates on every sample.
 """
 
+import gc
 import hashlib
-import resource
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from grpo_ds.config import TrainConfig, write_config
+from grpo_ds.core.packing import PackedRows
 from grpo_ds.core.tally import Tally
 from grpo_ds.ds_config import DsConfig
 from grpo_ds.engine import Engine
 from grpo_ds.evaluation import Evaluation, evaluate
 from grpo_ds.inference import prompt_style
+from grpo_ds.memory.limits import Limits
+from grpo_ds.memory.phases import OutOfMemory, Profiler
+from grpo_ds.memory.plan import GIB, Plan, Where
 from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.models.policy import load_policy, load_tokenizer
 from grpo_ds.models.reference import Reference, kl_floor
@@ -29,7 +34,7 @@ from grpo_ds.rollouts import Rollout, judge, micro_batches, sample
 from grpo_ds.sampling import Sampler
 from grpo_ds.task.questions import Question, questions_at
 from grpo_ds.task.rewards import RewardFunction
-from grpo_ds.update import backwards_per_step, update
+from grpo_ds.update import update
 from grpo_ds.world import World
 
 
@@ -47,6 +52,10 @@ class Outcome:
         return sum(self.rewards[:size]) / size, sum(self.rewards[-size:]) / size
 
 
+Result = TypeVar("Result")
+RARE_ID = 100  # of a rehearsal's prompts: any token will do
+
+
 class Trainer:
     """A policy, its engine and everything a step needs."""
 
@@ -57,23 +66,27 @@ class Trainer:
         world: World,
         console: Console,
         reward_functions: Mapping[str, tuple[RewardFunction, float]],
+        plan: Plan | None = None,
     ) -> None:
         self.config, self.ds, self.world, self.console = config, ds, world, console
         self.reward_functions = reward_functions
+        self.profiler = Profiler(world.device, plan)
         self.tokenizer = load_tokenizer(config.model)
         self.style = prompt_style(config)
         dtype = torch.bfloat16 if ds.bf16 else torch.float32
-        model = load_policy(config.model, dtype=dtype, checkpointing=config.gradient_checkpointing)
+        with self.profiler.phase("load"):
+            model = load_policy(config.model, dtype=dtype, checkpointing=config.gradient_checkpointing)
         known_ids = min(len(self.tokenizer), model.get_output_embeddings().weight.shape[0])
         policy = LogprobModel(
             model, vocab_size=known_ids, temperature=config.temperature, chunk_mib=config.logprob_chunk_mib
         )
-        backwards = backwards_per_step(config.batch_size, config.micro_groups)
         seed = seed_at(config.seed, 0, world.rank)
-        self.engine = Engine(policy, ds, backwards_per_step=backwards, seed=seed)
+        with self.profiler.phase("initialise"):
+            self.engine = Engine(policy, ds, seed=seed)
         self.sampler = Sampler(model, self.tokenizer, max_completion_length=config.max_completion_length)
         self.reference: Reference | None = None
-        self.seconds: dict[str, float] = {}
+        groups = config.micro_groups or config.batch_size
+        self.limits = Limits(prompts=config.batch_size, groups=groups, chunk_mib=config.logprob_chunk_mib)
 
     def run(self, train: list[Question], held_out: list[Question], folder: Path) -> Outcome:
         """The whole of it; rank 0 writes into `folder`."""
@@ -96,6 +109,8 @@ class Trainer:
             for step in range(config.total_steps):
                 if step % config.num_steps == 0:
                     self.make_reference(questions)
+                if step == 0 and config.dry_run_worst_case:
+                    self.rehearse()
                 metrics = self.step(step, questions)
                 rewards.append(metrics["reward"])
                 for tracker in trackers:
@@ -109,40 +124,81 @@ class Trainer:
 
     def step(self, step: int, questions: list[Question]) -> dict[str, float]:
         """Sample, score, update; the step's metrics over all ranks."""
-        config = self.config
-        self.seconds = {}
+        config, first_span = self.config, len(self.profiler.spans)
         asked = self.my_questions(step, questions)
-        with self.phase("sample"):
-            prompts, completions = sample(
+        prompts, completions = self.attempt(
+            "sample",
+            lambda: sample(
                 self.sampler,
                 self.style,
                 asked,
                 group_size=config.num_generations,
                 temperature=config.temperature,
                 seed=seed_at(config.seed, step, self.world.rank),
-            )
-            texts = self.style.texts(self.tokenizer, completions)
-        with self.phase("score"):
-            rollout = judge(
+            ),
+        )
+        texts = self.style.texts(self.tokenizer, completions)
+        rollout = self.attempt(
+            "reference",
+            lambda: judge(
                 asked,
                 prompts,
                 completions,
                 texts,
                 reward_functions=self.reward_functions,
                 reference=self.reference,
-                micro_groups=config.micro_groups,
-            )
-        with self.phase("update"):
-            tally = update(
+                micro_groups=self.limits.groups,
+            ),
+        )
+        tally, old_logprobs = self.update(rollout, None)
+        for _ in range(1, config.mu):
+            more, _ = self.update(rollout, old_logprobs)
+            tally.merge(more)
+        return self.metrics(rollout, tally, first_span)
+
+    def update(self, rollout: Rollout, old_logprobs: Tensor | None) -> tuple[Tally, Tensor]:
+        """One optimizer step."""
+        return self.attempt(
+            "update",
+            lambda: update(
                 self.engine,
                 rollout,
-                mu=config.mu,
-                micro_groups=config.micro_groups,
+                self.profiler,
+                old_logprobs=old_logprobs,
+                micro_groups=self.limits.groups,
                 ranks=self.world.size,
-                epsilon=config.epsilon,
-                beta=config.beta,
-            )
-        return self.metrics(rollout, tally)
+                epsilon=self.config.epsilon,
+                beta=self.config.beta,
+            ),
+        )
+
+    def attempt(self, phase: str, run: Callable[[], Result]) -> Result:
+        """`run` as a phase; with --oom_retry again in smaller parts for as long as it runs out of memory."""
+        while True:
+            try:
+                with self.profiler.phase(phase):
+                    return run()
+            except OutOfMemory as error:
+                able = self.config.oom_retry and self.world.size == 1 and error.phase == phase
+                if not able or (smaller := self.limits.halve(phase)) is None:
+                    raise
+            # Here, and not in the handler: the error's traceback holds the tensors that filled the memory.
+            self.console.line(f"Out of memory in phase {phase}: from now on {smaller}.")
+            if phase == "update":
+                self.engine.abandon()
+            self.apply_limits()
+            gc.collect()
+            if self.world.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def apply_limits(self) -> None:
+        self.sampler.prompts_at_once = self.limits.prompts
+        for model in (self.engine.policy, *([self.reference.model] if self.reference else [])):
+            model.options["chunk_mib"] = self.limits.chunk_mib
+
+    @property
+    def binding_memory(self) -> Where:
+        return "gpu" if self.world.device.type == "cuda" else "host"
 
     def my_questions(self, step: int, questions: list[Question]) -> list[Question]:
         """This rank's share of the step's questions; a function of (seed, step, rank), with no state to save."""
@@ -155,11 +211,37 @@ class Trainer:
         if not self.config.beta:
             return
         self.reference = None  # the old one's memory goes before the new one comes
-        self.reference = Reference(self.engine.policy, self.config.reference)
+        with self.profiler.phase("reference"):
+            self.reference = Reference(self.engine.policy, self.config.reference)
         floor = self.measure_floor(self.reference, questions)
         self.console.line(
             f"Reference: {self.config.reference}, {self.reference.bytes() / 2**20:.0f} MiB; its KL to the policy it "
             f"was made from is {floor:.4f} a token: the KL below starts there, not at 0."
+        )
+
+    def rehearse(self) -> None:
+        """One step on the longest prompts with the longest completions, which changes nothing: what is to run out of
+        memory does so now and not after an hour."""
+        config = self.config
+        prompts = [[RARE_ID] * config.max_prompt_length] * config.batch_size
+        size, temperature = config.num_generations, config.temperature
+        completions = self.attempt(
+            "sample",
+            lambda: self.sampler(prompts, group_size=size, temperature=temperature, full_length=True),
+        )
+        tensors = [torch.tensor(prompt, device=completions.ids.device) for prompt in prompts]
+
+        def packed() -> Iterator[PackedRows]:
+            yield from (rows for rows, _ in micro_batches(tensors, completions, self.limits.groups))
+
+        if self.reference:
+            reference = self.reference
+            self.attempt("reference", lambda: [reference(rows) for rows in packed()])
+        self.attempt("update", lambda: self.engine.rehearse(packed()))
+        use = ", ".join(f"{u.phase} {u.peak(self.binding_memory) / GIB:.1f}" for u in self.profiler.uses().values())
+        self.console.line(
+            f"Worst case rehearsed: {config.max_prompt_length} + {config.max_completion_length} tokens; "
+            f"GiB at the peak of each phase: {use}"
         )
 
     def measure_floor(self, reference: Reference, questions: list[Question]) -> float:
@@ -174,7 +256,7 @@ class Trainer:
         return tally.means(self.world.sum(tally.as_tensor()))["floor"]
 
     def evaluate(self, when: str, questions: list[Question]) -> Evaluation:
-        with self.console.progress(when, len(questions)) as advance:
+        with self.console.progress(when, len(questions)) as advance, self.profiler.phase("evaluate"):
             result = evaluate(
                 self.sampler,
                 self.style,
@@ -190,7 +272,7 @@ class Trainer:
         )
         return result
 
-    def metrics(self, rollout: Rollout, tally: Tally) -> dict[str, float]:
+    def metrics(self, rollout: Rollout, tally: Tally, first_span: int) -> dict[str, float]:
         """The step over all ranks, as logged."""
         lengths = rollout.completions.lengths().double()
         count, spread = len(lengths), torch.tensor(rollout.rewards.total).view(len(rollout.questions), -1).std(dim=1)
@@ -199,38 +281,26 @@ class Trainer:
         tally.add("reward_std", spread.sum(), len(spread))
         tally.add("completion_length", lengths.sum(), count)
         tally.add("ended", rollout.completions.ended.sum(), count)
-        for name, seconds in self.seconds.items():
-            tally.add(f"seconds/{name}", seconds)
+        uses = self.profiler.uses(first_span).values()
+        for use in uses:
+            tally.add(f"seconds/{use.phase}", use.seconds)
         means = tally.means(self.world.sum(tally.as_tensor()))
         tokens = means["completion_length"] * count * self.world.size
-        seconds = sum(means[f"seconds/{name}"] for name in self.seconds)
-        return {**means, "tokens_per_second": tokens / seconds, "learning_rate": self.engine.learning_rate, **memory()}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Seconds of a phase, the card's work included."""
-        started = time.monotonic()
-        yield
+        seconds = sum(means[f"seconds/{use.phase}"] for use in uses)
+        memory = {"memory/ram_gib": self.profiler.peak("host") / GIB}
         if self.world.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.seconds[name] = time.monotonic() - started
+            memory["memory/gpu_peak_gib"] = self.profiler.peak("gpu") / GIB
+        return {**means, "tokens_per_second": tokens / seconds, "learning_rate": self.engine.learning_rate, **memory}
 
     def save(self, folder: Path) -> None:
         """The fine-tuned model as an ordinary transformers folder."""
         if self.world.is_first:
-            self.engine.model.save_pretrained(folder)
+            with self.profiler.phase("save"):
+                self.engine.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
         self.world.wait()
 
 
 def seed_at(seed: int, step: int, rank: int) -> int:
     """Seeds that never meet: neighbouring steps and ranks share no draw, and no state has to be saved."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=4).digest())
-
-
-def memory() -> dict[str, float]:
-    """Peaks so far, in GiB."""
-    peaks = {"memory/ram_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
-    if torch.cuda.is_available():
-        peaks["memory/gpu_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return peaks
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=4).digest(), "big")

@@ -1,6 +1,6 @@
 """Run by test_engine.py in processes of their own: optimizer steps on fixed completions, under real DeepSpeed.
 
-usage: engine_steps.py MODEL_FOLDER OUT_FILE STEPS MICRO_GROUPS MU
+usage: engine_steps.py MODEL_FOLDER OUT_FILE STEPS MICRO_GROUPS MU REHEARSE
 """
 
 import json
@@ -11,14 +11,16 @@ import torch
 
 from grpo_ds import world
 from grpo_ds.core.advantages import group_advantages
+from grpo_ds.core.tally import Tally
 from grpo_ds.ds_config import DsSizes, resolve_ds_config
 from grpo_ds.engine import Engine
+from grpo_ds.memory.phases import Profiler
 from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.models.policy import load_policy
 from grpo_ds.rollouts import Rollout
 from grpo_ds.sampling import Completions
 from grpo_ds.task.rewards import Rewards
-from grpo_ds.update import backwards_per_step, update
+from grpo_ds.update import update
 
 QUESTIONS, GROUP, WIDTH = 4, 3, 10
 DS = {
@@ -50,7 +52,7 @@ def fixed_rollout(questions: slice) -> Rollout:
     )
 
 
-def main(folder: str, out: str, steps: int, micro_groups: int, mu: int) -> None:
+def main(folder: str, out: str, steps: int, micro_groups: int, mu: int, rehearse: int) -> None:
     here = world.start()
     share = QUESTIONS // here.size
     json_file = Path(out).with_suffix(f".ds{here.rank}.json")
@@ -58,12 +60,18 @@ def main(folder: str, out: str, steps: int, micro_groups: int, mu: int) -> None:
     sizes = DsSizes(1e-3, 0.0, 0.0, 0, steps, share * GROUP, here.size)
     model = load_policy(folder, dtype=torch.float32, checkpointing=True)
     policy = LogprobModel(model, vocab_size=259, temperature=1.0, chunk_mib=1)
-    backwards = backwards_per_step(share, micro_groups)
-    engine = Engine(policy, resolve_ds_config(json_file, fill=sizes), backwards_per_step=backwards)
+    engine = Engine(policy, resolve_ds_config(json_file, fill=sizes))
     rollout = fixed_rollout(slice(here.rank * share, (here.rank + 1) * share))
-    history = []
+    history, profiler = [], Profiler(here.device)
+    if rehearse:
+        engine.rehearse(rows for rows, _ in rollout.micro_batches(micro_groups))
     for _ in range(steps):
-        tally = update(engine, rollout, mu=mu, micro_groups=micro_groups, ranks=here.size, epsilon=0.2, beta=0.1)
+        tally, old = Tally(), None
+        for _ in range(mu):
+            options = {"old_logprobs": old, "micro_groups": micro_groups, "ranks": here.size}
+            more, logprobs = update(engine, rollout, profiler, **options, epsilon=0.2, beta=0.1)
+            tally.merge(more)
+            old = logprobs if old is None else old
         history.append(tally.means(here.sum(tally.as_tensor())))
     if here.is_first:
         torch.save({"weights": model.state_dict(), "history": history}, out)

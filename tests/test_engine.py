@@ -43,11 +43,11 @@ def run_steps(tiny_folder, tmp_path_factory):
     """Each distinct run once a session."""
     done = {}
 
-    def run(*, ranks=1, steps=1, micro_groups=0, mu=1):
-        key = ranks, steps, micro_groups, mu
+    def run(*, ranks=1, steps=1, micro_groups=0, mu=1, rehearse=0):
+        key = ranks, steps, micro_groups, mu, rehearse
         if key not in done:
             out = tmp_path_factory.mktemp("steps") / "state.pt"
-            run_ranks("engine_steps.py", tiny_folder, out, steps, micro_groups, mu, ranks=ranks)
+            run_ranks("engine_steps.py", tiny_folder, out, steps, micro_groups, mu, rehearse, ranks=ranks)
             done[key] = torch.load(out, weights_only=True)
         return done[key]
 
@@ -96,6 +96,13 @@ def test_the_step_changes_the_weights(run_steps, tiny_folder):
     before = Qwen2ForCausalLM.from_pretrained(tiny_folder).state_dict()
     after = run_steps()["weights"]
     assert all(not torch.equal(after[name], weight) for name, weight in before.items())
+
+
+@pytest.mark.parametrize("micro_groups", [0, 1])
+def test_a_rehearsal_leaves_no_trace(run_steps, micro_groups):
+    plain, rehearsed = (run_steps(steps=2, micro_groups=micro_groups, rehearse=r) for r in (0, 1))
+    assert plain["history"] == rehearsed["history"]
+    assert_same(plain, rehearsed, atol=0)
 
 
 def test_later_updates_on_a_rollout_use_the_log_probs_before_the_first(run_steps):

@@ -22,6 +22,7 @@ OWNERS = {
     "bitsandbytes": {"optim", "models"},
     "wandb": {"report"},
     "rich": {"report"},
+    "matplotlib": {"report"},
     "jsonargparse": {"config"},
 }
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}

@@ -29,18 +29,30 @@ def test_prefilled_and_left_padded_sampling_equals_one_prompt_at_a_time(sampler,
 
 
 def test_the_same_seed_draws_the_same_and_siblings_differ(sampler):
-    torch.manual_seed(3)
-    one = sampler([[1, 2, 3]], group_size=4, temperature=1.0)
-    torch.manual_seed(3)
-    two = sampler([[1, 2, 3]], group_size=4, temperature=1.0)
+    one, two, other = (sampler([[1, 2, 3]], group_size=4, temperature=1.0, seed=seed) for seed in (3, 3, 4))
     assert torch.equal(one.ids, two.ids)
+    assert not torch.equal(one.ids, other.ids)
     assert len({tuple(row.tolist()) for row in one.ids}) == 4
+
+
+def test_what_is_drawn_does_not_depend_on_how_many_rows_are_drawn_at_once(sampler):
+    prompts = [[1, 2, 3], list(range(30)), [7, 5], [8, 9]]
+    whole = sampler(prompts, group_size=3, temperature=1.0, seed=5)
+    for at_once in (1, 3):
+        sampler.prompts_at_once = at_once
+        parts = sampler(prompts, group_size=3, temperature=1.0, seed=5)
+        assert torch.equal(parts.mask, whole.mask) and torch.equal(parts.ended, whole.ended)
+        assert torch.equal(parts.ids[parts.mask], whole.ids[whole.mask])
+
+
+def test_at_full_length_no_row_ends(sampler):
+    completions = sampler([[1, 2, 3], [4]], group_size=4, temperature=2.0, full_length=True)
+    assert completions.mask.all() and completions.ids.shape == (8, sampler.max_completion_length)
 
 
 def test_the_policy_itself_is_sampled(sampler, tiny_model, tokenizer):
     """First tokens follow softmax(logits / temperature): no top-k, no penalty, no padding ids."""
     prompt, draws = [10, 20, 30], 4000
-    torch.manual_seed(0)
     sampler.max_completion_length = 1
     first = sampler([prompt], group_size=draws, temperature=0.5).ids[:, 0]
     with torch.no_grad():

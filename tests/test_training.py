@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grpo_ds import world
 from grpo_ds.config import CONFIG_FILE, TrainConfig
 from grpo_ds.ds_config import DsSizes, resolve_ds_config
+from grpo_ds.memory.phases import OutOfMemory
 from grpo_ds.report.console import Console
 from grpo_ds.task.questions import read_questions, split_questions
 from grpo_ds.trainer import Trainer, seed_at
@@ -76,7 +78,14 @@ def test_metrics_hold_a_line_a_step(launched):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     wanted = {"reward", "rewards/correctness", "rewards/format", "loss", "kl", "grad_norm", "completion_length"}
-    wanted |= {"tokens_per_second", "seconds/sample", "seconds/score", "seconds/update", "memory/ram_gib"}
+    wanted |= {
+        "tokens_per_second",
+        "seconds/sample",
+        "seconds/reference",
+        "seconds/step",
+        "seconds/update",
+        "memory/ram_gib",
+    }
     assert all(wanted <= line.keys() for line in lines)
     assert all(line["completion_length"] <= 8 for line in lines)
 
@@ -118,24 +127,63 @@ def letters_reward(completions, questions):
     return [sum(c.isascii() and c.islower() for c in text) / 8 for text in completions]
 
 
-def test_a_tiny_model_learns(tiny_folder, tmp_path):
-    """Mean reward rises clearly under the whole stack: sampling, packing, int8 reference, 8-bit Adam, ZeRO-2."""
+def tiny_trainer(folder, **changes):
+    """A trainer in this process, and its questions."""
     config = TrainConfig(
-        model=str(tiny_folder), num_generations=8, batch_size=2, num_steps=40, max_completion_length=8,
+        model=str(folder), num_generations=8, batch_size=2, num_steps=40, max_completion_length=8,
         max_prompt_length=480, learning_rate=5e-3, beta=0.01, eval_limit=2, eval_batch_size=2,
     )  # fmt: skip
+    config = replace(config, **changes)
     sizes = DsSizes(config.learning_rate, 0.0, 1.0, 0, 40, 16, 1, bf16=False)
+    ds = resolve_ds_config(ROOT / "ds_configs/zero2.json", fill=sizes)
     train, held_out = split_questions(read_questions("sample").questions, eval_fraction=0.2, seed=0)
-    here = world.start()
-    trainer = Trainer(
-        config,
-        resolve_ds_config(ROOT / "ds_configs/zero2.json", fill=sizes),
-        here,
-        Console(speaks=False),
-        {"letters": (letters_reward, 1.0)},
-    )
-    first, last = trainer.run(train, held_out[:2], tmp_path / "run").quarters()
+    rewards = {"letters": (letters_reward, 1.0)}
+    return Trainer(config, ds, world.start(), Console(speaks=False), rewards), train, held_out[:2]
+
+
+def test_a_tiny_model_learns(tiny_folder, tmp_path):
+    """Mean reward rises clearly under the whole stack: sampling, packing, int8 reference, 8-bit Adam, ZeRO-2."""
+    trainer, train, held_out = tiny_trainer(tiny_folder)
+    first, last = trainer.run(train, held_out, tmp_path / "run").quarters()
     assert last > first + 0.3
+
+
+class FailsOnce:
+    """A full card in mid-flight, which a machine without one cannot have."""
+
+    def __init__(self, calls_before: int) -> None:
+        self.left = calls_before
+
+    def __call__(self, *_: object) -> None:
+        self.left -= 1
+        if self.left == -1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+
+def test_a_phase_that_ran_out_of_memory_is_retried_in_smaller_parts_with_the_same_results(tiny_folder, tmp_path):
+    runs = []
+    for fails in (False, True):
+        trainer, train, _ = tiny_trainer(tiny_folder, num_steps=3, mu=2, learning_rate=1e-3, oom_retry=fails)
+        if fails:
+            layer = trainer.engine.model.model.layers[0]
+            layer.register_full_backward_hook(FailsOnce(calls_before=1))  # the second update of the first step
+            layer.register_forward_pre_hook(FailsOnce(calls_before=12))  # after measuring the floor: a decoding step
+        (tmp_path / str(fails)).mkdir()
+        rewards = trainer.train(train, tmp_path / str(fails))
+        runs.append((rewards, [p.detach().clone() for p in trainer.engine.model.parameters()], trainer.limits))
+        trainer.engine.close()
+    (rewards, weights, _), (rewards_again, weights_again, limits) = runs
+    assert (limits.prompts, limits.groups) == (1, 1)
+    assert rewards_again == pytest.approx(rewards)
+    for one, two in zip(weights, weights_again, strict=True):
+        torch.testing.assert_close(two, one, atol=2e-4, rtol=0)  # of steps of 1e-3, by the order of a sum
+
+
+def test_without_the_flag_the_phase_and_what_helps_are_named(tiny_folder, tmp_path):
+    trainer, train, _ = tiny_trainer(tiny_folder, num_steps=1)
+    trainer.engine.model.model.layers[0].register_full_backward_hook(FailsOnce(calls_before=0))
+    with pytest.raises(OutOfMemory, match="in phase 'update'"):
+        trainer.train(train, tmp_path)
 
 
 def test_seeds_of_steps_and_ranks_never_meet():

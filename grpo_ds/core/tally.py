@@ -22,6 +22,11 @@ class Tally:
         for name, observations in values.items():
             self.add(name, sum(observations), len(observations))
 
+    def merge(self, other: "Tally") -> None:
+        """Add all that `other` holds."""
+        for name, (total, count) in other._pairs.items():
+            self.add(name, total, count)
+
     def as_tensor(self) -> Tensor:
         """[names, 2] in sorted order of names: what ranks exchange. All ranks hold the same names."""
         return torch.stack([self._pairs[name] for name in sorted(self._pairs)])

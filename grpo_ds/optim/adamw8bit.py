@@ -157,7 +157,7 @@ def _noise_key(state: dict[str, Any]) -> int | None:
     """32 bits that no other step and no other tensor has; None where nothing is rounded stochastically."""
     if "noise" not in state:
         return None
-    return int.from_bytes(hashlib.blake2b(f"{state['noise']}/{state['step']}".encode(), digest_size=4).digest())
+    return int.from_bytes(hashlib.blake2b(f"{state['noise']}/{state['step']}".encode(), digest_size=4).digest(), "big")
 
 
 @functools.cache

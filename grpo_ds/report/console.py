@@ -9,9 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo_ds.evaluation import Evaluation
+from grpo_ds.memory.phases import Profiler
+from grpo_ds.memory.plan import GIB, Where
+from grpo_ds.report.memory import NAMES, Comparison, compare, diagnosis
 from grpo_ds.task.grading import Grades, mcnemar
 from grpo_ds.task.questions import Question
 
+PHASES = ("sample", "reference", "update", "step")  # of a training step
 PLAIN_WIDTH = 160  # columns of a log file: one step stays one line
 
 
@@ -41,7 +45,7 @@ class Console:
             for name, value in metrics.items()
             if name.startswith("rewards/")
         )
-        seconds = " ".join(f"{phase} {metrics[f'seconds/{phase}']:.1f}" for phase in ("sample", "score", "update"))
+        seconds = " ".join(f"{phase} {metrics[f'seconds/{phase}']:.1f}" for phase in PHASES)
         memory = f"RAM {metrics['memory/ram_gib']:.1f}G"
         if "memory/gpu_peak_gib" in metrics:
             memory += f" GPU {metrics['memory/gpu_peak_gib']:.1f}G"
@@ -51,6 +55,27 @@ class Console:
             f"{metrics['tokens_per_second']:.0f} tok/s  {seconds} s  {memory}  "
             f"loss {metrics['loss']:+.4f}  left {_clock(seconds_left)}"
         )
+
+    def memory(self, profiler: Profiler) -> None:
+        """Each phase's peak beside its plan, on the card and on the host, and what binds."""
+        uses = list(profiler.uses().values())
+        places: list[Where] = ["gpu", "host"] if any(use.gpu_peak for use in uses) else ["host"]
+        table = Table(title="Memory by phase, GiB at the peak", title_justify="left")
+        table.add_column("")
+        table.add_column("seconds", justify="right")
+        for where in places:
+            for column in ("", " planned", " off by"):
+                table.add_column(f"{NAMES[where]}{column}", justify="right")
+        compared = {where: compare(uses, profiler.plan, where) for where in places}
+        for i, use in enumerate(uses):
+            cells = [cell for where in places for cell in _memory_cells(compared[where][i])]
+            table.add_row(use.phase, f"{use.seconds:.1f}", *cells)
+        self._rich.print(table, width=None if self._is_live else PLAIN_WIDTH)
+        if "gpu" in places:
+            reserved, pinned = max(use.gpu_reserved for use in uses), max(use.pinned for use in uses)
+            self.line(f"torch held {reserved / GIB:.2f} GiB of the card and {pinned / GIB:.2f} GiB of pinned memory.")
+        for where in places:
+            self.line(diagnosis(compared[where], profiler.plan, where))
 
     def before_and_after(self, before: Evaluation, after: Evaluation, questions: Sequence[Question]) -> None:
         """The held-out questions before and after training, with what chance and a constant answer would give."""
@@ -68,6 +93,11 @@ class Console:
         )
         if after.grades.collapsed:
             self.line("Warning: nearly all answers are one class; accuracy then says little (see macro-F1).")
+
+
+def _memory_cells(row: Comparison) -> list[str]:
+    planned = "" if row.planned is None else f"{row.planned / GIB:.2f}"
+    return [f"{row.measured / GIB:.2f}", planned, "" if row.difference is None else f"{row.difference:+.1%}"]
 
 
 def _rows(grades: Grades) -> list[tuple[str, Callable[[Grades], str]]]:

@@ -1,0 +1,224 @@
+"""Predicted memory of a run: phases x components, in bytes, on the card and on the host.
+
+A phase is as large as its fullest moment. The sizes are read from the code that allocates them: ours, DeepSpeed
+0.19.8's (runtime/zero/stage_1_and_2.py, "ZeRO" below) and transformers'. One rank; the state after the first step,
+when the moments exist. N is the number of parameters, w the bytes of a weight: 2 in bf16, 4 in fp32.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from grpo_ds.config import TrainConfig
+from grpo_ds.ds_config import DsConfig
+from grpo_ds.memory.batch import Batch
+from grpo_ds.memory.shape import ModelShape
+
+Where = Literal["gpu", "host"]
+Device = Literal["cuda", "cpu"]
+Bytes = Counter[str]  # component -> bytes; adding two adds what they share and drops what is empty
+Moment = tuple[Bytes, Bytes]  # what is alive at once, on the card and on the host
+GIB = 2**30
+PHASES = ("load", "initialise", "sample", "reference", "update", "step", "save")
+
+# Measured by benchmarks/plan_check.py: Python, torch, transformers, deepspeed, threads; 0.4 GiB before the first step.
+PROCESS = int(0.55 * GIB)
+# Not measured, there was no card: what a CUDA build of torch and the driver add on the host ...
+CUDA_ON_HOST = int(1.0 * GIB)
+# ... and context, kernels and cuBLAS workspaces on the card, which torch's allocator does not count.
+CUDA_CONTEXT = int(0.5 * GIB)
+
+MOMENTS_8BIT = 2 + 8 / 256  # two codes, and two fp32 scales for 256 values
+MOMENTS_FP32 = 8
+# Per element of a gradient, beside it: its cast to fp32 on the way to fp32 masters, and the copy its norm is taken
+# of (fp64 in DeepSpeed; engine.py takes it without one, but not where the optimizer lives on the card).
+GRADIENT_CAST, NORM_COPY, NORM_COPY_ON_CARD = 4, 0, 8
+QUANTIZE = {2: 9, 4: 5}  # models/quantized.py, per weight of size w: its fp32 copy, the quotient, the code
+# save_pretrained clones what shares a storage, as all of ZeRO's flat weights do (but for a tied embedding), and
+# copies a shard of at most so many bytes from the card to the host.
+CLONED_FOR_SAVING, SHARD = True, 50 * 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class PhasePlan:
+    """The fullest moment of a phase, for each of the two memories."""
+
+    name: str
+    gpu: dict[str, int]  # component -> bytes; empty where the CPU computes
+    host: dict[str, int]
+
+    @property
+    def gpu_bytes(self) -> int:
+        return sum(self.gpu.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+    def bytes_on(self, where: Where) -> int:
+        return self.gpu_bytes if where == "gpu" else self.host_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run's phases in the order in which they first come."""
+
+    phases: tuple[PhasePlan, ...]
+
+    def binding(self, where: Where) -> PhasePlan:
+        """The phase that decides whether the run fits there."""
+        return max(self.phases, key=lambda phase: phase.bytes_on(where))
+
+    def peak(self, where: Where) -> int:
+        return self.binding(where).bytes_on(where)
+
+
+def make_plan(shape: ModelShape, config: TrainConfig, ds: DsConfig, *, device: Device = "cuda") -> Plan:
+    """What training this shape takes. `device` "cpu": no card, so all of it is in RAM."""
+    run = _Run(shape, config, ds, device)
+    return Plan(tuple(_phase(name, getattr(run, name)(), device) for name in PHASES))
+
+
+def _phase(name: str, moments: list[Moment], device: Device) -> PhasePlan:
+    """The fullest moment of each memory; on the CPU the two are one."""
+    alive = moments if device == "cuda" else [(Bytes(), gpu + host) for gpu, host in moments]
+    gpu, host = (max(parts, key=Counter.total) for parts in zip(*alive, strict=True))
+    return PhasePlan(name, dict(+gpu), dict(+host))
+
+
+class _Run:
+    """The moments of each phase of one run; a method a phase."""
+
+    def __init__(self, shape: ModelShape, config: TrainConfig, ds: DsConfig, device: Device) -> None:
+        self.shape, self.config, self.ds = shape, config, ds
+        self.on_gpu = device == "cuda"
+        self.w = 2 if ds.bf16 else 4
+        self.master = 2 if ds.bf16_masters else 4  # bytes of a master weight, and of the gradient it gets
+        self.weights, self.largest = shape.parameters * self.w, shape.largest
+        self.batch = Batch(shape, config, self.w, self.on_gpu)
+        self.zero = ds.engine["zero_optimization"]
+        self.pins = self.on_gpu and ds.offload and self.zero["offload_optimizer"]["pin_memory"]
+        self.process = Bytes({"process": PROCESS, "CUDA on the host": CUDA_ON_HOST * self.on_gpu})
+
+    # --- what stays -------------------------------------------------------------------------------------------
+
+    def optimizer(self, *, stepped: bool = True) -> Bytes:
+        """Masters and what belongs to them, wherever they live: the ladder of bytes a parameter."""
+        parameters, ds, ours = self.shape.parameters, self.ds, self.ds.optimizer.type == "AdamW8bit"
+        masters = self._block(parameters * self.master)
+        parts = Bytes({"master weights": masters})
+        if stepped:
+            parts["moments"] = int(parameters * (MOMENTS_8BIT if ours else MOMENTS_FP32))
+            parts["residual"] = parameters * 2 * (ds.bf16_masters and ds.rounding == "residual")
+        if ds.offload:
+            parts["gradients"] = masters
+            alias = ds.share_staging or (ds.bf16_masters and ours)  # of the spent gradients, or of the masters
+            parts["staging copy"] = 0 if alias else self._block(self.weights)
+            # ZeRO: accumulated_grads_in_cpu, which bf16 gradients do without.
+            several = self.batch.backwards > 1 and not ds.bf16_masters
+            parts["accumulated gradients"] = self._block(self.weights) * several
+        return parts
+
+    def resident(self, *, stepped: bool = True) -> Moment:
+        """Between any two phases; stepped: the moments exist."""
+        gpu, host = Bytes({"weights": self.weights}), self.process
+        if self.ds.offload:
+            host = host + self.optimizer(stepped=stepped)
+            # ZeRO: temp_grad_buffer_for_gpu_offload; engine.py drops it where a step has one backward.
+            gpu["accumulation buffer"] = self.largest * self.w * (self.batch.backwards > 1)
+        else:
+            gpu += self.optimizer(stepped=stepped)
+        reference = Bytes({"reference": self.reference_bytes() if self.config.beta else 0})
+        return (gpu, host + reference) if self.config.reference == "bf16-cpu" else (gpu + reference, host)
+
+    def reference_bytes(self) -> int:
+        sizes = {"int8": self.shape.int8_bytes(self.w), "llm.int8": self.shape.llm_int8_bytes(self.w)}
+        return sizes.get(self.config.reference, self.weights)
+
+    def _block(self, size: int) -> int:
+        """torch's pinned allocator takes powers of two."""
+        return 1 << (size - 1).bit_length() if self.pins else size
+
+    def _during(self, gpu: dict[str, int], host: dict[str, int] | None = None, *, stepped: bool = True) -> Moment:
+        """What stays and what comes on top."""
+        resident_gpu, resident_host = self.resident(stepped=stepped)
+        return resident_gpu + Bytes(gpu), resident_host + Bytes(host or {})
+
+    # --- the phases -------------------------------------------------------------------------------------------
+
+    def load(self) -> list[Moment]:
+        """from_pretrained maps a bf16 file: bf16 weights are its pages, not read yet; fp32 ones are converted here."""
+        converted = {"weights": self.weights, "mapped file": self.shape.parameters * 2} if self.w == 4 else {}
+        return [(Bytes(), self.process + Bytes(converted))]
+
+    def initialise(self) -> list[Moment]:
+        """deepspeed.initialize: weights become one flat buffer, of which the masters are cloned; moments come later."""
+        flat = Bytes({"weights": self.weights})
+        twice = flat + Bytes({"second copy of the weights": self.weights})  # unflattened, or cloned for the masters
+        moved = self.process + Bytes({"weights on their way": self.weights * self.on_gpu})
+        every = self.optimizer(stepped=False)
+        masters = Bytes({"master weights": self.shape.parameters * self.master})
+        if not self.ds.offload:  # ZeRO tries a gradient buffer on and drops it
+            return [(twice, moved), (flat + every + Bytes({"gradients": masters.total()}), self.process)]
+        buffers = Bytes({"buffers of the largest parameter": self.largest * self.w})  # engine.py gives them back,
+        every["staging copy"] = self._block(self.weights)  # and this
+        every["accumulated gradients"] = 0
+        if self.pins:  # the block being pinned still has its pageable original, and so has the staging copy
+            every["pageable originals"] = masters.total() + self.weights
+        moments = [(twice, moved), (flat + buffers, self.process + every + buffers)]
+        if self.on_gpu or self.w != self.master:  # else the clone is the master
+            moments.append((twice, self.process + masters))
+        return moments
+
+    def sample(self) -> list[Moment]:
+        return [self._during(self.batch.sampling())]
+
+    def reference(self) -> list[Moment]:
+        """Making the reference, layer by layer, and scoring with it."""
+        kind, scoring = self.config.reference, self.batch.scoring()
+        if not self.config.beta:
+            return [self.resident()]
+        if kind == "bf16-cpu":  # copied on the card first
+            return [self._during({"reference on its way": self.weights * self.on_gpu}), self._during({}, scoring)]
+        if kind != "int8":
+            return [self._during(scoring)]
+        gpu, host = self.resident(stepped=self.config.num_iterations > 1)
+        gpu["reference"] *= not self.shape.tied  # the largest matrix comes first, an untied head last
+        making = gpu + Bytes({"quantising the largest matrix": self.largest * QUANTIZE[self.w]})
+        return [(making, host), self._during({**scoring, "a layer in full width": self.shape.widest * self.w})]
+
+    def update(self) -> list[Moment]:
+        """Forward and backward: the head's backward, then the layers', and at the end the embedding's."""
+        batch, w = self.batch, self.w
+        kept = {"gradient bucket": self.zero["reduce_bucket_size"] * w * (2 if self.zero["overlap_comm"] else 1)}
+        if not self.ds.offload or self.ds.zero_stage < 2:  # gradients stay; several backwards add into a second set
+            kept["gradients"] = self.weights * (2 if batch.backwards > 1 else 1)
+        stored = kept | {"activations kept for backward": batch.checkpoints()} | batch.masks()
+        head, leaving = self.largest * w, self._beside_gradient()
+        layer = batch.layer_backward() + self.shape.widest * (w + leaving)
+        return [
+            self._during({**stored, "largest gradients": head, "log-probs": batch.logprobs()}),
+            # A tied head's gradient waits for the embedding's, to which it is added.
+            self._during({**stored, "largest gradients": head * self.shape.tied, "a layer's activations": layer}),
+            self._during({**kept, "largest gradients": head + self.largest * leaving}),
+        ]
+
+    def _beside_gradient(self) -> int:
+        """Bytes an element while a gradient leaves for the host: a clone, its norm's copy and its cast in turn."""
+        if not self.ds.offload:
+            return self.w
+        return max(self.w, GRADIENT_CAST if self.w < self.master else 0, NORM_COPY)
+
+    def step(self) -> list[Moment]:
+        """The optimizer's step: on the host nothing new, on the card the gradients once more, flat and in fp32."""
+        if self.ds.offload:
+            return [self.resident()]
+        norm = {"gradients": self.weights, "largest gradients": self.largest * NORM_COPY_ON_CARD}
+        flat = self.weights + self.shape.parameters * 4 * (self.w == 2)
+        return [self._during(norm), self._during({"gradients": self.weights, "flat gradients": flat})]
+
+    def save(self) -> list[Moment]:
+        """save_pretrained."""
+        cloned = (self.shape.parameters - self.shape.vocab * self.shape.hidden * self.shape.tied) * self.w
+        shard = {"shard on its way": min(self.weights, SHARD) * self.on_gpu}
+        return [self._during({"clones for the file": cloned * CLONED_FOR_SAVING}, shard)]

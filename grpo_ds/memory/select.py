@@ -1,0 +1,193 @@
+"""What fits: a plan against a card and a machine's RAM, the cheapest changes that make it fit, and the best model.
+
+The planner's own margins are stated here, once.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from grpo_ds.config import TrainConfig
+from grpo_ds.ds_config import SMALL_BUCKET, DsConfig, OptimizerSpec
+from grpo_ds.memory.plan import CUDA_CONTEXT, GIB, Device, Plan, make_plan
+from grpo_ds.memory.shape import ModelShape
+
+RAM_RESERVE = 2 * GIB  # the system, the launcher's two processes (0.45 GiB, measured) and page cache for the files
+FRAGMENTATION = 0.03  # of the card: torch's allocator cannot use every gap between blocks; a guess until measured
+
+
+def usable(gpu_gib: float, ram_gib: float) -> tuple[int, int]:
+    """Bytes a plan may fill on the card and on the host."""
+    gpu, ram = (gpu_gib * GIB - CUDA_CONTEXT) / (1 + FRAGMENTATION), ram_gib * GIB - RAM_RESERVE
+    return max(0, int(gpu)), max(0, int(ram))
+
+
+def fits(plan: Plan, gpu_gib: float, ram_gib: float) -> bool:
+    """Whether the plan fits with the margins; the card does not matter to a plan for the CPU."""
+    gpu, ram = usable(gpu_gib, ram_gib)
+    return plan.peak("gpu") <= gpu and plan.peak("host") <= ram
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a plan is made of."""
+
+    shape: ModelShape
+    config: TrainConfig
+    ds: DsConfig
+    device: Device = "cuda"
+
+    def plan(self) -> Plan:
+        return make_plan(self.shape, self.config, self.ds, device=self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """A change of a flag or of the DeepSpeed JSON, what it costs, and when there is anything to change."""
+
+    change: str
+    cost: str
+    when: Callable[[Job], bool]
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    ds: Mapping[str, Any] = field(default_factory=dict)
+    zero: Mapping[str, Any] = field(default_factory=dict)  # keys of zero_optimization
+
+    def apply(self, job: Job) -> Job:
+        if not self.when(job):
+            return job
+        engine = {**job.ds.engine, "zero_optimization": {**job.ds.engine["zero_optimization"], **self.zero}}
+        ds = replace(job.ds, engine=engine, **self.ds)
+        return replace(job, config=replace(job.config, **self.flags), ds=ds)
+
+
+def remedies(job: Job, gpu_gib: float, ram_gib: float) -> tuple[Remedy, ...]:
+    """The fewest and then cheapest changes after which the job fits; none if it fits, or if nothing helps."""
+    if fits(job.plan(), gpu_gib, ram_gib):
+        return ()
+    for number in range(1, MOST_REMEDIES + 1):
+        for some in itertools.combinations(REMEDIES, number):
+            if fits(applied(job, some).plan(), gpu_gib, ram_gib):
+                return some
+    return ()
+
+
+def applied(job: Job, changes: tuple[Remedy, ...]) -> Job:
+    for remedy in changes:
+        job = remedy.apply(job)
+    return job
+
+
+def _more_than(flag: str, value: float, cost: str) -> Remedy:
+    return Remedy(f"--{flag} {value}", cost, lambda job: getattr(job.config, flag) > value, flags={flag: value})
+
+
+def _another_reference(kind: str, cost: str) -> Remedy:
+    other = lambda job: job.config.beta > 0 and job.config.reference != kind  # noqa: E731
+    return Remedy(f"--reference {kind}", cost, other, flags={"reference": kind})
+
+
+def _ours(job: Job) -> bool:
+    return job.ds.offload and job.ds.optimizer.type == "AdamW8bit"
+
+
+MOST_REMEDIES = 4
+IN_RAM = {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": False}}
+EIGHT_BIT = {"optimizer": OptimizerSpec("AdamW8bit", {}), "share_staging": True}
+HALVES = {"bf16_masters": True, "rounding": "residual"}
+
+# In order of cost: first what costs little, then speed, then what changes the algorithm.
+REMEDIES = (
+    Remedy('"pin_memory": false', "slower copies to the card", lambda job: job.ds.offload, zero=IN_RAM),
+    Remedy('"share_staging": true', "nothing", _ours, ds={"share_staging": True}),
+    Remedy(
+        '"reduce_bucket_size": 25000000, "overlap_comm": false',
+        "nothing on one card",
+        lambda job: job.ds.engine["zero_optimization"]["reduce_bucket_size"] > SMALL_BUCKET,
+        zero={"reduce_bucket_size": SMALL_BUCKET, "overlap_comm": False},
+    ),
+    _more_than("logprob_chunk_mib", 16.0, "smaller matrix products"),
+    _more_than("eval_batch_size", 4, "slower evaluation"),
+    Remedy(
+        "--gradient_checkpointing true",
+        "a third more compute",
+        lambda job: not job.config.gradient_checkpointing,
+        flags={"gradient_checkpointing": True},
+    ),
+    Remedy(
+        "--ds ds_configs/zero2.json",
+        "the step on the CPU",
+        lambda job: not job.ds.offload,
+        ds={"offload": True, "zero_stage": 2, "share_staging": True},
+        zero=IN_RAM,
+    ),
+    Remedy('"type": "AdamW8bit"', "moments in 8 bits", lambda job: job.ds.offload and not _ours(job), ds=EIGHT_BIT),
+    _another_reference("int8", "a KL floor"),
+    Remedy(
+        "--ds ds_configs/zero2_lowram.json",
+        "gradients in bf16",
+        lambda job: _ours(job) and job.ds.bf16 and not job.ds.bf16_masters,
+        ds=HALVES,
+    ),
+    Remedy(
+        "--micro_groups 1",
+        "gradients over PCIe several times a step",
+        lambda job: job.config.batch_size > 1 and job.config.micro_groups != 1,
+        flags={"micro_groups": 1},
+    ),
+    Remedy(
+        'zero2_lowram.json with "rounding": "stochastic"',
+        "masters without their lower bits",
+        lambda job: _ours(job) and job.ds.bf16,
+        ds={**HALVES, "rounding": "stochastic"},
+    ),
+    _another_reference("bf16-cpu", "scoring on the CPU, perhaps minutes a step"),
+    _more_than("batch_size", 1, "fewer questions a step"),
+    _more_than("max_completion_length", 200, "shorter answers"),
+    _more_than("max_prompt_length", 512, "shorter contexts"),
+    _more_than("num_generations", 2, "the smallest group"),
+    Remedy("--beta 0", "no KL to a reference", lambda job: job.config.beta > 0, flags={"beta": 0.0}),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A model with a DeepSpeed JSON and a place for the reference."""
+
+    ds_file: str
+    job: Job
+    plan: Plan
+    fits: bool
+
+    @property
+    def reference(self) -> str:
+        return self.job.config.reference if self.job.config.beta else "none"
+
+    def command(self, typed: str = "") -> str:
+        """The command line that runs it."""
+        flags = {"none": " --beta 0", "int8": ""}.get(self.reference, f" --reference {self.reference}")
+        return f"deepspeed launch/train.py --model {self.job.shape.name} --ds {self.ds_file}{flags}{typed}"
+
+
+def candidates(
+    shape: ModelShape,
+    config: TrainConfig,
+    ds_files: Mapping[str, DsConfig],
+    references: Sequence[str],
+    *,
+    gpu_gib: float,
+    ram_gib: float,
+) -> Iterator[Candidate]:
+    """A model under every JSON, with every reference and with none; without a card on the CPU."""
+    changes: list[dict[str, Any]] = [{"reference": kind} for kind in references if config.beta] + [{"beta": 0.0}]
+    for change in changes:
+        for ds_file, ds in ds_files.items():
+            job = Job(shape, replace(config, **change), ds, "cuda" if gpu_gib else "cpu")
+            plan = job.plan()
+            yield Candidate(ds_file, job, plan, fits(plan, gpu_gib, ram_gib))
+
+
+def best(found: Iterable[Candidate]) -> Candidate | None:
+    """The largest model that fits; of its candidates the first."""
+    fitting = [candidate for candidate in found if candidate.fits]
+    return max(fitting, key=lambda candidate: candidate.job.shape.parameters, default=None)

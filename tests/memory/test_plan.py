@@ -1,0 +1,175 @@
+"""The plan: a ladder of bytes a parameter, phases that only grow with the work, changes that make it fit."""
+
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+
+from grpo_ds.config import TrainConfig
+from grpo_ds.ds_config import SHIPPED, DsSizes, resolve_ds_config
+from grpo_ds.memory.plan import GIB, PHASES, make_plan
+from grpo_ds.memory.select import FRAGMENTATION, RAM_RESERVE, Job, applied, fits, remedies
+from grpo_ds.memory.shape import PRESET_CONFIGS, shape_of
+
+CONFIG = TrainConfig()
+SHAPE = shape_of("qwen2.5-1.5b")
+SIZES = DsSizes(1e-6, 0.0, 1.0, 0, 100, CONFIG.batch_size * CONFIG.num_generations, 1, bf16=True)
+OPTIMIZER = ("master weights", "gradients", "staging copy", "moments", "residual", "accumulated gradients")
+
+
+@pytest.fixture(scope="session")
+def ds_from(tmp_path_factory):
+    """The shipped JSON with some keys changed: "a.b" -> value."""
+
+    def make(name="zero2", sizes=SIZES, **changes):
+        engine = json.loads((SHIPPED / f"{name}.json").read_text())
+        for path, value in changes.items():
+            section, *inner = path.split("__")
+            target = engine.setdefault(section, {})
+            for key in inner[:-1]:
+                target = target.setdefault(key, {})
+            target[inner[-1]] = value
+        file = tmp_path_factory.mktemp("ds") / "ds.json"
+        file.write_text(json.dumps(engine))
+        return resolve_ds_config(file, fill=sizes)
+
+    return make
+
+
+def phase(plan, name):
+    return plan.phases[PHASES.index(name)]
+
+
+LADDER = [  # name of the JSON, changes, micro_groups, bytes a parameter on the host
+    ("zero2", {"optimizer": {"type": "AdamW"}}, 0, 4 + 4 + 2 + 8),
+    ("zero2", {"optimizer": {"type": "AdamW"}}, 1, 4 + 4 + 2 + 8 + 2),
+    ("zero2", {"share_staging": False}, 0, 4 + 4 + 2 + 2.03),
+    ("zero2", {}, 0, 4 + 4 + 2.03),
+    ("zero2", {}, 1, 4 + 4 + 2.03 + 2),
+    ("zero2_lowram", {}, 0, 2 + 2 + 2.03 + 2),
+    ("zero2_lowram", {}, 1, 2 + 2 + 2.03 + 2),  # several backwards add up in the gradients themselves
+    ("zero2_lowram", {"rounding": "stochastic"}, 0, 2 + 2 + 2.03),
+    ("zero2_gpu", {}, 0, 0),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "micro_groups", "expected"), LADDER)
+def test_the_ladder_of_host_bytes_a_parameter(ds_from, name, changes, micro_groups, expected):
+    if "optimizer" in changes:
+        ds = ds_from(name, optimizer__type="AdamW", optimizer__params={})
+    else:
+        ds = ds_from(name, **{f"optimizer__params__{key}": value for key, value in changes.items()})
+    host = phase(make_plan(SHAPE, replace(CONFIG, micro_groups=micro_groups), ds), "step").host
+    assert sum(host.get(part, 0) for part in OPTIMIZER) / SHAPE.parameters == pytest.approx(expected, abs=0.002)
+
+
+def test_without_offload_the_card_holds_masters_and_moments_and_for_a_moment_the_gradients_three_times(ds_from):
+    gpu = phase(make_plan(SHAPE, CONFIG, ds_from("zero2_gpu")), "step").gpu
+    without_reference = sum(gpu.values()) - gpu["reference"]
+    # weights 2 + master 4 + moments 2.03 + gradients 2 + the same flat 2 + in fp32 4
+    assert without_reference / SHAPE.parameters == pytest.approx(16.03, abs=0.002)
+
+
+GROWING = {
+    **{"num_generations": (2, 4, 8, 16), "batch_size": (1, 2, 4), "max_prompt_length": (128, 512, 1024)},
+    **{"max_completion_length": (64, 300, 1000), "logprob_chunk_mib": (16.0, 64.0, 256.0)},
+    **{"eval_batch_size": (4, 8, 64), "micro_groups": (1, 2)},
+}
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("knob", GROWING)
+def test_more_work_never_takes_less_memory(ds_from, knob, device):
+    for name, checkpointing in itertools.product(("zero2", "zero2_gpu", "zero2_lowram"), (True, False)):
+        config = replace(
+            CONFIG, batch_size=2, gradient_checkpointing=checkpointing, micro_groups=knob == "micro_groups"
+        )
+        sizes = [
+            [(p.gpu_bytes, p.host_bytes) for p in make_plan(SHAPE, changed, ds_from(name), device=device).phases]
+            for changed in (replace(config, **{knob: value}) for value in GROWING[knob])
+        ]
+        if knob == "micro_groups":  # fewer backwards: more activations, less to accumulate in
+            sizes = [[step[PHASES.index("sample")]] for step in sizes][::-1]
+        for less, more in itertools.pairwise(sizes):
+            assert all(a[0] <= b[0] and a[1] <= b[1] for a, b in zip(less, more, strict=True))
+
+
+@pytest.mark.parametrize(("name", "device"), itertools.product(("zero2", "zero2_gpu", "zero2_lowram"), ("cuda", "cpu")))
+def test_a_larger_model_takes_more_in_every_phase(ds_from, name, device):
+    ds = ds_from(name)
+    models = [shape_of(f"qwen2.5-{size}") for size in ("0.5b", "1.5b", "3b", "7b")]
+    plans = [make_plan(shape, CONFIG, ds, device=device).phases for shape in models]
+    for small, large in itertools.pairwise(plans):
+        assert all(
+            a.gpu_bytes <= b.gpu_bytes and a.host_bytes <= b.host_bytes for a, b in zip(small, large, strict=True)
+        )
+
+
+def test_on_the_cpu_all_of_it_is_in_ram(ds_from):
+    ds = ds_from()
+    there, here = make_plan(SHAPE, CONFIG, ds), make_plan(SHAPE, CONFIG, ds, device="cpu")
+    assert [p.name for p in here.phases] == list(PHASES) and here.peak("gpu") == 0
+    update = phase(there, "update")
+    both = update.gpu_bytes + update.host_bytes - update.host["CUDA on the host"] - phase(here, "update").host_bytes
+    assert both == update.gpu["attention mask"] * 2 // 5  # but for the copy a card's kernel wants padded
+
+
+def test_no_reference_takes_nothing(ds_from):
+    plan = make_plan(SHAPE, replace(CONFIG, beta=0.0), ds_from())
+    assert not any("reference" in p.gpu | p.host for p in plan.phases)
+
+
+def test_references_go_where_they_are_told(ds_from):
+    plans = {
+        kind: make_plan(SHAPE, replace(CONFIG, reference=kind), ds_from()) for kind in ("int8", "bf16", "bf16-cpu")
+    }
+    assert phase(plans["int8"], "update").gpu["reference"] / SHAPE.parameters == pytest.approx(1.031, abs=0.001)
+    assert phase(plans["bf16"], "update").gpu["reference"] == 2 * SHAPE.parameters
+    assert "reference" not in phase(plans["bf16-cpu"], "update").gpu
+    assert phase(plans["bf16-cpu"], "update").host["reference"] == 2 * SHAPE.parameters
+
+
+def test_pinned_blocks_are_powers_of_two(ds_from):
+    host = phase(make_plan(SHAPE, CONFIG, ds_from(zero_optimization__offload_optimizer__pin_memory=True)), "step").host
+    # 1.54 G parameters x 4 bytes are 5.75 GiB; the next power of two is 8 GiB
+    assert host["master weights"] == host["gradients"] == 8 * GIB
+
+
+def test_margins_count(ds_from):
+    plan = make_plan(SHAPE, CONFIG, ds_from())
+    gpu, ram = (plan.peak("gpu") * (1 + FRAGMENTATION)) / GIB + 0.5, (plan.peak("host") + RAM_RESERVE) / GIB
+    assert fits(plan, gpu + 0.01, ram + 0.01)
+    assert not fits(plan, gpu - 0.01, ram + 0.01) and not fits(plan, gpu + 0.01, ram - 0.01)
+
+
+TIGHT = [  # model, JSON, changes of the config, card, RAM
+    ("qwen2.5-1.5b", "zero2", {}, 16, 20),
+    ("qwen2.5-1.5b", "zero2_gpu", {}, 16, 32),
+    ("qwen2.5-3b", "zero2", {}, 16, 34),
+    ("qwen2.5-3b", "zero2", {"num_generations": 16, "batch_size": 8}, 16, 64),
+    ("qwen2.5-1.5b", "zero2", {"gradient_checkpointing": False}, 8, 64),
+    ("qwen2.5-1.5b", "zero2", {"reference": "bf16"}, 7, 64),
+    ("qwen2.5-0.5b", "zero2_gpu", {"reference": "bf16-cpu"}, 3, 12),
+]
+
+
+@pytest.mark.parametrize(("model", "name", "changes", "gpu", "ram"), TIGHT)
+def test_remedies_make_it_fit_and_none_of_them_is_too_many(ds_from, model, name, changes, gpu, ram):
+    job = Job(shape_of(model), replace(CONFIG, **changes), ds_from(name))
+    found = remedies(job, gpu, ram)
+    assert found and not fits(job.plan(), gpu, ram)
+    assert fits(applied(job, found).plan(), gpu, ram)
+    for left_out in found:
+        assert not fits(applied(job, tuple(r for r in found if r is not left_out)).plan(), gpu, ram)
+
+
+def test_what_fits_needs_no_remedy_and_what_never_fits_has_none(ds_from):
+    assert remedies(Job(SHAPE, CONFIG, ds_from()), 80, 200) == ()
+    assert remedies(Job(shape_of("qwen2.5-7b"), CONFIG, ds_from()), 8, 8) == ()
+
+
+@pytest.mark.parametrize("model", PRESET_CONFIGS)
+def test_every_phase_names_its_components(ds_from, model):
+    for p in make_plan(shape_of(model), CONFIG, ds_from()).phases:
+        assert p.host and all(size > 0 for size in (p.gpu | p.host).values())

@@ -1,0 +1,109 @@
+"""launch/select_model.py: the table, one model in detail, JSON, errors; never torch."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grpo_ds.config import TrainConfig, parse
+from grpo_ds.errors import MAX_LINES, UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "launch" / "select_model.py"
+
+
+@pytest.fixture
+def select(capsys):
+    """What the script prints for these flags."""
+    spec = importlib.util.spec_from_file_location("select_model", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    sys.modules["select_model"] = script  # dataclasses look their module up
+    spec.loader.exec_module(script)
+
+    def run(*words):
+        script.main([str(word) for word in words])
+        return capsys.readouterr().out
+
+    return run
+
+
+def launch(*command):
+    words = [sys.executable, *map(str, command)]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_a_card_gets_a_table_and_a_command_that_train_takes():
+    result = launch(SCRIPT, "--gpu_gib", 24, "--ram_gib", 32, "--num_generations", 8)
+    assert result.returncode == 0, result.stderr
+    for word in ("qwen2.5-0.5b", "qwen2.5-7b", "zero2.json", "zero2_lowram.json", "bf16-cpu", "none", "fits", "update"):
+        assert word in result.stdout
+    line = next(line for line in result.stdout.splitlines() if line.startswith("Run: deepspeed launch/train.py "))
+    config = parse(TrainConfig, line.split()[3:], about="").config
+    assert config.num_generations == 8 and config.model in result.stdout
+
+
+def test_one_model_is_shown_phase_by_phase(select):
+    shown = select("--gpu_gib", 24, "--ram_gib", 64, "--model", "qwen2.5-3b", "--ds", "ds_configs/zero2_lowram.json")
+    for word in ("initialise", "reference", "save", "master weights", "residual", "KV cache", "gradient bucket", "sum"):
+        assert word in shown
+    assert "qwen2.5-7b" not in shown
+
+
+def test_what_does_not_fit_is_answered_with_changes(select):
+    shown = select("--gpu_gib", 16, "--ram_gib", 18, "--model", "qwen2.5-1.5b", "--ds", "ds_configs/zero2.json")
+    assert "Nothing fits yet" in shown and "costs:" in shown
+
+
+def test_what_never_fits_is_said(select):
+    assert "whatever is changed" in select("--gpu_gib", 4, "--ram_gib", 8, "--model", "qwen2.5-7b")
+
+
+def test_json_is_json_and_names_every_byte(select):
+    answer = json.loads(select("--gpu_gib", 16, "--ram_gib", 32, "--json"))
+    largest = max((c for c in answer["candidates"] if c["fits"]), key=lambda c: c["parameters"])
+    assert f"--model {largest['model']} " in answer["run"]
+    assert set(largest["phases"]["update"]["gpu"]) >= {"weights", "gradient bucket"}
+
+
+def test_a_reference_that_was_asked_for_is_the_only_one(select):
+    shown = select("--gpu_gib", 24, "--ram_gib", 64, "--reference", "llm.int8")
+    assert "llm.int8" in shown and "bf16-cpu" not in shown
+
+
+def test_no_card_means_the_cpu(select):
+    assert "--model smollm2-135m" in select("--gpu_gib", 0, "--ram_gib", 16)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--gpu_gb", 16], "--gpu_gib"),
+        (["--gpu_gib", "many"], "gpu_gib"),
+        (["--gpu_gib", -1], "0 GiB"),
+        (["--gpu_gib", 16, "--num_generations", 1], "siblings"),
+        (["--gpu_gib", 16, "--ds", "nowhere.json"], "nowhere.json"),
+        (["--gpu_gib", 16, "--model", "/no/such/folder"], "/no/such/folder"),
+    ],
+)
+def test_errors_name_what_is_wrong(select, words, expected):
+    with pytest.raises(UsageError) as error:
+        select(*words)
+    assert expected in str(error.value) and len(str(error.value).splitlines()) <= MAX_LINES
+
+
+def test_an_error_ends_in_its_exit_code_without_a_traceback():
+    result = launch(SCRIPT, "--gpu_gib", 16, "--ds", "nowhere.json")
+    assert result.returncode == 2 and "nowhere.json" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_torch_is_not_imported():
+    code = (
+        "import sys, runpy; sys.argv = ['select_model.py', '--gpu_gib', '16', '--ram_gib', '32', '--json'];"
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__');"
+        "assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules)"
+    )
+    result = launch("-c", code)
+    assert result.returncode == 0, result.stderr
