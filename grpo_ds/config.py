@@ -102,7 +102,7 @@ class TrainConfig(EvaluateConfig):
     reference: ReferenceKind = knob("int8", "how the reference is kept: int8, llm.int8, bf16 or bf16-cpu")
     micro_groups: int = knob(0, "questions a backward; 0: all of a step in one, which is fastest")
     gradient_checkpointing: bool = knob(True, "recompute activations in the backward pass")
-    logprob_chunk_mib: float = knob(64.0, "MiB of logits alive at a time")
+    logprob_chunk_mib: float = knob(64.0, "MiB that a block of logits and its temporaries may take")
     dry_run_worst_case: bool = knob(False, "one step of the longest prompts and completions first; changes nothing")
     oom_retry: bool = knob(False, "on one rank, a phase out of memory is tried again in smaller parts; same results")
     report_to: str = knob("none", "none or wandb; the key comes from WANDB_API_KEY or wandb login, never from here")

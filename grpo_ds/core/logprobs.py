@@ -1,21 +1,22 @@
 """Log-probs of chosen tokens without ever holding a [tokens, vocabulary] tensor.
 
-The vocabulary is walked in blocks, outermost, with a running log-sum-exp: one fp32 tile
-[N, block] is alive at a time, backward computes it again, and each row of the head's gradient
-is written once, in the head's own dtype, with its sum over tokens taken in fp32 by the matmul.
+The vocabulary is walked in blocks, outermost, with a running log-sum-exp: two reused tiles [N, block]
+are alive, backward computes the logits again, and each row of the head's gradient is written once, in
+the head's own dtype, with its sum over tokens taken in fp32 by the matmul.
 (Walking tokens outermost, as others do, needs an fp32 [vocabulary, hidden] accumulator instead.)
 
 N tokens, H hidden size, V vocabulary rows of the head.
 """
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator
+from typing import Literal, Protocol, overload, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 MIB = 2**20
-MIN_BLOCK = 128  # rows; below this a matmul is all overhead, and the tile is small anyway
+MIN_BLOCK = 128  # rows; below this a matmul is all overhead, and the tiles fit 64 MiB up to 65,536 tokens
 
 
 @runtime_checkable
@@ -23,6 +24,32 @@ class HeadRows(Protocol):
     """A head whose rows come as `head[start:stop]` [rows, H]: a weight tensor, or one kept in 8 bits."""
 
     def __getitem__(self, rows: slice) -> Tensor: ...
+
+
+@overload
+def token_logprobs(
+    hidden: Float[Tensor, "N H"],
+    head: HeadRows,
+    targets: Int[Tensor, " N"],
+    *,
+    vocab_size: int,
+    temperature: float = ...,
+    chunk_mib: float = ...,
+    entropy: Literal[False] = ...,
+) -> Float[Tensor, " N"]: ...
+
+
+@overload
+def token_logprobs(
+    hidden: Float[Tensor, "N H"],
+    head: HeadRows,
+    targets: Int[Tensor, " N"],
+    *,
+    vocab_size: int,
+    temperature: float = ...,
+    chunk_mib: float = ...,
+    entropy: Literal[True],
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]: ...
 
 
 def token_logprobs(
@@ -33,56 +60,89 @@ def token_logprobs(
     vocab_size: int,
     temperature: float = 1.0,
     chunk_mib: float = 64.0,
-) -> Float[Tensor, " N"]:
+    entropy: bool = False,
+) -> Float[Tensor, " N"] | tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """fp32 log softmax(hidden @ head[:vocab_size].T / temperature) at `targets`.
 
     Differentiable in `hidden`, and in `head` when it is a tensor. Rows of the head from `vocab_size`
     on (padding the tokenizer cannot name) take no part, just as they are never sampled.
-    `chunk_mib`: size of the one fp32 tile.
+    `chunk_mib`: what one block may take: its tiles, and its rows where they must be converted.
+    `entropy`: return (log-probs, entropies in nats); an entropy is a diagnostic without gradient.
     """
-    block = max(MIN_BLOCK, int(chunk_mib * MIB) // (4 * max(1, len(targets))))
-    return _TokenLogprobs.apply(hidden, head, targets, vocab_size, temperature, block)
+    logprobs, entropies = _TokenLogprobs.apply(hidden, head, targets, vocab_size, temperature, chunk_mib, entropy)
+    return (logprobs, entropies) if entropy else logprobs
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, targets, vocab_size, temperature, block):
+    def forward(ctx, hidden, head, targets, vocab_size, temperature, chunk_mib, entropy):
         chosen = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
         log_total = torch.full_like(chosen, -torch.inf)
-        for start in range(0, vocab_size, block):
-            logits = _logits(hidden, head[start : min(start + block, vocab_size)], temperature)
+        mean_logit = torch.zeros_like(chosen)  # under the softmax over the blocks so far
+        for start, _, logits, spare in _tiles(hidden, head, vocab_size, temperature, chunk_mib, torch.float32):
             inside, column = _columns(targets, start, logits.shape[1])
             chosen = torch.where(inside, logits.gather(1, column).squeeze(1), chosen)
-            peak = logits.amax(dim=1)
-            total = logits.sub_(peak[:, None]).exp_().sum(dim=1)
-            log_total = torch.logaddexp(log_total, peak + total.log())
-        if isinstance(head, Tensor):
-            ctx.save_for_backward(hidden, head, targets, log_total)
-            ctx.options = vocab_size, temperature, block
-        return chosen - log_total
+            # One fused kernel, where logsumexp is four passes over the tile and a temporary of its size.
+            block_logprobs = torch.log_softmax(logits, dim=1, out=spare)
+            block_total = logits[:, 0] - block_logprobs[:, 0]
+            log_total = torch.logaddexp(log_total, block_total)
+            if entropy:
+                block_entropy = -torch.exp(block_logprobs, out=logits).mul_(block_logprobs).sum(dim=1)
+                mean_logit = mean_logit.lerp(block_total - block_entropy, (block_total - log_total).exp())
+        logprobs = chosen - log_total
+        entropies = log_total - mean_logit if entropy else None
+        if entropy:
+            ctx.mark_non_differentiable(entropies)
+        tensor = isinstance(head, Tensor)
+        ctx.save_for_backward(hidden, head if tensor else None, targets, logprobs, log_total)
+        ctx.options = None if tensor else head, vocab_size, temperature, chunk_mib
+        return logprobs, entropies
 
     @staticmethod
-    def backward(ctx, grad):
-        hidden, head, targets, log_total = ctx.saved_tensors
-        vocab_size, temperature, block = ctx.options
-        scale = (grad.float() / temperature)[:, None]
+    def backward(ctx, grad, _):
+        hidden, weight, targets, logprobs, log_total = ctx.saved_tensors
+        rows_only, vocab_size, temperature, chunk_mib = ctx.options
+        head = rows_only if weight is None else weight
+        dtype = _factor_dtype(hidden)
+        # d logprob / d logit = [token is the target] - softmax: the tile holds the difference the other way
+        # round, and what scales its rows is applied to the [N, H] tensors, which are smaller.
+        scale = (grad.float() / -temperature)[:, None]
+        scaled_hidden = (hidden * scale).to(dtype)
+        target_error = logprobs.expm1().to(dtype)[:, None]  # p - 1, exact also where p rounds to 1
         hidden_grad = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        head_grad = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
-        for start in range(0, vocab_size, block):
-            rows = head[start : min(start + block, vocab_size)]
-            # d logprob / d logit = [token is the target] - softmax, built in place in the tile.
-            tile = _logits(hidden, rows, temperature).sub_(log_total[:, None]).exp_().neg_()
+        head_grad = None
+        if ctx.needs_input_grad[1]:
+            head_grad = torch.empty_like(weight)
+            head_grad[vocab_size:] = 0
+        for start, rows, logits, spare in _tiles(hidden, head, vocab_size, temperature, chunk_mib, dtype):
+            error = torch.exp(logits.sub_(log_total[:, None]), out=spare)
             inside, column = _columns(targets, start, len(rows))
-            tile.scatter_add_(1, column, inside[:, None].float())
-            tile.mul_(scale)
-            hidden_grad += _matmul_fp32(tile.to(_matmul_dtype(rows)), rows)
+            error.scatter_(1, column, torch.where(inside[:, None], target_error, error.gather(1, column)))
+            _matmul(error, rows, out=hidden_grad, add=True)
             if head_grad is not None:
-                head_grad[start : start + len(rows)] = _matmul_fp32(tile.T.to(_matmul_dtype(rows)), hidden)
-        return hidden_grad.to(hidden.dtype), head_grad, None, None, None, None
+                _matmul(error.T, scaled_hidden, out=head_grad[start : start + len(rows)])
+        return hidden_grad.mul_(scale).to(hidden.dtype), head_grad, None, None, None, None, None
 
 
-def _logits(hidden: Tensor, rows: Tensor, temperature: float) -> Tensor:
-    return _matmul_fp32(hidden, rows.T).div_(temperature)
+def _tiles(
+    hidden: Tensor, head: HeadRows, vocab_size: int, temperature: float, chunk_mib: float, spare_dtype: torch.dtype
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Each block of the vocabulary: its first row, its rows, their fp32 logits [N, block], a tile to write to."""
+    dtype = _factor_dtype(hidden)
+    tokens, width = hidden.shape
+    converted = not isinstance(head, Tensor) or head.dtype != dtype
+    row_bytes = 8 * tokens + 8 * width * converted  # two tiles; two fp32 copies of the rows, or rows and gradient
+    block = min(vocab_size, max(MIN_BLOCK, int(chunk_mib * MIB) // max(1, row_bytes)))
+    tile = torch.empty(tokens * block, dtype=torch.float32, device=hidden.device)
+    spare = torch.empty(tokens * block, dtype=spare_dtype, device=hidden.device)
+    hidden = hidden.to(dtype)
+    for start in range(0, vocab_size, block):
+        rows = head[start : min(start + block, vocab_size)].to(dtype)
+        shape = tokens, len(rows)
+        logits = _matmul(hidden, rows.T, out=tile[: tokens * len(rows)].view(shape))
+        if temperature != 1:  # a pass over the tile
+            logits.div_(temperature)
+        yield start, rows, logits, spare[: tokens * len(rows)].view(shape)
 
 
 def _columns(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
@@ -91,13 +151,18 @@ def _columns(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
     return (column >= 0) & (column < width), column.clamp(0, width - 1)[:, None]
 
 
-def _matmul_dtype(weight: Tensor) -> torch.dtype:
+def _factor_dtype(hidden: Tensor) -> torch.dtype:
     """On a GPU 16-bit factors run on the tensor cores; a CPU gains nothing from rounding them."""
-    return weight.dtype if weight.is_cuda else torch.float32
+    return hidden.dtype if hidden.is_cuda else torch.float32
 
 
-def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b accumulated and returned in fp32: 16-bit logits are off by 1e-2 in a log-prob, these by 1e-6."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b.to(a.dtype), out_dtype=torch.float32)
-    return a.float() @ b.float()
+def _matmul(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> Tensor:
+    """out = a @ b (+ out), summed in fp32: 16-bit logits are off by 1e-2 in a log-prob, fp32 ones by 1e-6."""
+    if a.dtype == out.dtype:
+        return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+    if a.is_cuda and out.dtype == torch.float32:
+        # addmm with out_dtype would spare a pass, but not every torch since 2.8 takes an fp32 summand.
+        if add:
+            return out.add_(torch.mm(a, b, out_dtype=torch.float32))
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return out.add_(a @ b) if add else out.copy_(a @ b)

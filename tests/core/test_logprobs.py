@@ -5,6 +5,7 @@ import torch
 
 from grpo_ds.core import logprobs
 from grpo_ds.core.logprobs import token_logprobs
+from grpo_ds.models.quantized import Int8Rows
 
 
 def naive(hidden, head, targets, vocab_size, temperature):
@@ -57,9 +58,70 @@ def test_huge_logits_neither_overflow_nor_vanish():
     torch.testing.assert_close(ours.double(), naive(hidden * 1e3, head, targets, vocab, 1.0), rtol=1e-5, atol=0.1)
 
 
-def test_no_tokens_give_no_logprobs():
+def test_no_tokens_give_no_logprobs_and_no_gradient():
     hidden, head, targets, vocab = inputs()
-    assert token_logprobs(hidden[:0], head, targets[:0], vocab_size=vocab).shape == (0,)
+    ours = token_logprobs(hidden[:0], head, targets[:0], vocab_size=vocab)
+    assert ours.shape == (0,)
+    assert torch.autograd.grad(ours.sum(), head)[0].abs().max() == 0
+
+
+def test_a_token_that_is_nearly_certain_still_has_a_gradient_in_16_bits(monkeypatch):
+    """p - 1 is rounded, not p, which 16 bits would round to 1."""
+    monkeypatch.setattr(logprobs, "_factor_dtype", lambda hidden: hidden.dtype)  # as on a card
+    hidden = torch.tensor([[7.0]], dtype=torch.bfloat16, requires_grad=True)  # logits 7 and 0: 1 - p is 9e-4
+    head = torch.tensor([[1.0], [0.0]], dtype=torch.bfloat16)
+    ours = token_logprobs(hidden, head, torch.tensor([0]), vocab_size=2)
+    exact = torch.sigmoid(torch.tensor(-7.0)).item()  # (1 - p) times the difference of the rows, 1
+    assert torch.autograd.grad(ours.sum(), hidden)[0].item() == pytest.approx(exact, rel=2**-7)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("block", [7, 450, 5000])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])  # nearly uniform, model-like, nearly certain
+def test_entropies_equal_those_of_the_full_softmax(scale, block, temperature, monkeypatch):
+    hidden, head, targets, vocab = inputs()
+    hidden.data *= scale
+    monkeypatch.setattr(logprobs, "MIN_BLOCK", block)
+    options = {"vocab_size": vocab, "temperature": temperature, "chunk_mib": 0}
+    values, entropies = token_logprobs(hidden, head, targets, **options, entropy=True)
+    full = ((hidden.double() @ head.double().T)[:, :vocab] / temperature).log_softmax(-1)
+    # an entropy is a difference of logits, which reach 1,000 here: fp32 has 1e-7 of that
+    torch.testing.assert_close(
+        entropies.double(), -(full.exp() * full).sum(-1), atol=3e-6 * max(10, 30 * scale), rtol=0
+    )
+    assert torch.equal(values, token_logprobs(hidden, head, targets, **options))
+
+
+def test_asking_for_entropies_changes_no_gradient():
+    hidden, head, targets, vocab = inputs()
+    plain = token_logprobs(hidden, head, targets, vocab_size=vocab, chunk_mib=0)
+    values, entropies = token_logprobs(hidden, head, targets, vocab_size=vocab, chunk_mib=0, entropy=True)
+    assert not entropies.requires_grad
+    expected = torch.autograd.grad(plain.square().sum(), (hidden, head))
+    got = torch.autograd.grad(values.square().sum(), (hidden, head))
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_tied_head_collects_the_gradient_of_both_its_uses():
+    _, head, targets, vocab = inputs()
+    embedded = torch.nn.functional.embedding(targets.roll(1), head).tanh()
+    ours = token_logprobs(embedded, head, targets, vocab_size=vocab, chunk_mib=0)
+    theirs = naive(embedded, head, targets, vocab, 1.0)
+    got, want = (torch.autograd.grad(t.sum(), head, retain_graph=True)[0] for t in (ours, theirs))
+    torch.testing.assert_close(got, want.float(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_in_8_bits_gives_the_logprobs_and_the_hidden_gradient_of_its_rows(dtype):
+    hidden, head, targets, vocab = inputs(dtype)
+    rows = Int8Rows(head)
+    ours, entropies = token_logprobs(hidden, rows, targets, vocab_size=vocab, chunk_mib=0, entropy=True)
+    theirs = naive(hidden, rows[:], targets, vocab, 1.0)
+    torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=1e-5)
+    assert entropies.min() >= 0
+    got, want = (torch.autograd.grad(t.sum(), hidden)[0] for t in (ours, theirs))
+    torch.testing.assert_close(got, want)  # in bf16 both are rounded from nearly the same value
 
 
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
@@ -83,6 +145,6 @@ def test_no_tensor_of_tokens_by_vocabulary_exists_beyond_one_chunk():
         token_logprobs(hidden, head, targets, vocab_size=vocab, chunk_mib=1).sum().backward()
     with LargestTensor() as naive_way:
         (hidden @ head.T).log_softmax(-1).gather(1, targets[:, None]).sum().backward()
-    # 1 MiB of fp32 is 262,144 elements; the head and its gradient are 320,000
+    # 1 MiB holds two fp32 tiles of 131,072 elements; the head and its gradient are 320,000
     assert ours.elements == vocab * width
     assert naive_way.elements == tokens * vocab  # the watcher does see what it must see
