@@ -13,6 +13,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from grpo_ds.ds_config import DsSizes
 from grpo_ds.errors import UsageError, one_error
 
 ReferenceKind = Literal["int8", "llm.int8", "bf16", "bf16-cpu"]
@@ -103,6 +104,7 @@ class TrainConfig(EvaluateConfig):
     micro_groups: int = knob(0, "questions a backward; 0: all of a step in one, which is fastest")
     gradient_checkpointing: bool = knob(True, "recompute activations in the backward pass")
     logprob_chunk_mib: float = knob(64.0, "MiB that a block of logits and its temporaries may take")
+    plan: bool = knob(False, "print the memory this run would take, phase by phase, and stop")
     dry_run_worst_case: bool = knob(False, "one step of the longest prompts and completions first; changes nothing")
     oom_retry: bool = knob(False, "on one rank, a phase out of memory is tried again in smaller parts; same results")
     report_to: str = knob("none", "none or wandb; the key comes from WANDB_API_KEY or wandb login, never from here")
@@ -134,6 +136,19 @@ class TrainConfig(EvaluateConfig):
             )
             if wrong
         ]
+
+    def ds_sizes(self, *, bf16: bool, world_size: int = 1) -> DsSizes:
+        """What the DeepSpeed JSON needs of these flags."""
+        return DsSizes(
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            warmup_steps=0,
+            total_steps=self.total_steps * self.mu,
+            micro_batch_size=self.batch_size * self.num_generations,
+            world_size=world_size,
+            bf16=bf16,
+        )
 
     @property
     def total_steps(self) -> int:

@@ -19,8 +19,30 @@ def gpu_memory_gib() -> float | None:
 
 
 def ram_gib() -> float:
-    """Physical memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    """Memory this process may use: the machine's, or less where a container's limit says so."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(physical, cgroup_limit() or physical) / 2**30
+
+
+def cgroup_limit(membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes the tightest cgroup around this process allows (v1 or v2), None without a limit.
+
+    A container may see its own group as the root of the mount while `membership` still names the host's path:
+    every folder from the named one up to the mount is looked at, and those that are not there say nothing.
+    """
+    lines = membership.read_text(encoding="utf-8").splitlines() if membership.is_file() else []
+    limits = []
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        v1 = "memory" in controllers.split(",")
+        if controllers and not v1:
+            continue
+        top, name = (mount / "memory", "memory.limit_in_bytes") if v1 else (mount, "memory.max")
+        folder = top / path.lstrip("/")
+        for group in [folder, *folder.parents]:
+            limit = group / name
+            if group.is_relative_to(top) and limit.is_file() and (text := limit.read_text().strip()).isdigit():
+                limits.append(int(text))  # v2 says "max" for none, v1 a number beyond any machine
+    return min(limits, default=None)
 
 
 def cpu_has_bf16() -> bool:

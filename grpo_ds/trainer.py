@@ -296,7 +296,7 @@ class Trainer:
         """The fine-tuned model as an ordinary transformers folder."""
         if self.world.is_first:
             with self.profiler.phase("save"):
-                self.engine.model.save_pretrained(folder)
+                save_model(self.engine.model, folder)
             self.tokenizer.save_pretrained(folder)
         self.world.wait()
 

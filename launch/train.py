@@ -6,19 +6,28 @@ Arguments, data and the DeepSpeed JSON are checked before anything heavy is load
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from grpo_ds.config import TrainConfig, parse
-from grpo_ds.ds_config import DsConfig, DsSizes, resolve_ds_config
+from grpo_ds.ds_config import DsConfig, resolve_ds_config
 from grpo_ds.errors import UsageError, run_script
 from grpo_ds.machine import cpu_has_bf16, gpu_memory_gib, ram_gib
+from grpo_ds.memory.plan import Plan, Where
+from grpo_ds.memory.select import Job
+from grpo_ds.memory.shape import shape_of
 from grpo_ds.models.presets import Choice, choose_model
 from grpo_ds.report.trackers import check_trackers
 from grpo_ds.task.questions import QuestionSet, read_questions, split_questions
 
+PLAN_WIDTH = 120  # columns where the output is no terminal
+
 
 def main(argv: list[str]) -> None:
-    choice, config, ds = settle(argv)
+    settled = settle(argv)
+    choice, config, ds = settled.choice, settled.config, settled.job.ds
+    if config.plan:
+        return print_plan(settled)
     questions = read_questions(config.data, labels=config.label_names)
     train, held_out = split_questions(questions.questions, eval_fraction=config.eval_fraction, seed=config.seed)
     held_out = held_out[: config.eval_limit]
@@ -32,14 +41,14 @@ def main(argv: list[str]) -> None:
 
     here = world.start(needs_gpu=choice.needs_gpu)
     console = Console(speaks=here.is_first)
-    for line in first_lines(choice, config, ds, questions, len(train), len(held_out)):
+    for line in first_lines(settled, questions, len(train), len(held_out)):
         console.line(line)
     rewards = reward_functions(
         labels=config.label_names,
         correctness_reward=config.correctness_reward,
         format_reward=config.format_reward,
     )
-    outcome = Trainer(config, ds, here, console, rewards).run(train, held_out, folder)
+    outcome = Trainer(config, ds, here, console, rewards, settled.plan).run(train, held_out, folder)
     console.before_and_after(outcome.before, outcome.after, held_out)
     console.line(
         "Mean reward: {:.2f} in the first quarter of the steps, {:.2f} in the last.".format(*outcome.quarters())
@@ -48,23 +57,47 @@ def main(argv: list[str]) -> None:
     world.stop()
 
 
-def settle(argv: list[str]) -> tuple[Choice, TrainConfig, DsConfig]:
-    """Flags, the model they mean, its recipe, and the DeepSpeed JSON filled from them."""
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A run that can begin: flags, the model they mean, the DeepSpeed JSON filled from them, the memory it takes."""
+
+    choice: Choice
+    config: TrainConfig
+    job: Job
+    plan: Plan
+    gpu_gib: float | None
+    ram_gib: float
+
+
+def settle(argv: list[str]) -> Settled:
+    """Everything that can be known before anything heavy is loaded."""
     asked = parse(TrainConfig, argv, about=__doc__)
-    gpu_gib = gpu_memory_gib()
-    choice = choose_model(asked.config.model, gpu_gib=gpu_gib, ram_gib=ram_gib())
-    config = parse(TrainConfig, [*argv, "--model", choice.model], about=__doc__, recipe=choice.recipe).config
-    sizes = DsSizes(
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        warmup_steps=0,
-        total_steps=config.total_steps * config.mu,
-        micro_batch_size=config.batch_size * config.num_generations,
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        bf16=gpu_gib is not None or cpu_has_bf16(),
+    gpu, ram = gpu_memory_gib(), ram_gib()
+
+    def resolved(config: TrainConfig) -> DsConfig:
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        sizes = config.ds_sizes(bf16=gpu is not None or cpu_has_bf16(), world_size=ranks)
+        return resolve_ds_config(config.ds, fill=sizes, explicit=asked.typed)
+
+    choice = choose_model(
+        asked.config.model, gpu_gib=gpu, ram_gib=ram, run=lambda: (asked.config, resolved(asked.config))
     )
-    return choice, config, resolve_ds_config(config.ds, fill=sizes, explicit=asked.typed)
+    config = parse(TrainConfig, [*argv, "--model", choice.model], about=__doc__, recipe=choice.recipe).config
+    job = Job(shape_of(config.model), config, resolved(config), "cuda" if gpu else "cpu")
+    return Settled(choice, config, job, job.plan(), gpu, ram)
+
+
+def print_plan(settled: Settled) -> None:
+    """--plan: what each phase takes, and whether it fits."""
+    from rich.console import Console
+
+    from grpo_ds.report.plan import components, in_a_line
+
+    console = Console(width=None if Console().is_terminal else PLAN_WIDTH, highlight=False, soft_wrap=True)
+    places: tuple[Where, ...] = ("gpu", "host") if settled.gpu_gib else ("host",)
+    for where in places:
+        console.print(components(settled.plan, f"{settled.config.model}, {settled.config.ds}", where))
+    console.print(in_a_line(settled.job, settled.plan, settled.gpu_gib, settled.ram_gib), markup=False)
 
 
 def output_folder(config: TrainConfig) -> Path:
@@ -79,10 +112,11 @@ def output_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def first_lines(
-    choice: Choice, config: TrainConfig, ds: DsConfig, questions: QuestionSet, train: int, held_out: int
-) -> list[str]:
+def first_lines(settled: Settled, questions: QuestionSet, train: int, held_out: int) -> list[str]:
     """What was chosen and why, before the wait for the model."""
+    from grpo_ds.report.plan import in_a_line
+
+    choice, config, ds = settled.choice, settled.config, settled.job.ds
     left_out = ", ".join(f"{count} {label!r} left out" for label, count in questions.left_out.items())
     per_step = f"{config.batch_size} questions x {config.num_generations} completions of at most"
     precision = "bf16" if ds.bf16 else "fp32, as bf16 is off in the JSON or not native to this CPU"
@@ -91,6 +125,7 @@ def first_lines(
         f"Data: {questions.source}{f' ({left_out})' if left_out else ''}; {train} to train on, {held_out} held out",
         f"Plan: {config.total_steps} steps of {per_step} {config.max_completion_length} tokens; "
         f"learning rate {ds.learning_rate:g}, beta {config.beta:g}, seed {config.seed}",
+        in_a_line(settled.job, settled.plan, settled.gpu_gib, settled.ram_gib),
     ]
 
 

@@ -34,9 +34,7 @@ MOMENTS_FP32 = 8
 # of (fp64 in DeepSpeed; engine.py takes it without one, but not where the optimizer lives on the card).
 GRADIENT_CAST, NORM_COPY, NORM_COPY_ON_CARD = 4, 0, 8
 QUANTIZE = {2: 9, 4: 5}  # models/quantized.py, per weight of size w: its fp32 copy, the quotient, the code
-# save_pretrained clones what shares a storage, as all of ZeRO's flat weights do (but for a tied embedding), and
-# copies a shard of at most so many bytes from the card to the host.
-CLONED_FOR_SAVING, SHARD = True, 50 * 10**9
+SHARD = 2 * 10**9  # models/policy.py: a shard of at most so many bytes is copied from the card to the host
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +217,4 @@ class _Run:
 
     def save(self) -> list[Moment]:
         """save_pretrained."""
-        cloned = (self.shape.parameters - self.shape.vocab * self.shape.hidden * self.shape.tied) * self.w
-        shard = {"shard on its way": min(self.weights, SHARD) * self.on_gpu}
-        return [self._during({"clones for the file": cloned * CLONED_FOR_SAVING}, shard)]
+        return [self._during({}, {"shard on its way": min(self.weights, SHARD) * self.on_gpu})]

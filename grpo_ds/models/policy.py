@@ -78,3 +78,16 @@ def _named_errors(name: str):
             "If the hub cannot be reached from here, name a folder saved by save_pretrained (--model FOLDER),\n"
             f"or use the embedded model, which needs no network: --model {EMBEDDED}"
         ) from error
+
+
+SHARD = "2GB"  # of a saved model: on its way to the file a shard is in host memory once more
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """An ordinary transformers folder.
+
+    ZeRO keeps all weights as views of one buffer, which save_pretrained takes for shared tensors and clones, all of
+    them at once and on the card. Through dlpack each view is a tensor of its own over the same bytes.
+    """
+    weights = {name: torch.from_dlpack(tensor.detach()) for name, tensor in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD)

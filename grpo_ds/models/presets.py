@@ -3,11 +3,15 @@
 Standard library only: the command line needs it before anything heavy is loaded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from grpo_ds.config import prompt_recipe
+from grpo_ds.config import TrainConfig, prompt_recipe
+from grpo_ds.ds_config import SHIPPED, DsConfig, resolve_ds_config
+from grpo_ds.memory.plan import make_plan
+from grpo_ds.memory.select import fits
+from grpo_ds.memory.shape import shape_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,28 +61,34 @@ class Choice:
     needs_gpu: bool  # it was chosen for the card
 
 
-def choose_model(name: str, *, gpu_gib: float | None, ram_gib: float) -> Choice:
-    """What --model means on this machine; `auto` is the largest Qwen that fits the card and the RAM."""
+def default_run() -> tuple[TrainConfig, DsConfig]:
+    """Training with every flag at its default."""
+    config = TrainConfig()
+    return config, resolve_ds_config(SHIPPED / Path(config.ds).name, fill=config.ds_sizes(bf16=True))
+
+
+def choose_model(
+    name: str,
+    *,
+    gpu_gib: float | None,
+    ram_gib: float,
+    run: Callable[[], tuple[TrainConfig, DsConfig]] = default_run,
+) -> Choice:
+    """What --model means on this machine; `auto` is the largest Qwen that can be trained on the card and the RAM.
+
+    run: flags and DeepSpeed JSON of that training, asked for only then.
+    """
     if name in PRESETS:
         return Choice(name, "as asked", PRESETS[name].recipe, needs_gpu=False)
     if name != "auto":
         return Choice(name, "as asked", prompt_recipe(Path(name)), needs_gpu=False)
     if gpu_gib is None:
         return Choice(EMBEDDED, "no GPU here, so the model that comes with the installation", LAPTOP, needs_gpu=False)
-    fitting = [p for p in PRESETS.values() if p.hub_id and fits(p.parameters, gpu_gib=gpu_gib, ram_gib=ram_gib)]
+    config, ds = run()
+    qwens = [preset for preset in PRESETS.values() if preset.hub_id]
+    fitting = [q for q in qwens if fits(make_plan(shape_of(q.name), config, ds), gpu_gib, ram_gib)]
     machine = f"{gpu_gib:.0f} GiB GPU and {ram_gib:.0f} GiB RAM"
     if not fitting:
         return Choice(EMBEDDED, f"no Qwen fits {machine}", LAPTOP, needs_gpu=True)
     best = max(fitting, key=lambda preset: preset.parameters)
     return Choice(best.name, f"the largest Qwen that fits {machine}", best.recipe, needs_gpu=True)
-
-
-def fits(parameters: int, *, gpu_gib: float, ram_gib: float) -> bool:
-    """A first, simple estimate under ZeRO-2 offload; a planner will replace it.
-
-    GPU: bf16 weights 2 bytes a parameter, the int8 reference 1.03, the largest parameter's gradient in bf16
-    and fp32 about 0.4, and 2.7 GiB for one gradient bucket, KV cache, activations and CUDA itself.
-    Host: fp32 master and gradient, bf16 staging, 8-bit moments: 12.03 bytes, and 4 GiB for the processes.
-    """
-    gib = parameters / 2**30
-    return 3.43 * gib + 2.7 <= gpu_gib and 12.03 * gib + 4 <= ram_gib

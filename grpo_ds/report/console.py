@@ -11,7 +11,8 @@ from rich.text import Text
 from grpo_ds.evaluation import Evaluation
 from grpo_ds.memory.phases import Profiler
 from grpo_ds.memory.plan import GIB, Where
-from grpo_ds.report.memory import NAMES, Comparison, compare, diagnosis
+from grpo_ds.report.memory import Comparison, compare, diagnosis
+from grpo_ds.report.plan import PLACES
 from grpo_ds.task.grading import Grades, mcnemar
 from grpo_ds.task.questions import Question
 
@@ -65,7 +66,7 @@ class Console:
         table.add_column("seconds", justify="right")
         for where in places:
             for column in ("", " planned", " off by"):
-                table.add_column(f"{NAMES[where]}{column}", justify="right")
+                table.add_column(f"{PLACES[where]}{column}", justify="right")
         compared = {where: compare(uses, profiler.plan, where) for where in places}
         for i, use in enumerate(uses):
             cells = [cell for where in places for cell in _memory_cells(compared[where][i])]

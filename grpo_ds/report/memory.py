@@ -7,9 +7,9 @@ from pathlib import Path
 
 from grpo_ds.memory.phases import PhaseUse, Profiler, Span
 from grpo_ds.memory.plan import GIB, Plan, Where
+from grpo_ds.report.plan import PLACES
 
 JSON_FILE, TIMELINE_FILE = "memory.json", "memory.svg"
-NAMES: dict[Where, str] = {"gpu": "card", "host": "host"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ def compare(uses: Sequence[PhaseUse], plan: Plan | None, where: Where) -> list[C
 def diagnosis(rows: Sequence[Comparison], plan: Plan | None, where: Where) -> str:
     """One sentence on the phase that decides whether the run fits."""
     worst = max(rows, key=lambda row: row.measured)
-    sentence = f"On the {NAMES[where]}, {worst.phase} binds with {worst.measured / GIB:.2f} GiB"
+    sentence = f"On the {PLACES[where]}, {worst.phase} binds with {worst.measured / GIB:.2f} GiB"
     parts = next((_parts(phase, where) for phase in plan.phases if phase.name == worst.phase), {}) if plan else {}
     largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
     if largest:
@@ -80,7 +80,7 @@ def draw(spans: Sequence[Span], plan: Plan | None, file: Path) -> None:
             if phase in planned:
                 ends = [start + width for start, width in zip(starts, widths, strict=True)]
                 axis.hlines([planned[phase]] * len(some), starts, ends, colors="black", linewidth=1.5)
-        axis.set_ylabel(f"{NAMES[where]}, GiB")
+        axis.set_ylabel(f"{PLACES[where]}, GiB")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_title("Peak memory by phase; black: planned" if plan else "Peak memory by phase", loc="left")
     axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
