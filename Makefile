@@ -26,11 +26,17 @@ test: install ## run the tests (under 10 minutes on two cores)
 test-gpu: install ## run the tests that need a GPU, on this machine's card
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)
 
-bench: install ## the optimizer benchmark, on the CPU
+bench: install ## the benchmarks of the optimizer and of host memory, on the CPU
 	$(BIN)/python benchmarks/optimizer.py $(ARGS)
+	$(BIN)/python benchmarks/host_memory.py
+
+bench-gpu: install ## what fits a 12, 16 and 24 GB card (into docs/memory.md), and log-probs beside TRL's, on this machine's card
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[benchmark]'
+	$(BIN)/python benchmarks/fit.py --docs docs/memory.md
+	$(BIN)/python benchmarks/logprobs.py --device cuda
 
 check: install ## lint, format, types
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-.PHONY: help install train test test-gpu bench check
+.PHONY: help install train test test-gpu bench bench-gpu check

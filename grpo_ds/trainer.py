@@ -26,7 +26,7 @@ from grpo_ds.memory.limits import Limits
 from grpo_ds.memory.phases import OutOfMemory, Profiler
 from grpo_ds.memory.plan import GIB, Plan, Where
 from grpo_ds.models.logprob_model import LogprobModel
-from grpo_ds.models.policy import load_policy, load_tokenizer
+from grpo_ds.models.policy import load_policy, load_tokenizer, save_model
 from grpo_ds.models.reference import Reference, kl_floor
 from grpo_ds.report.console import Console
 from grpo_ds.report.trackers import make_trackers
@@ -213,7 +213,8 @@ class Trainer:
         self.reference = None  # the old one's memory goes before the new one comes
         with self.profiler.phase("reference"):
             self.reference = Reference(self.engine.policy, self.config.reference)
-        floor = self.measure_floor(self.reference, questions)
+        with self.profiler.phase("floor"):
+            floor = self.measure_floor(self.reference, questions)
         self.console.line(
             f"Reference: {self.config.reference}, {self.reference.bytes() / 2**20:.0f} MiB; its KL to the policy it "
             f"was made from is {floor:.4f} a token: the KL below starts there, not at 0."

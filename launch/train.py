@@ -35,6 +35,7 @@ def main(argv: list[str]) -> None:
     check_trackers(config.report_to)
 
     from grpo_ds import world  # from here on heavy libraries are loaded
+    from grpo_ds.report import memory
     from grpo_ds.report.console import Console
     from grpo_ds.task.rewards import reward_functions
     from grpo_ds.trainer import Trainer
@@ -48,12 +49,18 @@ def main(argv: list[str]) -> None:
         correctness_reward=config.correctness_reward,
         format_reward=config.format_reward,
     )
-    outcome = Trainer(config, ds, here, console, rewards, settled.plan).run(train, held_out, folder)
+    trainer = Trainer(config, ds, here, console, rewards, settled.plan)
+    outcome = trainer.run(train, held_out, folder)
+    console.memory(trainer.profiler)
+    if here.is_first:
+        memory.write(trainer.profiler, folder)
     console.before_and_after(outcome.before, outcome.after, held_out)
     console.line(
         "Mean reward: {:.2f} in the first quarter of the steps, {:.2f} in the last.".format(*outcome.quarters())
     )
-    console.line(f"Model and metrics.jsonl: {folder}\nAsk it: python launch/ask.py --model {folder} --question ...")
+    console.line(
+        f"Model, metrics.jsonl, memory.svg: {folder}\nAsk it: python launch/ask.py --model {folder} --question ..."
+    )
     world.stop()
 
 

@@ -30,7 +30,7 @@ def test_bf16_logprobs_on_the_tensor_cores_equal_float64():
         assert (a - b).norm() / b.norm() < 0.01  # both gradients are stored in bf16, which has 8 bits
 
 
-@pytest.mark.parametrize("ds", ["zero2.json", "zero2_gpu.json"])
+@pytest.mark.parametrize("ds", ["zero2.json", "zero2_gpu.json", "zero2_lowram.json"])
 @pytest.mark.parametrize("reference", ["int8", "llm.int8", "bf16-cpu"])
 def test_the_whole_run_on_the_card(tiny_folder, tmp_path, ds, reference):
     flags = ["--ds", f"ds_configs/{ds}", "--model", str(tiny_folder), "--reference", reference, "--num_steps", "2"]
@@ -42,3 +42,28 @@ def test_the_whole_run_on_the_card(tiny_folder, tmp_path, ds, reference):
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all(line["memory/gpu_peak_gib"] > 0 for line in lines)
+
+
+FULL_CARD = """
+import sys, torch
+sys.path.insert(0, "launch")
+import train
+total = torch.cuda.get_device_properties(0).total_memory
+torch.cuda.set_per_process_memory_fraction(60 * 2**20 / total)  # the tiny model fits, its long rows do not
+train.run_script(train.main)
+"""
+
+
+@pytest.mark.parametrize("retry", [False, True])
+def test_a_card_that_is_really_full(tiny_folder, tmp_path, retry):
+    flags = ["--model", str(tiny_folder), "--data", "sample", "--num_steps", "1", "--num_generations", "64"]
+    flags += ["--max_completion_length", "64", "--eval_limit", "2", "--output_dir", str(tmp_path / "run")]
+    flags += ["--oom_retry"] if retry else []
+    result = subprocess.run(
+        [sys.executable, "-c", FULL_CARD, *flags], cwd=ROOT, capture_output=True, text=True, timeout=400
+    )
+    assert "Traceback" not in result.stderr
+    if result.returncode == 0:
+        assert retry and "Out of memory in phase" in result.stdout
+    else:
+        assert result.returncode == 5 and "Out of memory on the card in phase" in result.stderr

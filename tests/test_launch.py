@@ -160,3 +160,16 @@ def test_unknown_values_raise_one_error_for_all():
     with pytest.raises(UsageError) as caught:
         parse(TrainConfig, ["--mu", "0", "--batch_size", "0"], about="")
     assert "mu" in str(caught.value) and "batch_size" in str(caught.value)
+
+
+def test_the_plan_is_printed_and_nothing_else_is_done(tmp_path):
+    result = launch("--plan", "--model", "qwen2.5-1.5b", "--output_dir", tmp_path / "run", "--num_generations", "8")
+    assert result.returncode == 0, result.stderr
+    for words in ("master weights", "initialise", "KV cache", "Memory plan:"):
+        assert words in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_does_not_fit_says_what_would(tmp_path):
+    result = launch("--plan", "--model", "qwen2.5-7b")
+    assert result.returncode == 0 and "does not fit" in result.stdout

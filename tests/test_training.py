@@ -73,6 +73,15 @@ def test_the_launcher_trains_and_says_what_it_did(launched):
     assert output.count("Reference: int8") == 2  # remade at the start of each outer iteration
 
 
+def test_the_memory_of_every_phase_stands_beside_its_plan(launched):
+    folder, output = launched
+    report = json.loads((folder / "memory.json").read_text())
+    measured = {use["phase"] for use in report["measured"]}
+    assert measured == {"load", "initialise", "evaluate", "reference", "floor", "sample", "update", "step", "save"}
+    assert set(report["planned"]) <= measured and (folder / "memory.svg").stat().st_size > 1000
+    assert "Memory plan:" in output and "Memory by phase" in output and "binds with" in output
+
+
 def test_metrics_hold_a_line_a_step(launched):
     folder, _ = launched
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -120,6 +129,17 @@ def test_the_saved_model_can_be_evaluated_and_asked(launched, script, flags):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr[-2000:]
     assert ("accuracy" if script.startswith("eval") else "Answer:") in result.stdout
+
+
+def test_the_profiler_script_rehearses_steps_and_draws(tiny_folder, tmp_path):
+    flags = ["--model", str(tiny_folder), "--data", "sample", "--output_dir", str(tmp_path / "run")]
+    flags += ["--max_prompt_length", "700", "--max_completion_length", "4", "--num_generations", "2"]
+    command = [sys.executable, "launch/profile_memory.py", "--ds", "ds_configs/zero2.json", *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for words in ("Worst case rehearsed: 700 + 4 tokens", "step 2/2", "host planned", "memory.svg"):
+        assert words in result.stdout
+    assert {"memory.json", "memory.svg"} <= {file.name for file in (tmp_path / "run").iterdir()}
 
 
 def letters_reward(completions, questions):

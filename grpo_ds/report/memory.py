@@ -60,10 +60,11 @@ def write(profiler: Profiler, folder: Path) -> tuple[Path, Path]:
 
 
 def draw(spans: Sequence[Span], plan: Plan | None, file: Path) -> None:
-    """Peak of every stretch of the run over time, coloured by phase, with the plan as a dark line above it."""
+    """Peak of every stretch of the run over time, coloured by phase, the plan a dark line across it; by its suffix SVG
+    or PNG."""
     import matplotlib
 
-    matplotlib.use("svg")
+    matplotlib.use("agg")
     from matplotlib import pyplot
 
     places: list[Where] = ["gpu", "host"] if any(span.gpu_peak for span in spans) else ["host"]
@@ -86,7 +87,7 @@ def draw(spans: Sequence[Span], plan: Plan | None, file: Path) -> None:
     axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     axes[-1, 0].set_xlabel("seconds")
     figure.tight_layout()
-    figure.savefig(file, format="svg", metadata={"Date": None})
+    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
     pyplot.close(figure)
 
 

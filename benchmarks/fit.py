@@ -1,0 +1,190 @@
+"""Does the plan hold? Real trainers with random weights under hard memory caps, each phase's peak beside its plan.
+
+A run rehearses the worst case (longest prompts and completions), takes two steps and saves. With a card every row of
+RUNS is tried in a process of its own, torch held to the cap less what CUDA itself takes; without one the host side is
+proved at 0.5B, in fp32, where the plan puts the card's share into RAM, too.
+
+    python benchmarks/fit.py [--docs docs/memory.md]       all rows; the table goes between the file's fit markers
+    python benchmarks/fit.py --model qwen2.5-0.5b [--ds JSON] [--cap_gib 12] [--prompt 48] [--completion 8]
+        [--questions 2] [--generations 2] [--micro_groups 0] [--reference int8] [--layers N]       one run
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+FULL = ["--prompt", "512", "--completion", "300", "--generations", "4"]  # with 2 questions: the seed's shape
+SHORT = ["--prompt", "48", "--completion", "8", "--generations", "2"]
+RUNS_ON_A_CARD = [
+    ["--model", "qwen2.5-0.5b", "--cap_gib", "12", *FULL],
+    ["--model", "qwen2.5-1.5b", "--cap_gib", "12", *FULL],
+    ["--model", "qwen2.5-1.5b", "--cap_gib", "16", "--reference", "bf16", *FULL],
+    ["--model", "qwen2.5-3b", "--cap_gib", "16", "--ds", "ds_configs/zero2_lowram.json", *FULL],
+    ["--model", "qwen2.5-3b", "--cap_gib", "24", *FULL],
+]
+RUNS_WITHOUT = [["--model", "qwen2.5-0.5b", *SHORT]]
+MARKERS = "<!-- fit: begin -->", "<!-- fit: end -->"
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.model:
+        return print(json.dumps(one_run(arguments)))
+    from grpo_ds.machine import gpu_memory_gib
+
+    runs = RUNS_ON_A_CARD if gpu_memory_gib() else RUNS_WITHOUT
+    results = []
+    for flags in runs:
+        done = subprocess.run([sys.executable, __file__, *flags], stdout=subprocess.PIPE, text=True)
+        last = (done.stdout.splitlines() or [""])[-1]
+        results.append(json.loads(last) if done.returncode == 0 else {"flags": flags, "error": last or done.returncode})
+        print(last, file=sys.stderr)
+    table = as_table(results)
+    print(table)
+    if arguments.docs:
+        text = Path(arguments.docs).read_text(encoding="utf-8")
+        (before, _), (_, after) = text.split(MARKERS[0]), text.split(MARKERS[1])
+        Path(arguments.docs).write_text(f"{before}{MARKERS[0]}\n{table}\n{MARKERS[1]}{after}", encoding="utf-8")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--docs", metavar="FILE", help="write the table between the markers of this file")
+    parser.add_argument("--model", help="a preset: one run of it")
+    parser.add_argument("--layers", type=int, help="fewer than the model has")
+    parser.add_argument("--ds", default="ds_configs/zero2.json")
+    parser.add_argument("--reference", default="int8")
+    parser.add_argument("--cap_gib", type=float, help="of a smaller card")
+    for name, default in {"prompt": 48, "completion": 8, "generations": 2, "questions": 2, "micro_groups": 0}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    return parser.parse_args()
+
+
+def one_run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Peaks in bytes, planned and measured, by memory and phase."""
+    from grpo_ds.config import TrainConfig
+    from grpo_ds.ds_config import resolve_ds_config
+    from grpo_ds.machine import cpu_has_bf16, gpu_memory_gib
+    from grpo_ds.memory.plan import CUDA_CONTEXT, make_plan
+    from grpo_ds.memory.shape import shape_of
+
+    with tempfile.TemporaryDirectory() as folder:
+        random_model(arguments, Path(folder))
+        config = TrainConfig(
+            model=folder,
+            batch_size=arguments.questions,
+            num_generations=arguments.generations,
+            max_prompt_length=arguments.prompt,
+            max_completion_length=arguments.completion,
+            micro_groups=arguments.micro_groups,
+            eval_batch_size=1,
+            reference=arguments.reference,
+        )
+        card = gpu_memory_gib()
+        ds = resolve_ds_config(arguments.ds, fill=config.ds_sizes(bf16=card is not None or cpu_has_bf16()))
+        shape = replace(shape_of(folder), name=arguments.model)
+        plan = make_plan(shape, config, ds, device="cuda" if card else "cpu")
+        if card and arguments.cap_gib:
+            import torch
+
+            torch.cuda.set_per_process_memory_fraction((arguments.cap_gib - CUDA_CONTEXT / GIB) / card)
+        started = time.monotonic()
+        uses = train(config, ds, plan)
+    places = ("gpu", "host") if card else ("host",)
+    return {
+        "model": arguments.model,
+        "ds": arguments.ds,
+        "reference": arguments.reference,
+        "cap_gib": arguments.cap_gib,
+        "tokens": f"{arguments.questions} x {arguments.generations} x ({arguments.prompt} + {arguments.completion})",
+        "seconds": time.monotonic() - started,
+        "peaks": {
+            where: {p.name: (p.bytes_on(where), uses[p.name].peak(where)) for p in plan.phases if p.name in uses}
+            for where in places
+        },
+    }
+
+
+def random_model(arguments: argparse.Namespace, folder: Path) -> None:
+    """A bf16 checkpoint of the preset's shape with random weights and the embedded model's tokenizer.
+
+    Made in a process of its own, whose memory goes when it ends.
+    """
+    if os.fork():
+        _, status = os.wait()
+        if status:
+            sys.exit("the model could not be made")
+        return
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from grpo_ds.memory.shape import PRESET_CONFIGS
+    from grpo_ds.models.embedded import embedded_folder
+
+    shape = dict(PRESET_CONFIGS[arguments.model])
+    shape["num_hidden_layers"] = arguments.layers or shape["num_hidden_layers"]
+    config = AutoConfig.for_model(**shape)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(embedded_folder()).save_pretrained(folder)
+    os._exit(0)
+
+
+def train(config: Any, ds: Any, plan: Any) -> dict[str, Any]:
+    """The worst case, two steps and a save of a real trainer; what its profiler saw of each phase."""
+    from grpo_ds import world
+    from grpo_ds.report.console import Console
+    from grpo_ds.rollouts import PromptStyle
+    from grpo_ds.task.questions import read_questions
+    from grpo_ds.task.rewards import reward_functions
+    from grpo_ds.trainer import Trainer
+
+    class ShortStyle(PromptStyle):
+        def encode(self, tokenizer: Any, questions: Any) -> list[list[int]]:
+            return [prompt[: config.max_prompt_length] for prompt in super().encode(tokenizer, questions)]
+
+    here = world.start()
+    rewards = reward_functions(labels=config.label_names, correctness_reward=2.0, format_reward=0.2)
+    questions = read_questions("sample", labels=config.label_names).questions
+    trainer = Trainer(config, ds, here, Console(speaks=False), rewards, plan)
+    trainer.style = ShortStyle(config.label_names, 0, False, max_prompt_length=4096)
+    trainer.make_reference(questions)
+    trainer.rehearse()
+    for step in range(2):
+        trainer.step(step, questions)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer.save(Path(folder))
+    return trainer.profiler.uses()
+
+
+def as_table(results: list[dict[str, Any]]) -> str:
+    """Markdown: planned / measured GiB of each phase."""
+    import torch
+
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no card"
+    lines = [f"`python benchmarks/fit.py` on {time.strftime('%Y-%m-%d')}: {card}, {os.cpu_count()} CPU cores "]
+    lines[0] += f"({platform.processor() or platform.machine()}), torch {torch.__version__}. Planned / measured GiB."
+    phases = ["load", "initialise", "sample", "reference", "update", "step", "save"]
+    lines += ["", "| run | cap | on | " + " | ".join(phases) + " |", "|---" * (3 + len(phases)) + "|"]
+    for result in results:
+        if "error" in result:
+            lines.append(f"| {' '.join(result['flags'])} | | | failed: {result['error']} |")
+            continue
+        run = f"{result['model']}, `{Path(result['ds']).name}`, {result['reference']}, {result['tokens']}"
+        for where, peaks in result["peaks"].items():
+            cells = [f"{peaks[p][0] / GIB:.2f} / {peaks[p][1] / GIB:.2f}" if p in peaks else "" for p in phases]
+            lines.append(f"| {run} | {result['cap_gib'] or ''} | {where} | " + " | ".join(cells) + " |")
+            run = ""
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
