@@ -171,11 +171,12 @@ def _exchange(engine: Any, config: DsConfig, *, seed: int) -> None:
     _check_insides(engine, bf16_masters=config.bf16_masters)
     masters, staging = zero.single_partition_of_fp32_groups, zero.param_buffer_of_bit16_for_cpu_offload_groups
     if config.bf16_masters and config.optimizer.type == "AdamW8bit":
-        groups = zero.optimizer.param_groups  # the same dicts: DeepSpeed's learning rate schedule writes into them
-        for group in groups:
-            del group["amsgrad"]
+        # With the learning rate of each group, which a schedule has set by now.
+        groups = [{key: group[key] for key in ("params", "lr")} for group in zero.optimizer.param_groups]
         settings = {**config.optimizer.params, "rounding": config.rounding, "seed": seed}
         zero.optimizer = engine.basic_optimizer = build_optimizer(groups, offload=True, **settings)
+        if engine.lr_scheduler is not None:
+            engine.lr_scheduler.optimizer = zero.optimizer
         staging[:] = [master.data for master in masters]  # DeepSpeed's copy from one to the other is then none
     elif config.share_staging:
         staging[:] = [m.grad.view(-1).view(copy.dtype)[: m.numel()] for m, copy in zip(masters, staging, strict=True)]

@@ -144,7 +144,7 @@ def test_margins_count(ds_from):
 
 
 TIGHT = [  # model, JSON, changes of the config, card, RAM
-    ("qwen2.5-1.5b", "zero2", {}, 16, 20),
+    ("qwen2.5-1.5b", "zero2", {}, 16, 18),
     ("qwen2.5-1.5b", "zero2_gpu", {}, 16, 32),
     ("qwen2.5-3b", "zero2", {}, 16, 34),
     ("qwen2.5-3b", "zero2", {"num_generations": 16, "batch_size": 8}, 16, 64),
