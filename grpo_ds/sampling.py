@@ -51,6 +51,7 @@ class Sampler:
         self.model, self.tokenizer = model, tokenizer
         self.max_completion_length = max_completion_length
         self.prompts_at_once: int | None = None  # all; fewer take less memory
+        self.full_length = False  # no row ends early: for rehearsals and benchmarks
         self.eos_ids = _eos_ids(model, tokenizer)
         tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         self.may_close = torch.tensor([STOP[-1] in token for token in tokens], device=model.device)
@@ -63,12 +64,8 @@ class Sampler:
         group_size: int,
         temperature: float,
         seed: int = 0,
-        full_length: bool = False,
     ) -> Completions:
-        """group_size completions for each prompt, a group's rows together; temperature 0 is greedy.
-
-        full_length: no row ends early, for rehearsals and benchmarks.
-        """
+        """group_size completions for each prompt, a group's rows together; temperature 0 is greedy."""
         draws = _uniforms(seed, len(prompts) * group_size, self.max_completion_length).to(self.model.device)
         was_training = self.model.training
         self.model.eval()  # switches gradient checkpointing off, which the KV cache cannot go with
@@ -78,22 +75,20 @@ class Sampler:
                 some = prompts[first : first + (self.prompts_at_once or len(prompts))]
                 its_draws = draws[first * group_size : (first + len(some)) * group_size]
                 draw = Draw(its_draws, len(self.tokenizer), temperature, prompt_width=max(map(len, some)))
-                parts.append(self._sample(some, group_size, draw, full_length=full_length))
+                parts.append(self._sample(some, group_size, draw))
         finally:
             self.model.train(was_training)
         return _joined(parts, pad_id=self.tokenizer.pad_token_id)
 
-    def _sample(
-        self, prompts: Sequence[Sequence[int]], group_size: int, draw: "Draw", *, full_length: bool
-    ) -> Completions:
+    def _sample(self, prompts: Sequence[Sequence[int]], group_size: int, draw: "Draw") -> Completions:
         ids, attended, cache = self._prefill(prompts)
         cache.batch_repeat_interleave(group_size)
-        stop = StopAfterAnswer(self.tokenizer, self.may_close & (not full_length), prompt_width=ids.shape[1])
+        stop = StopAfterAnswer(self.tokenizer, self.may_close & (not self.full_length), prompt_width=ids.shape[1])
         output = self.model.generate(  # type: ignore[operator]  # its signature is lost in a mixin
             ids.repeat_interleave(group_size, dim=0),
             attention_mask=attended.repeat_interleave(group_size, dim=0),
             past_key_values=cache,
-            generation_config=self._settings(full_length=full_length),
+            generation_config=self._settings(),
             logits_processor=LogitsProcessorList([draw]),
             stopping_criteria=StoppingCriteriaList([stop]),
         )
@@ -115,11 +110,11 @@ class Sampler:
         )
         return ids, attended, cache
 
-    def _settings(self, *, full_length: bool) -> GenerationConfig:
+    def _settings(self) -> GenerationConfig:
         return GenerationConfig(
             do_sample=False,  # Draw leaves one token to take
             max_new_tokens=self.max_completion_length,
-            eos_token_id=None if full_length else self.eos_ids,
+            eos_token_id=None if self.full_length else self.eos_ids,
             pad_token_id=self.tokenizer.pad_token_id,
         )
 

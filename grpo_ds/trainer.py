@@ -226,10 +226,9 @@ class Trainer:
         config = self.config
         prompts = [[RARE_ID] * config.max_prompt_length] * config.batch_size
         size, temperature = config.num_generations, config.temperature
-        completions = self.attempt(
-            "sample",
-            lambda: self.sampler(prompts, group_size=size, temperature=temperature, full_length=True),
-        )
+        self.sampler.full_length = True
+        completions = self.attempt("sample", lambda: self.sampler(prompts, group_size=size, temperature=temperature))
+        self.sampler.full_length = False
         tensors = [torch.tensor(prompt, device=completions.ids.device) for prompt in prompts]
 
         def packed() -> Iterator[PackedRows]:

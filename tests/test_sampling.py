@@ -46,7 +46,8 @@ def test_what_is_drawn_does_not_depend_on_how_many_rows_are_drawn_at_once(sample
 
 
 def test_at_full_length_no_row_ends(sampler):
-    completions = sampler([[1, 2, 3], [4]], group_size=4, temperature=2.0, full_length=True)
+    sampler.full_length = True
+    completions = sampler([[1, 2, 3], [4, 5]], group_size=4, temperature=2.0)
     assert completions.mask.all() and completions.ids.shape == (8, sampler.max_completion_length)
 
 

@@ -1,0 +1,246 @@
+"""A whole training step beside TRL's GRPOTrainer: the same weights, prompts, shapes, dtype and number of threads.
+
+Each side lives in a process of its own and takes a step when told to, ours and TRL's in turn, so that a busy neighbour
+slows both; ratios are those of medians. Completions are forced to their full length, so that both do the same work;
+--free lets them end. Needs the extra `benchmark`.
+
+    python benchmarks/step.py [--questions 1] [--prompt 384] [--generations 8] [--completion 64] [--steps 3]
+        [--dtype float32] [--model smollm2-135m] [--beta 0.04] [--free] [--json FILE]
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SIDES = ("ours", "TRL")
+PHASES = ("sample", "reference", "update", "whole")  # update holds the optimizer's step
+GIB = 2**30
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.side:
+        return ours(arguments) if arguments.side == "ours" else trl(arguments)
+    command = [sys.executable, __file__, *sys.argv[1:], "--side"]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    workers = {side: subprocess.Popen([*command, side], **pipes) for side in SIDES}
+    results: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    for worker in workers.values():
+        answer(worker)  # ready
+    for step in range(arguments.steps + 1):
+        for side, worker in workers.items():
+            worker.stdin.write("go\n")
+            worker.stdin.flush()
+            taken = answer(worker)
+            if step:  # the first step allocates and compiles
+                results[side].append(taken)
+            print(side, json.dumps(taken), file=sys.stderr, flush=True)
+    for worker in workers.values():
+        worker.kill()
+    print_table(results, arguments)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps({"arguments": vars(arguments), **results}, indent=2) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = {"questions": 1, "prompt": 384, "generations": 8, "completion": 64, "steps": 3}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--beta", type=float, default=0.04)
+    parser.add_argument("--free", action="store_true", help="completions may end")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def answer(worker: Any) -> dict[str, float]:
+    """The next line a worker meant for us; libraries print, too."""
+    for line in worker.stdout:
+        if line.startswith("{"):
+            return json.loads(line)
+    raise SystemExit(f"a worker ended with {worker.wait()}")
+
+
+def tell(values: dict[str, float]) -> None:
+    print(json.dumps(values), flush=True)
+
+
+def wait_for_go() -> None:
+    if not sys.stdin.readline():
+        sys.exit(0)
+
+
+def peak_gib() -> float:
+    import torch
+
+    from grpo_ds.memory.phases import host_memory
+
+    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else host_memory()[0]) / GIB
+
+
+def prompts(tokenizer: Any, arguments: argparse.Namespace) -> list[str]:
+    """Texts of exactly so many tokens: words that are one token each."""
+    words = [
+        text
+        for text in (tokenizer.decode([i]) for i in range(300, 8000))
+        if text.startswith(" ") and text[1:].isalpha()
+    ]
+    texts = ["".join(words[q : q + arguments.prompt]) for q in range(arguments.questions)]
+    assert all(len(tokenizer(text)["input_ids"]) == arguments.prompt for text in texts)
+    return texts
+
+
+def spread(texts: list[str]) -> list[float]:
+    """Rewards that differ within a group, the same for the same text."""
+    return [sum(map(ord, text)) % 97 / 97 for text in texts]
+
+
+def ours(arguments: argparse.Namespace) -> None:
+    from grpo_ds import world
+    from grpo_ds.config import TrainConfig
+    from grpo_ds.ds_config import resolve_ds_config
+    from grpo_ds.report.console import Console
+    from grpo_ds.rollouts import PromptStyle
+    from grpo_ds.task.questions import read_questions
+    from grpo_ds.trainer import Trainer
+
+    config = TrainConfig(
+        model=arguments.model,
+        batch_size=arguments.questions,
+        num_generations=arguments.generations,
+        max_prompt_length=arguments.prompt,
+        max_completion_length=arguments.completion,
+        beta=arguments.beta,
+    )
+    ds = resolve_ds_config("ds_configs/zero2.json", fill=config.ds_sizes(bf16=arguments.dtype == "bfloat16"))
+    rewards = {"spread": (lambda completions, questions: spread(completions), 1.0)}
+    trainer = Trainer(config, ds, world.start(), Console(speaks=False), rewards)
+    fixed = [trainer.tokenizer(text)["input_ids"] for text in prompts(trainer.tokenizer, arguments)]
+
+    class Fixed(PromptStyle):
+        def encode(self, tokenizer: Any, questions: Any) -> list[list[int]]:
+            return fixed[: len(questions)]
+
+    trainer.style = Fixed(config.label_names, 0, False, arguments.prompt)
+    trainer.sampler.full_length = not arguments.free
+    questions = list(read_questions("sample").questions)
+    trainer.make_reference(questions)
+    tell({})
+    for step in range(1000):
+        wait_for_go()
+        started = time.perf_counter()
+        metrics = trainer.step(step, questions)
+        whole = time.perf_counter() - started
+        seconds = {phase: metrics[f"seconds/{phase}"] for phase in ("sample", "reference", "update", "step")}
+        seconds["update"] += seconds.pop("step")
+        tell({**seconds, "whole": whole, "peak": metrics["memory/ram_gib"], "length": metrics["completion_length"]})
+
+
+def trl(arguments: argparse.Namespace) -> None:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from grpo_ds.models.policy import model_source
+
+    source = model_source(arguments.model)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, arguments.dtype))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    texts = prompts(tokenizer, arguments)
+    forced = {} if arguments.free else {"min_new_tokens": arguments.completion}
+    config = GRPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=arguments.questions * arguments.generations,
+        num_generations=arguments.generations,
+        max_completion_length=arguments.completion,
+        beta=arguments.beta,
+        learning_rate=1e-6,
+        gradient_checkpointing=True,
+        bf16=arguments.dtype == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
+        max_steps=1000,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1000,
+        disable_tqdm=True,
+        generation_kwargs=forced,
+    )
+
+    class OnCommand(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            wait_for_go()
+            clock.clear()
+            clock["began"] = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            whole = time.perf_counter() - clock.pop("began")
+            sample, scored = clock["_generate"], clock["_generate_and_score_completions"]
+            seconds = {"sample": sample, "reference": scored - sample, "update": whole - scored, "whole": whole}
+            tell({**seconds, "peak": peak_gib(), "length": float(arguments.completion)})
+
+    clock: dict[str, float] = {}
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=lambda completions, **_: spread(completions),
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": texts * 1000}),
+        processing_class=tokenizer,
+        callbacks=[OnCommand()],
+    )
+
+    def timed(name: str) -> None:
+        method = getattr(trainer, name)
+
+        def call(*positional: Any, **named: Any) -> Any:
+            started = time.perf_counter()
+            result = method(*positional, **named)
+            clock[name] = time.perf_counter() - started
+            return result
+
+        setattr(trainer, name, call)
+
+    timed("_generate")
+    timed("_generate_and_score_completions")
+    tell({})
+    trainer.train()
+
+
+def print_table(results: dict[str, list[dict[str, float]]], arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shape = f"{arguments.questions} x {arguments.generations} x ({arguments.prompt} + {arguments.completion})"
+    table = Table(title=f"{arguments.model}, {arguments.dtype}, {shape} tokens, medians of {arguments.steps} steps")
+    for header in ("", *SIDES, "TRL / ours", "pair by pair"):
+        table.add_column(header, justify="right" if header else "left")
+    for phase in PHASES:
+        one, two = ([step[phase] for step in results[side]] for side in SIDES)
+        pairs = [b / a for a, b in zip(one, two, strict=True)]
+        medians = statistics.median(one), statistics.median(two)
+        cells = [f"{medians[0]:.2f} s", f"{medians[1]:.2f} s", f"{medians[1] / medians[0]:.2f}"]
+        table.add_row(phase, *cells, f"{min(pairs):.2f} to {max(pairs):.2f}")
+    tokens = [
+        statistics.median(s["length"] * arguments.questions * arguments.generations / s["whole"] for s in results[side])
+        for side in SIDES
+    ]
+    table.add_row("tokens/s", *(f"{rate:.1f}" for rate in tokens), f"{tokens[1] / tokens[0]:.2f}", "")
+    peaks = [max(step["peak"] for step in results[side]) for side in SIDES]
+    table.add_row("peak GiB", *(f"{peak:.2f}" for peak in peaks), f"{peaks[1] / peaks[0]:.2f}", "")
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
