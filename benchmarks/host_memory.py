@@ -60,11 +60,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     from grpo_ds import engine as deepspeeds_door  # its libraries are not what is measured
     from grpo_ds import world
     from grpo_ds.core.packing import pack
+    from grpo_ds.memory.phases import host_memory, reset_host_peak
 
     assert deepspeeds_door
     world.start()
     torch.ones(64, 64) @ torch.ones(64, 64)
-    before = resident("VmRSS")
+    _, before = host_memory()
     engine = build_engine(arguments)
     parameters = sum(p.numel() for p in engine.policy.parameters())
     largest = max(p.numel() for p in engine.policy.parameters())
@@ -75,12 +76,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         engine.backward(-engine(rows).mean())
         gc.collect()
         at_start, _ = alive(engine)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
-        start = resident("VmRSS")
+        reset_host_peak()
+        _, start = host_memory()
         engine.step()
-        at_peak = max(at_peak, at_start + resident("VmHWM") - start)
+        at_peak = max(at_peak, at_start + host_memory()[0] - start)
     host, card = alive(engine)
-    grown = resident("VmRSS") - before
+    grown = host_memory()[1] - before
     return {
         "parameters": parameters,
         "bytes_per_parameter": host / parameters,
@@ -149,11 +150,6 @@ def alive(engine) -> tuple[int, int]:
             storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
     return sum(n for ptr, n in sizes.items() if ptr not in card), sum(n for ptr, n in sizes.items() if ptr in card)
-
-
-def resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
 
 
 def print_table(rows: dict[str, dict[str, float]]) -> None:

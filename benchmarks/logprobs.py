@@ -171,7 +171,7 @@ def measure(tokens: int, arguments: argparse.Namespace) -> list[Row]:
             step(loss_of(name, arguments.chunk_mib), inputs(COMPLETION, 1000, 64, arguments))
             losses[name] = loss_of(name, arguments.chunk_mib)
             times[name] = []
-        except Exception as error:
+        except (ImportError, RuntimeError) as error:  # no Triton, no kernel for this device
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:100]
     peaks = {name: peak(name, tokens, losses[name], tensors, arguments) for name in losses}
     for _ in range(arguments.rounds):
@@ -215,23 +215,17 @@ def peak(name: str, tokens: int, loss: Logprobs, tensors, arguments: argparse.Na
     return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def resident_peak(name: str, arguments: argparse.Namespace) -> float | None:
-    """In a process of its own. Linux can reset the peak of resident memory; elsewhere nothing is said."""
+def resident_peak(name: str, arguments: argparse.Namespace) -> float:
+    """In a process of its own."""
+    from grpo_ds.memory.phases import host_memory, reset_host_peak
+
     loss = loss_of(name, arguments.chunk_mib)
     tensors = inputs(arguments.tokens[0], arguments.vocab, arguments.hidden, arguments)
     step(loss, inputs(COMPLETION, 1000, 64, arguments))  # code and thread pools
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status_megabytes("VmRSS")
-        step(loss, tensors)
-        return max(0.0, _status_megabytes("VmHWM") - before)
-    except OSError:
-        return None
-
-
-def _status_megabytes(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024 / 1e6
+    reset_host_peak()
+    _, before = host_memory()
+    step(loss, tensors)
+    return max(0, host_memory()[0] - before) / 1e6
 
 
 def float64_logprobs(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class Row:
     fastest_parameters_per_second: float
     bytes_per_parameter: int
     gigabytes_per_second: float
-    transient_megabytes: float | None  # None where the system does not tell
+    transient_megabytes: float
 
 
 def main() -> None:
@@ -119,23 +119,17 @@ def seconds(step: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def transient_megabytes(step: Callable[[], object]) -> float | None:
-    """Linux can reset a process's peak of resident memory; elsewhere nothing is said."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status_megabytes("VmRSS")
-        step()
-        return max(0.0, _status_megabytes("VmHWM") - before)
-    except OSError:
-        return None
+def transient_megabytes(step: Callable[[], object]) -> float:
+    """How far a step rises above what was resident before it."""
+    from grpo_ds.memory.phases import host_memory, reset_host_peak
+
+    reset_host_peak()
+    _, before = host_memory()
+    step()
+    return max(0, host_memory()[0] - before) / 2**20
 
 
-def _status_megabytes(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) / 1024
-
-
-def row(name: str, times: list[float], elements: int, transient: float | None) -> Row:
+def row(name: str, times: list[float], elements: int, transient: float) -> Row:
     taken = statistics.median(times)
     moved = BYTES[name] * elements / taken / 1e9
     return Row(name, taken, elements / taken, elements / min(times), BYTES[name], moved, transient)
@@ -160,7 +154,7 @@ def print_table(rows: list[Row], copy_bandwidth: float, staging: float, argument
         table.add_column(header, justify="right" if header else "left")
     for r in rows:
         ratios = [f"{r.parameters_per_second / rate[other]:.2f}" for other in (BITSANDBYTES, DEEPSPEED)]
-        transient = "?" if r.transient_megabytes is None else f"{r.transient_megabytes:.0f}"
+        transient = f"{r.transient_megabytes:.0f}"
         speed, fastest = (f"{s / 1e6:.0f}" for s in (r.parameters_per_second, r.fastest_parameters_per_second))
         table.add_row(
             r.name, speed, *ratios, fastest, str(r.bytes_per_parameter), f"{r.gigabytes_per_second:.1f}", transient

@@ -147,21 +147,12 @@ def ours(arguments: argparse.Namespace) -> None:
         tell({**seconds, "whole": whole, "peak": metrics["memory/ram_gib"], "length": metrics["completion_length"]})
 
 
-def trl(arguments: argparse.Namespace) -> None:
+def trl_config(arguments: argparse.Namespace) -> Any:
+    """TRL's defaults but for what fixes the work."""
     import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig
 
-    from grpo_ds.models.policy import model_source
-
-    source = model_source(arguments.model)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, arguments.dtype))
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    texts = prompts(tokenizer, arguments)
-    forced = {} if arguments.free else {"min_new_tokens": arguments.completion}
-    config = GRPOConfig(
+    return GRPOConfig(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=arguments.questions * arguments.generations,
         num_generations=arguments.generations,
@@ -176,8 +167,23 @@ def trl(arguments: argparse.Namespace) -> None:
         save_strategy="no",
         logging_steps=1000,
         disable_tqdm=True,
-        generation_kwargs=forced,
+        generation_kwargs={} if arguments.free else {"min_new_tokens": arguments.completion},
     )
+
+
+def trl(arguments: argparse.Namespace) -> None:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOTrainer
+
+    from grpo_ds.models.policy import model_source
+
+    source = model_source(arguments.model)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, arguments.dtype))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    texts = prompts(tokenizer, arguments)
 
     class OnCommand(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -195,7 +201,7 @@ def trl(arguments: argparse.Namespace) -> None:
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=lambda completions, **_: spread(completions),
-        args=config,
+        args=trl_config(arguments),
         train_dataset=Dataset.from_dict({"prompt": texts * 1000}),
         processing_class=tokenizer,
         callbacks=[OnCommand()],

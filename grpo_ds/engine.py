@@ -80,6 +80,7 @@ class Engine:
         """A whole step, before the first, with gradients of 0 at a learning rate of 0: uses memory, changes nothing."""
         inner, scheduler = self._engine.optimizer, self._engine.lr_scheduler
         rates, schedule = [group["lr"] for group in inner.param_groups], scheduler and scheduler.state_dict()
+        counted = self._engine.global_steps, self._engine.global_samples
         for group in inner.param_groups:
             group["lr"] = 0.0
         for rows, last in flag_last(micro_batches):
@@ -91,7 +92,7 @@ class Engine:
             group["lr"] = rate
         if scheduler:
             scheduler.load_state_dict(schedule)
-        self._engine.global_steps = self._engine.global_samples = 0
+        self._engine.global_steps, self._engine.global_samples = counted
 
     def abandon(self) -> None:
         """Forget the gradients of this step, also of a backward that failed half-way; the next step starts clean."""

@@ -5,7 +5,6 @@ reference from the policy, a middle loop that samples, and mu updates on every s
 """
 
 import gc
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -29,13 +28,14 @@ from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.models.policy import load_policy, load_tokenizer, save_model
 from grpo_ds.models.reference import Reference, kl_floor
 from grpo_ds.report.console import Console
+from grpo_ds.report.memory import write as write_memory
 from grpo_ds.report.trackers import make_trackers
 from grpo_ds.rollouts import Rollout, judge, micro_batches, sample
-from grpo_ds.sampling import Sampler
+from grpo_ds.sampling import Sampler, seed_at
 from grpo_ds.task.questions import Question, questions_at
 from grpo_ds.task.rewards import RewardFunction
 from grpo_ds.update import update
-from grpo_ds.world import World
+from grpo_ds.world import World, stop
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Trainer:
                 with self.profiler.phase(phase):
                     return run()
             except OutOfMemory as error:
-                able = self.config.oom_retry and self.world.size == 1 and error.phase == phase
+                able = self.config.oom_retry and self.world.size == 1 and self.ds.zero_stage and error.phase == phase
                 if not able or (smaller := self.limits.halve(phase)) is None:
                     raise
             # Here, and not in the handler: the error's traceback holds the tensors that filled the memory.
@@ -292,6 +292,17 @@ class Trainer:
             memory["memory/gpu_peak_gib"] = self.profiler.peak("gpu") / GIB
         return {**means, "tokens_per_second": tokens / seconds, "learning_rate": self.engine.learning_rate, **memory}
 
+    def report_memory(self, folder: Path) -> None:
+        """The table of phases, and memory.json and memory.svg in `folder`."""
+        self.console.memory(self.profiler)
+        if self.world.is_first:
+            self.console.line("Written: {} and {}".format(*write_memory(self.profiler, folder)))
+
+    def close(self) -> None:
+        """Release the engine and leave the ranks."""
+        self.engine.close()
+        stop()
+
     def save(self, folder: Path) -> None:
         """The fine-tuned model as an ordinary transformers folder."""
         if self.world.is_first:
@@ -299,8 +310,3 @@ class Trainer:
                 save_model(self.engine.model, folder)
             self.tokenizer.save_pretrained(folder)
         self.world.wait()
-
-
-def seed_at(seed: int, step: int, rank: int) -> int:
-    """Seeds that never meet: neighbouring steps and ranks share no draw, and no state has to be saved."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=4).digest(), "big")

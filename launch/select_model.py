@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from grpo_ds.config import Parsed, TrainConfig, knob, parse
-from grpo_ds.ds_config import SHIPPED, DsConfig, resolve_ds_config
+from grpo_ds.ds_config import DsConfig, resolve_ds_config
+from grpo_ds.ds_json import SHIPPED
 from grpo_ds.errors import UsageError, run_script
 from grpo_ds.machine import cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.memory.plan import GIB, Plan, Where

@@ -8,6 +8,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from grpo_ds.config import TrainConfig, parse
 from grpo_ds.ds_config import DsConfig, resolve_ds_config
@@ -20,12 +21,15 @@ from grpo_ds.models.presets import Choice, choose_model
 from grpo_ds.report.trackers import check_trackers
 from grpo_ds.task.questions import QuestionSet, read_questions, split_questions
 
+if TYPE_CHECKING:
+    from grpo_ds.trainer import Trainer
+
 PLAN_WIDTH = 120  # columns where the output is no terminal
 
 
 def main(argv: list[str]) -> None:
     settled = settle(argv)
-    choice, config, ds = settled.choice, settled.config, settled.job.ds
+    config = settled.config
     if config.plan:
         return print_plan(settled)
     questions = read_questions(config.data, labels=config.label_names)
@@ -34,34 +38,36 @@ def main(argv: list[str]) -> None:
     folder = output_folder(config)
     check_trackers(config.report_to)
 
-    from grpo_ds import world  # from here on heavy libraries are loaded
-    from grpo_ds.report import memory
+    trainer = make_trainer(settled, first_lines(settled, questions, len(train), len(held_out)))
+    outcome = trainer.run(train, held_out, folder)
+    trainer.report_memory(folder)
+    say = trainer.console
+    say.before_and_after(outcome.before, outcome.after, held_out)
+    say.line("Mean reward: {:.2f} in the first quarter of the steps, {:.2f} in the last.".format(*outcome.quarters()))
+    say.line(
+        f"Model, metrics.jsonl, memory.svg: {folder}\nAsk it: python launch/ask.py --model {folder} --question ..."
+    )
+    trainer.close()
+
+
+def make_trainer(settled: "Settled", lines: list[str]) -> "Trainer":
+    """From here on heavy libraries are loaded; `lines` are said before the wait for the model."""
+    from grpo_ds import world
     from grpo_ds.report.console import Console
     from grpo_ds.task.rewards import reward_functions
     from grpo_ds.trainer import Trainer
 
-    here = world.start(needs_gpu=choice.needs_gpu)
+    config = settled.config
+    here = world.start(needs_gpu=settled.choice.needs_gpu)
     console = Console(speaks=here.is_first)
-    for line in first_lines(settled, questions, len(train), len(held_out)):
+    for line in lines:
         console.line(line)
     rewards = reward_functions(
         labels=config.label_names,
         correctness_reward=config.correctness_reward,
         format_reward=config.format_reward,
     )
-    trainer = Trainer(config, ds, here, console, rewards, settled.plan)
-    outcome = trainer.run(train, held_out, folder)
-    console.memory(trainer.profiler)
-    if here.is_first:
-        memory.write(trainer.profiler, folder)
-    console.before_and_after(outcome.before, outcome.after, held_out)
-    console.line(
-        "Mean reward: {:.2f} in the first quarter of the steps, {:.2f} in the last.".format(*outcome.quarters())
-    )
-    console.line(
-        f"Model, metrics.jsonl, memory.svg: {folder}\nAsk it: python launch/ask.py --model {folder} --question ..."
-    )
-    world.stop()
+    return Trainer(config, settled.job.ds, here, console, rewards, settled.plan)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "grpo_ds"
 LAYERS = [
     {"errors", "hub"},
     {"core", "task"},
-    {"config", "ds_config", "ds_keys", "machine", "memory", "world"},
+    {"config", "ds_config", "ds_json", "ds_keys", "machine", "memory", "world"},
     {"models", "optim"},
     {"sampling"},
     {"engine", "rollouts"},

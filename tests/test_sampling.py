@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grpo_ds.sampling import STOP, Completions, Sampler, StopAfterAnswer
+from grpo_ds.sampling import STOP, Completions, Sampler, StopAfterAnswer, seed_at
 
 
 @pytest.fixture
@@ -111,3 +111,8 @@ def test_sampling_leaves_the_training_mode_as_it_was(sampler, tiny_model):
     tiny_model.train()
     assert isinstance(sampler([[1, 2]], group_size=2, temperature=1.0), Completions)
     assert tiny_model.training
+
+
+def test_seeds_of_steps_and_ranks_never_meet():
+    seeds = {seed_at(seed, step, rank) for seed in range(5) for step in range(200) for rank in range(4)}
+    assert len(seeds) == 5 * 200 * 4

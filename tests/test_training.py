@@ -18,7 +18,7 @@ from grpo_ds.ds_config import DsSizes, resolve_ds_config
 from grpo_ds.memory.phases import OutOfMemory
 from grpo_ds.report.console import Console
 from grpo_ds.task.questions import read_questions, split_questions
-from grpo_ds.trainer import Trainer, seed_at
+from grpo_ds.trainer import Trainer
 from tests.conftest import SHARED_DATA
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -204,8 +204,3 @@ def test_without_the_flag_the_phase_and_what_helps_are_named(tiny_folder, tmp_pa
     trainer.engine.model.model.layers[0].register_full_backward_hook(FailsOnce(calls_before=0))
     with pytest.raises(OutOfMemory, match="in phase 'update'"):
         trainer.train(train, tmp_path)
-
-
-def test_seeds_of_steps_and_ranks_never_meet():
-    seeds = {seed_at(seed, step, rank) for seed in range(5) for step in range(200) for rank in range(4)}
-    assert len(seeds) == 5 * 200 * 4

@@ -18,7 +18,7 @@ from grpo_ds.errors import GrpoError
 from grpo_ds.memory.plan import GIB, Plan, Where
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # man proc_pid_clear_refs: the peak of resident memory starts anew from what is resident now
+RESET_PEAK = "5"  # of man proc_pid_clear_refs
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class Profiler:
         if self._gpu:
             torch.cuda.reset_peak_memory_stats(self._gpu)
         _give_back_freed_memory()
-        _reset_host_peak()
+        reset_host_peak()
         self._mark = now
 
     def _read(self) -> tuple[int, int, int, int, int]:
@@ -158,7 +158,8 @@ def host_memory() -> tuple[int, int]:
     return peak, now
 
 
-def _reset_host_peak() -> None:
+def reset_host_peak() -> None:
+    """host_memory()'s peak starts anew from what is resident now."""
     with suppress(OSError):  # no Linux, or a hardened container: a phase then shows the peak of those before it, too
         CLEAR.write_text(RESET_PEAK, encoding="ascii")
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from grpo_ds.config import TrainConfig
-from grpo_ds.ds_config import SHIPPED, DsSizes, resolve_ds_config
+from grpo_ds.ds_config import DsSizes, resolve_ds_config
+from grpo_ds.ds_json import SHIPPED
 from grpo_ds.memory.plan import GIB, PHASES, make_plan
 from grpo_ds.memory.select import FRAGMENTATION, RAM_RESERVE, Job, applied, fits, remedies
 from grpo_ds.memory.shape import PRESET_CONFIGS, shape_of
