@@ -7,6 +7,7 @@ policy's engine wraps log-probs, not logits, and no [tokens, vocabulary] tensor 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -41,7 +42,10 @@ class LogprobModel(nn.Module):
         ).last_hidden_state
         # Only the positions that predict a counted token go through the head.
         sources, targets = rows.sources[rows.mask], rows.targets[rows.mask]
-        logprobs = token_logprobs(hidden.flatten(0, 1)[sources], self.head, targets, **self.options)
+        # A prompt's last position predicts the first token of all G completions. The backward of plain indexing adds
+        # such gradients in whatever order the threads come; that of an embedding adds them in one order.
+        chosen = F.embedding(sources, hidden.flatten(0, 1))
+        logprobs = token_logprobs(chosen, self.head, targets, **self.options)
         return torch.zeros(rows.mask.shape, device=logprobs.device).masked_scatter(rows.mask, logprobs)
 
     @property

@@ -50,3 +50,16 @@ def test_forward_and_backward_hold_no_tensor_of_tokens_by_vocabulary():
         LogprobModel(model, vocab_size=vocab, temperature=1.0, chunk_mib=0.5)(rows).sum().backward()
     assert watch.elements == vocab * 32  # the head and its gradient; logits would be 8 times that
     assert watch.elements < tokens * vocab
+
+
+def test_the_same_rows_give_the_same_gradients_bit_by_bit():
+    """Also where many completions meet in one position: 150 first tokens are predicted by their prompt's last."""
+    torch.manual_seed(0)
+    policy = LogprobModel(Qwen2ForCausalLM(tiny_config()).train(), vocab_size=259, temperature=1.0, chunk_mib=1)
+    rows = pack(*make_groups([11], [[6] * 150]), pad_id=0)
+    seen = []
+    for _ in range(40):
+        policy.zero_grad()
+        policy(rows).sum().backward()
+        seen.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+    assert all(torch.equal(gradient, seen[0]) for gradient in seen)
