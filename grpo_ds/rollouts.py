@@ -3,8 +3,9 @@
 Q questions on this rank, G completions each, B = Q * G.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grpo_ds.core.advantages import group_advantages
-from grpo_ds.core.packing import PackedRows, pack
+from grpo_ds.core.packing import PackedRows, fill_rows, pack
 from grpo_ds.models.reference import Reference
 from grpo_ds.sampling import Completions, Sampler
 from grpo_ds.task.answers import REASONING_OPEN
@@ -32,23 +33,28 @@ class PromptStyle:
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[list[int]]:
         """Token ids of each question's prompt."""
-        return [
-            encode_prompt(
-                tokenizer,
-                question,
-                labels=self.labels,
-                few_shot=self.few_shot,
-                prefill=self.prefill,
-                max_prompt_length=self.max_prompt_length,
-            ).ids
-            for question in questions
-        ]
+        return [_prompt_ids(tokenizer, question, self) for question in questions]
 
     def texts(self, tokenizer: PreTrainedTokenizerBase, completions: Completions) -> list[str]:
         """What the model said, a prefilled <reasoning> put back in front: what rewards and graders read."""
         opening = REASONING_OPEN * self.prefill
         rows = zip(completions.ids, completions.mask, strict=True)
         return [opening + str(tokenizer.decode(ids[mask], skip_special_tokens=True)) for ids, mask in rows]
+
+
+@lru_cache(maxsize=20_000)  # a run checks all prompts before its first step, and asks each again every epoch
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, question: Question, style: PromptStyle) -> list[int]:
+    return encode_prompt(
+        tokenizer,
+        question,
+        labels=style.labels,
+        few_shot=style.few_shot,
+        prefill=style.prefill,
+        max_prompt_length=style.max_prompt_length,
+    ).ids
+
+
+MicroBatch = tuple[PackedRows, Tensor]  # rows for one pass, and the places of their completions among the B
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +69,29 @@ class Rollout:
     advantages: Float[Tensor, " B"]
     ref_logprobs: Float[Tensor, "B C"]  # 0 without a reference
 
-    def micro_batches(self, groups: int = 0) -> Iterator[tuple[PackedRows, slice]]:
-        """Packed rows of `groups` questions at a time (0: all), and which of the B completions they are."""
-        return micro_batches(self.prompts, self.completions, groups)
+    def micro_batches(self, pack_tokens: int = 0, *, skip_zeros: bool = False) -> list[MicroBatch]:
+        """Packed rows of at most `pack_tokens` tokens (0: all in one), and which of the B completions they hold.
+
+        skip_zeros: without the completions of advantage 0.
+        """
+        only = self.advantages.nonzero().flatten().tolist() if skip_zeros else None
+        return micro_batches(self.prompts, self.completions, pack_tokens, only=only)
 
 
 def micro_batches(
-    prompts: Sequence[Tensor], completions: Completions, groups: int = 0
-) -> Iterator[tuple[PackedRows, slice]]:
-    """Packed rows of `groups` prompts at a time (0: all), and which of the B completions they are."""
-    size = len(completions.ids) // len(prompts)
-    for start in range(0, len(prompts), groups or len(prompts)):
-        some = prompts[start : start + (groups or len(prompts))]
-        part = slice(start * size, (start + len(some)) * size)
-        yield pack(some, completions.ids[part], completions.mask[part], pad_id=HIDDEN_ID), part
+    prompts: Sequence[Tensor], completions: Completions, pack_tokens: int = 0, *, only: Sequence[int] | None = None
+) -> list[MicroBatch]:
+    """Packed rows of at most `pack_tokens` tokens (0: all in one), and which of the B completions they hold."""
+    lengths, chosen = completions.lengths().tolist(), None if only is None else set(only)
+    batches = fill_rows([len(prompt) for prompt in prompts], lengths, budget=pack_tokens, only=chosen)
+    ids, mask = completions.ids, completions.mask
+    return [
+        (
+            pack(rows, prompts, ids, mask, pad_id=HIDDEN_ID),
+            torch.tensor([b for row in rows for b in row.completions], device=ids.device),
+        )
+        for rows in batches
+    ]
 
 
 HIDDEN_ID = 0  # of padding in packed rows: any will do, the mask hides it and it is never a target
@@ -105,7 +120,7 @@ def judge(
     *,
     reward_functions: Mapping[str, tuple[RewardFunction, float]],
     reference: Reference | None,
-    micro_groups: int,
+    pack_tokens: int,
 ) -> Rollout:
     """Rewards, advantages and reference log-probs of sampled completions."""
     group_size = len(texts) // len(questions)
@@ -115,6 +130,6 @@ def judge(
     advantages = group_advantages(torch.tensor(rewards.total, device=device), group_size=group_size)
     ref_logprobs = torch.zeros(completions.mask.shape, device=device)
     if reference:
-        for rows, part in micro_batches(prompts, completions, micro_groups):
+        for rows, part in micro_batches(prompts, completions, pack_tokens):
             ref_logprobs[part] = reference(rows)
     return Rollout(questions, prompts, completions, texts, rewards, advantages, ref_logprobs)

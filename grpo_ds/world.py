@@ -36,6 +36,10 @@ class World:
         dist.all_reduce(summed)
         return summed.to(tensor.device)
 
+    def largest(self, number: int) -> int:
+        """The largest of all ranks' numbers, on every rank."""
+        return max(self.gather(number))
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value`, in order of rank, on every rank."""
         if self.size == 1:

@@ -1,6 +1,6 @@
 """Run by test_engine.py in processes of their own: optimizer steps on fixed completions, under real DeepSpeed.
 
-usage: engine_steps.py MODEL_FOLDER OUT_FILE STEPS MICRO_GROUPS MU REHEARSE
+usage: engine_steps.py MODEL_FOLDER OUT_FILE STEPS PACK_TOKENS MU REHEARSE FLAT
 """
 
 import json
@@ -27,17 +27,18 @@ DS = {
     "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
     "bf16": {"enabled": False},
     # eps 1: the update is nearly linear in the gradient, so that its rounding is not blown up to a sign
-    "optimizer": {"type": "AdamW8bit", "params": {"lr": 0.05, "eps": 1.0}},
+    "optimizer": {"type": "AdamW8bit", "params": {"lr": 0.05, "eps": 1.0, "weight_decay": 0.1}},
 }
 
 
-def fixed_rollout(questions: slice) -> Rollout:
-    """The same four groups in every process, of which a rank takes its own."""
+def fixed_rollout(questions: slice, flat: int = 0) -> Rollout:
+    """The same four groups in every process, of which a rank takes its own; the first `flat` have equal rewards."""
     g = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, 250, (n,), generator=g) for n in (9, 4, 13, 6)]
     lengths = torch.randint(1, WIDTH + 1, (QUESTIONS * GROUP, 1), generator=g)
     ids = torch.randint(0, 250, (QUESTIONS * GROUP, WIDTH), generator=g)
     rewards = torch.rand(QUESTIONS * GROUP, generator=g)
+    rewards[: flat * GROUP] = 0.5
     ref_logprobs = -5 - torch.rand(QUESTIONS * GROUP, WIDTH, generator=g)
     rows = slice(questions.start * GROUP, questions.stop * GROUP)
     mask = (torch.arange(WIDTH) < lengths)[rows]
@@ -52,7 +53,7 @@ def fixed_rollout(questions: slice) -> Rollout:
     )
 
 
-def main(folder: str, out: str, steps: int, micro_groups: int, mu: int, rehearse: int) -> None:
+def main(folder: str, out: str, steps: int, pack_tokens: int, mu: int, rehearse: int, flat: int) -> None:
     here = world.start()
     share = QUESTIONS // here.size
     json_file = Path(out).with_suffix(f".ds{here.rank}.json")
@@ -61,18 +62,24 @@ def main(folder: str, out: str, steps: int, micro_groups: int, mu: int, rehearse
     model = load_policy(folder, dtype=torch.float32, checkpointing=True)
     policy = LogprobModel(model, vocab_size=259, temperature=1.0, chunk_mib=1)
     engine = Engine(policy, resolve_ds_config(json_file, fill=sizes))
-    rollout = fixed_rollout(slice(here.rank * share, (here.rank + 1) * share))
+    mine = slice(here.rank * share, (here.rank + 1) * share)
+    rollout = fixed_rollout(mine, flat % QUESTIONS)
     history, profiler = [], Profiler(here.device)
     if rehearse:
-        engine.rehearse(rows for rows, _ in rollout.micro_batches(micro_groups))
+        engine.rehearse(rows for rows, _ in rollout.micro_batches(pack_tokens))
     for _ in range(steps):
         tally, old = Tally(), None
         for _ in range(mu):
-            options = {"old_logprobs": old, "micro_groups": micro_groups, "ranks": here.size}
-            more, logprobs = update(engine, rollout, profiler, **options, epsilon=0.2, beta=0.1)
+            options = {"old_logprobs": old, "pack_tokens": pack_tokens, "world": here}
+            more, logprobs = update(
+                engine, rollout, profiler, **options, epsilon=0.2, beta=0.0 if flat % QUESTIONS else 0.1
+            )
             tally.merge(more)
             old = logprobs if old is None else old
         history.append(tally.means(here.sum(tally.as_tensor())))
+    if flat == QUESTIONS:  # a last update, of which nothing is left
+        options = {"old_logprobs": None, "pack_tokens": pack_tokens, "world": here}
+        update(engine, fixed_rollout(mine, flat), profiler, **options, epsilon=0.2, beta=0.0)
     if here.is_first:
         torch.save({"weights": model.state_dict(), "history": history}, out)
     here.wait()

@@ -43,11 +43,11 @@ def run_steps(tiny_folder, tmp_path_factory):
     """Each distinct run once a session."""
     done = {}
 
-    def run(*, ranks=1, steps=1, micro_groups=0, mu=1, rehearse=0):
-        key = ranks, steps, micro_groups, mu, rehearse
+    def run(*, ranks=1, steps=1, pack_tokens=0, mu=1, rehearse=0, flat=0):
+        key = ranks, steps, pack_tokens, mu, rehearse, flat
         if key not in done:
             out = tmp_path_factory.mktemp("steps") / "state.pt"
-            run_ranks("engine_steps.py", tiny_folder, out, steps, micro_groups, mu, rehearse, ranks=ranks)
+            run_ranks("engine_steps.py", tiny_folder, out, *key[1:], ranks=ranks)
             done[key] = torch.load(out, weights_only=True)
         return done[key]
 
@@ -85,9 +85,37 @@ def test_two_ranks_take_the_same_step_as_one(run_steps):
 
 
 def test_a_split_batch_takes_the_same_step_as_a_whole_one(run_steps):
-    one, split = run_steps(), run_steps(micro_groups=1)
+    one, split = run_steps(), run_steps(pack_tokens=25)
     assert one["history"][0] == pytest.approx(split["history"][0], rel=1e-4, abs=1e-6)
     assert_same(one, split, atol=1e-5)
+
+
+def test_ranks_with_more_and_fewer_backwards_take_the_same_step(run_steps):
+    one, two = run_steps(), run_steps(ranks=2, pack_tokens=25)
+    assert one["history"][0] == pytest.approx(two["history"][0], rel=1e-4, abs=1e-6)
+    assert_same(one, two, atol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_groups_of_equal_rewards_are_left_out_without_a_kl_and_count_all_the_same(run_steps, tiny_folder, ranks):
+    """Three of four: one rank of two has nothing to compute and meets the other in its backward."""
+    from transformers import Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM.from_pretrained(tiny_folder)
+    rollout = fixed_rollout(slice(0, 4), flat=3)
+    done = rollout.completions
+    logprobs = alone(model, rollout.prompts, done.ids, done.mask, 259)
+    weights = token_weights(done.mask, sequences=12)
+    terms = grpo_loss(logprobs, logprobs.detach(), logprobs, rollout.advantages, weights, epsilon=0.2, beta=0.0)
+    terms.loss.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert run_steps(ranks=ranks, flat=3)["history"][0]["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_where_every_group_is_left_out_nothing_moves(run_steps, tiny_folder):
+    """Not even by the momentum of steps before, or by weight decay."""
+    before, after = run_steps(), run_steps(flat=4)
+    assert_same(before, after, atol=0)
 
 
 def test_the_step_changes_the_weights(run_steps, tiny_folder):
@@ -98,9 +126,9 @@ def test_the_step_changes_the_weights(run_steps, tiny_folder):
     assert all(not torch.equal(after[name], weight) for name, weight in before.items())
 
 
-@pytest.mark.parametrize("micro_groups", [0, 1])
-def test_a_rehearsal_leaves_no_trace(run_steps, micro_groups):
-    plain, rehearsed = (run_steps(steps=2, micro_groups=micro_groups, rehearse=r) for r in (0, 1))
+@pytest.mark.parametrize("pack_tokens", [0, 25])
+def test_a_rehearsal_leaves_no_trace(run_steps, pack_tokens):
+    plain, rehearsed = (run_steps(steps=2, pack_tokens=pack_tokens, rehearse=r) for r in (0, 1))
     assert plain["history"] == rehearsed["history"]
     assert_same(plain, rehearsed, atol=0)
 

@@ -1,14 +1,16 @@
-"""Packed rows: a group's prompt is computed once and its G completions see it, but not each other.
+"""Packed rows: a prompt is computed once and its G completions see it, but not each other.
 
 A row is [prompt | c1 | ... | cG | padding]. Position ids restart after the prompt for every
 completion, and the mask lets a token see the prompt and the tokens before it in its own completion:
 each completion gets exactly the hidden states it would get alone behind the prompt.
 The last token of a completion predicts nothing that is trained, so it is a target but no input.
 
-R rows (one a group), L tokens in the longest row, B = R * G completions, C tokens in the longest.
+A group may be split over several rows, each with the prompt.
+
+Q prompts; R rows, L tokens in the longest row; B completions, C tokens in the longest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -40,47 +42,90 @@ class PackedRows:
         return (((key == query) | (key == PROMPT)) & causal.tril()).unsqueeze(1)
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What a packed row holds: a prompt, and some or all of its group's completions."""
+
+    prompt: int  # 0..Q-1
+    completions: tuple[int, ...]  # of the B, in order
+    tokens: int  # inputs: the prompt, and each completion but for its last token
+
+
+def fill_rows(
+    prompt_lengths: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    budget: int = 0,
+    only: Collection[int] | None = None,
+) -> list[list[Row]]:
+    """Batches of rows, each to be packed and computed at once: at most `budget` tokens with their padding; 0: all.
+
+    A group too long for the budget is split over rows, which changes no result: its prompt is then computed once for
+    each. Where even one completion is too long, it has a batch to itself. Longest rows first, so that little is
+    padded. `only`: the completions that take part.
+    """
+    group_size, rows = len(lengths) // len(prompt_lengths), list[Row]()
+    for q, prompt in enumerate(prompt_lengths):
+        group = [b for b in range(q * group_size, (q + 1) * group_size) if only is None or b in only]
+        chosen: list[int] = []
+        for b in group:
+            if chosen and 0 < budget < prompt + sum(lengths[c] - 1 for c in [*chosen, b]):
+                rows.append(_row(q, prompt, chosen, lengths))
+                chosen = []
+            chosen.append(b)
+        if chosen:
+            rows.append(_row(q, prompt, chosen, lengths))
+    if not budget:
+        return [rows] if rows else []
+    batches: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: -row.tokens):
+        if batches and batches[-1][0].tokens * (len(batches[-1]) + 1) <= budget:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def _row(q: int, prompt: int, chosen: Sequence[int], lengths: Sequence[int]) -> Row:
+    return Row(q, tuple(chosen), prompt + sum(lengths[b] - 1 for b in chosen))
+
+
 def pack(
-    prompts: Sequence[Int[Tensor, " _"]],  # each of its own length
+    rows: Sequence[Row],
+    prompts: Sequence[Int[Tensor, " _"]],  # Q, each of its own length
     completion_ids: Int[Tensor, "B C"],
     completion_mask: Bool[Tensor, "B C"],
     *,
     pad_id: int,
 ) -> PackedRows:
-    """One row a prompt; B must be a multiple of the number of prompts, groups in order of the prompts.
+    """The rows side by side; their completions, one after the other, are the B of the result.
 
     A completion's mask is True from its first token to its last, without holes.
     """
-    group_size = len(completion_ids) // len(prompts)
-    lengths = completion_mask.sum(dim=1).view(-1, group_size).tolist()
-    layouts = [_layout(len(prompt), row_lengths) for prompt, row_lengths in zip(prompts, lengths, strict=True)]
-    width = max(len(segments) for segments, _, _ in layouts)
-    shape, device = (len(prompts), width), completion_ids.device
+    chosen = torch.tensor([b for row in rows for b in row.completions], device=completion_ids.device)
+    ids, mask = completion_ids[chosen], completion_mask[chosen]
+    lengths = iter(mask.sum(dim=1).tolist())
+    width = max(row.tokens for row in rows)
+    shape, device = (len(rows), width), ids.device
 
     input_ids = torch.full(shape, pad_id, device=device)
     position_ids = torch.zeros(shape, dtype=torch.long, device=device)
     segments = torch.full(shape, PADDING, device=device)
-    sources = torch.zeros_like(completion_ids)
-    for r, (prompt, (row_segments, row_positions, firsts)) in enumerate(zip(prompts, layouts, strict=True)):
-        inputs = [prompt.to(device)]
-        for k, (first, length) in enumerate(zip(firsts, lengths[r], strict=True)):
-            b = r * group_size + k
-            inputs.append(completion_ids[b, : length - 1])
+    sources = torch.zeros_like(ids)
+    b = 0
+    for r, row in enumerate(rows):
+        prompt = prompts[row.prompt].to(device)
+        inputs, row_segments, row_positions = [prompt], [PROMPT] * len(prompt), list(range(len(prompt)))
+        for k in range(1, len(row.completions) + 1):
+            length, first = next(lengths), len(row_segments)
+            inputs.append(ids[b, : length - 1])
+            row_segments += [k] * (length - 1)
+            row_positions += range(len(prompt), len(prompt) + length - 1)
             # Token 0 is predicted by the prompt's last token, token t by token t - 1.
             sources[b, 0] = r * width + len(prompt) - 1
             sources[b, 1:length] = r * width + first + torch.arange(length - 1, device=device)
-        used = len(row_segments)
-        input_ids[r, :used] = torch.cat(inputs)
-        position_ids[r, :used] = torch.tensor(row_positions, device=device)
-        segments[r, :used] = torch.tensor(row_segments, device=device)
-    return PackedRows(input_ids, position_ids, segments, sources, completion_ids, completion_mask)
-
-
-def _layout(prompt_length: int, lengths: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-    """Segment and position of every input token of a row, and where each completion's inputs start."""
-    segments, positions, firsts = [PROMPT] * prompt_length, list(range(prompt_length)), []
-    for k, length in enumerate(lengths, start=1):
-        firsts.append(len(segments))
-        segments += [k] * (length - 1)
-        positions += range(prompt_length, prompt_length + length - 1)
-    return segments, positions, firsts
+            b += 1
+        input_ids[r, : row.tokens] = torch.cat(inputs)
+        position_ids[r, : row.tokens] = torch.tensor(row_positions, device=device)
+        segments[r, : row.tokens] = torch.tensor(row_segments, device=device)
+    return PackedRows(input_ids, position_ids, segments, sources, ids, mask)

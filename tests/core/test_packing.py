@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_ds.core.packing import PADDING, PROMPT, pack
+from grpo_ds.core.packing import PADDING, PROMPT, fill_rows
+from grpo_ds.core.packing import pack as pack_rows
 from grpo_ds.models.logprob_model import LogprobModel
 
 
@@ -16,6 +17,16 @@ def make_groups(prompt_lengths, completion_lengths, vocab=250, seed=0):
     flat = torch.tensor(completion_lengths).flatten()
     mask = torch.arange(int(flat.max())) < flat[:, None]
     return prompts, torch.randint(0, vocab, mask.shape, generator=g), mask
+
+
+def filled(prompts, mask, budget=0, only=None):
+    return fill_rows([len(prompt) for prompt in prompts], mask.sum(1).tolist(), budget=budget, only=only)
+
+
+def pack(prompts, ids, mask, *, pad_id):
+    """Everything in one batch, a row a group."""
+    (rows,) = filled(prompts, mask)
+    return pack_rows(rows, prompts, ids, mask, pad_id=pad_id)
 
 
 def alone(model, prompts, ids, mask, vocab_size, temperature=1.0):
@@ -69,14 +80,49 @@ def test_packed_equals_alone_in_value_and_gradient(tiny_model, temperature):
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
 
 
-def test_packing_groups_together_or_one_by_one_is_the_same(tiny_model):
-    prompts, ids, mask = make_groups([11, 5, 17], [[4, 1, 7], [6, 6, 2], [1, 1, 1]])
+GROUPS = [11, 5, 17], [[4, 1, 7, 3], [6, 6, 2, 2], [1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("budget", [1, 18, 24, 30, 45, 1000])
+def test_any_packing_gives_the_same_logprobs_and_gradients(tiny_model, budget):
+    """From a completion a row (18 splits every group) to all in one."""
+    prompts, ids, mask = make_groups(*GROUPS)
     model = LogprobModel(tiny_model, vocab_size=259, temperature=1.0, chunk_mib=1)
-    together = model(pack(prompts, ids, mask, pad_id=257))
-    for q in range(3):
-        part = slice(3 * q, 3 * q + 3)
-        row = model(pack(prompts[q : q + 1], ids[part], mask[part], pad_id=257))
-        torch.testing.assert_close(row, together[part], atol=1e-5, rtol=1e-5)
+    upstream = torch.randn(mask.shape, generator=torch.Generator().manual_seed(2))
+    weights = list(tiny_model.parameters())
+    whole = model(pack(prompts, ids, mask, pad_id=257))
+    want = torch.autograd.grad((whole * upstream).sum(), weights)
+
+    got, seen = [torch.zeros_like(w) for w in weights], torch.zeros(len(ids), dtype=torch.long)
+    for rows in filled(prompts, mask, budget):
+        part = torch.tensor([b for row in rows for b in row.completions])
+        seen[part] += 1
+        logprobs = model(pack_rows(rows, prompts, ids, mask, pad_id=257))
+        torch.testing.assert_close(logprobs, whole[part], atol=1e-5, rtol=1e-5)
+        for sum_, grad in zip(got, torch.autograd.grad((logprobs * upstream[part]).sum(), weights), strict=True):
+            sum_ += grad
+    assert seen.tolist() == [1] * len(ids)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 6), min_size=3, max_size=3)), min_size=1),
+    st.integers(1, 60),
+    st.sets(st.integers(0, 8)),
+)
+def test_batches_keep_to_the_budget_and_hold_each_chosen_completion_once(groups, budget, only):
+    prompts, lengths = [p for p, _ in groups], [n for _, group in groups for n in group]
+    batches = fill_rows(prompts, lengths, budget=budget, only=only)
+    for rows in batches:
+        single = len(rows) == len(rows[0].completions) == 1
+        assert single or max(row.tokens for row in rows) * len(rows) <= budget
+        for row in rows:
+            assert row.tokens == prompts[row.prompt] + sum(lengths[b] - 1 for b in row.completions)
+            assert {b // 3 for b in row.completions} == {row.prompt}
+    held = sorted(b for rows in batches for row in rows for b in row.completions)
+    assert held == sorted(b for b in only if b < len(lengths))
 
 
 @settings(max_examples=60, deadline=None)
