@@ -30,10 +30,13 @@ bench: install ## the benchmarks of the optimizer and of host memory, on the CPU
 	$(BIN)/python benchmarks/optimizer.py $(ARGS)
 	$(BIN)/python benchmarks/host_memory.py
 
-bench-gpu: install ## what fits a 12, 16 and 24 GB card (into docs/memory.md), and log-probs beside TRL's, on this machine's card
+bench-gpu: install ## on this machine's card: what fits 12, 16 and 24 GB (into docs/memory.md); log-probs, sampling and steps beside TRL's
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[benchmark]'
 	$(BIN)/python benchmarks/fit.py --docs docs/memory.md
 	$(BIN)/python benchmarks/logprobs.py --device cuda
+	$(BIN)/python benchmarks/sampling.py --preset qwen2.5-1.5b --completion 300
+	$(BIN)/python benchmarks/sampling.py --preset qwen2.5-3b --completion 300
+	$(BIN)/python benchmarks/step.py --preset qwen2.5-1.5b --dtype bfloat16 --questions 2 --completion 300
 
 check: install ## lint, format, types
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'

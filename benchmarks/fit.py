@@ -6,7 +6,7 @@ proved at 0.5B, in fp32, where the plan puts the card's share into RAM, too.
 
     python benchmarks/fit.py [--docs docs/memory.md]       all rows; the table goes between the file's fit markers
     python benchmarks/fit.py --model qwen2.5-0.5b [--ds JSON] [--cap_gib 12] [--prompt 48] [--completion 8]
-        [--questions 2] [--generations 2] [--micro_groups 0] [--reference int8] [--layers N]       one run
+        [--questions 2] [--generations 2] [--pack_tokens 0] [--reference int8] [--layers N]       one run
 """
 
 import argparse
@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ds", default="ds_configs/zero2.json")
     parser.add_argument("--reference", default="int8")
     parser.add_argument("--cap_gib", type=float, help="of a smaller card")
-    for name, default in {"prompt": 48, "completion": 8, "generations": 2, "questions": 2, "micro_groups": 0}.items():
+    for name, default in {"prompt": 48, "completion": 8, "generations": 2, "questions": 2, "pack_tokens": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     return parser.parse_args()
 
@@ -85,8 +85,8 @@ def one_run(arguments: argparse.Namespace) -> dict[str, Any]:
             num_generations=arguments.generations,
             max_prompt_length=arguments.prompt,
             max_completion_length=arguments.completion,
-            micro_groups=arguments.micro_groups,
-            eval_batch_size=1,
+            pack_tokens=arguments.pack_tokens,
+            gradient_checkpointing=True,
             reference=arguments.reference,
         )
         card = gpu_memory_gib()

@@ -2,10 +2,15 @@
 
 Each side lives in a process of its own and takes a step when told to, ours and TRL's in turn, so that a busy neighbour
 slows both; ratios are those of medians. Completions are forced to their full length, so that both do the same work;
---free lets them end. Needs the extra `benchmark`.
+--free lets them end. On a card both run under ZeRO-2 with the optimizer in host memory, and --preset takes a Qwen's
+shape with random weights. Needs the extra `benchmark`.
+
+TRL runs as its defaults say (gradient checkpointing on); ours checkpoints where the memory plan has no room for all
+activations, or as --checkpointing says.
 
     python benchmarks/step.py [--questions 1] [--prompt 384] [--generations 8] [--completion 64] [--steps 3]
-        [--dtype float32] [--model smollm2-135m] [--beta 0.04] [--free] [--json FILE]
+        [--dtype float32] [--model smollm2-135m | --preset qwen2.5-1.5b] [--data FILE] [--beta 0.04] [--free]
+        [--checkpointing auto] [--json FILE]
 """
 
 import argparse
@@ -19,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fit import random_model
+
 SIDES = ("ours", "TRL")
 PHASES = ("sample", "reference", "update", "whole")  # update holds the optimizer's step
 GIB = 2**30
@@ -28,6 +35,10 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.side:
         return ours(arguments) if arguments.side == "ours" else trl(arguments)
+    if arguments.preset:
+        folder = tempfile.mkdtemp()
+        random_model(argparse.Namespace(model=arguments.preset, layers=None), Path(folder))
+        sys.argv += ["--model", folder]
     command = [sys.executable, __file__, *sys.argv[1:], "--side"]
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
@@ -57,6 +68,9 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--preset", choices=("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b"))
+    parser.add_argument("--data", help="questions whose contexts the prompts are cut from; default: running words")
+    parser.add_argument("--checkpointing", choices=("auto", "true", "false"), default="auto", help="ours")
     parser.add_argument("--beta", type=float, default=0.04)
     parser.add_argument("--free", action="store_true", help="completions may end")
     parser.add_argument("--json", metavar="FILE")
@@ -90,7 +104,14 @@ def peak_gib() -> float:
 
 
 def prompts(tokenizer: Any, arguments: argparse.Namespace) -> list[str]:
-    """Texts of exactly so many tokens: words that are one token each."""
+    """Texts of exactly so many tokens: cut from the data's contexts, or words that are one token each."""
+    if arguments.data:
+        from grpo_ds.task.questions import read_questions
+
+        text = " ".join(question.context for question in read_questions(arguments.data).questions)
+        ids = tokenizer(text[: 100 * arguments.prompt * arguments.questions])["input_ids"]
+        starts = [q * arguments.prompt * 2 for q in range(arguments.questions)]
+        return [cut_to(tokenizer, ids[start:], arguments.prompt) for start in starts]
     words = [
         text
         for text in (tokenizer.decode([i]) for i in range(300, 8000))
@@ -99,6 +120,15 @@ def prompts(tokenizer: Any, arguments: argparse.Namespace) -> list[str]:
     texts = ["".join(words[q : q + arguments.prompt]) for q in range(arguments.questions)]
     assert all(len(tokenizer(text)["input_ids"]) == arguments.prompt for text in texts)
     return texts
+
+
+def cut_to(tokenizer: Any, ids: list[int], length: int) -> str:
+    """The first text of these tokens that comes back as exactly `length` of them."""
+    for first in range(length):
+        text = tokenizer.decode(ids[first : first + length])
+        if len(tokenizer(text)["input_ids"]) == length:
+            return text
+    raise SystemExit(f"no text of {length} tokens found")
 
 
 def spread(texts: list[str]) -> list[float]:
@@ -110,6 +140,9 @@ def ours(arguments: argparse.Namespace) -> None:
     from grpo_ds import world
     from grpo_ds.config import TrainConfig
     from grpo_ds.ds_config import resolve_ds_config
+    from grpo_ds.machine import gpu_memory_gib, ram_gib
+    from grpo_ds.memory.select import Job, fitted
+    from grpo_ds.memory.shape import shape_of
     from grpo_ds.report.console import Console
     from grpo_ds.rollouts import PromptStyle
     from grpo_ds.task.questions import read_questions
@@ -122,8 +155,12 @@ def ours(arguments: argparse.Namespace) -> None:
         max_prompt_length=arguments.prompt,
         max_completion_length=arguments.completion,
         beta=arguments.beta,
+        gradient_checkpointing={"auto": None, "true": True, "false": False}[arguments.checkpointing],
     )
     ds = resolve_ds_config("ds_configs/zero2.json", fill=config.ds_sizes(bf16=arguments.dtype == "bfloat16"))
+    card = gpu_memory_gib()
+    job = fitted(Job(shape_of(config.model), config, ds, "cuda" if card else "cpu"), card or 0, ram_gib())
+    config = job.config
     rewards = {"spread": (lambda completions, questions: spread(completions), 1.0)}
     trainer = Trainer(config, ds, world.start(), Console(speaks=False), rewards)
     fixed = [trainer.tokenizer(text)["input_ids"] for text in prompts(trainer.tokenizer, arguments)]
@@ -136,6 +173,9 @@ def ours(arguments: argparse.Namespace) -> None:
     trainer.sampler.full_length = not arguments.free
     questions = list(read_questions("sample").questions)
     trainer.make_reference(questions)
+    if arguments.preset:  # a head of all its rows, though the tokenizer that goes with the random weights names fewer
+        for model in (trainer.engine.policy, *([trainer.reference.model] if trainer.reference else [])):
+            model.options["vocab_size"] = trainer.engine.model.config.vocab_size
     tell({})
     for step in range(1000):
         wait_for_go()
@@ -145,6 +185,17 @@ def ours(arguments: argparse.Namespace) -> None:
         seconds = {phase: metrics[f"seconds/{phase}"] for phase in ("sample", "reference", "update", "step")}
         seconds["update"] += seconds.pop("step")
         tell({**seconds, "whole": whole, "peak": metrics["memory/ram_gib"], "length": metrics["completion_length"]})
+
+
+# What our ds_configs/zero2.json says, in the keys that transformers fills.
+ZERO2 = {
+    "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 25_000_000},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}},
+    "bf16": {"enabled": "auto"},
+    "gradient_clipping": "auto",
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+}
 
 
 def trl_config(arguments: argparse.Namespace) -> Any:
@@ -162,6 +213,7 @@ def trl_config(arguments: argparse.Namespace) -> Any:
         gradient_checkpointing=True,
         bf16=arguments.dtype == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
+        deepspeed=ZERO2 if torch.cuda.is_available() else None,
         max_steps=1000,
         report_to="none",
         save_strategy="no",

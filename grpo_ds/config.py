@@ -63,7 +63,9 @@ class EvaluateConfig(AskConfig):
     data: str | None = knob(None, "JSON/JSONL file, hub id or sample; default: the golden 500 if here, else sample")
     eval_fraction: float = knob(0.2, "share of the questions held out for evaluation, by class")
     eval_limit: int | None = knob(None, "evaluate on this many held-out questions at most; default: all")
-    eval_batch_size: int = knob(8, "questions answered at a time in evaluation")
+    generation_batch_size: int | None = knob(
+        None, "completions sampled at once, in training and evaluation; default: what costs no memory on top"
+    )
     seed: int = knob(0, "decides the split, the order of questions and every draw")
 
     def problems(self) -> list[str]:
@@ -75,7 +77,7 @@ class EvaluateConfig(AskConfig):
                     f"eval_fraction is {self.eval_fraction}; a share lies between 0 and 1",
                 ),
                 (self.eval_limit is not None and self.eval_limit < 1, "eval_limit must be 1 or more"),
-                (self.eval_batch_size < 1, "eval_batch_size must be 1 or more"),
+                ((self.generation_batch_size or 1) < 1, "generation_batch_size must be 1 or more"),
             )
             if wrong
         ]
@@ -101,8 +103,11 @@ class TrainConfig(EvaluateConfig):
     weight_decay: float = knob(0.0, "of 8-bit AdamW")
     max_grad_norm: float = knob(1.0, "gradients are clipped to this norm; 0 turns clipping off")
     reference: ReferenceKind = knob("int8", "how the reference is kept: int8, llm.int8, bf16 or bf16-cpu")
-    micro_groups: int = knob(0, "questions a backward; 0: all of a step in one, which is fastest")
-    gradient_checkpointing: bool = knob(True, "recompute activations in the backward pass")
+    pack_tokens: int = knob(0, "tokens a backward; 0: all of a step's in one, which is fastest")
+    gradient_checkpointing: bool | None = knob(
+        None, "recompute activations in the backward pass; default: unless the memory plan has room for them"
+    )
+    cuda_graphs: bool = knob(False, "on a card, launch the kernels of a sampled token together")
     logprob_chunk_mib: float = knob(64.0, "MiB that a block of logits and its temporaries may take")
     plan: bool = knob(False, "print the memory this run would take, phase by phase, and stop")
     dry_run_worst_case: bool = knob(False, "one step of the longest prompts and completions first; changes nothing")
@@ -127,7 +132,11 @@ class TrainConfig(EvaluateConfig):
                 (self.logprob_chunk_mib <= 0, "logprob_chunk_mib must be more than 0"),
                 (self.max_grad_norm < 0, "max_grad_norm must be 0 or more"),
                 (self.weight_decay < 0, "weight_decay must be 0 or more"),
-                (self.micro_groups < 0, "micro_groups must be 0 or more"),
+                (
+                    0 != self.pack_tokens < self.longest,
+                    f"pack_tokens is {self.pack_tokens}, but a prompt with one completion may have {self.longest}; "
+                    "0 packs all of a step together",
+                ),
                 (bool(trackers), f"report_to names {', '.join(trackers)}; there are: {', '.join(TRACKERS)}"),
                 *(
                     (getattr(self, name) < 1, f"{name} must be 1 or more")
@@ -149,6 +158,11 @@ class TrainConfig(EvaluateConfig):
             world_size=world_size,
             bf16=bf16,
         )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a packed row with one completion, at most."""
+        return self.max_prompt_length + self.max_completion_length - 1
 
     @property
     def total_steps(self) -> int:
@@ -214,7 +228,7 @@ def _parser(config_type: type, about: str, recipe: dict[str, Any], extra: dict[s
         parser.add_argument(f"--{name}", type=str | None, default=None, help=meaning)
     for knob in fields(config_type):
         default = recipe.get(knob.name, knob.default)
-        switch: dict[str, Any] = {"nargs": "?", "const": True} if knob.type is bool else {}
+        switch: dict[str, Any] = {"nargs": "?", "const": True} if knob.type in (bool, bool | None) else {}
         parser.add_argument(f"--{knob.name}", type=knob.type, default=default, help=knob.metadata["help"], **switch)
     return parser
 

@@ -255,7 +255,7 @@ def fill_fixed(engine: dict[str, Any], fill: DsSizes) -> Iterator[str]:
     per_rank, ranks = fill.micro_batch_size, fill.world_size
     for path, value, why in (
         ("train_micro_batch_size_per_gpu", per_rank, f"--batch_size x --num_generations make {per_rank}"),
-        ("gradient_accumulation_steps", 1, "the trainer splits a step itself (--micro_groups)"),
+        ("gradient_accumulation_steps", 1, "the trainer splits a step itself (--pack_tokens)"),
         ("train_batch_size", per_rank * ranks, f"{per_rank} completions x {ranks} ranks make {per_rank * ranks}"),
         ("gradient_allreduce_op", "sum", "the token weights of all ranks together already sum to 1"),
     ):

@@ -26,17 +26,15 @@ def evaluate(
     questions: list[Question],
     world: World,
     *,
-    batch_size: int,
     advance: Callable[[int], None] = lambda answered: None,
 ) -> Evaluation:
     """Every rank answers its share; every rank returns the whole. `advance` hears of answers as they come."""
     mine = questions[world.rank :: world.size]
     texts: list[str] = []
-    for start in range(0, len(mine), batch_size):
-        batch = mine[start : start + batch_size]
-        completions = sampler(style.encode(sampler.tokenizer, batch), group_size=1, temperature=0.0)
-        texts += style.texts(sampler.tokenizer, completions)
-        advance(len(batch) * world.size)
+    if mine:
+        prompts = style.encode(sampler.tokenizer, mine)
+        heard = lambda answered: advance(answered * world.size)  # noqa: E731
+        texts = style.texts(sampler.tokenizer, sampler(prompts, group_size=1, temperature=0.0, advance=heard))
     shares = world.gather(texts)
     whole = [shares[i % world.size][i // world.size] for i in range(len(questions))]
     answers = [parse_answer(text, labels=style.labels).answer for text in whole]

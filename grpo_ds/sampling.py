@@ -1,35 +1,33 @@
-"""Prompts to completions: each distinct prompt is prefilled once, its KV cache repeated G times.
+"""Prompts to completions: each distinct prompt is prefilled once and shared by its G completions.
 
 Row r draws its t-th token with the t-th number of its own stream, which (seed, r) alone decides: what is sampled
-does not depend on how many rows are sampled at once, and no generator has to be saved.
+does not depend on how many rows are sampled at once, nor on which have left the batch, and there is no state to save.
 
 Sampling is from the policy's own distribution at the given temperature and nothing else: no top-k, no
 top-p, no penalties, and never an id the tokenizer cannot name. A row ends at EOS or at `</answer>`.
+
+The loop is our own and not transformers' generate() for what that has no place for: prompts kept once, finished rows
+that leave the batch, a draw that belongs to a row. benchmarks/step.py has the two side by side.
 
 Q prompts of at most P tokens, G completions each, B = Q * G, C tokens in the longest completion.
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo_ds.models.packed_linear import packed_linears
+from grpo_ds.models.shared_prompt import Decoder, prefill, shared_prompt_attention
 
 STOP = "</answer>"
 TAIL = 12  # tokens that surely hold STOP: it has 9 characters, and a token is at least a byte
+SHRINK = 0.75  # of its rows, or fewer, a batch is made smaller: it costs a copy of their cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +42,26 @@ class Completions:
         return self.mask.sum(dim=1)
 
 
+@dataclass(slots=True)
+class Row:
+    """A completion on its way."""
+
+    ids: list[int] = field(default_factory=list)
+    ended: bool = False
+
+
 class Sampler:
     """Completions from `model`, wherever it lives and however it is wrapped for training."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_completion_length: int):
         self.model, self.tokenizer = model, tokenizer
         self.max_completion_length = max_completion_length
-        self.prompts_at_once: int | None = None  # all; fewer take less memory
+        self.rows_at_once: int | None = None  # all; fewer take less memory
+        self.cuda_graphs = False  # on a card
         self.full_length = False  # no row ends early: for rehearsals and benchmarks
         self.eos_ids = _eos_ids(model, tokenizer)
         tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        self.may_close = torch.tensor([STOP[-1] in token for token in tokens], device=model.device)
+        self.may_close = {id for id, token in enumerate(tokens) if STOP[-1] in token}
 
     @torch.no_grad()
     def __call__(
@@ -64,113 +71,104 @@ class Sampler:
         group_size: int,
         temperature: float,
         seed: int = 0,
+        advance: Callable[[int], None] = lambda sampled: None,
     ) -> Completions:
-        """group_size completions for each prompt, a group's rows together; temperature 0 is greedy."""
+        """group_size completions for each prompt, a group's rows together; temperature 0 is greedy.
+
+        advance: hears how many prompts have their completions, batch by batch.
+        """
         draws = _uniforms(seed, len(prompts) * group_size, self.max_completion_length).to(self.model.device)
+        draws = draws.view(len(prompts), group_size, -1)
+        at_once = max(1, (self.rows_at_once or len(prompts) * group_size) // group_size)
+        by_length = sorted(range(len(prompts)), key=lambda q: -len(prompts[q]))  # little padding, the largest first
+        groups: dict[int, list[Row]] = {}
+        with self._ready():
+            for some in (by_length[first : first + at_once] for first in range(0, len(prompts), at_once)):
+                rows = self._sample([prompts[q] for q in some], group_size, draws[some].flatten(0, 1), temperature)
+                groups |= {q: rows[i * group_size : (i + 1) * group_size] for i, q in enumerate(some)}
+                advance(len(some))
+        return self._together([row for q in range(len(prompts)) for row in groups[q]])
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """The model in evaluation mode, which switches gradient checkpointing off: a cache cannot go with it."""
         was_training = self.model.training
-        self.model.eval()  # switches gradient checkpointing off, which the KV cache cannot go with
+        self.model.eval()
         try:
-            parts = []
-            for first in range(0, len(prompts), self.prompts_at_once or len(prompts)):
-                some = prompts[first : first + (self.prompts_at_once or len(prompts))]
-                its_draws = draws[first * group_size : (first + len(some)) * group_size]
-                draw = Draw(its_draws, len(self.tokenizer), temperature, prompt_width=max(map(len, some)))
-                parts.append(self._sample(some, group_size, draw))
+            with packed_linears(self.model):
+                yield
         finally:
             self.model.train(was_training)
-        return _joined(parts, pad_id=self.tokenizer.pad_token_id)
 
-    def _sample(self, prompts: Sequence[Sequence[int]], group_size: int, draw: "Draw") -> Completions:
-        ids, attended, cache = self._prefill(prompts)
-        cache.batch_repeat_interleave(group_size)
-        stop = StopAfterAnswer(self.tokenizer, self.may_close & (not self.full_length), prompt_width=ids.shape[1])
-        output = self.model.generate(  # type: ignore[operator]  # its signature is lost in a mixin
-            ids.repeat_interleave(group_size, dim=0),
-            attention_mask=attended.repeat_interleave(group_size, dim=0),
-            past_key_values=cache,
-            generation_config=self._settings(),
-            logits_processor=LogitsProcessorList([draw]),
-            stopping_criteria=StoppingCriteriaList([stop]),
+    def _sample(
+        self, prompts: Sequence[Sequence[int]], group_size: int, draws: Float[Tensor, "B C"], temperature: float
+    ) -> list[Row]:
+        """The completions of prompts that are sampled together."""
+        rows = batch = [Row() for _ in draws]  # the batch loses what has ended
+        cache = prefill(self.model, prompts, group_size=group_size, columns=self.max_completion_length)
+        tokens = torch.tensor([prompt[-1] for prompt in prompts], device=draws.device).repeat_interleave(group_size)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=draws.device).repeat_interleave(group_size)
+        decode = Decoder(self.model, cache, cuda_graphs=self.cuda_graphs)
+        with shared_prompt_attention(self.model):
+            for t in range(self.max_completion_length):
+                logits = decode(tokens, lengths - 1 + t)
+                tokens = draw(logits[:, : len(self.tokenizer)], draws[:, t], temperature)
+                for row, token in zip(batch, tokens.tolist(), strict=True):
+                    if not row.ended:
+                        row.ids.append(token)
+                        row.ended = self._ends(row.ids)
+                if all(row.ended for row in batch):
+                    break
+                stay, width = unfinished([row.ended for row in batch], cache.group_size)
+                if len(stay) <= SHRINK * len(batch):
+                    batch, chosen = [batch[b] for b in stay], torch.tensor(stay, device=draws.device)
+                    decode.keep(chosen, group_size=width)
+                    tokens, lengths, draws = tokens[chosen], lengths[chosen], draws[chosen]
+        return rows
+
+    def _ends(self, ids: list[int]) -> bool:
+        """Whether a completion's newest token ends it.
+
+        Text is looked at only where that token holds a ">", which is rare: transformers' own stop_strings matches
+        all rows at every step.
+        """
+        if self.full_length:
+            return False
+        closes = ids[-1] in self.may_close and STOP in self.tokenizer.decode(ids[-TAIL:], skip_special_tokens=False)
+        return closes or ids[-1] in self.eos_ids
+
+    def _together(self, rows: list[Row]) -> Completions:
+        """Masked by where each row ended. Not by `ids != pad`: pad may be EOS, which must be trained."""
+        device, width = self.model.device, max(len(row.ids) for row in rows)
+        pad = self.tokenizer.pad_token_id
+        return Completions(
+            torch.tensor([row.ids + [pad] * (width - len(row.ids)) for row in rows], device=device),
+            torch.tensor([[t < len(row.ids) for t in range(width)] for row in rows], device=device),
+            torch.tensor([row.ended for row in rows], device=device),
         )
-        return self._cut(output[:, ids.shape[1] :], stop)
-
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, DynamicCache]:
-        """[Q P] ids and mask, padded on the left, and the cache of all but each prompt's last token."""
-        width, device = max(map(len, prompts)), self.model.device
-        ids = torch.tensor([[self.tokenizer.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=device)
-        attended = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        cache = DynamicCache(config=self.model.config)
-        # generate() takes the last prompt token itself; the head is not needed for the others.
-        self.model.base_model(
-            input_ids=ids[:, :-1],
-            attention_mask=attended[:, :-1],
-            position_ids=(attended.cumsum(dim=1) - 1).clamp(min=0)[:, :-1],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return ids, attended, cache
-
-    def _settings(self) -> GenerationConfig:
-        return GenerationConfig(
-            do_sample=False,  # Draw leaves one token to take
-            max_new_tokens=self.max_completion_length,
-            eos_token_id=None if self.full_length else self.eos_ids,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-
-    def _cut(self, ids: Tensor, stop: "StopAfterAnswer") -> Completions:
-        """Mask by where each row ended. Not by `ids != pad`: pad may be EOS, which must be trained."""
-        width = ids.shape[1]
-        is_eos = torch.isin(ids, torch.tensor(self.eos_ids, device=ids.device))
-        at_eos = torch.where(is_eos.any(dim=1), is_eos.int().argmax(dim=1) + 1, width + 1)
-        at_stop = stop.length if stop.length is not None else torch.full_like(at_eos, width + 1)
-        end = torch.minimum(at_eos, at_stop)
-        mask = torch.arange(width, device=ids.device) < end[:, None]
-        return Completions(ids.clone(), mask, end <= width)
 
 
-class Draw(LogitsProcessor):
-    """Each row's next token, the only one left with a score: by its own uniform number through the inverse of the
-    cumulative distribution, or the most likely one at temperature 0.
+def draw(logits: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"], temperature: float) -> Int[Tensor, " B"]:
+    """Each row's next token: by its own uniform number through the inverse of the cumulative distribution, or the most
+    likely one at temperature 0."""
+    if not temperature:
+        return logits.argmax(dim=-1)
+    # In fp64: at 150,000 tokens the rounding of an fp32 sum is as large as the rare tokens' probabilities.
+    cumulative = (logits.float() / temperature).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    token = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
+    return token.squeeze(1).clamp_(max=logits.shape[1] - 1)
 
-    The head's padding rows have no probability (Qwen: 151,936 rows, 151,665 tokens).
+
+def unfinished(ended: Sequence[bool], group_size: int) -> tuple[list[int], int]:
+    """Which rows have to go on, and the new size of a group: groups stay equally large, a finished group leaves.
+
+    Where one group has more to do than another, the other keeps finished rows to match it.
     """
-
-    def __init__(self, uniforms: Float[Tensor, "B C"], known: int, temperature: float, *, prompt_width: int) -> None:
-        self.uniforms, self.known, self.temperature, self.prompt_width = uniforms, known, temperature, prompt_width
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logits = scores[:, : self.known].float()
-        if self.temperature:
-            # In fp64: at 150,000 tokens the rounding of an fp32 sum is as large as the rare tokens' probabilities.
-            cumulative = (logits / self.temperature).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-            number = self.uniforms[:, input_ids.shape[1] - self.prompt_width, None] * cumulative[:, -1:]
-            token = torch.searchsorted(cumulative, number, right=True)
-        else:
-            token = logits.argmax(dim=-1, keepdim=True)
-        return torch.full_like(scores, -torch.inf).scatter_(1, token.clamp_(max=self.known - 1), 0.0)
-
-
-class StopAfterAnswer(StoppingCriteria):
-    """Ends a row at `</answer>`, however the tokenizer cuts it up.
-
-    Text is looked at only where the newest token holds a ">", which is rare: transformers' own
-    stop_strings matches all rows at every step.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, may_close: Bool[Tensor, " V"], *, prompt_width: int):
-        self.tokenizer, self.may_close, self.prompt_width = tokenizer, may_close, prompt_width
-        self.length: Int[Tensor, " B"] | None = None  # of each completion when it met STOP; huge before
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
-        if self.length is None:
-            self.length = torch.full((len(input_ids),), torch.iinfo(torch.long).max, device=input_ids.device)
-        width = input_ids.shape[1] - self.prompt_width
-        for row in (self.may_close[input_ids[:, -1]] & (self.length > width)).nonzero().flatten().tolist():
-            tail = input_ids[row, -min(TAIL, width) :]
-            if STOP in self.tokenizer.decode(tail, skip_special_tokens=False):
-                self.length[row] = width
-        return self.length <= width
+    firsts = range(0, len(ended), group_size)
+    groups = [sorted(range(first, first + group_size), key=lambda b: ended[b]) for first in firsts]
+    groups = [group for group in groups if not ended[group[0]]]
+    width = max(sum(not ended[b] for b in group) for group in groups)
+    return [b for group in groups for b in group[:width]], width
 
 
 def seed_at(seed: int, step: int, rank: int) -> int:
@@ -186,16 +184,6 @@ def _uniforms(seed: int, rows: int, columns: int) -> Float[Tensor, "B C"]:
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
         streams.append(torch.rand(columns, generator=generator, dtype=torch.float64))
     return torch.stack(streams)
-
-
-def _joined(parts: list[Completions], *, pad_id: int) -> Completions:
-    """Completions sampled apart, as one batch."""
-    if len(parts) == 1:
-        return parts[0]
-    width = max(part.ids.shape[1] for part in parts)
-    ids = torch.cat([F.pad(part.ids, (0, width - part.ids.shape[1]), value=pad_id) for part in parts])
-    mask = torch.cat([F.pad(part.mask, (0, width - part.mask.shape[1])) for part in parts])
-    return Completions(ids, mask, torch.cat([part.ended for part in parts]))
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -56,6 +56,18 @@ Result = TypeVar("Result")
 RARE_ID = 100  # of a rehearsal's prompts: any token will do
 
 
+def limits_of(config: TrainConfig) -> Limits:
+    """What is computed at once as long as nothing runs out of memory."""
+    size, generations = config.batch_size, config.num_generations
+    return Limits(
+        rows=config.generation_batch_size or size * generations,
+        tokens=config.pack_tokens or size * (config.longest + (generations - 1) * (config.max_completion_length - 1)),
+        chunk_mib=config.logprob_chunk_mib,
+        least_rows=generations,
+        least_tokens=config.longest,
+    )
+
+
 class Trainer:
     """A policy, its engine and everything a step needs."""
 
@@ -75,7 +87,7 @@ class Trainer:
         self.style = prompt_style(config)
         dtype = torch.bfloat16 if ds.bf16 else torch.float32
         with self.profiler.phase("load"):
-            model = load_policy(config.model, dtype=dtype, checkpointing=config.gradient_checkpointing)
+            model = load_policy(config.model, dtype=dtype, checkpointing=config.gradient_checkpointing is not False)
         known_ids = min(len(self.tokenizer), model.get_output_embeddings().weight.shape[0])
         policy = LogprobModel(
             model, vocab_size=known_ids, temperature=config.temperature, chunk_mib=config.logprob_chunk_mib
@@ -85,8 +97,9 @@ class Trainer:
             self.engine = Engine(policy, ds, seed=seed)
         self.sampler = Sampler(model, self.tokenizer, max_completion_length=config.max_completion_length)
         self.reference: Reference | None = None
-        groups = config.micro_groups or config.batch_size
-        self.limits = Limits(prompts=config.batch_size, groups=groups, chunk_mib=config.logprob_chunk_mib)
+        self.sampler.cuda_graphs = config.cuda_graphs
+        self.limits = limits_of(config)
+        self.apply_limits()
 
     def run(self, train: list[Question], held_out: list[Question], folder: Path) -> Outcome:
         """The whole of it; rank 0 writes into `folder`."""
@@ -147,7 +160,7 @@ class Trainer:
                 texts,
                 reward_functions=self.reward_functions,
                 reference=self.reference,
-                micro_groups=self.limits.groups,
+                pack_tokens=self.limits.tokens,
             ),
         )
         tally, old_logprobs = self.update(rollout, None)
@@ -165,8 +178,8 @@ class Trainer:
                 rollout,
                 self.profiler,
                 old_logprobs=old_logprobs,
-                micro_groups=self.limits.groups,
-                ranks=self.world.size,
+                pack_tokens=self.limits.tokens,
+                world=self.world,
                 epsilon=self.config.epsilon,
                 beta=self.config.beta,
             ),
@@ -192,7 +205,7 @@ class Trainer:
                 torch.cuda.empty_cache()
 
     def apply_limits(self) -> None:
-        self.sampler.prompts_at_once = self.limits.prompts
+        self.sampler.rows_at_once = self.limits.rows
         for model in (self.engine.policy, *([self.reference.model] if self.reference else [])):
             model.options["chunk_mib"] = self.limits.chunk_mib
 
@@ -232,7 +245,7 @@ class Trainer:
         tensors = [torch.tensor(prompt, device=completions.ids.device) for prompt in prompts]
 
         def packed() -> Iterator[PackedRows]:
-            yield from (rows for rows, _ in micro_batches(tensors, completions, self.limits.groups))
+            yield from (rows for rows, _ in micro_batches(tensors, completions, self.limits.tokens))
 
         if self.reference:
             reference = self.reference
@@ -262,7 +275,6 @@ class Trainer:
                 self.style,
                 questions,
                 self.world,
-                batch_size=self.config.eval_batch_size,
                 advance=advance,
             )
         grades = result.grades

@@ -10,6 +10,8 @@ from grpo_ds.machine import cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.models.presets import choose_model
 from grpo_ds.task.questions import read_questions, split_questions
 
+ROWS_AT_ONCE = 16
+
 
 def main(argv: list[str]) -> None:
     asked = parse(EvaluateConfig, argv, about=__doc__).config.model
@@ -30,9 +32,10 @@ def main(argv: list[str]) -> None:
     console = Console()
     console.line(f"Model: {config.model} ({choice.why})\nData: {found.source}; {len(questions)} questions")
     sampler, style = load_for_asking(config, bf16=gpu_gib is not None or cpu_has_bf16())
+    sampler.rows_at_once = config.generation_batch_size or ROWS_AT_ONCE
     alone = world.World(rank=0, size=1, device=sampler.model.device)
     with console.progress("Answering", len(questions)) as advance:
-        result = evaluate(sampler, style, questions, alone, batch_size=config.eval_batch_size, advance=advance)
+        result = evaluate(sampler, style, questions, alone, advance=advance)
     console.line(json.dumps(asdict(result.grades), indent=1))
 
 

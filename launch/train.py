@@ -15,7 +15,7 @@ from grpo_ds.ds_config import DsConfig, resolve_ds_config
 from grpo_ds.errors import UsageError, run_script
 from grpo_ds.machine import cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.memory.plan import Plan, Where
-from grpo_ds.memory.select import Job
+from grpo_ds.memory.select import Job, fitted
 from grpo_ds.memory.shape import shape_of
 from grpo_ds.models.presets import Choice, choose_model
 from grpo_ds.report.trackers import check_trackers
@@ -96,8 +96,8 @@ def settle(argv: list[str]) -> Settled:
         asked.config.model, gpu_gib=gpu, ram_gib=ram, run=lambda: (asked.config, resolved(asked.config))
     )
     config = parse(TrainConfig, [*argv, "--model", choice.model], about=__doc__, recipe=choice.recipe).config
-    job = Job(shape_of(config.model), config, resolved(config), "cuda" if gpu else "cpu")
-    return Settled(choice, config, job, job.plan(), gpu, ram)
+    job = fitted(Job(shape_of(config.model), config, resolved(config), "cuda" if gpu else "cpu"), gpu or 0, ram)
+    return Settled(choice, job.config, job, job.plan(), gpu, ram)
 
 
 def print_plan(settled: Settled) -> None:

@@ -211,7 +211,7 @@ BAD_VALUES = [
     ({"scheduler": {"type": "OneCycle"}}, ["scheduler.type", "WarmupLR"]),
     ({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.1}}}, ["learning rate is 2e-05", '"auto"']),
     # two settings that contradict each other
-    ({"gradient_accumulation_steps": 4}, ["gradient_accumulation_steps", "--micro_groups"]),
+    ({"gradient_accumulation_steps": 4}, ["gradient_accumulation_steps", "--pack_tokens"]),
     ({"train_micro_batch_size_per_gpu": 3}, ["the number 3", "make 8"]),
     ({"train_batch_size": 64}, ["train_batch_size", "8 completions x 1 ranks make 8"]),
     ({"zero_allow_untested_optimizer": False}, ["zero_allow_untested_optimizer must be true"]),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from grpo_ds.core.logprobs import token_logprobs
+from grpo_ds.sampling import Sampler
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [
@@ -42,6 +43,16 @@ def test_the_whole_run_on_the_card(tiny_folder, tmp_path, ds, reference):
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all(line["memory/gpu_peak_gib"] > 0 for line in lines)
+
+
+def test_cuda_graphs_sample_what_single_kernels_do(tiny_model, tokenizer, monkeypatch):
+    monkeypatch.setattr("grpo_ds.models.shared_prompt.WIDTH", 5)
+    sampler = Sampler(tiny_model.cuda(), tokenizer, max_completion_length=24)
+    sampler.eos_ids = list(range(0, 259, 12))  # rows leave while others go on
+    runs = []
+    for sampler.cuda_graphs in (False, True):
+        runs.append(sampler([[1, 2, 3], list(range(30))], group_size=6, temperature=1.0, seed=2))
+    assert torch.equal(runs[0].ids, runs[1].ids) and len(set(runs[0].lengths().tolist())) > 4
 
 
 FULL_CARD = """

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from grpo_ds.sampling import STOP, Completions, Sampler, StopAfterAnswer, seed_at
+from grpo_ds.sampling import STOP, Completions, Row, Sampler, _uniforms, draw, seed_at, unfinished
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_what_is_drawn_does_not_depend_on_how_many_rows_are_drawn_at_once(sample
     prompts = [[1, 2, 3], list(range(30)), [7, 5], [8, 9]]
     whole = sampler(prompts, group_size=3, temperature=1.0, seed=5)
     for at_once in (1, 3):
-        sampler.prompts_at_once = at_once
+        sampler.rows_at_once = at_once * 3
         parts = sampler(prompts, group_size=3, temperature=1.0, seed=5)
         assert torch.equal(parts.mask, whole.mask) and torch.equal(parts.ended, whole.ended)
         assert torch.equal(parts.ids[parts.mask], whole.ids[whole.mask])
@@ -65,24 +66,18 @@ def test_the_policy_itself_is_sampled(sampler, tiny_model, tokenizer):
     assert chi_square < 258 + 5 * (2 * 258) ** 0.5  # mean and five deviations of chi-square with 258 freedoms
 
 
-def cut(sampler, rows, stop_lengths=None):
-    ids = torch.tensor(rows)
-    stop = StopAfterAnswer(sampler.tokenizer, sampler.may_close, prompt_width=0)
-    if stop_lengths:
-        stop.length = torch.tensor(stop_lengths)
-    return sampler._cut(ids, stop)
+def ends(sampler, ids):
+    """After how many of its tokens a row ends; 0 if it does not."""
+    return next((t for t in range(1, len(ids) + 1) if sampler._ends(ids[:t])), 0)
 
 
-def test_the_first_eos_is_trained_and_nothing_after_it(sampler, tokenizer):
+def test_the_first_eos_is_trained_and_nothing_after_it(sampler, tiny_model, tokenizer):
     eos = tokenizer.eos_token_id
-    completions = cut(sampler, [[1, 2, eos, 0, 0], [eos, 3, 3, 3, 3], [1, 2, 3, 4, 5]])
+    assert [ends(sampler, row) for row in ([1, 2, eos, 0], [eos, 3], [1, 2, 3])] == [3, 1, 0]
+    rows = [Row([1, 2, eos], True), Row([eos], True), Row([1, 2, 3, 4, 5])]
+    completions = sampler._together(rows)
     assert completions.mask.int().tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]
     assert completions.ended.tolist() == [True, True, False]  # the third ran into the length limit
-
-
-def test_pad_doubling_as_eos_changes_nothing(sampler, tokenizer):
-    eos = tokenizer.eos_token_id
-    assert cut(sampler, [[1, eos, eos, eos]]).mask.int().tolist() == [[1, 1, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -96,15 +91,73 @@ def test_pad_doubling_as_eos_changes_nothing(sampler, tokenizer):
     ],
 )
 def test_a_row_ends_at_the_closing_answer_tag(sampler, tokenizer, text, stops):
-    ids = torch.tensor([tokenizer.encode(text)])
-    stop = StopAfterAnswer(tokenizer, sampler.may_close, prompt_width=0)
-    assert stop(ids, None).tolist() == [stops]
+    assert sampler._ends(tokenizer.encode(text)) == stops
 
 
 def test_the_prompts_own_tags_do_not_end_a_row(sampler, tokenizer):
     prompt = tokenizer.encode(f"<answer>no{STOP}")
-    stop = StopAfterAnswer(tokenizer, sampler.may_close, prompt_width=len(prompt))
-    assert not stop(torch.tensor([[*prompt, 1]]), None).any()
+    free, behind_tags = (sampler([ids], group_size=4, temperature=1.0) for ids in ([5, 6, 7], prompt))
+    assert behind_tags.lengths().max() == free.lengths().max() == sampler.max_completion_length
+
+
+def test_columns_not_yet_written_are_not_seen(sampler, tiny_model, monkeypatch):
+    """What a CUDA graph computes, whose sizes are fixed: more columns than are taken, hidden; several graphs a row."""
+    monkeypatch.setattr("grpo_ds.models.shared_prompt.WIDTH", 5)
+    sampler.eos_ids = list(range(0, 259, 12))
+    prompts = [[1, 2, 3], list(range(30)), [7, 5]]
+    grown = sampler(prompts, group_size=4, temperature=1.0, seed=2)
+    sampler.cuda_graphs = True
+    fixed = sampler(prompts, group_size=4, temperature=1.0, seed=2)
+    assert torch.equal(grown.ids, fixed.ids) and torch.equal(grown.mask, fixed.mask)
+
+
+@pytest.mark.parametrize(
+    ("ended", "group_size", "stay", "width"),
+    [
+        ("....", 2, [0, 1, 2, 3], 2),
+        ("..x.", 2, [0, 1, 3, 2], 2),  # row 2 keeps its group as large as the other
+        (".xx.", 2, [0, 3], 1),
+        ("xx..", 2, [2, 3], 2),  # a finished group leaves
+        ("x.xxx.xx", 4, [1, 5], 1),
+        ("xxx.", 1, [3], 1),
+    ],
+)
+def test_finished_rows_leave_the_batch_and_groups_stay_equally_large(ended, group_size, stay, width):
+    assert unfinished([mark == "x" for mark in ended], group_size) == (stay, width)
+
+
+def test_rows_that_leave_change_no_other_row(sampler, monkeypatch):
+    """Against a batch that never shrinks; a third of the vocabulary ends a row here, so rows leave at every step."""
+    sampler.eos_ids = list(range(0, 259, 12))
+    prompts = [[1, 2, 3], list(range(30)), [7, 5], [8, 9, 4, 3]]
+    shrinking = sampler(prompts, group_size=4, temperature=1.0, seed=2)
+    monkeypatch.setattr("grpo_ds.sampling.SHRINK", 0.0)
+    whole = sampler(prompts, group_size=4, temperature=1.0, seed=2)
+    assert len(set(whole.lengths().tolist())) > 4
+    assert torch.equal(shrinking.ids, whole.ids) and torch.equal(shrinking.mask, whole.mask)
+
+
+SIZE = dict(  # large weights: a key missed or seen too many shows
+    vocab_size=272, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, initializer_range=0.3, pad_token_id=257, bos_token_id=None, eos_token_id=256,
+)  # fmt: skip
+GPT2 = dict(vocab_size=272, n_embd=64, n_layer=2, n_head=4, initializer_range=0.3, bos_token_id=None, eos_token_id=256)
+KINDS = {"llama": SIZE, "qwen2": SIZE, "qwen3": {**SIZE, "head_dim": 32}, "mistral": SIZE, "gpt2": GPT2}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_every_kind_decode_what_they_compute_in_one_pass(kind, tokenizer):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **KINDS[kind])).eval()
+    sampler = Sampler(model, tokenizer, max_completion_length=8)
+    prompts = [[5, 6, 7], list(range(20)), [9, 1]]
+    completions = sampler(prompts, group_size=3, temperature=1.0, seed=1)
+    assert model.config._attn_implementation == "sdpa"
+    for b, (ids, mask) in enumerate(zip(completions.ids, completions.mask, strict=True)):
+        again = torch.tensor([[*prompts[b // 3], *ids[mask].tolist()]])
+        logits = model(again).logits[0, -int(mask.sum()) - 1 : -1, : len(tokenizer)]
+        uniforms = _uniforms(1, 9, 8)[b, : len(logits)]
+        assert draw(logits, uniforms, 1.0).tolist() == ids[mask].tolist()
 
 
 def test_sampling_leaves_the_training_mode_as_it_was(sampler, tiny_model):

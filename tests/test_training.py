@@ -47,7 +47,7 @@ def launched(tiny_folder, tmp_path_factory):
     data = str(REAL_DATA) if REAL_DATA.exists() else "sample"
     flags = {
         "ds": "ds_configs/zero2.json", "model": tiny_folder, "data": data, "output_dir": folder,
-        "num_iterations": 2, "num_steps": 2, "mu": 2, "micro_groups": 1, "num_generations": 3,
+        "num_iterations": 2, "num_steps": 2, "mu": 2, "pack_tokens": 800, "num_generations": 3,
         "max_prompt_length": 700, "max_completion_length": 8, "eval_limit": 4, "learning_rate": 1e-3,
         "report_to": "wandb",
     }  # fmt: skip
@@ -151,7 +151,7 @@ def tiny_trainer(folder, **changes):
     """A trainer in this process, and its questions."""
     config = TrainConfig(
         model=str(folder), num_generations=8, batch_size=2, num_steps=40, max_completion_length=8,
-        max_prompt_length=480, learning_rate=5e-3, beta=0.01, eval_limit=2, eval_batch_size=2,
+        max_prompt_length=480, learning_rate=5e-3, beta=0.01, eval_limit=2,
     )  # fmt: skip
     config = replace(config, **changes)
     sizes = DsSizes(config.learning_rate, 0.0, 1.0, 0, 40, 16, 1, bf16=False)
@@ -193,7 +193,7 @@ def test_a_phase_that_ran_out_of_memory_is_retried_in_smaller_parts_with_the_sam
         runs.append((rewards, [p.detach().clone() for p in trainer.engine.model.parameters()], trainer.limits))
         trainer.engine.close()
     (rewards, weights, _), (rewards_again, weights_again, limits) = runs
-    assert (limits.prompts, limits.groups) == (1, 1)
+    assert (limits.rows, limits.tokens) == (8, 543)
     assert rewards_again == pytest.approx(rewards)
     for one, two in zip(weights, weights_again, strict=True):
         torch.testing.assert_close(two, one, atol=2e-4, rtol=0)  # of steps of 1e-3, by the order of a sum

@@ -26,19 +26,27 @@ class Batch:
     on_gpu: bool
 
     @property
-    def rows(self) -> int:
-        """Packed rows of one backward: a row a question."""
-        return min(self.config.micro_groups or self.config.batch_size, self.config.batch_size)
-
-    @property
-    def backwards(self) -> int:
-        """Of one optimizer step (update.backwards_per_step)."""
-        return -(-self.config.batch_size // self.rows)
+    def completions(self) -> int:
+        """Of a packed row: a group's, or as many as --pack_tokens lets stand behind one prompt."""
+        config = self.config
+        room = (config.pack_tokens - config.max_prompt_length) // max(1, config.max_completion_length - 1)
+        return max(1, min(room, config.num_generations)) if config.pack_tokens else config.num_generations
 
     @property
     def width(self) -> int:
         """Tokens of a packed row; a completion's last token is a target, but no input."""
-        return self.config.max_prompt_length + self.config.num_generations * (self.config.max_completion_length - 1)
+        return self.config.max_prompt_length + self.completions * (self.config.max_completion_length - 1)
+
+    @property
+    def rows(self) -> int:
+        """Packed rows of one backward."""
+        every = self.config.batch_size * -(-self.config.num_generations // self.completions)
+        return min(every, max(1, self.config.pack_tokens // self.width)) if self.config.pack_tokens else every
+
+    @property
+    def backwards(self) -> int:
+        """Of one optimizer step."""
+        return -(-self.config.batch_size * -(-self.config.num_generations // self.completions) // self.rows)
 
     @property
     def tokens(self) -> int:
@@ -57,7 +65,7 @@ class Batch:
     def checkpoints(self) -> int:
         """What forward leaves for backward: each layer's input, or without checkpointing all that it computed."""
         a_layer = self.tokens * self.shape.hidden * self.w
-        if not self.config.gradient_checkpointing:
+        if self.config.gradient_checkpointing is False:
             a_layer = self._saved() + self.rows * self.width**2 * self.w
         return a_layer * self.shape.layers
 
@@ -75,7 +83,7 @@ class Batch:
 
     def logprobs(self) -> int:
         """The chunk of core/logprobs.py and its [tokens, hidden] tensors in fp32 and w."""
-        targets = self.rows * self.config.num_generations * self.config.max_completion_length
+        targets = self.rows * self.completions * self.config.max_completion_length
         return int(self.config.logprob_chunk_mib * MIB) + targets * self.shape.hidden * (4 + 4 + 2 * self.w)
 
     def scoring(self) -> dict[str, int]:
@@ -84,14 +92,20 @@ class Batch:
         return {"activations": heaviest + self.tokens * self.shape.hidden * self.w, **self.masks()}
 
     def sampling(self) -> dict[str, int]:
-        """The last step of sampling, or of evaluation where that has more rows; a layer's cache grows by copying."""
+        """The last step of sampling: each prompt's cache once, each row's own, and the logits of a token.
+
+        In evaluation every row has a prompt of its own. On a CPU in fp32 the weights are there a second time.
+        """
         config, shape = self.config, self.shape
-        prompts = max(config.batch_size, config.eval_batch_size)
-        rows = max(config.batch_size * config.num_generations, config.eval_batch_size)
-        layer_cache = 2 * shape.kv_heads * shape.head_dim * self.w * (
-            rows * (config.max_prompt_length + config.max_completion_length)
-        )  # fmt: skip
-        # Logits in w and fp32, divided by the temperature, as probabilities, and one more while they are drawn from.
-        logits = rows * shape.vocab * (self.w + 4 * 4)
-        prefill = self.layer_forward(prompts * config.max_prompt_length)
-        return {"KV cache": (shape.layers + 1) * layer_cache, "activations": max(logits, prefill)}
+        a_token = 2 * shape.kv_heads * shape.head_dim * self.w
+        at_once = config.generation_batch_size or config.batch_size * config.num_generations
+        training = max(1, min(at_once // config.num_generations, config.batch_size))
+        prompts = max(training, at_once if config.generation_batch_size else 1)
+        rows = max(training * config.num_generations, prompts)
+        cached = prompts * config.max_prompt_length + rows * config.max_completion_length
+        # Logits in w and fp32, divided by the temperature, as probabilities, their sum in fp64.
+        logits = rows * shape.vocab * (self.w + 3 * 4 + 8)
+        prefill = self.layer_forward(prompts * config.max_prompt_length) + a_token * prompts * config.max_prompt_length
+        packed = 0 if self.on_gpu or self.w < 4 else shape.parameters * self.w
+        cache = shape.layers * a_token * cached
+        return {"KV cache": cache, "activations": max(logits, prefill), "packed weights": packed}

@@ -7,22 +7,24 @@ SMALLEST_CHUNK_MIB = 4.0
 
 @dataclass(slots=True)
 class Limits:
-    """Prompts sampled at once, questions packed into one forward pass, MiB of logits alive at a time."""
+    """Completions sampled at once, tokens of packed rows computed at once, MiB of logits alive at a time."""
 
-    prompts: int
-    groups: int
+    rows: int
+    tokens: int
     chunk_mib: float
+    least_rows: int = 1  # a group's; they share its prompt
+    least_tokens: int = 1  # of a prompt with one completion
 
     def halve(self, phase: str) -> str | None:
         """Half of what makes that phase large, said in words; None when there is nothing left to halve."""
         if phase == "sample":
-            if self.prompts == 1:
+            if self.rows <= self.least_rows:
                 return None
-            self.prompts = -(-self.prompts // 2)
-            return f"{self.prompts} prompts sampled at once"
-        if self.groups > 1:
-            self.groups = -(-self.groups // 2)
-            return f"{self.groups} questions packed at once (--micro_groups)"
+            self.rows = max(self.least_rows, -(-self.rows // 2))
+            return f"{self.rows} completions sampled at once (--generation_batch_size)"
+        if self.tokens > self.least_tokens:
+            self.tokens = max(self.least_tokens, -(-self.tokens // 2))
+            return f"{self.tokens} tokens packed at once (--pack_tokens)"
         if self.chunk_mib > SMALLEST_CHUNK_MIB:
             self.chunk_mib /= 2
             return f"{self.chunk_mib:g} MiB of logits at once (--logprob_chunk_mib)"

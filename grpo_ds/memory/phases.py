@@ -136,15 +136,15 @@ class Profiler:
 
 # The two changes that take most off a phase, by where it ran out.
 RELIEF: dict[tuple[str, Where], tuple[str, str]] = {
-    ("sample", "gpu"): ("a smaller --batch_size", "--eval_batch_size 4 (its rows are sampled at once as well)"),
-    ("evaluate", "gpu"): ("--eval_batch_size 4", "a smaller --max_completion_length"),
-    ("reference", "gpu"): ("--micro_groups 1 (one question at a time)", "--reference bf16-cpu, or --beta 0 for none"),
-    ("update", "gpu"): ("--micro_groups 1 (one question a backward)", "--logprob_chunk_mib 16"),
+    ("sample", "gpu"): ("a smaller --generation_batch_size", "a smaller --max_completion_length"),
+    ("evaluate", "gpu"): ("a smaller --generation_batch_size", "a smaller --max_completion_length"),
+    ("reference", "gpu"): ("--pack_tokens 2048 (smaller parts)", "--reference bf16-cpu, or --beta 0 for none"),
+    ("update", "gpu"): ("--gradient_checkpointing true", "--pack_tokens 2048 (fewer completions a backward)"),
     ("initialise", "gpu"): ("a smaller --model", "--ds ds_configs/zero2.json, which keeps the optimizer off the card"),
     ("load", "host"): ("a smaller --model", "closing what else uses the memory"),
     ("initialise", "host"): ("--ds ds_configs/zero2_lowram.json (8 bytes a parameter)", "a smaller --model"),
     ("step", "host"): ("--ds ds_configs/zero2_lowram.json (8 bytes a parameter)", "a smaller --model"),
-    ("update", "host"): ("--ds ds_configs/zero2_lowram.json (8 bytes a parameter)", "--micro_groups 0"),
+    ("update", "host"): ("--ds ds_configs/zero2_lowram.json (8 bytes a parameter)", "--gradient_checkpointing true"),
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from grpo_ds.config import TrainConfig
 from grpo_ds.ds_config import SMALL_BUCKET, DsConfig, OptimizerSpec
-from grpo_ds.memory.plan import CUDA_CONTEXT, GIB, Device, Plan, make_plan
+from grpo_ds.memory.plan import CUDA_CONTEXT, GIB, Device, Plan, Where, make_plan
 from grpo_ds.memory.shape import ModelShape
 
 RAM_RESERVE = 2 * GIB  # the system, the launcher's two processes (0.45 GiB, measured) and page cache for the files
@@ -40,6 +40,27 @@ class Job:
 
     def plan(self) -> Plan:
         return make_plan(self.shape, self.config, self.ds, device=self.device)
+
+
+def fitted(job: Job, gpu_gib: float, ram_gib: float) -> Job:
+    """The sizes that were left to the memory, filled in.
+
+    Completions sampled at once: the most that leave sampling below the fullest of the other phases.
+    Gradient checkpointing: off where the run without it fits with room to spare, for a faster update.
+    """
+    if job.config.gradient_checkpointing is None:
+        without = replace(job, config=replace(job.config, gradient_checkpointing=False))
+        plenty = fits(without.plan(), gpu_gib * ROOM, ram_gib * ROOM)
+        job = without if plenty else replace(job, config=replace(job.config, gradient_checkpointing=True))
+    if job.config.generation_batch_size is None:
+        sizes = [replace(job, config=replace(job.config, generation_batch_size=rows)) for rows in BATCH_SIZES]
+        where: Where = "gpu" if job.device == "cuda" else "host"
+        job = next((it for it in sizes if it.plan().binding(where).name != "sample"), sizes[-1])
+    return job
+
+
+ROOM = 0.8  # of a memory that may be filled for speed alone
+BATCH_SIZES = (64, 32, 16, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +100,7 @@ def applied(job: Job, changes: tuple[Remedy, ...]) -> Job:
 
 
 def _more_than(flag: str, value: float, cost: str) -> Remedy:
-    return Remedy(f"--{flag} {value}", cost, lambda job: getattr(job.config, flag) > value, flags={flag: value})
+    return Remedy(f"--{flag} {value}", cost, lambda job: (getattr(job.config, flag) or 0) > value, flags={flag: value})
 
 
 def _another_reference(kind: str, cost: str) -> Remedy:
@@ -107,11 +128,11 @@ REMEDIES = (
         zero={"reduce_bucket_size": SMALL_BUCKET, "overlap_comm": False},
     ),
     _more_than("logprob_chunk_mib", 16.0, "smaller matrix products"),
-    _more_than("eval_batch_size", 4, "slower evaluation"),
+    _more_than("generation_batch_size", 8, "slower sampling and evaluation"),
     Remedy(
         "--gradient_checkpointing true",
         "a third more compute",
-        lambda job: not job.config.gradient_checkpointing,
+        lambda job: job.config.gradient_checkpointing is False,
         flags={"gradient_checkpointing": True},
     ),
     Remedy(
@@ -130,10 +151,10 @@ REMEDIES = (
         ds=HALVES,
     ),
     Remedy(
-        "--micro_groups 1",
+        "--pack_tokens 2048",
         "gradients over PCIe several times a step",
-        lambda job: job.config.batch_size > 1 and job.config.micro_groups != 1,
-        flags={"micro_groups": 1},
+        lambda job: job.config.longest <= 2048 != job.config.pack_tokens,
+        flags={"pack_tokens": 2048},
     ),
     Remedy(
         'zero2_lowram.json with "rounding": "stochastic"',

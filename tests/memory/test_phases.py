@@ -62,7 +62,14 @@ def test_a_full_card_is_named_with_its_phase_its_plan_and_what_helps():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.16 GiB.\nmore\nlines")
     words = str(caught.value)
     assert caught.value.exit_code == 5 and len(words.splitlines()) <= 6
-    for word in ("the card", "'update'", "3.0 GiB were planned", "1.16 GiB", "--micro_groups 1", "--logprob_chunk_mib"):
+    for word in (
+        "the card",
+        "'update'",
+        "3.0 GiB were planned",
+        "1.16 GiB",
+        "--gradient_checkpointing true",
+        "--pack_tokens",
+    ):
         assert word in words
 
 

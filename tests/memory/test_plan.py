@@ -42,26 +42,26 @@ def phase(plan, name):
     return plan.phases[PHASES.index(name)]
 
 
-LADDER = [  # name of the JSON, changes, micro_groups, bytes a parameter on the host
+LADDER = [  # name of the JSON, changes, pack_tokens, bytes a parameter on the host
     ("zero2", {"optimizer": {"type": "AdamW"}}, 0, 4 + 4 + 2 + 8),
-    ("zero2", {"optimizer": {"type": "AdamW"}}, 1, 4 + 4 + 2 + 8 + 2),
+    ("zero2", {"optimizer": {"type": "AdamW"}}, 1100, 4 + 4 + 2 + 8 + 2),
     ("zero2", {"share_staging": False}, 0, 4 + 4 + 2 + 2.03),
     ("zero2", {}, 0, 4 + 4 + 2.03),
-    ("zero2", {}, 1, 4 + 4 + 2.03 + 2),
+    ("zero2", {}, 1100, 4 + 4 + 2.03 + 2),
     ("zero2_lowram", {}, 0, 2 + 2 + 2.03 + 2),
-    ("zero2_lowram", {}, 1, 2 + 2 + 2.03 + 2),  # several backwards add up in the gradients themselves
+    ("zero2_lowram", {}, 1100, 2 + 2 + 2.03 + 2),  # several backwards add up in the gradients themselves
     ("zero2_lowram", {"rounding": "stochastic"}, 0, 2 + 2 + 2.03),
     ("zero2_gpu", {}, 0, 0),
 ]
 
 
-@pytest.mark.parametrize(("name", "changes", "micro_groups", "expected"), LADDER)
-def test_the_ladder_of_host_bytes_a_parameter(ds_from, name, changes, micro_groups, expected):
+@pytest.mark.parametrize(("name", "changes", "pack_tokens", "expected"), LADDER)
+def test_the_ladder_of_host_bytes_a_parameter(ds_from, name, changes, pack_tokens, expected):
     if "optimizer" in changes:
         ds = ds_from(name, optimizer__type="AdamW", optimizer__params={})
     else:
         ds = ds_from(name, **{f"optimizer__params__{key}": value for key, value in changes.items()})
-    host = phase(make_plan(SHAPE, replace(CONFIG, micro_groups=micro_groups), ds), "step").host
+    host = phase(make_plan(SHAPE, replace(CONFIG, pack_tokens=pack_tokens), ds), "step").host
     assert sum(host.get(part, 0) for part in OPTIMIZER) / SHAPE.parameters == pytest.approx(expected, abs=0.002)
 
 
@@ -75,7 +75,7 @@ def test_without_offload_the_card_holds_masters_and_moments_and_for_a_moment_the
 GROWING = {
     **{"num_generations": (2, 4, 8, 16), "batch_size": (1, 2, 4), "max_prompt_length": (128, 512, 1024)},
     **{"max_completion_length": (64, 300, 1000), "logprob_chunk_mib": (16.0, 64.0, 256.0)},
-    **{"eval_batch_size": (4, 8, 64), "micro_groups": (1, 2)},
+    **{"generation_batch_size": (4, 8, 64), "pack_tokens": (1100, 2000, 4000)},
 }
 
 
@@ -84,13 +84,13 @@ GROWING = {
 def test_more_work_never_takes_less_memory(ds_from, knob, device):
     for name, checkpointing in itertools.product(("zero2", "zero2_gpu", "zero2_lowram"), (True, False)):
         config = replace(
-            CONFIG, batch_size=2, gradient_checkpointing=checkpointing, micro_groups=knob == "micro_groups"
+            CONFIG, batch_size=2, gradient_checkpointing=checkpointing, pack_tokens=1100 if knob == "pack_tokens" else 0
         )
         sizes = [
             [(p.gpu_bytes, p.host_bytes) for p in make_plan(SHAPE, changed, ds_from(name), device=device).phases]
             for changed in (replace(config, **{knob: value}) for value in GROWING[knob])
         ]
-        if knob == "micro_groups":  # fewer backwards: more activations, less to accumulate in
+        if knob == "pack_tokens":  # fewer backwards: more activations, less to accumulate in
             sizes = [[step[PHASES.index("sample")]] for step in sizes][::-1]
         for less, more in itertools.pairwise(sizes):
             assert all(a[0] <= b[0] and a[1] <= b[1] for a, b in zip(less, more, strict=True))

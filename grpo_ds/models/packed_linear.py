@@ -1,0 +1,39 @@
+"""Linear layers for few rows on a CPU: weights laid out once as oneDNN wants them.
+
+torch's matmul lays a weight out anew at every call, which for the 8 rows of a decoding step takes as long as the
+product. `packed_linears` does it once for a whole rollout, at the price of a second copy of the weights meanwhile.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+TYPICAL_ROWS = 8  # the layout is chosen for this many; others work, too
+
+
+@contextmanager
+def packed_linears(model: nn.Module) -> Iterator[None]:
+    """fp32 linear layers of a model on the CPU run from packed copies of their weights; elsewhere nothing changes.
+
+    The weights must not change meanwhile. Without gradients only.
+    """
+    layers = [m for m in model.modules() if type(m) is nn.Linear and _packable(m.weight)]
+    for layer in layers:
+        packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), TYPICAL_ROWS)
+        layer.forward = partial(_linear, packed, layer.bias)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _packable(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
+def _linear(packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")

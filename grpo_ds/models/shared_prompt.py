@@ -1,0 +1,210 @@
+"""Decoding behind shared prompts: a prompt's keys and values are kept once for all completions of its group.
+
+transformers' own cache holds the prompt G times, and copies itself for every new token. Here a new token is written
+into its place, and the queries of a group are put to its prompt together: one product where there were G.
+
+Q prompts x G completions, B = Q * G rows, groups side by side; P prompt tokens in the longest, C columns for what a
+row has taken in since. H heads of queries, K of keys (n = H / K share one), D wide.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+
+from grpo_ds.errors import UsageError
+
+NAME = "grpo_ds_shared_prompt"
+# What some models add to plain attention, and this one does not do: their keyword in transformers.
+UNKNOWN = ("softcap", "s_aux")
+
+
+class SharedPromptCache:
+    """Keys and values of every layer: the prompts' [Q K P D], and the rows' own [B K C D], written token by token."""
+
+    def __init__(self, prompts: DynamicCache, lengths: Sequence[int], *, group_size: int, columns: int) -> None:
+        """prompts: the cache after a forward pass over Q prompts padded on the right, `lengths` their real tokens."""
+        self.group_size = group_size
+        layers: Sequence[Any] = prompts.layers
+        self.prompts = [(layer.keys.contiguous(), layer.values.contiguous()) for layer in layers]
+        self.own = [
+            tuple(of.new_zeros(len(of) * group_size, of.shape[1], columns, of.shape[3]) for of in pair)
+            for pair in self.prompts
+        ]
+        first = self.prompts[0][0]
+        self.padding: Float[Tensor, "Q 1 1 P"] | None = None  # -inf where a prompt has ended; None if all are as long
+        if min(lengths) < first.shape[2]:
+            ends = torch.tensor(lengths, device=first.device).view(-1, 1, 1, 1)
+            behind = torch.arange(first.shape[2], device=first.device) >= ends
+            self.padding = torch.zeros(behind.shape, dtype=first.dtype, device=first.device)
+            self.padding.masked_fill_(behind, -torch.inf)
+        self.taken = 0  # columns written; a forward pass writes one more
+        self.column = torch.zeros(1, dtype=torch.long, device=first.device)  # the one it writes
+        self.width = 1  # columns it looks at ...
+        self.unwritten: Float[Tensor, " width"] | None = None  # ... of which these are -inf; None: none
+
+    def keep(self, rows: Int[Tensor, " B"], *, group_size: int) -> None:
+        """Go on with these rows alone, groups of the new size side by side."""
+        prompts = rows[::group_size] // self.group_size
+        self.own = [(keys[rows], values[rows]) for keys, values in self.own]
+        if len(prompts) < len(self.prompts[0][0]):
+            self.prompts = [(keys[prompts], values[prompts]) for keys, values in self.prompts]
+            self.padding = self.padding if self.padding is None else self.padding[prompts]
+        self.group_size = group_size
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Float[Tensor, "B 1 H D"]:
+        """Take in one token a row, [B H 1 D] and [B K 1 D], and look at the prompt and the row's own tokens."""
+        prompt_keys, prompt_values = self.prompts[layer]
+        for own, new in zip(self.own[layer], (key, value), strict=True):
+            own.index_copy_(2, self.column, new)
+        own_keys, own_values = (own[:, :, : self.width] for own in self.own[layer])
+        (q, k, p, _), (b, heads, _, d) = prompt_keys.shape, query.shape
+        g, n = self.group_size, heads // k
+
+        query = (query * scaling).view(b, k, n, d)
+        to_prompt = _by_group(query, q, g) @ prompt_keys.mT  # [Q K G*n P]
+        if self.padding is not None:
+            to_prompt += self.padding
+        to_own = _by_group(query @ own_keys.mT, q, g)
+        if self.unwritten is not None:
+            to_own += self.unwritten
+        weights = torch.cat([to_prompt, to_own], dim=-1).softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+        result = _by_row(weights[..., :p] @ prompt_values, g) + _by_row(weights[..., p:], g) @ own_values
+        return result.reshape(b, 1, heads, -1)
+
+
+def _by_group(rows: Float[Tensor, "B K n X"], prompts: int, group_size: int) -> Float[Tensor, "Q K G*n X"]:
+    _, k, n, x = rows.shape
+    return rows.view(prompts, group_size, k, n, x).transpose(1, 2).reshape(prompts, k, group_size * n, x)
+
+
+def _by_row(groups: Float[Tensor, "Q K G*n X"], group_size: int) -> Float[Tensor, "B K n X"]:
+    q, k, _, x = groups.shape
+    return groups.view(q, k, group_size, -1, x).transpose(1, 2).reshape(q * group_size, k, -1, x)
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """What transformers calls in a layer; `shared_prompt` is passed down from the model's own keywords."""
+    extra = [name for name in UNKNOWN if options.get(name) is not None]
+    cache: SharedPromptCache = options["shared_prompt"]
+    window = options.get("sliding_window")
+    if window is not None and cache.prompts[0][0].shape[2] + cache.own[0][0].shape[2] > window:
+        extra.append(f"a sliding window of {window} tokens, shorter than prompt and completion")
+    if extra:
+        raise UsageError(
+            f"This model's attention has {', '.join(extra)}, which sampling does not do.\n"
+            "Try a model of the Qwen2, Llama, Mistral, SmolLM or GPT-2 kind."
+        )
+    return cache.attend(module.layer_idx, query, key, value, options["scaling"]), None
+
+
+AttentionInterface.register(NAME, _attention)
+
+
+@contextmanager
+def shared_prompt_attention(model: PreTrainedModel) -> Iterator[None]:
+    """`model(..., shared_prompt=cache)` attends through its SharedPromptCache; no mask is made."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def prefill(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, group_size: int, columns: int
+) -> SharedPromptCache:
+    """The cache of all but each prompt's last token, which is the first to be decoded. At least two tokens each."""
+    lengths = [len(prompt) - 1 for prompt in prompts]
+    width = max(lengths)
+    # Padded on the right, where causal attention hides the padding from every real token without a mask.
+    ids = torch.tensor([[*prompt[:-1], *[0] * (width - len(prompt) + 1)] for prompt in prompts], device=model.device)
+    cache = DynamicCache(config=model.config)
+    model.base_model(
+        input_ids=ids,
+        position_ids=torch.arange(width, device=model.device).expand(len(prompts), -1),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return SharedPromptCache(cache, lengths, group_size=group_size, columns=columns)
+
+
+class Decoder:
+    """Token by token through a model and its SharedPromptCache."""
+
+    def __init__(self, model: nn.Module, cache: SharedPromptCache, *, cuda_graphs: bool = False) -> None:
+        """cuda_graphs: launch the kernels of a token together; with a small model and few rows launching them one by
+        one takes longer than running them. On a CPU the same steps are taken without a graph."""
+        self.model, self.cache, self.cuda_graphs = model, cache, cuda_graphs
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.stale = True  # the graph, and where it finds its input, are not of these rows
+
+    @torch.no_grad()
+    def __call__(self, tokens: Int[Tensor, " B"], positions: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
+        """Logits of the token after `tokens`, which are taken into the cache; to be used before the next call."""
+        cache = self.cache
+        cache.column.fill_(cache.taken)
+        if self.cuda_graphs:
+            logits = self._fixed(tokens, positions)
+        else:
+            cache.width = cache.taken + 1
+            logits = self._forward(tokens, positions)
+        cache.taken += 1
+        return logits
+
+    def keep(self, rows: Int[Tensor, " B"], *, group_size: int) -> None:
+        """Go on with these rows alone."""
+        self.stale = True
+        self.cache.keep(rows, group_size=group_size)
+
+    def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.model(
+            input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False, shared_prompt=self.cache
+        ).logits[:, -1]
+
+    def _fixed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """With tensors that keep their sizes and places, as a graph needs them: up to WIDTH columns too many are looked
+        at, and when they are full, or the rows have changed, there is a new graph."""
+        cache = self.cache
+        if self.stale or cache.taken >= cache.width:
+            cache.width = min((cache.taken // WIDTH + 1) * WIDTH, cache.own[0][0].shape[2])
+            self.tokens, self.positions, self.stale = tokens.clone(), positions.clone(), False
+            self.graph = _captured(self._fixed_step) if tokens.is_cuda else None
+        self.tokens.copy_(tokens)
+        self.positions.copy_(positions)
+        if self.graph:
+            self.graph.replay()
+        else:
+            self._fixed_step()
+        return self.logits
+
+    def _fixed_step(self) -> None:
+        cache = self.cache
+        places = torch.arange(cache.width, device=cache.column.device)
+        written = torch.zeros(cache.width, dtype=cache.prompts[0][0].dtype, device=places.device)
+        cache.unwritten = written.masked_fill_(places > cache.column, -torch.inf)
+        self.logits = self._forward(self.tokens, self.positions)
+
+
+WIDTH = 64  # columns by which what a graph looks at grows
+
+
+def _captured(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """A step as a graph; it runs twice, which is once too often and does no harm: a token is taken in where it was."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # cuBLAS makes its workspaces outside the graph
+        step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
