@@ -10,7 +10,7 @@ from grpo_ds.config import TrainConfig
 from grpo_ds.ds_config import DsSizes, resolve_ds_config
 from grpo_ds.ds_json import SHIPPED
 from grpo_ds.memory.plan import GIB, PHASES, make_plan
-from grpo_ds.memory.select import FRAGMENTATION, RAM_RESERVE, Job, applied, fits, remedies
+from grpo_ds.memory.select import FRAGMENTATION, RAM_RESERVE, Job, applied, fits, fitted, remedies
 from grpo_ds.memory.shape import PRESET_CONFIGS, shape_of
 
 CONFIG = TrainConfig()
@@ -174,3 +174,25 @@ def test_what_fits_needs_no_remedy_and_what_never_fits_has_none(ds_from):
 def test_every_phase_names_its_components(ds_from, model):
     for p in make_plan(shape_of(model), CONFIG, ds_from()).phases:
         assert p.host and all(size > 0 for size in (p.gpu | p.host).values())
+
+
+@pytest.mark.parametrize("gpu_gib", [8, 16, 24, 80])
+@pytest.mark.parametrize("model", ["qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b"])
+def test_sizes_left_to_the_memory_fill_it_and_no_more(ds_from, model, gpu_gib):
+    job = Job(shape_of(model), CONFIG, ds_from())
+    chosen = fitted(job, gpu_gib, 64)
+    plan, kept = chosen.plan(), replace(CONFIG, gradient_checkpointing=True, generation_batch_size=8)
+    assert chosen.config.generation_batch_size == 8 or plan.binding("gpu").name != "sample"
+    if not chosen.config.gradient_checkpointing:
+        assert fits(plan, gpu_gib, 64)
+    assert fits(plan, gpu_gib, 64) == fits(make_plan(job.shape, kept, job.ds), gpu_gib, 64)
+
+
+def test_a_small_model_on_a_large_card_keeps_its_activations_and_a_large_one_recomputes_them(ds_from):
+    choices = [fitted(Job(shape_of(f"qwen2.5-{size}"), CONFIG, ds_from()), 24, 64).config for size in ("0.5b", "3b")]
+    assert [config.gradient_checkpointing for config in choices] == [False, True]
+
+
+def test_sizes_that_were_typed_stay(ds_from):
+    typed = replace(CONFIG, gradient_checkpointing=True, generation_batch_size=4)
+    assert fitted(Job(SHAPE, typed, ds_from()), 80, 64).config == typed
