@@ -4,7 +4,7 @@ Row r draws its t-th token with the t-th number of its own stream, which (seed, 
 does not depend on how many rows are sampled at once, and no generator has to be saved.
 
 Sampling is from the policy's own distribution at the given temperature and nothing else: no top-k, no
-top-p, no penalties, and never an id the tokenizer cannot name. A row ends at EOS or at `</answer>`.
+top-p, no penalties, and never an id the tokenizer cannot name. A row ends at EOS or at `stop`.
 
 Q prompts of at most P tokens, G completions each, B = Q * G, C tokens in the longest completion.
 """
@@ -29,7 +29,7 @@ from transformers import (
 )
 
 STOP = "</answer>"
-TAIL = 12  # tokens that surely hold STOP: it has 9 characters, and a token is at least a byte
+SPARE = 3  # tokens looked at beyond the length of `stop`, which is ASCII: a token is at least a byte
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class Completions:
     """B completions, padded on the right."""
 
     ids: Int[Tensor, "B C"]
-    mask: Bool[Tensor, "B C"]  # True counts: up to and including the EOS or the last token of STOP
-    ended: Bool[Tensor, " B"]  # by EOS or STOP, not by the length limit
+    mask: Bool[Tensor, "B C"]  # True counts: up to and including the EOS or the last token of `stop`
+    ended: Bool[Tensor, " B"]  # by EOS or `stop`, not by the length limit
 
     def lengths(self) -> Int[Tensor, " B"]:
         return self.mask.sum(dim=1)
@@ -47,14 +47,21 @@ class Completions:
 class Sampler:
     """Completions from `model`, wherever it lives and however it is wrapped for training."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_completion_length: int):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_completion_length: int,
+        stop: str = STOP,
+    ) -> None:
+        self.model, self.tokenizer, self.stop = model, tokenizer, stop
         self.max_completion_length = max_completion_length
         self.prompts_at_once: int | None = None  # all; fewer take less memory
         self.full_length = False  # no row ends early: for rehearsals and benchmarks
         self.eos_ids = _eos_ids(model, tokenizer)
         tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        self.may_close = torch.tensor([STOP[-1] in token for token in tokens], device=model.device)
+        self.may_close = torch.tensor([stop[-1] in token for token in tokens], device=model.device)
 
     @torch.no_grad()
     def __call__(
@@ -83,7 +90,8 @@ class Sampler:
     def _sample(self, prompts: Sequence[Sequence[int]], group_size: int, draw: "Draw") -> Completions:
         ids, attended, cache = self._prefill(prompts)
         cache.batch_repeat_interleave(group_size)
-        stop = StopAfterAnswer(self.tokenizer, self.may_close & (not self.full_length), prompt_width=ids.shape[1])
+        may_close = self.may_close & (not self.full_length)
+        stop = StopAfterAnswer(self.tokenizer, may_close, prompt_width=ids.shape[1], stop=self.stop)
         output = self.model.generate(  # type: ignore[operator]  # its signature is lost in a mixin
             ids.repeat_interleave(group_size, dim=0),
             attention_mask=attended.repeat_interleave(group_size, dim=0),
@@ -152,23 +160,30 @@ class Draw(LogitsProcessor):
 
 
 class StopAfterAnswer(StoppingCriteria):
-    """Ends a row at `</answer>`, however the tokenizer cuts it up.
+    """Ends a row at `stop`, however the tokenizer cuts it up.
 
     Text is looked at only where the newest token holds a ">", which is rare: transformers' own
     stop_strings matches all rows at every step.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, may_close: Bool[Tensor, " V"], *, prompt_width: int):
-        self.tokenizer, self.may_close, self.prompt_width = tokenizer, may_close, prompt_width
-        self.length: Int[Tensor, " B"] | None = None  # of each completion when it met STOP; huge before
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        may_close: Bool[Tensor, " V"],
+        *,
+        prompt_width: int,
+        stop: str = STOP,
+    ) -> None:
+        self.tokenizer, self.may_close, self.prompt_width, self.stop = tokenizer, may_close, prompt_width, stop
+        self.length: Int[Tensor, " B"] | None = None  # of each completion when it met `stop`; huge before
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
         if self.length is None:
             self.length = torch.full((len(input_ids),), torch.iinfo(torch.long).max, device=input_ids.device)
         width = input_ids.shape[1] - self.prompt_width
         for row in (self.may_close[input_ids[:, -1]] & (self.length > width)).nonzero().flatten().tolist():
-            tail = input_ids[row, -min(TAIL, width) :]
-            if STOP in self.tokenizer.decode(tail, skip_special_tokens=False):
+            tail = input_ids[row, -min(len(self.stop) + SPARE, width) :]
+            if self.stop in self.tokenizer.decode(tail, skip_special_tokens=False):
                 self.length[row] = width
         return self.length <= width
 

@@ -107,6 +107,15 @@ def test_the_prompts_own_tags_do_not_end_a_row(sampler, tokenizer):
     assert not stop(torch.tensor([[*prompt, 1]]), None).any()
 
 
+def test_a_row_ends_at_a_closing_tag_of_ones_own(tiny_model, tokenizer):
+    mine = "</my-final-answer>"  # longer than the default's twelve tokens
+    sampler = Sampler(tiny_model, tokenizer, max_completion_length=12, stop=mine)
+    stop = StopAfterAnswer(tokenizer, sampler.may_close, prompt_width=0, stop=sampler.stop)
+    for text, stops in ((f"yes{mine}", True), (f"yes{STOP}", False)):
+        stop.length = None
+        assert stop(torch.tensor([tokenizer.encode(text)]), None).tolist() == [stops]
+
+
 def test_sampling_leaves_the_training_mode_as_it_was(sampler, tiny_model):
     tiny_model.train()
     assert isinstance(sampler([[1, 2]], group_size=2, temperature=1.0), Completions)
