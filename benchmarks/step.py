@@ -124,7 +124,7 @@ def ours(arguments: argparse.Namespace) -> None:
         beta=arguments.beta,
     )
     ds = resolve_ds_config("ds_configs/zero2.json", fill=config.ds_sizes(bf16=arguments.dtype == "bfloat16"))
-    rewards = {"spread": (lambda completions, questions: spread(completions), 1.0)}
+    rewards = {"spread": (lambda completions, **_: spread(completions), 1.0)}
     trainer = Trainer(config, ds, world.start(), Console(speaks=False), rewards)
     fixed = [trainer.tokenizer(text)["input_ids"] for text in prompts(trainer.tokenizer, arguments)]
 
@@ -132,7 +132,7 @@ def ours(arguments: argparse.Namespace) -> None:
         def encode(self, tokenizer: Any, questions: Any) -> list[list[int]]:
             return fixed[: len(questions)]
 
-    trainer.style = Fixed(config.label_names, 0, False, arguments.prompt)
+    trainer.style = Fixed(config.answer_format, 0, False, arguments.prompt)
     trainer.sampler.full_length = not arguments.free
     questions = list(read_questions("sample").questions)
     trainer.make_reference(questions)

@@ -3,7 +3,7 @@
 Q questions on this rank, G completions each, B = Q * G.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,20 +15,21 @@ from grpo_ds.core.advantages import group_advantages
 from grpo_ds.core.packing import PackedRows, pack
 from grpo_ds.models.reference import Reference
 from grpo_ds.sampling import Completions, Sampler
-from grpo_ds.task.answers import REASONING_OPEN
+from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.prompts import encode_prompt
 from grpo_ds.task.questions import Question
-from grpo_ds.task.rewards import RewardFunction, Rewards, score
+from grpo_ds.task.scoring import Rewards
 
 
 @dataclass(frozen=True, slots=True)
 class PromptStyle:
     """How questions are put to the model; the same in training, evaluation and `launch/ask.py`."""
 
-    labels: tuple[str, ...]
+    answer_format: AnswerFormat
     few_shot: int
     prefill: bool
     max_prompt_length: int
+    system_prompt: str = ""  # "": our own
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[list[int]]:
         """Token ids of each question's prompt."""
@@ -36,17 +37,18 @@ class PromptStyle:
             encode_prompt(
                 tokenizer,
                 question,
-                labels=self.labels,
+                answer_format=self.answer_format,
                 few_shot=self.few_shot,
                 prefill=self.prefill,
                 max_prompt_length=self.max_prompt_length,
+                system_prompt=self.system_prompt,
             ).ids
             for question in questions
         ]
 
     def texts(self, tokenizer: PreTrainedTokenizerBase, completions: Completions) -> list[str]:
         """What the model said, a prefilled <reasoning> put back in front: what rewards and graders read."""
-        opening = REASONING_OPEN * self.prefill
+        opening = self.answer_format.opening * self.prefill
         rows = zip(completions.ids, completions.mask, strict=True)
         return [opening + str(tokenizer.decode(ids[mask], skip_special_tokens=True)) for ids, mask in rows]
 
@@ -103,14 +105,14 @@ def judge(
     completions: Completions,
     texts: list[str],
     *,
-    reward_functions: Mapping[str, tuple[RewardFunction, float]],
+    score: Callable[[list[str], list[Question]], Rewards],
     reference: Reference | None,
     micro_groups: int,
 ) -> Rollout:
     """Rewards, advantages and reference log-probs of sampled completions."""
     group_size = len(texts) // len(questions)
     asked = [question for question in questions for _ in range(group_size)]
-    rewards = score(texts, asked, functions=reward_functions)
+    rewards = score(texts, asked)
     device = completions.ids.device
     advantages = group_advantages(torch.tensor(rewards.total, device=device), group_size=group_size)
     ref_logprobs = torch.zeros(completions.mask.shape, device=device)
