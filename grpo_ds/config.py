@@ -5,6 +5,7 @@ was typed. Nothing heavy is imported here: --help and a mistyped flag are answer
 """
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -71,7 +72,9 @@ class AskConfig:
         different = {label.casefold() for label in self.label_names}
         tags = {"reasoning_tag": self.reasoning_tag, "answer_tag": self.answer_tag}
         examples = len(worked_examples(self.answer_format))
-        few_shot = f"few_shot is {self.few_shot}; of the worked examples (yes, no) {examples} fit labels {self.labels}"
+        few_shot = (
+            f"few_shot is {self.few_shot}; of the yes/no examples {examples} fit labels {self.labels}: --few_shot 0"
+        )
         return [
             message
             for wrong, message in (
@@ -235,7 +238,7 @@ def parse(
         values = parser.parse_args(argv).as_dict()
         typed = parser.parse_args(argv, defaults=False).as_dict()
     except (ArgumentError, ValueError, OSError) as error:
-        raise UsageError(_shortened(str(error))) from None
+        raise UsageError(_shortened(str(error), names)) from None
     config = config_type(**{name: values[name] for name in names})
     if problems := config.problems():
         raise one_error(UsageError, "These settings cannot work:", problems)
@@ -288,8 +291,11 @@ def _check_names(argv: list[str], known: set[str]) -> None:
         raise one_error(UsageError, "Unknown flags:", problems, "--help lists them all.")
 
 
-def _shortened(message: str) -> str:
-    """jsonargparse's message in five lines, with the choices of a Literal in plain words."""
+def _shortened(message: str, known: set[str]) -> str:
+    """jsonargparse's message in five lines, with the choices of a Literal in plain words and a likely name."""
+    if unknown := re.fullmatch(r"Option '(\S+)' is not accepted", message.strip()):
+        close = difflib.get_close_matches(unknown[1], known, n=1)
+        message = f"The --config file: {unknown[1]} is no flag{f'; did you mean {close[0]}?' if close else ''}"
     for choices in (ReferenceKind, OnRewardError):
         message = message.replace(str(choices), " | ".join(get_args(choices)))
     lines = [line.strip() for line in message.splitlines() if line.strip()]

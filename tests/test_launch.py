@@ -68,7 +68,7 @@ def test_a_missing_data_file_is_named(tmp_path):
         (["--reward_weights", "1"], ["reward_weights", "2 numbers"]),
         (["--on_reward_error", "skip"], ["on_reward_error", "stop | zero"]),
         (["--reward_timeout", "-1"], ["reward_timeout"]),
-        (["--labels", "A,B", "--few_shot", "1"], ["few_shot is 1", "0 fit labels A,B"]),
+        (["--labels", "A,B", "--few_shot", "1"], ["few_shot is 1", "0 fit labels A,B: --few_shot 0"]),
         (["--labels", "A,a"], ["labels"]),
         (["--answer_tag", "<answer>"], ["answer_tag", "without its brackets"]),
         (["--answer_tag", "reasoning"], ["must differ"]),
@@ -217,6 +217,24 @@ def test_a_yaml_file_and_flags_go_together(tmp_path):
     parsed = parse(TrainConfig, ["--config", str(path), "--beta", "0", "--local_rank=0"], about="")
     assert (parsed.config.num_steps, parsed.config.beta) == (7, 0.0)
     assert parsed.typed == {"num_steps", "beta"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("num_stepz: 3\n", ["--config", "num_stepz", "did you mean num_steps"]),
+        ("num_steps: many\n", ["num_steps", "many"]),
+        ("reward_funcs: a\nmu: 0\n", ["reward_funcs: 'a'", "mu must be"]),
+        ("num_steps: [\n", ["Problems parsing config", "line 2"]),
+    ],
+)
+def test_what_is_wrong_in_a_yaml_file_is_named(tmp_path, text, words):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        parse(TrainConfig, ["--config", str(path)], about="")
+    assert [word for word in words if word not in str(caught.value)] == [], caught.value
+    assert len(str(caught.value).splitlines()) <= MAX_LINES
 
 
 def test_a_recipe_gives_way_to_what_was_typed():

@@ -121,6 +121,11 @@ def test_fields_and_labels_of_ones_own_are_read_in_the_labels_spelling(read):
     )
 
 
+def test_one_record_of_ones_own_fields_is_a_file_of_one(read):
+    record = {"stem": "Which one?", "key": "A"}
+    assert len(read(record, labels=("A", "B"), fields={**QUIZ_FIELDS, "context": "none"}).questions) == 1
+
+
 @pytest.mark.parametrize("fields", [{"label": "key"}, {"question": "stem"}, {"context": "passage"}])
 def test_fields_that_are_not_named_are_found(read, fields):
     record = {fields.get(ours, theirs): value for ours, theirs, value in (
