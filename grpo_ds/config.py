@@ -43,7 +43,7 @@ class AskConfig:
     model: str = knob("auto", "preset (qwen2.5-0.5b, -1.5b, -3b, -7b, smollm2-135m), hub id or folder; auto: what fits")
     labels: str = knob("yes,no", "answers allowed, comma-separated; add maybe to keep PubMedQA's maybe questions")
     context_field: str | None = knob(
-        None, f"a record's field with the context; default: found; {NO_CONTEXT}: it has none"
+        None, f"a record's field with the context; {NO_CONTEXT}: it has none; default: found"
     )
     system_prompt: str | None = knob(None, "text file, used as it stands; default: our own, which asks for the form")
     reasoning_tag: str = knob("reasoning", "the tag around the reasoning")
@@ -72,9 +72,7 @@ class AskConfig:
         different = {label.casefold() for label in self.label_names}
         tags = {"reasoning_tag": self.reasoning_tag, "answer_tag": self.answer_tag}
         examples = len(worked_examples(self.answer_format))
-        few_shot = (
-            f"few_shot is {self.few_shot}; of the yes/no examples {examples} fit labels {self.labels}: --few_shot 0"
-        )
+        few_shot = f"few_shot is {self.few_shot}; of the yes/no ones {examples} fit labels {self.labels}: --few_shot 0"
         return [
             message
             for wrong, message in (
