@@ -144,7 +144,7 @@ def train(config: Any, ds: Any, plan: Any) -> dict[str, Any]:
     from grpo_ds.report.console import Console
     from grpo_ds.rollouts import PromptStyle
     from grpo_ds.task.questions import read_questions
-    from grpo_ds.task.rewards import reward_functions
+    from grpo_ds.task.rewards import ready_made
     from grpo_ds.trainer import Trainer
 
     class ShortStyle(PromptStyle):
@@ -152,10 +152,11 @@ def train(config: Any, ds: Any, plan: Any) -> dict[str, Any]:
             return [prompt[: config.max_prompt_length] for prompt in super().encode(tokenizer, questions)]
 
     here = world.start()
-    rewards = reward_functions(labels=config.label_names, correctness_reward=2.0, format_reward=0.2)
+    ours = ready_made(answer_format=config.answer_format)
+    rewards = {name: (ours[name], 1.0) for name in ("correctness", "format")}
     questions = read_questions("sample", labels=config.label_names).questions
     trainer = Trainer(config, ds, here, Console(speaks=False), rewards, plan)
-    trainer.style = ShortStyle(config.label_names, 0, False, max_prompt_length=4096)
+    trainer.style = ShortStyle(config.answer_format, 0, False, max_prompt_length=4096)
     trainer.make_reference(questions)
     trainer.rehearse()
     for step in range(2):

@@ -161,7 +161,7 @@ def ours(arguments: argparse.Namespace) -> None:
     card = gpu_memory_gib()
     job = fitted(Job(shape_of(config.model), config, ds, "cuda" if card else "cpu"), card or 0, ram_gib())
     config = job.config
-    rewards = {"spread": (lambda completions, questions: spread(completions), 1.0)}
+    rewards = {"spread": (lambda completions, **_: spread(completions), 1.0)}
     trainer = Trainer(config, ds, world.start(), Console(speaks=False), rewards)
     fixed = [trainer.tokenizer(text)["input_ids"] for text in prompts(trainer.tokenizer, arguments)]
 
@@ -169,7 +169,7 @@ def ours(arguments: argparse.Namespace) -> None:
         def encode(self, tokenizer: Any, questions: Any) -> list[list[int]]:
             return fixed[: len(questions)]
 
-    trainer.style = Fixed(config.label_names, 0, False, arguments.prompt)
+    trainer.style = Fixed(config.answer_format, 0, False, arguments.prompt)
     trainer.sampler.full_length = not arguments.free
     questions = list(read_questions("sample").questions)
     trainer.make_reference(questions)

@@ -5,6 +5,7 @@ was typed. Nothing heavy is imported here: --help and a mistyped flag are answer
 """
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,11 +16,19 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from grpo_ds.ds_config import DsSizes
 from grpo_ds.errors import UsageError, one_error
+from grpo_ds.task.answers import TAG_NAME, AnswerFormat
+from grpo_ds.task.prompts import worked_examples
+from grpo_ds.task.records import NO_CONTEXT
+from grpo_ds.task.reward_files import reward_problems
+from grpo_ds.task.rewards import READY_MADE
+from grpo_ds.task.scoring import OnRewardError
 
 ReferenceKind = Literal["int8", "llm.int8", "bf16", "bf16-cpu"]
 ConfigType = TypeVar("ConfigType", bound="AskConfig")
+MAX_TIMEOUT = 1e6  # seconds, twelve days: an alarm cannot be set to more than an int holds
 TRACKERS = ("none", "wandb")
 CONFIG_FILE = "grpo_config.yaml"  # written beside the model: how it was made and how it wants to be asked
+SYSTEM_PROMPT_FILE = "system_prompt.txt"  # likewise, a copy of --system_prompt
 
 
 def knob(default: Any, meaning: str) -> Any:
@@ -33,22 +42,52 @@ class AskConfig:
 
     model: str = knob("auto", "preset (qwen2.5-0.5b, -1.5b, -3b, -7b, smollm2-135m), hub id or folder; auto: what fits")
     labels: str = knob("yes,no", "answers allowed, comma-separated; add maybe to keep PubMedQA's maybe questions")
-    few_shot: int = knob(0, "worked examples in the prompt: 0, 1 or 2")
+    context_field: str | None = knob(
+        None, f"a record's field with the context; {NO_CONTEXT}: it has none; default: found"
+    )
+    system_prompt: str | None = knob(None, "text file, used as it stands; default: our own, which asks for the form")
+    reasoning_tag: str = knob("reasoning", "the tag around the reasoning")
+    answer_tag: str = knob("answer", "the tag around the answer; closing it ends a completion")
+    few_shot: int = knob(0, "worked examples (yes or no, biomedical) in the prompt: 0, 1 or 2")
     prefill: bool = knob(False, "begin the answer with <reasoning> for the model")
     max_prompt_length: int = knob(768, "tokens; a longer context loses its beginning, the question never")
     max_completion_length: int = knob(300, "tokens")
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        return tuple(label.strip().lower() for label in self.labels.split(","))
+        return tuple(label.strip() for label in self.labels.split(","))
+
+    @property
+    def answer_format(self) -> AnswerFormat:
+        return AnswerFormat(self.label_names, self.reasoning_tag, self.answer_tag)
+
+    @property
+    def system_prompt_text(self) -> str:
+        """What the file holds; "" where there is no file, or no text in it."""
+        path = Path(self.system_prompt or "").expanduser()
+        return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
 
     def problems(self) -> list[str]:
         """Everything about these values that cannot work, a line each."""
+        different = {label.casefold() for label in self.label_names}
+        tags = {"reasoning_tag": self.reasoning_tag, "answer_tag": self.answer_tag}
+        examples = len(worked_examples(self.answer_format))
+        few_shot = f"few_shot is {self.few_shot}; of the yes/no ones {examples} fit labels {self.labels}: --few_shot 0"
         return [
             message
             for wrong, message in (
-                (len(set(self.label_names)) < 2 or "" in self.label_names, "labels needs two answers or more: yes,no"),
-                (self.few_shot not in (0, 1, 2), f"few_shot is {self.few_shot}; there are 2 worked examples"),
+                (len(different) < 2 or "" in different, "labels needs two answers or more: yes,no"),
+                (len(different) < len(self.label_names), f"labels is {self.labels}, which holds one answer twice"),
+                *(
+                    (not TAG_NAME.fullmatch(tag), f"{name} is {tag!r}; a tag is one word, without its brackets")
+                    for name, tag in tags.items()
+                ),
+                (len(set(tags.values())) == 1, "reasoning_tag and answer_tag must differ"),
+                (
+                    self.system_prompt is not None and not self.system_prompt_text,
+                    f"system_prompt is {self.system_prompt}, which is no file with a text in it",
+                ),
+                (not 0 <= self.few_shot <= examples, few_shot),
                 (self.max_prompt_length < 1, "max_prompt_length must be 1 or more"),
                 (self.max_completion_length < 1, "max_completion_length must be 1 or more"),
             )
@@ -61,12 +100,20 @@ class EvaluateConfig(AskConfig):
     """The questions, and which of them are held out."""
 
     data: str | None = knob(None, "JSON/JSONL file, hub id or sample; default: the golden 500 if here, else sample")
+    question_field: str | None = knob(None, "a record's field with the question; default: found, as PubMedQA names it")
+    label_field: str | None = knob(None, "a record's field with the right answer; default: found, as PubMedQA names it")
     eval_fraction: float = knob(0.2, "share of the questions held out for evaluation, by class")
     eval_limit: int | None = knob(None, "evaluate on this many held-out questions at most; default: all")
     generation_batch_size: int | None = knob(
         None, "completions sampled at once, in training and evaluation; default: what costs no memory on top"
     )
     seed: int = knob(0, "decides the split, the order of questions and every draw")
+
+    @property
+    def field_names(self) -> dict[str, str]:
+        """Which of a record's fields are its question, context and label, where that was said."""
+        names = {"question": self.question_field, "context": self.context_field, "label": self.label_field}
+        return {field: name for field, name in names.items() if name}
 
     def problems(self) -> list[str]:
         return super().problems() + [
@@ -97,6 +144,10 @@ class TrainConfig(EvaluateConfig):
     mu: int = knob(1, "optimizer steps on each rollout")
     beta: float = knob(0.04, "weight of the KL to the reference; 0 loads no reference")
     epsilon: float = knob(0.2, "how far the ratio may move from 1 before it is clipped")
+    reward_funcs: str = knob("correctness,format", f"of {', '.join(READY_MADE)}, FILE.py:FUNCTION; comma-separated")
+    reward_weights: str | None = knob(None, "a factor for each of reward_funcs, comma-separated; default: 1 each")
+    reward_timeout: float = knob(60.0, "seconds that a call of a reward function may take; 0: any number")
+    on_reward_error: OnRewardError = knob("stop", "a reward function that fails: stop, or zero (go on without it)")
     correctness_reward: float = knob(2.0, "for the right answer in a well-formed completion")
     format_reward: float = knob(0.2, "for each of the two well-formed tag pairs")
     learning_rate: float = knob(1e-6, "of 8-bit AdamW; constant")
@@ -120,7 +171,7 @@ class TrainConfig(EvaluateConfig):
             "2 or more, e.g. --num_generations 4"
         )
         trackers = [name for name in self.report_to.split(",") if name not in TRACKERS]
-        return super().problems() + [
+        return [*super().problems(), *reward_problems(self.reward_funcs, self.reward_weights)] + [
             message
             for wrong, message in (
                 (self.num_generations < 2, alone),
@@ -128,6 +179,7 @@ class TrainConfig(EvaluateConfig):
                 (self.eval_fraction == 1, "eval_fraction is 1, which leaves nothing to train on"),
                 (self.beta < 0, f"beta is {self.beta}; it must be 0 or more"),
                 (not 0 < self.epsilon < 1, f"epsilon is {self.epsilon}; it must lie between 0 and 1"),
+                (not 0 <= self.reward_timeout < MAX_TIMEOUT, "reward_timeout must be 0 or more seconds"),
                 (self.learning_rate <= 0, f"learning_rate is {self.learning_rate}; it must be more than 0"),
                 (self.logprob_chunk_mib <= 0, "logprob_chunk_mib must be more than 0"),
                 (self.max_grad_norm < 0, "max_grad_norm must be 0 or more"),
@@ -198,7 +250,7 @@ def parse(
         values = parser.parse_args(argv).as_dict()
         typed = parser.parse_args(argv, defaults=False).as_dict()
     except (ArgumentError, ValueError, OSError) as error:
-        raise UsageError(_shortened(str(error))) from None
+        raise UsageError(_shortened(str(error), names)) from None
     config = config_type(**{name: values[name] for name in names})
     if problems := config.problems():
         raise one_error(UsageError, "These settings cannot work:", problems)
@@ -206,8 +258,11 @@ def parse(
 
 
 def write_config(config: AskConfig, folder: Path) -> None:
-    """The resolved config as YAML; `--config` reads it back."""
-    values = {knob.name: getattr(config, knob.name) for knob in fields(config)}
+    """The resolved config as YAML; `--config` reads it back, for a run into a folder of its own."""
+    values = {knob.name: getattr(config, knob.name) for knob in fields(config) if knob.name != "output_dir"}
+    if config.system_prompt:
+        values["system_prompt"] = str(folder / SYSTEM_PROMPT_FILE)
+        (folder / SYSTEM_PROMPT_FILE).write_text(f"{config.system_prompt_text}\n", encoding="utf-8")
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
@@ -217,7 +272,10 @@ def prompt_recipe(folder: Path) -> dict[str, Any]:
     if not saved.is_file():
         return {}
     values = yaml.safe_load(saved.read_text(encoding="utf-8"))
-    return {knob.name: values[knob.name] for knob in fields(AskConfig) if knob.name in values and knob.name != "model"}
+    if values.get("system_prompt"):  # the copy, wherever the model has gone since
+        values["system_prompt"] = str(folder / SYSTEM_PROMPT_FILE)
+    names = {knob.name for knob in fields(AskConfig)} - {"model"} | {"question_field", "label_field"}
+    return {name: values[name] for name in names if name in values}
 
 
 def _parser(config_type: type, about: str, recipe: dict[str, Any], extra: dict[str, str]) -> ArgumentParser:
@@ -245,9 +303,12 @@ def _check_names(argv: list[str], known: set[str]) -> None:
         raise one_error(UsageError, "Unknown flags:", problems, "--help lists them all.")
 
 
-def _shortened(message: str) -> str:
-    """jsonargparse's message in five lines, with the choices of a Literal in plain words."""
-    if "Literal" in message or "reference" in message:
-        message = message.replace(str(ReferenceKind), " | ".join(get_args(ReferenceKind)))
+def _shortened(message: str, known: set[str]) -> str:
+    """jsonargparse's message in five lines, with the choices of a Literal in plain words and a likely name."""
+    if unknown := re.fullmatch(r"Option '(\S+)' is not accepted", message.strip()):
+        close = difflib.get_close_matches(unknown[1], known, n=1)
+        message = f"The --config file: {unknown[1]} is no flag{f'; did you mean {close[0]}?' if close else ''}"
+    for choices in (ReferenceKind, OnRewardError):
+        message = message.replace(str(choices), " | ".join(get_args(choices)))
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return "\n".join([*(line[:200] for line in lines[:5]), "--help lists every flag and its default."])

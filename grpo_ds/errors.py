@@ -30,6 +30,12 @@ class DataError(GrpoError):
     exit_code = 3
 
 
+class RewardError(GrpoError):
+    """A reward function that failed while it judged completions."""
+
+    exit_code = 7
+
+
 def one_error(error_type: type[GrpoError], headline: str, problems: Sequence[str], remedy: str = "") -> GrpoError:
     """One error from many problems: headline, as many problems as fit, how many more, remedy."""
     room = MAX_LINES - 1 - bool(remedy)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from grpo_ds.rollouts import PromptStyle
 from grpo_ds.sampling import Sampler
-from grpo_ds.task.answers import parse_answer
 from grpo_ds.task.grading import Grades, grade
 from grpo_ds.task.questions import Question
 from grpo_ds.world import World
@@ -37,5 +36,5 @@ def evaluate(
         texts = style.texts(sampler.tokenizer, sampler(prompts, group_size=1, temperature=0.0, advance=heard))
     shares = world.gather(texts)
     whole = [shares[i % world.size][i // world.size] for i in range(len(questions))]
-    answers = [parse_answer(text, labels=style.labels).answer for text in whole]
-    return Evaluation(whole, answers, grade(answers, questions, labels=style.labels))
+    answers = [style.answer_format.parse(text).answer for text in whole]
+    return Evaluation(whole, answers, grade(answers, questions, labels=style.answer_format.labels))

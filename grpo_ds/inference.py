@@ -14,10 +14,13 @@ def load_for_asking(config: AskConfig, *, bf16: bool) -> tuple[Sampler, PromptSt
     tokenizer = load_tokenizer(config.model)
     model = load_policy(config.model, dtype=torch.bfloat16 if bf16 else torch.float32, checkpointing=False)
     model.to(device).eval()  # type: ignore[arg-type]  # transformers hides the signature of .to
-    sampler = Sampler(model, tokenizer, max_completion_length=config.max_completion_length)
+    stop = config.answer_format.stop
+    sampler = Sampler(model, tokenizer, max_completion_length=config.max_completion_length, stop=stop)
     return sampler, prompt_style(config)
 
 
 def prompt_style(config: AskConfig) -> PromptStyle:
     """How this config puts questions to the model."""
-    return PromptStyle(config.label_names, config.few_shot, config.prefill, config.max_prompt_length)
+    return PromptStyle(
+        config.answer_format, config.few_shot, config.prefill, config.max_prompt_length, config.system_prompt_text
+    )

@@ -3,7 +3,7 @@
 Q questions on this rank, G completions each, B = Q * G.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,20 +16,21 @@ from grpo_ds.core.advantages import group_advantages
 from grpo_ds.core.packing import PackedRows, fill_rows, pack
 from grpo_ds.models.reference import Reference
 from grpo_ds.sampling import Completions, Sampler
-from grpo_ds.task.answers import REASONING_OPEN
+from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.prompts import encode_prompt
 from grpo_ds.task.questions import Question
-from grpo_ds.task.rewards import RewardFunction, Rewards, score
+from grpo_ds.task.scoring import Rewards
 
 
 @dataclass(frozen=True, slots=True)
 class PromptStyle:
     """How questions are put to the model; the same in training, evaluation and `launch/ask.py`."""
 
-    labels: tuple[str, ...]
+    answer_format: AnswerFormat
     few_shot: int
     prefill: bool
     max_prompt_length: int
+    system_prompt: str = ""  # "": our own
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[list[int]]:
         """Token ids of each question's prompt."""
@@ -37,7 +38,7 @@ class PromptStyle:
 
     def texts(self, tokenizer: PreTrainedTokenizerBase, completions: Completions) -> list[str]:
         """What the model said, a prefilled <reasoning> put back in front: what rewards and graders read."""
-        opening = REASONING_OPEN * self.prefill
+        opening = self.answer_format.opening * self.prefill
         rows = zip(completions.ids, completions.mask, strict=True)
         return [opening + str(tokenizer.decode(ids[mask], skip_special_tokens=True)) for ids, mask in rows]
 
@@ -47,10 +48,11 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, question: Question, style: P
     return encode_prompt(
         tokenizer,
         question,
-        labels=style.labels,
+        answer_format=style.answer_format,
         few_shot=style.few_shot,
         prefill=style.prefill,
         max_prompt_length=style.max_prompt_length,
+        system_prompt=style.system_prompt,
     ).ids
 
 
@@ -118,14 +120,14 @@ def judge(
     completions: Completions,
     texts: list[str],
     *,
-    reward_functions: Mapping[str, tuple[RewardFunction, float]],
+    score: Callable[[list[str], list[Question]], Rewards],
     reference: Reference | None,
     pack_tokens: int,
 ) -> Rollout:
     """Rewards, advantages and reference log-probs of sampled completions."""
     group_size = len(texts) // len(questions)
     asked = [question for question in questions for _ in range(group_size)]
-    rewards = score(texts, asked, functions=reward_functions)
+    rewards = score(texts, asked)
     device = completions.ids.device
     advantages = group_advantages(torch.tensor(rewards.total, device=device), group_size=group_size)
     ref_logprobs = torch.zeros(completions.mask.shape, device=device)

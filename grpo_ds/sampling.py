@@ -4,7 +4,7 @@ Row r draws its t-th token with the t-th number of its own stream, which (seed, 
 does not depend on how many rows are sampled at once, nor on which have left the batch, and there is no state to save.
 
 Sampling is from the policy's own distribution at the given temperature and nothing else: no top-k, no
-top-p, no penalties, and never an id the tokenizer cannot name. A row ends at EOS or at `</answer>`.
+top-p, no penalties, and never an id the tokenizer cannot name. A row ends at EOS or at `stop`.
 
 The loop is our own and not transformers' generate() for what that has no place for: prompts kept once, finished rows
 that leave the batch, a draw that belongs to a row. benchmarks/step.py has the two side by side.
@@ -26,7 +26,7 @@ from grpo_ds.models.packed_linear import packed_linears
 from grpo_ds.models.shared_prompt import Decoder, prefill, shared_prompt_attention
 
 STOP = "</answer>"
-TAIL = 12  # tokens that surely hold STOP: it has 9 characters, and a token is at least a byte
+SPARE = 3  # tokens looked at beyond the length of `stop`, which is ASCII: a token is at least a byte
 SHRINK = 0.75  # of its rows, or fewer, a batch is made smaller: it costs a copy of their cache
 
 
@@ -35,8 +35,8 @@ class Completions:
     """B completions, padded on the right."""
 
     ids: Int[Tensor, "B C"]
-    mask: Bool[Tensor, "B C"]  # True counts: up to and including the EOS or the last token of STOP
-    ended: Bool[Tensor, " B"]  # by EOS or STOP, not by the length limit
+    mask: Bool[Tensor, "B C"]  # True counts: up to and including the EOS or the last token of `stop`
+    ended: Bool[Tensor, " B"]  # by EOS or `stop`, not by the length limit
 
     def lengths(self) -> Int[Tensor, " B"]:
         return self.mask.sum(dim=1)
@@ -53,15 +53,22 @@ class Row:
 class Sampler:
     """Completions from `model`, wherever it lives and however it is wrapped for training."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_completion_length: int):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_completion_length: int,
+        stop: str = STOP,
+    ) -> None:
+        self.model, self.tokenizer, self.stop = model, tokenizer, stop
         self.max_completion_length = max_completion_length
         self.rows_at_once: int | None = None  # all; fewer take less memory
         self.cuda_graphs = False  # on a card
         self.full_length = False  # no row ends early: for rehearsals and benchmarks
         self.eos_ids = _eos_ids(model, tokenizer)
         tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        self.may_close = {id for id, token in enumerate(tokens) if STOP[-1] in token}
+        self.may_close = {id for id, token in enumerate(tokens) if stop[-1] in token}
 
     @torch.no_grad()
     def __call__(
@@ -134,8 +141,9 @@ class Sampler:
         """
         if self.full_length:
             return False
-        closes = ids[-1] in self.may_close and STOP in self.tokenizer.decode(ids[-TAIL:], skip_special_tokens=False)
-        return closes or ids[-1] in self.eos_ids
+        if ids[-1] in self.eos_ids or ids[-1] not in self.may_close:
+            return ids[-1] in self.eos_ids
+        return self.stop in self.tokenizer.decode(ids[-len(self.stop) - SPARE :], skip_special_tokens=False)
 
     def _together(self, rows: list[Row]) -> Completions:
         """Masked by where each row ended. Not by `ids != pad`: pad may be EOS, which must be trained."""

@@ -6,8 +6,9 @@ reference from the policy, a middle loop that samples, and mu updates on every s
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,7 +34,8 @@ from grpo_ds.report.trackers import make_trackers
 from grpo_ds.rollouts import Rollout, judge, micro_batches, sample
 from grpo_ds.sampling import Sampler, seed_at
 from grpo_ds.task.questions import Question, questions_at
-from grpo_ds.task.rewards import RewardFunction
+from grpo_ds.task.rewards import WeightedFunctions
+from grpo_ds.task.scoring import Rewards, score
 from grpo_ds.update import update
 from grpo_ds.world import World, stop
 
@@ -77,11 +79,14 @@ class Trainer:
         ds: DsConfig,
         world: World,
         console: Console,
-        reward_functions: Mapping[str, tuple[RewardFunction, float]],
+        reward_functions: WeightedFunctions,
         plan: Plan | None = None,
     ) -> None:
         self.config, self.ds, self.world, self.console = config, ds, world, console
-        self.reward_functions = reward_functions
+        self.score = partial(
+            score, functions=reward_functions, timeout=config.reward_timeout, on_error=config.on_reward_error
+        )
+        self.warned: set[str] = set()  # reward functions whose first failure was told
         self.profiler = Profiler(world.device, plan)
         self.tokenizer = load_tokenizer(config.model)
         self.style = prompt_style(config)
@@ -95,7 +100,8 @@ class Trainer:
         seed = seed_at(config.seed, 0, world.rank)
         with self.profiler.phase("initialise"):
             self.engine = Engine(policy, ds, seed=seed)
-        self.sampler = Sampler(model, self.tokenizer, max_completion_length=config.max_completion_length)
+        length, stop_at = config.max_completion_length, config.answer_format.stop
+        self.sampler = Sampler(model, self.tokenizer, max_completion_length=length, stop=stop_at)
         self.reference: Reference | None = None
         self.sampler.cuda_graphs = config.cuda_graphs
         self.limits = limits_of(config)
@@ -158,16 +164,26 @@ class Trainer:
                 prompts,
                 completions,
                 texts,
-                reward_functions=self.reward_functions,
+                score=self.score,
                 reference=self.reference,
                 pack_tokens=self.limits.tokens,
             ),
         )
+        self.warn(rollout.rewards)
         tally, old_logprobs = self.update(rollout, None)
         for _ in range(1, config.mu):
             more, _ = self.update(rollout, old_logprobs)
             tally.merge(more)
         return self.metrics(rollout, tally, first_span)
+
+    def warn(self, rewards: Rewards) -> None:
+        """Tell each reward function's first failure that --on_reward_error zero passed over."""
+        for name, error in rewards.errors.items():
+            if name not in self.warned:
+                self.console.line(
+                    f"Warning: {error}\nThis batch goes without; later ones are counted as reward_errors."
+                )
+                self.warned.add(name)
 
     def update(self, rollout: Rollout, old_logprobs: Tensor | None) -> tuple[Tally, Tensor]:
         """One optimizer step."""
@@ -289,7 +305,10 @@ class Trainer:
         lengths = rollout.completions.lengths().double()
         count, spread = len(lengths), torch.tensor(rollout.rewards.total).view(len(rollout.questions), -1).std(dim=1)
         tally.add("reward", sum(rollout.rewards.total), count)
-        tally.add_all({f"rewards/{name}": values for name, values in rollout.rewards.by_name.items()})
+        for name, values in rollout.rewards.by_name.items():
+            tally.add_all({f"rewards/{name}": [value for value in values if value is not None]})
+        if self.config.on_reward_error == "zero":
+            tally.add("reward_errors", len(rollout.rewards.errors) * self.world.size)  # of all ranks, not their mean
         tally.add("reward_std", spread.sum(), len(spread))
         tally.add("completion_length", lengths.sum(), count)
         tally.add("ended", rollout.completions.ended.sum(), count)

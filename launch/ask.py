@@ -5,21 +5,21 @@ from grpo_ds.config import AskConfig, parse
 from grpo_ds.errors import UsageError, run_script
 from grpo_ds.machine import cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.models.presets import choose_model
-from grpo_ds.task.answers import parse_answer, split_reasoning
 from grpo_ds.task.questions import Question
+from grpo_ds.task.records import NO_CONTEXT
 
-TEXTS = {"question": "a question that yes or no answers", "context": "the text to answer it from"}
+TEXTS = {"question": "a question that one of the labels answers", "context": "the text to answer it from"}
 
 
 def main(argv: list[str]) -> None:
     first = parse(AskConfig, argv, about=__doc__, extra=TEXTS)
-    texts = {name: (first.extra[name] or "").strip() for name in TEXTS}
-    missing = [f"--{name}" for name, text in texts.items() if not text]
-    if missing:
-        raise UsageError(f"Nothing to answer: {' and '.join(missing)} must be given and must hold text.")
     gpu_gib = gpu_memory_gib()
     choice = choose_model(first.config.model, gpu_gib=gpu_gib, ram_gib=ram_gib())
     config = parse(AskConfig, [*argv, "--model", choice.model], about=__doc__, recipe=choice.recipe, extra=TEXTS).config
+    texts = {name: (first.extra[name] or "").strip() for name in TEXTS}
+    needed = TEXTS if config.context_field != NO_CONTEXT else ["question"]
+    if missing := [f"--{name}" for name in needed if not texts[name]]:
+        raise UsageError(f"Nothing to answer: {' and '.join(missing)} must be given and must hold text.")
 
     from grpo_ds.inference import load_for_asking  # from here on heavy libraries are loaded
 
@@ -27,8 +27,8 @@ def main(argv: list[str]) -> None:
     question = Question(id="asked", text=texts["question"], context=texts["context"], label="")
     completions = sampler(style.encode(sampler.tokenizer, [question]), group_size=1, temperature=0.0)
     text = style.texts(sampler.tokenizer, completions)[0]
-    answer = parse_answer(text, labels=style.labels).answer
-    reasoning, rest = split_reasoning(text)
+    answer = style.answer_format.parse(text).answer
+    reasoning, rest = style.answer_format.split(text)
     print(f"Reasoning: {reasoning}\nAnswer: {answer or f'none in the asked form; the model wrote {rest!r}'}")
 
 

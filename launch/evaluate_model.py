@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
     gpu_gib = gpu_memory_gib()
     choice = choose_model(asked, gpu_gib=gpu_gib, ram_gib=ram_gib())
     config = parse(EvaluateConfig, [*argv, "--model", choice.model], about=__doc__, recipe=choice.recipe).config
-    found = read_questions(config.data, labels=config.label_names)
+    found = read_questions(config.data, labels=config.label_names, fields=config.field_names)
     questions = list(found.questions)
     if config.eval_fraction < 1:
         _, questions = split_questions(questions, eval_fraction=config.eval_fraction, seed=config.seed)

@@ -6,7 +6,7 @@ Takes every flag of train.py. Nothing is evaluated and no model is saved; memory
     deepspeed launch/profile_memory.py --ds ds_configs/zero2.json --num_steps 2
 """
 
-from train import make_trainer, output_folder, settle
+from train import make_trainer, output_folder, reward_functions, settle
 
 from grpo_ds.errors import run_script
 from grpo_ds.task.questions import read_questions, split_questions
@@ -18,11 +18,12 @@ def main(argv: list[str]) -> None:
     defaults = [] if any(word.startswith("--num_steps") for word in argv) else ["--num_steps", STEPS]
     settled = settle([*argv, *defaults, "--dry_run_worst_case"])
     config = settled.config
-    questions = read_questions(config.data, labels=config.label_names)
+    questions = read_questions(config.data, labels=config.label_names, fields=config.field_names)
     train, _ = split_questions(questions.questions, eval_fraction=config.eval_fraction, seed=config.seed)
     folder = output_folder(config)
 
-    trainer = make_trainer(settled, [f"Profiling {config.model} ({settled.choice.why}) under {config.ds}"])
+    lines = [f"Profiling {config.model} ({settled.choice.why}) under {config.ds}"]
+    trainer = make_trainer(settled, reward_functions(config, questions), lines)
     folder.mkdir(parents=True, exist_ok=True)
     trainer.train(train, folder)
     trainer.report_memory(folder)

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Fine-tune a language model by GRPO on yes/no questions, with DeepSpeed ZeRO-2 and CPU offload.
+"""Fine-tune a language model by GRPO on questions with a known answer, with DeepSpeed ZeRO-2 and CPU offload.
 
 Arguments, data and the DeepSpeed JSON are checked before anything heavy is loaded or anything is written.
 """
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,8 @@ from grpo_ds.memory.shape import shape_of
 from grpo_ds.models.presets import Choice, choose_model
 from grpo_ds.report.trackers import check_trackers
 from grpo_ds.task.questions import QuestionSet, read_questions, split_questions
+from grpo_ds.task.reward_files import find_reward_functions
+from grpo_ds.task.rewards import WeightedFunctions, ready_made
 
 if TYPE_CHECKING:
     from grpo_ds.trainer import Trainer
@@ -32,13 +34,14 @@ def main(argv: list[str]) -> None:
     config = settled.config
     if config.plan:
         return print_plan(settled)
-    questions = read_questions(config.data, labels=config.label_names)
+    questions = read_questions(config.data, labels=config.label_names, fields=config.field_names)
+    rewards = reward_functions(config, questions)
     train, held_out = split_questions(questions.questions, eval_fraction=config.eval_fraction, seed=config.seed)
     held_out = held_out[: config.eval_limit]
     folder = output_folder(config)
     check_trackers(config.report_to)
 
-    trainer = make_trainer(settled, first_lines(settled, questions, len(train), len(held_out)))
+    trainer = make_trainer(settled, rewards, first_lines(settled, questions, len(train), len(held_out)))
     outcome = trainer.run(train, held_out, folder)
     trainer.report_memory(folder)
     say = trainer.console
@@ -50,11 +53,25 @@ def main(argv: list[str]) -> None:
     trainer.close()
 
 
-def make_trainer(settled: "Settled", lines: list[str]) -> "Trainer":
+def reward_functions(config: TrainConfig, questions: QuestionSet) -> WeightedFunctions:
+    """--reward_funcs and --reward_weights, checked against the data's columns."""
+    return find_reward_functions(
+        config.reward_funcs,
+        config.reward_weights,
+        columns=questions.questions[0].columns,
+        ready_made=ready_made(
+            answer_format=config.answer_format,
+            correctness_reward=config.correctness_reward,
+            format_reward=config.format_reward,
+            max_completion_length=config.max_completion_length,
+        ),
+    )
+
+
+def make_trainer(settled: "Settled", rewards: WeightedFunctions, lines: list[str]) -> "Trainer":
     """From here on heavy libraries are loaded; `lines` are said before the wait for the model."""
     from grpo_ds import world
     from grpo_ds.report.console import Console
-    from grpo_ds.task.rewards import reward_functions
     from grpo_ds.trainer import Trainer
 
     config = settled.config
@@ -62,11 +79,6 @@ def make_trainer(settled: "Settled", lines: list[str]) -> "Trainer":
     console = Console(speaks=here.is_first)
     for line in lines:
         console.line(line)
-    rewards = reward_functions(
-        labels=config.label_names,
-        correctness_reward=config.correctness_reward,
-        format_reward=config.format_reward,
-    )
     return Trainer(config, settled.job.ds, here, console, rewards, settled.plan)
 
 
@@ -96,7 +108,12 @@ def settle(argv: list[str]) -> Settled:
         asked.config.model, gpu_gib=gpu, ram_gib=ram, run=lambda: (asked.config, resolved(asked.config))
     )
     config = parse(TrainConfig, [*argv, "--model", choice.model], about=__doc__, recipe=choice.recipe).config
-    job = fitted(Job(shape_of(config.model), config, resolved(config), "cuda" if gpu else "cpu"), gpu or 0, ram)
+    ds = resolved(config)
+    # What the run really uses, so that the config written beside the model makes the same run again.
+    config = replace(
+        config, learning_rate=ds.learning_rate, weight_decay=ds.weight_decay, max_grad_norm=ds.max_grad_norm
+    )
+    job = fitted(Job(shape_of(config.model), config, ds, "cuda" if gpu else "cpu"), gpu or 0, ram)
     return Settled(choice, job.config, job, job.plan(), gpu, ram)
 
 

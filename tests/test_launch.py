@@ -3,13 +3,18 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from grpo_ds.config import TrainConfig, parse
+from grpo_ds.config import CONFIG_FILE, EvaluateConfig, TrainConfig, parse, prompt_recipe, write_config
+from grpo_ds.ds_config import resolve_ds_config
 from grpo_ds.errors import MAX_LINES, UsageError
-from grpo_ds.models.presets import EMBEDDED, choose_model
+from grpo_ds.memory.select import Job, fits
+from grpo_ds.memory.shape import shape_of
+from grpo_ds.models.presets import EMBEDDED, PRESETS, choose_model
+from grpo_ds.task.answers import AnswerFormat
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = {"question": "Does it work?", "context": "It worked.", "ground_truth": "yes"}
@@ -58,6 +63,16 @@ def test_a_missing_data_file_is_named(tmp_path):
         (["--report_to", "tensorbored"], ["tensorbored", "wandb"]),
         (["--ds", "nowhere.json"], ["nowhere.json", "zero2.json"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--reward_funcs", "correctnes"], ["correctnes", "repetition_penalty", "FILE.py:FUNCTION"]),
+        (["--reward_funcs", "nowhere.py:concise"], ["nowhere.py:concise", "no file", "docs/rewards.md"]),
+        (["--reward_weights", "1"], ["reward_weights", "2 numbers"]),
+        (["--on_reward_error", "skip"], ["on_reward_error", "stop | zero"]),
+        (["--reward_timeout", "-1"], ["reward_timeout"]),
+        (["--labels", "A,B", "--few_shot", "1"], ["few_shot is 1", "0 fit labels A,B: --few_shot 0"]),
+        (["--labels", "A,a"], ["labels"]),
+        (["--answer_tag", "<answer>"], ["answer_tag", "without its brackets"]),
+        (["--answer_tag", "reasoning"], ["must differ"]),
+        (["--system_prompt", "nowhere.txt"], ["system_prompt", "nowhere.txt"]),
     ],
 )
 def test_bad_flags_are_named(flags, words):
@@ -108,6 +123,74 @@ def test_asking_nothing_says_what_is_missing():
     check(launch("--question", "Why?", script="ask.py"), 2, ["--context"])
 
 
+def test_rewards_are_checked_against_the_data_before_a_model_is_loaded(tmp_path):
+    rewards = f"{ROOT / 'tests/data/my_rewards.py'}:cites_the_year"
+    flags = ["--data", json_file(tmp_path, [GOOD]), "--model", EMBEDDED, "--reward_funcs", rewards]
+    check(launch(*flags, "--output_dir", tmp_path / "run"), 2, ["missing a required", "'year'", "**kwargs"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_is_asked_as_it_was_trained(tmp_path):
+    """The recipe beside a model carries its labels, tags, fields and system prompt, wherever the folder goes."""
+    prompt = json_file(tmp_path, " Be brief.\n", "prompt.txt")
+    asked = TrainConfig(
+        model="base", labels="A,B", reasoning_tag="think", answer_tag="choice", system_prompt=str(prompt),
+        context_field="none", question_field="stem", label_field="key", output_dir="elsewhere", num_steps=7,
+    )  # fmt: skip
+    folder = tmp_path / "made"
+    folder.mkdir()
+    write_config(asked, folder)
+    prompt.unlink()
+    folder = folder.rename(tmp_path / "moved")
+    config = parse(EvaluateConfig, ["--model", str(folder)], about="", recipe=prompt_recipe(folder)).config
+    assert config.answer_format == asked.answer_format == AnswerFormat(("A", "B"), "think", "choice")
+    assert config.system_prompt_text == "Be brief."
+    assert config.field_names == {"question": "stem", "context": "none", "label": "key"}
+    assert config.model == str(folder)
+
+
+def test_the_written_config_makes_the_same_run_in_a_folder_of_its_own(tmp_path):
+    reward_funcs, weights = "correctness,my_rewards.py:concise", "1,0.5"
+    asked = TrainConfig(labels="A,B", reward_funcs=reward_funcs, reward_weights=weights, beta=0.0, learning_rate=3e-6)
+    write_config(replace(asked, output_dir="taken"), tmp_path)
+    again = parse(TrainConfig, ["--config", str(tmp_path / CONFIG_FILE)], about="").config
+    assert again == asked
+
+
+def test_numbers_that_the_json_decides_are_written_as_the_run_uses_them(tmp_path, monkeypatch):
+    sys.path.insert(0, str(ROOT / "launch"))
+    import train
+
+    monkeypatch.chdir(ROOT)
+    value = json.loads((ROOT / "ds_configs/zero2.json").read_text())
+    value["optimizer"]["params"]["lr"] = 5e-6
+    ds = ["--ds", str(json_file(tmp_path, value, "ds.json")), "--model", EMBEDDED]
+    write_config(train.settle(ds).config, tmp_path)
+    again = train.settle(["--config", str(tmp_path / CONFIG_FILE)])
+    assert again.config.learning_rate == again.job.ds.learning_rate == 5e-6
+
+
+WORKED = {  # file in configs/ -> the machine it is for, GiB of card and RAM
+    "qwen2.5-1.5b-16gb.yaml": (16, 32),
+    "qwen2.5-3b-24gb.yaml": (24, 32),
+    "smollm2-laptop.yaml": (0, 8),
+}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
+def test_a_worked_config_is_one_that_train_takes(file):
+    assert parse(TrainConfig, ["--config", str(file)], about="").config.model in PRESETS
+
+
+@pytest.mark.parametrize(("name", "machine"), WORKED.items())
+def test_a_worked_config_fits_the_machine_it_names(name, machine):
+    gpu_gib, ram_gib = machine
+    config = parse(TrainConfig, ["--config", str(ROOT / "configs" / name)], about="").config
+    ds = resolve_ds_config(ROOT / config.ds, fill=config.ds_sizes(bf16=gpu_gib > 0))
+    job = Job(shape_of(config.model), config, ds, "cuda" if gpu_gib else "cpu")
+    assert fits(job.plan(), gpu_gib, ram_gib)
+
+
 def check(result, code, words):
     message = result.stderr.strip()
     assert result.returncode == code, result.stdout + message
@@ -134,6 +217,24 @@ def test_a_yaml_file_and_flags_go_together(tmp_path):
     parsed = parse(TrainConfig, ["--config", str(path), "--beta", "0", "--local_rank=0"], about="")
     assert (parsed.config.num_steps, parsed.config.beta) == (7, 0.0)
     assert parsed.typed == {"num_steps", "beta"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("num_stepz: 3\n", ["--config", "num_stepz", "did you mean num_steps"]),
+        ("num_steps: many\n", ["num_steps", "many"]),
+        ("reward_funcs: a\nmu: 0\n", ["reward_funcs: 'a'", "mu must be"]),
+        ("num_steps: [\n", ["Problems parsing config", "line 2"]),
+    ],
+)
+def test_what_is_wrong_in_a_yaml_file_is_named(tmp_path, text, words):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        parse(TrainConfig, ["--config", str(path)], about="")
+    assert [word for word in words if word not in str(caught.value)] == [], caught.value
+    assert len(str(caught.value).splitlines()) <= MAX_LINES
 
 
 def test_a_recipe_gives_way_to_what_was_typed():

@@ -160,6 +160,13 @@ def test_models_of_every_kind_decode_what_they_compute_in_one_pass(kind, tokeniz
         assert draw(logits, uniforms, 1.0).tolist() == ids[mask].tolist()
 
 
+def test_a_row_ends_at_a_closing_tag_of_ones_own(tiny_model, tokenizer):
+    mine = "</my-final-answer>"  # longer than the default's twelve tokens
+    sampler = Sampler(tiny_model, tokenizer, max_completion_length=12, stop=mine)
+    for text, stops in ((f"yes{mine}", True), (f"yes{STOP}", False)):
+        assert sampler._ends(tokenizer.encode(text)) == stops
+
+
 def test_sampling_leaves_the_training_mode_as_it_was(sampler, tiny_model):
     tiny_model.train()
     assert isinstance(sampler([[1, 2]], group_size=2, temperature=1.0), Completions)

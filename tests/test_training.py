@@ -142,7 +142,84 @@ def test_the_profiler_script_rehearses_steps_and_draws(tiny_folder, tmp_path):
     assert {"memory.json", "memory.svg"} <= {file.name for file in (tmp_path / "run").iterdir()}
 
 
-def letters_reward(completions, questions):
+QUIZ = {
+    "labels": "A,B,C,D", "question_field": "stem", "context_field": "none", "label_field": "key",
+    "answer_tag": "choice", "prefill": True,
+}  # fmt: skip
+FAILS_AT_TIMES = """
+calls = 0
+
+def fails_at_times(completions, **kwargs):
+    global calls
+    calls += 1
+    return [1 / (calls - 1)] * len(completions)
+"""
+
+
+@pytest.fixture(scope="module")
+def quizzed(tiny_folder, tmp_path_factory):
+    """A run on data, labels, tags, a system prompt and rewards that are none of ours."""
+    folder = tmp_path_factory.mktemp("quizzed")
+    records = [{"stem": f"What is {n} + {n}?", "key": "ABCD"[n % 4], "year": 1990 + n} for n in range(12)]
+    (folder / "quiz.json").write_text(json.dumps(records))
+    (folder / "prompt.txt").write_text("Reply <reasoning>...</reasoning><choice>A|B|C|D</choice>.")
+    (folder / "fails.py").write_text(FAILS_AT_TIMES)
+    mine = ROOT / "tests" / "data" / "my_rewards.py"
+    flags = {
+        "model": tiny_folder, "data": folder / "quiz.json", "system_prompt": folder / "prompt.txt", **QUIZ,
+        "reward_funcs": f"correctness,{mine}:concise,{mine}:cites_the_year,{folder / 'fails.py'}:fails_at_times",
+        "reward_weights": "1,0.5,1,2", "on_reward_error": "zero", "num_steps": 2, "num_generations": 2,
+        "max_completion_length": 4, "eval_limit": 2, "learning_rate": 1e-3, "output_dir": folder / "run",
+    }  # fmt: skip
+    return folder / "run", launch(sys.executable, **flags)
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rewards_of_ones_own_are_logged_and_one_that_fails_is_told_once_and_counted(quizzed):
+    folder, output = quizzed
+    first, second = metrics_of(folder)
+    assert (first["rewards/fails_at_times"], first["reward_errors"]) == (0, 1)
+    assert (second["rewards/fails_at_times"], second["reward_errors"]) == (2.0, 0)  # of weight 2
+    assert output.count("Warning: The reward function 'fails_at_times' raised ZeroDivisionError") == 1
+    names = ("correctness", "concise", "cites_the_year", "fails_at_times")
+    assert second["reward"] == pytest.approx(sum(second[f"rewards/{name}"] for name in names))
+
+
+def test_a_quiz_without_contexts_is_asked_in_its_own_words(quizzed):
+    command = [sys.executable, "launch/ask.py", "--model", str(quizzed[0]), "--question", "What is 1 + 1?"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0 and "Answer:" in result.stdout, result.stderr[-2000:]
+
+
+def test_a_run_is_repeated_from_the_config_it_wrote(quizzed, tmp_path):
+    folder, _ = quizzed
+    launch(sys.executable, config=folder / CONFIG_FILE, num_steps=1, output_dir=tmp_path / "again")
+    (again,), (first, _) = metrics_of(tmp_path / "again"), metrics_of(folder)
+    timed = {name for name in first if name.startswith(("seconds/", "memory/", "tokens_per"))}
+    assert {n: v for n, v in again.items() if n not in timed} == {n: v for n, v in first.items() if n not in timed}
+
+
+def test_a_reward_that_fails_ends_the_run_by_name_and_line(tiny_folder, tmp_path):
+    (tmp_path / "fails.py").write_text(FAILS_AT_TIMES.replace("calls - 1", "0"))
+    flags = [
+        "--model",
+        str(tiny_folder),
+        "--data",
+        "sample",
+        "--reward_funcs",
+        f"{tmp_path / 'fails.py'}:fails_at_times",
+    ]
+    flags += ["--max_prompt_length", "700", "--max_completion_length", "4", "--eval_limit", "2"]
+    command = [sys.executable, "launch/train.py", *flags, "--output_dir", str(tmp_path / "run")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 7 and "Traceback" not in result.stderr
+    assert "'fails_at_times' raised ZeroDivisionError: division by zero (fails.py, line 7: return" in result.stderr
+
+
+def letters_reward(completions, **_):
     """A task a random model can solve by chance: write small letters."""
     return [sum(c.isascii() and c.islower() for c in text) / 8 for text in completions]
 

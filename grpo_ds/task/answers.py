@@ -1,24 +1,14 @@
 """The answer contract: <reasoning>...</reasoning><answer>label</answer>, and nothing else.
 
-Prompts ask for it, rewards pay for it, grading counts it: all through this one parser. A completion is cut
+Prompts ask for it, rewards pay for it, grading counts it: all through one `AnswerFormat`. A completion is cut
 at the four tags in one pass (the pattern has nothing to backtrack into), and what it earns is looked up from
 the order of its tags. Whatever is doubled, nested or out of order is in no row of that table and earns nothing.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-REASONING_OPEN = "<reasoning>"
-REASONING_CLOSE = "</reasoning>"
-ANSWER_OPEN = "<answer>"
-ANSWER_CLOSE = "</answer>"
-
-_TAGS = re.compile("(</?(?:reasoning|answer)>)")
-_REASONING_ALONE = (REASONING_OPEN, REASONING_CLOSE)
-_REASONING_THEN_CUT_OFF = (REASONING_OPEN, REASONING_CLOSE, ANSWER_OPEN)  # out of tokens within the answer
-_ANSWER_ALONE = (ANSWER_OPEN, ANSWER_CLOSE)
-_BOTH = (REASONING_OPEN, REASONING_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
+TAG_NAME = re.compile(r"[A-Za-z][\w-]*", re.ASCII)  # ASCII: sampling counts a tag's tokens by its characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,34 +25,61 @@ class ParsedAnswer:
         return self.answer is not None
 
 
-def parse_answer(completion: str, *, labels: Sequence[str]) -> ParsedAnswer:
-    """Read a completion; one generated from a prefilled <reasoning> comes with that tag put back in front."""
-    pieces = _TAGS.split(completion)
-    texts, tags = pieces[0::2], tuple(pieces[1::2])  # texts[i] stands before tags[i]
-    has_reasoning = tags in (_REASONING_ALONE, _REASONING_THEN_CUT_OFF, _BOTH) and _has_words(texts[1])
-    label = _as_label(texts[-2], labels) if tags in (_ANSWER_ALONE, _BOTH) else None
-    prose = any(text.strip() for text in texts[0::2])  # before, between and after the pairs
-    whole = tags == _BOTH and has_reasoning and not prose
-    return ParsedAnswer(label if whole else None, has_reasoning, label is not None)
+@dataclass(frozen=True, slots=True)
+class AnswerFormat:
+    """Which answers are allowed, and the tags they are given in."""
 
+    labels: tuple[str, ...] = ("yes", "no")  # as prompts spell them; no two differ by case alone
+    reasoning_tag: str = "reasoning"
+    answer_tag: str = "answer"
 
-def write_answer(reasoning: str, answer: str) -> str:
-    """The text that `parse_answer` reads back."""
-    return f"{REASONING_OPEN}{reasoning}{REASONING_CLOSE}{ANSWER_OPEN}{answer}{ANSWER_CLOSE}"
+    @property
+    def reasoning_pair(self) -> tuple[str, str]:
+        return f"<{self.reasoning_tag}>", f"</{self.reasoning_tag}>"
 
+    @property
+    def answer_pair(self) -> tuple[str, str]:
+        return f"<{self.answer_tag}>", f"</{self.answer_tag}>"
 
-def split_reasoning(completion: str) -> tuple[str, str]:
-    """(reasoning, the rest) for people to read; it forgives what the parser does not."""
-    reasoning, _, rest = completion.partition(REASONING_CLOSE)
-    return reasoning.replace(REASONING_OPEN, "").strip(), rest.strip()
+    @property
+    def opening(self) -> str:
+        """What a prefilled prompt ends with, and its completion goes on from."""
+        return self.reasoning_pair[0]
+
+    @property
+    def stop(self) -> str:
+        """What ends a completion."""
+        return self.answer_pair[1]
+
+    def parse(self, completion: str) -> ParsedAnswer:
+        """Read a completion; one generated from a prefilled <reasoning> comes with that tag put back in front."""
+        pieces = re.split(f"(</?(?:{self.reasoning_tag}|{self.answer_tag})>)", completion)
+        texts, tags = pieces[0::2], tuple(pieces[1::2])  # texts[i] stands before tags[i]
+        both = self.reasoning_pair + self.answer_pair
+        # both[:3]: out of tokens within the answer
+        has_reasoning = tags in (self.reasoning_pair, both[:3], both) and _has_words(texts[1])
+        label = self.label_of(texts[-2]) if tags in (self.answer_pair, both) else None
+        prose = any(text.strip() for text in texts[0::2])  # before, between and after the pairs
+        whole = tags == both and has_reasoning and not prose
+        return ParsedAnswer(label if whole else None, has_reasoning, label is not None)
+
+    def label_of(self, text: str) -> str | None:
+        """The label the text is, forgiving case, white space and one full stop."""
+        exact = text.strip()
+        forms = (exact.casefold(), exact.removesuffix(".").rstrip().casefold())
+        return next((label for label in self.labels if label.casefold() in forms), None)
+
+    def write(self, reasoning: str, answer: str) -> str:
+        """The text that `parse` reads back."""
+        return reasoning.join(self.reasoning_pair) + answer.join(self.answer_pair)
+
+    def split(self, completion: str) -> tuple[str, str]:
+        """(reasoning, the rest) for people to read; it forgives what the parser does not."""
+        opened, closed = self.reasoning_pair
+        reasoning, _, rest = completion.partition(closed)
+        return reasoning.replace(opened, "").strip(), rest.strip()
 
 
 def _has_words(text: str) -> bool:
     # "..." is the prompt's own placeholder; repeating it is no reasoning.
     return any(character.isalnum() for character in text)
-
-
-def _as_label(text: str, labels: Sequence[str]) -> str | None:
-    """The label the text is, forgiving case, white space and one full stop."""
-    candidate = text.strip().removesuffix(".").rstrip().casefold()
-    return candidate if candidate in labels else None

@@ -5,12 +5,11 @@ around two marks, cut there, and only its own pieces are tokenised with control 
 tokenised as text and put in between. Shortening then is dropping tokens of the context, with no re-rendering.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from grpo_ds.errors import DataError, UsageError
-from grpo_ds.task.answers import REASONING_OPEN, write_answer
+from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.questions import Question
 
 DEFAULT_CHAT_TEMPLATE = (
@@ -53,39 +52,56 @@ class EncodedPrompt:
     text_tokens_dropped: int  # tokens cut from the front of the context
 
 
-def build_messages(question: Question, *, labels: Sequence[str], few_shot: int) -> list[dict[str, str]]:
-    """System prompt, `few_shot` worked examples as turns of their own, then the question."""
-    examples = [example for example in WORKED_EXAMPLES if example[0].label in labels][:few_shot]
-    turns = [{"role": "system", "content": system_prompt(labels)}]
-    for example, reasoning in examples:
+def worked_examples(answer_format: AnswerFormat) -> list[tuple[Question, str]]:
+    """Questions that a label answers, with their reasoning, in the labels' spelling."""
+    spelled = [(replace(q, label=answer_format.label_of(q.label) or ""), reasoning) for q, reasoning in WORKED_EXAMPLES]
+    return [example for example in spelled if example[0].label]
+
+
+def build_messages(
+    question: Question, *, answer_format: AnswerFormat, few_shot: int, system_prompt: str = ""
+) -> list[dict[str, str]]:
+    """System prompt ("": our own), `few_shot` worked examples as turns of their own, then the question."""
+    turns = [
+        {"role": "system", "content": system_prompt or default_system_prompt(answer_format, bool(question.context))}
+    ]
+    for example, reasoning in worked_examples(answer_format)[:few_shot]:
         turns.append({"role": "user", "content": _user_text(example)})
-        turns.append({"role": "assistant", "content": write_answer(reasoning, example.label)})
+        turns.append({"role": "assistant", "content": answer_format.write(reasoning, example.label)})
     return [*turns, {"role": "user", "content": _user_text(question)}]
 
 
-def system_prompt(labels: Sequence[str]) -> str:
+def default_system_prompt(answer_format: AnswerFormat, has_context: bool = True) -> str:
     """What is asked for; its placeholders ("...", "yes|no") earn nothing when they are repeated."""
+    labels, source = answer_format.labels, " from the given context" * has_context
     return (
-        "You answer biomedical questions from the given context. First reason briefly, then answer with "
-        f"{' or '.join(labels)}. Reply in exactly this form:\n{write_answer('...', '|'.join(labels))}"
+        f"You answer biomedical questions{source}. First reason briefly, then answer with "
+        f"{' or '.join(labels)}. Reply in exactly this form:\n{answer_format.write('...', '|'.join(labels))}"
     )
 
 
 def encode_prompt(
-    tokenizer: Any, question: Question, *, labels: Sequence[str], few_shot: int, prefill: bool, max_prompt_length: int
+    tokenizer: Any,
+    question: Question,
+    *,
+    answer_format: AnswerFormat,
+    few_shot: int,
+    prefill: bool,
+    max_prompt_length: int,
+    system_prompt: str = "",
 ) -> EncodedPrompt:
     """Token ids of a prompt; the context loses its front to fit, as an abstract's results stand at its end.
 
     prefill: the prompt ends with an opened <reasoning>, which the completion continues.
     Raises DataError where not even the question fits.
     """
-    marked = replace(question, text=QUESTION_MARK, context=CONTEXT_MARK)
-    rendered = _render(tokenizer, build_messages(marked, labels=labels, few_shot=few_shot))
-    before, between, after = _cut_at_marks(rendered)
+    marked = replace(question, text=QUESTION_MARK, context=CONTEXT_MARK if question.context else "")
+    messages = build_messages(marked, answer_format=answer_format, few_shot=few_shot, system_prompt=system_prompt)
+    before, between, after = _cut_at_marks(_render(tokenizer, messages), bool(question.context))
     head = _template_ids(tokenizer, before)
-    context = _text_ids(tokenizer, f" {question.context}")
+    context = _text_ids(tokenizer, f" {question.context}") if question.context else []
     middle = _template_ids(tokenizer, between) + _text_ids(tokenizer, f" {question.text}")
-    tail = _template_ids(tokenizer, after + REASONING_OPEN * prefill)
+    tail = _template_ids(tokenizer, after + answer_format.opening * prefill)
     fixed = len(head) + len(middle) + len(tail)
     if fixed > max_prompt_length:
         raise _too_long(question, fixed, max_prompt_length)
@@ -102,7 +118,7 @@ def ensure_chat_template(tokenizer: Any) -> None:
 
 
 def _user_text(question: Question) -> str:
-    return f"Context: {question.context}\n\nQuestion: {question.text}"
+    return f"Context: {question.context}\n\n" * bool(question.context) + f"Question: {question.text}"
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
@@ -125,12 +141,13 @@ def _without_system_role(messages: list[dict[str, str]]) -> list[dict[str, str]]
     return [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *others]
 
 
-def _cut_at_marks(rendered: str) -> tuple[str, str, str]:
-    """The template's text before the context, between context and question, and after.
+def _cut_at_marks(rendered: str, has_context: bool) -> tuple[str, str, str]:
+    """The template's text before the context ("" without one), between context and question, and after.
 
     The space before a mark goes to the user's text: tokenizers join a word with the space before it.
     """
-    before, found_context, rest = rendered.partition(f" {CONTEXT_MARK}")
+    mark = f" {CONTEXT_MARK}"
+    before, found_context, rest = rendered.partition(mark) if has_context else ("", mark, rendered)
     between, found_question, after = rest.partition(f" {QUESTION_MARK}")
     if not (found_context and found_question):
         raise UsageError(

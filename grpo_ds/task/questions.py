@@ -6,12 +6,13 @@ and a resumed run asks what the unbroken one would have asked.
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from math import ceil, floor
 from random import Random
+from typing import Any
 
 from grpo_ds.errors import DataError, UsageError, one_error
 from grpo_ds.task.records import check_record, clip
@@ -26,8 +27,9 @@ class Question:
 
     id: str  # from the file, or a hash of the texts
     text: str
-    context: str
-    label: str  # the right answer, lower-case
+    context: str  # "" where the data has none
+    label: str  # the right answer, spelled as in `labels`
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # the record as it was read
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +41,23 @@ class QuestionSet:
     left_out: dict[str, int]  # records by label that PubMedQA knows and `labels` does not ask for
 
 
-def read_questions(data: str | None, *, labels: tuple[str, ...] = ("yes", "no")) -> QuestionSet:
-    """Read --data (file, hub id, "sample", None for the default); one DataError names every bad record."""
+def read_questions(
+    data: str | None, *, labels: tuple[str, ...] = ("yes", "no"), fields: Mapping[str, str] | None = None
+) -> QuestionSet:
+    """Read --data (file, hub id, "sample", None for the default); one DataError names every bad record.
+
+    fields: which of a record's fields are its "question", "context" and "label"; those not named are found.
+    """
     source = open_source(data)
-    found, problems = _check_all(source, known_labels=tuple(dict.fromkeys([*labels, *PUBMEDQA_LABELS])))
+    # PubMedQA's other answers are left out where its answers are asked for; to other labels they are mistakes.
+    asks_pubmedqa = {label.casefold() for label in labels} <= set(PUBMEDQA_LABELS)
+    others = [label for label in PUBMEDQA_LABELS if label not in map(str.casefold, labels)] if asks_pubmedqa else []
+    found, problems = _check_all(source, (*labels, *others), fields or {})
     if problems:
         headline = (
             f"{source.name}: {_counted(len(problems), 'problem')} ({_counted(len(source.records), 'record')} read):"
         )
-        raise one_error(DataError, headline, problems, ACCEPTED)
+        raise one_error(DataError, headline, problems, _accepted(labels, fields or {}))
     kept = tuple(question for question in found if question.label in labels)
     left_out = dict(Counter(question.label for question in found if question.label not in labels))
     if not kept:
@@ -120,21 +130,31 @@ def _fewest_to_split(fraction: Fraction) -> int:
     return max(ceil(1 / (2 * fraction)), floor(1 / (2 * (1 - fraction))) + 1)
 
 
-def _check_all(source: Source, *, known_labels: tuple[str, ...]) -> tuple[list[Question], list[str]]:
+def _check_all(
+    source: Source, known_labels: tuple[str, ...], names: Mapping[str, str]
+) -> tuple[list[Question], list[str]]:
     """Every sound record as a question, and every problem of the others with its place."""
     placed, problems = [], list(source.problems)
+    columns = {name: None for _, record in source.records if isinstance(record, dict) for name in record}
     for place, record in source.records:
-        fields, wrong = check_record(record, known_labels=known_labels)
-        if wrong:
-            problems.append(f"{place}: {', '.join(wrong)}" if isinstance(record, dict) else f"{place} {wrong[0]}")
+        fields, wrong = check_record(record, known_labels=known_labels, names=names)
+        if isinstance(record, dict) and not wrong:
+            placed.append((place, _question(fields, {**columns, **record})))
         else:
-            placed.append((place, _question(fields)))
+            problems.append(f"{place}: {', '.join(wrong)}" if isinstance(record, dict) else f"{place} {wrong[0]}")
     return [question for _, question in placed], [*problems, *_duplicates(placed)]
 
 
-def _question(fields: dict[str, str]) -> Question:
+def _question(fields: dict[str, str], columns: Mapping[str, Any]) -> Question:
     content = f"{fields['text']}\n{fields['context']}".encode()
-    return Question(**{"id": hashlib.sha256(content).hexdigest()[:12], **fields})
+    return Question(**{"id": hashlib.sha256(content).hexdigest()[:12], **fields}, columns=columns)
+
+
+def _accepted(labels: Sequence[str], fields: Mapping[str, str]) -> str:
+    """What a record must look like; our own words for it where nothing was said about its fields or labels."""
+    if not fields and {"yes", "no"} >= set(labels):
+        return ACCEPTED
+    return f"Labels: {' or '.join(labels)} (--labels). Fields: --question_field, --context_field, --label_field."
 
 
 def _duplicates(placed: Sequence[tuple[str, Question]]) -> Iterator[str]:

@@ -3,10 +3,11 @@
 `check_record` returns the fields or all that is wrong with them; who calls it knows the file and the place.
 """
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from math import isnan
 
+NO_CONTEXT = "none"  # in place of the name of a context's field: the questions stand alone
 CLIP = 40  # characters of a bad value that an error repeats
 
 
@@ -30,21 +31,26 @@ class _Unusable(Exception):
     """One field cannot be used; the message starts with a verb ("is missing")."""
 
 
-def check_record(record: object, *, known_labels: Collection[str]) -> tuple[dict[str, str], list[str]]:
-    """(fields, problems): text, context, label and, where the record has one, id; a problem names its field."""
+def check_record(
+    record: object, *, known_labels: Collection[str], names: Mapping[str, str] | None = None
+) -> tuple[dict[str, str], list[str]]:
+    """(fields, problems): text, context, label and, where the record has one, id; a problem names its field.
+
+    names: what the fields "question", "context" and "label" are called, where that was said.
+    """
     if not isinstance(record, dict):
         return {}, [f"is {describe(record)}, not an object with fields"]
-    form = _form_of(record)
+    form = _form_of(record, names or {})
     checks: list[tuple[str, str, Callable[[object], str]]] = [
         ("text", form.question, _text),
         ("context", form.context, _context),
         ("label", form.label, lambda value: _label(value, known_labels)),
-        ("id", form.id, _id),
+        ("id", form.id, _name),
     ]
-    fields: dict[str, str] = {}
+    fields: dict[str, str] = {"context": ""} if form.context == NO_CONTEXT else {}
     problems = []
     for field, name, check in checks:
-        if name not in record and field == "id":
+        if field in fields or (name not in record and field == "id"):
             continue
         try:
             fields[field] = check(_present(record, name))
@@ -70,11 +76,10 @@ def clip(value: str) -> str:
     return repr(value if len(value) <= CLIP else value[: CLIP - 3] + "...")
 
 
-def _form_of(record: dict) -> Form:
+def _form_of(record: dict, names: Mapping[str, str]) -> Form:
     # The spelling that most fields agree with, so that a missing field is named as its file spells it.
-    return max(
-        OURS, HUB, ORIGINAL, key=lambda form: sum(n in record for n in (form.question, form.context, form.label))
-    )
+    forms = [replace(form, **names) for form in (OURS, HUB, ORIGINAL)]
+    return max(forms, key=lambda form: sum(n in record for n in (form.question, form.context, form.label)))
 
 
 def _present(record: dict, name: str) -> object:
@@ -109,12 +114,13 @@ def _context(value: object) -> str:
 
 
 def _label(value: object, known_labels: Collection[str]) -> str:
-    label = _text(value).casefold()
-    if label not in known_labels:
+    label = _name(value)
+    spelled = {known.casefold(): known for known in known_labels}.get(label.casefold())
+    if spelled is None:
         raise _Unusable(f"is {clip(label)}; it must be {' or '.join(known_labels)}")
-    return label
+    return spelled
 
 
-def _id(value: object) -> str:
-    """Numbers serve as well: PMIDs are numbers on the hub."""
+def _name(value: object) -> str:
+    """Numbers serve as well: PMIDs are numbers on the hub, and so are the answers of many a quiz."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value)

@@ -1,80 +1,70 @@
-"""Rewards: functions from completions to numbers, summed by weight, each reported by itself.
+"""The ready-made reward functions, and the signature that they share with a user's own (docs/rewards.md).
 
-A reward function takes keyword arguments, as in TRL (`completions`, `questions`), and returns one number a
-completion. The built-in ones and a user's own meet in one mapping of name -> (function, weight).
+As in TRL a reward function takes keyword arguments, `completions` and each column of the data by the name its
+field has in the record, all lists of length B with a group's record repeated G times; always among them are
+`id`, `question`, `context` and `label`. It returns one float a completion, or None where it does not apply.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from math import isfinite
-from numbers import Real
 
-from grpo_ds.errors import UsageError
-from grpo_ds.task.answers import parse_answer
-from grpo_ds.task.questions import Question
+from grpo_ds.task.answers import AnswerFormat
 
-RewardFunction = Callable[..., list[float]]
-
-
-@dataclass(frozen=True, slots=True)
-class Rewards:
-    """The rewards of B completions, weights applied: total[i] is the sum of by_name[...][i]."""
-
-    total: list[float]  # [B]
-    by_name: dict[str, list[float]]  # [B] each
+RewardFunction = Callable[..., Sequence[float | None]]
+WeightedFunctions = Mapping[str, tuple[RewardFunction, float]]  # by the name that metrics give them
+READY_MADE = ("correctness", "format", "length_penalty", "repetition_penalty")
+CHARACTERS_PER_TOKEN = 4  # of English under a vocabulary of 50,000 or more, roughly
+NGRAM = 3
 
 
-def correctness(completions: Sequence[str], questions: Sequence[Question], *, labels: Sequence[str]) -> list[float]:
-    """1 where a completion keeps to the answer contract and its answer is right."""
-    pairs = zip(completions, questions, strict=True)
-    return [float(parse_answer(completion, labels=labels).answer == question.label) for completion, question in pairs]
-
-
-def tag_pairs(completions: Sequence[str], questions: Sequence[Question], *, labels: Sequence[str]) -> list[float]:
-    """How many of the two tag pairs stand well-formed: 0, 1 or 2, right answer or not."""
-    parsed = [parse_answer(completion, labels=labels) for completion in completions]
-    return [float(answer.reasoning_tags + answer.answer_tags) for answer in parsed]
-
-
-def reward_functions(
-    *, labels: Sequence[str], correctness_reward: float = 2.0, format_reward: float = 0.2
-) -> dict[str, tuple[RewardFunction, float]]:
-    """The built-in rewards, name -> (function, weight)."""
-    return {
-        "correctness": (partial(correctness, labels=labels), correctness_reward),
-        "format": (partial(tag_pairs, labels=labels), format_reward),
-    }
-
-
-def score(
-    completions: Sequence[str],
-    questions: Sequence[Question],
-    *,
-    functions: Mapping[str, tuple[RewardFunction, float]],
-) -> Rewards:
-    """Reward each completion for its question; both have length B, a group's question repeated G times."""
-    by_name = {
-        name: [weight * float(value) for value in _values(name, function, completions, questions)]
-        for name, (function, weight) in functions.items()
-    }
-    return Rewards([sum(column[i] for column in by_name.values()) for i in range(len(completions))], by_name)
-
-
-def _values(
-    name: str, function: RewardFunction, completions: Sequence[str], questions: Sequence[Question]
+def correctness(
+    completions: Sequence[str], label: Sequence[str], *, answer_format: AnswerFormat, reward: float = 1.0, **_: object
 ) -> list[float]:
-    """What a reward function returned, if it is one finite number a completion."""
-    values = list(function(completions=completions, questions=questions))
-    if len(values) != len(completions):
-        raise UsageError(
-            f"The reward function '{name}' returned {len(values)} values for {len(completions)} completions.\n"
-            "It must return one number for each completion, in the same order."
-        )
-    for row, value in enumerate(values):
-        if not isinstance(value, Real) or not isfinite(value):
-            raise UsageError(
-                f"The reward function '{name}' returned {value!r} for completion {row}: {completions[row][:60]!r}\n"
-                "It must return a finite number; return 0.0 for a completion that it cannot judge."
-            )
-    return values
+    """`reward` where a completion keeps to the answer contract and its answer is right."""
+    pairs = zip(completions, label, strict=True)
+    return [reward * (answer_format.parse(completion).answer == right) for completion, right in pairs]
+
+
+def tag_pairs(
+    completions: Sequence[str], *, answer_format: AnswerFormat, reward: float = 1.0, **_: object
+) -> list[float]:
+    """`reward` for each of the two tag pairs that stands well-formed, right answer or not."""
+    parsed = [answer_format.parse(completion) for completion in completions]
+    return [reward * (answer.reasoning_tags + answer.answer_tags) for answer in parsed]
+
+
+def length_penalty(completions: Sequence[str], *, full_length: int, **_: object) -> list[float]:
+    """-(characters / full_length), never below -1: each character costs the same up to `full_length` of them.
+
+    In characters, not words: text without spaces would be free.
+    """
+    return [-min(1.0, len(completion) / full_length) for completion in completions]
+
+
+def repetition_penalty(completions: Sequence[str], **_: object) -> list[float]:
+    """-(1 - distinct / all) over the completion's 3-grams of words, case aside; 0 below three words.
+
+    Demystifying Long Chain-of-Thought Reasoning (Yeo et al. 2025), appendix C.2, on words instead of tokens.
+    """
+    return [_repetition(completion.casefold().split()) for completion in completions]
+
+
+def _repetition(words: list[str]) -> float:
+    ngrams = list(zip(*(words[start:] for start in range(NGRAM)), strict=False))
+    return len(set(ngrams)) / len(ngrams) - 1 if ngrams else 0.0
+
+
+def ready_made(
+    *,
+    answer_format: AnswerFormat,
+    correctness_reward: float = 2.0,
+    format_reward: float = 0.2,
+    max_completion_length: int = 300,
+) -> dict[str, RewardFunction]:
+    """Every function of READY_MADE by name."""
+    return {
+        "correctness": partial(correctness, answer_format=answer_format, reward=correctness_reward),
+        "format": partial(tag_pairs, answer_format=answer_format, reward=format_reward),
+        "length_penalty": partial(length_penalty, full_length=CHARACTERS_PER_TOKEN * max_completion_length),
+        "repetition_penalty": repetition_penalty,
+    }

@@ -106,7 +106,7 @@ def _loads(text: str, repeated: list[str]) -> object:
 
 def _numbered(name: str, value: object) -> Iterator[tuple[str, object]]:
     """(place, record) of a whole JSON value: a list, PubMedQA's mapping, or one record alone."""
-    if isinstance(value, dict) and REQUIRED_NAMES.isdisjoint(value):
+    if isinstance(value, dict) and REQUIRED_NAMES.isdisjoint(value) and not _is_flat(value):
         for number, (key, record) in enumerate(value.items(), start=1):
             yield f"record {number} ({clip(key)})", {"id": key, **record} if isinstance(record, dict) else record
     elif isinstance(value, list | dict):
@@ -114,6 +114,11 @@ def _numbered(name: str, value: object) -> Iterator[tuple[str, object]]:
             yield f"record {number}", record
     else:
         raise DataError(f"{name} holds {describe(value)}, not records.\n{ACCEPTED}")
+
+
+def _is_flat(value: dict) -> bool:
+    # One record whose fields have names of their own; a mapping of PMIDs holds objects.
+    return bool(value) and not any(isinstance(part, dict | list) for part in value.values())
 
 
 def _looks_like_lines(text: str) -> bool:

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_ds.task.answers import parse_answer, split_reasoning, write_answer
+from grpo_ds.task.answers import AnswerFormat
 
 LABELS = ("yes", "no")
+FORMAT = AnswerFormat(LABELS)
 GOOD = "<reasoning>It fell.</reasoning><answer>yes</answer>"
 
 ANSWERS = [
@@ -78,32 +79,59 @@ PAIRS = [
 
 @pytest.mark.parametrize(("completion", "answer"), ANSWERS)
 def test_an_answer_by_the_contract_is_read(completion, answer):
-    parsed = parse_answer(completion, labels=LABELS)
+    parsed = FORMAT.parse(completion)
     assert (parsed.answer, parsed.well_formed) == (answer, True)
     assert parsed.reasoning_tags and parsed.answer_tags
 
 
 @pytest.mark.parametrize(("completion", "why"), NO_ANSWERS)
 def test_whatever_breaks_the_contract_is_no_answer(completion, why):
-    parsed = parse_answer(completion, labels=LABELS)
+    parsed = FORMAT.parse(completion)
     assert (parsed.answer, parsed.well_formed) == (None, False), why
 
 
 @pytest.mark.parametrize(("completion", "reasoning_tags", "answer_tags"), PAIRS)
 def test_a_tag_pair_counts_only_in_its_place(completion, reasoning_tags, answer_tags):
-    parsed = parse_answer(completion, labels=LABELS)
+    parsed = FORMAT.parse(completion)
     assert (parsed.reasoning_tags, parsed.answer_tags) == (reasoning_tags, answer_tags)
 
 
 def test_maybe_is_an_answer_where_it_is_a_label():
-    assert parse_answer(write_answer("a", "maybe"), labels=(*LABELS, "maybe")).answer == "maybe"
+    with_maybe = AnswerFormat((*LABELS, "maybe"))
+    assert with_maybe.parse(with_maybe.write("a", "maybe")).answer == "maybe"
+
+
+OTHERS = AnswerFormat(("A", "B", "U.S.", "Straße"), reasoning_tag="think", answer_tag="final-answer")
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("<think>x</think><final-answer>A</final-answer>", "A"),
+        ("<think>x</think><final-answer> b. </final-answer>", "B"),  # read in any case, told as it was spelled
+        ("<think>x</think><final-answer>u.s.</final-answer>", "U.S."),  # a full stop may be the label's own
+        ("<think>x</think><final-answer>STRASSE</final-answer>", "Straße"),
+        ("<think>x</think><final-answer>C</final-answer>", None),
+        ("<think>x</think><final-answer>A|B</final-answer>", None),
+        ("<think>x</think><answer>A</answer>", None),  # another format's tags are prose
+        ("<think><reasoning>x</think><final-answer>A</final-answer>", "A"),  # wherever they stand
+    ],
+)
+def test_a_format_reads_its_own_labels_and_tags(completion, answer):
+    assert OTHERS.parse(completion).answer == answer
+
+
+def test_a_format_reads_back_what_it_writes_and_says_where_it_opens_and_stops():
+    assert [OTHERS.parse(OTHERS.write("x", label)).answer for label in OTHERS.labels] == list(OTHERS.labels)
+    assert (OTHERS.opening, OTHERS.stop) == ("<think>", "</final-answer>")
+    assert OTHERS.split(OTHERS.write("x", "A")) == ("x", "<final-answer>A</final-answer>")
 
 
 @settings(deadline=None)  # the cores are shared
 @given(st.text(st.characters(exclude_characters="<")), st.sampled_from(LABELS))
-def test_what_write_answer_writes_is_read_back(reasoning, answer):
+def test_what_is_written_is_read_back(reasoning, answer):
     # Any text reasons as long as it holds a word and none of our tags.
-    assert parse_answer(write_answer(f"word {reasoning}", answer), labels=LABELS).answer == answer
+    assert FORMAT.parse(FORMAT.write(f"word {reasoning}", answer)).answer == answer
 
 
 TAG_SOUP = st.lists(
@@ -114,7 +142,7 @@ TAG_SOUP = st.lists(
 @settings(deadline=None)  # the cores are shared
 @given(TAG_SOUP)
 def test_a_soup_of_tags_is_an_answer_only_if_a_naive_reader_agrees(soup):
-    parsed = parse_answer(soup, labels=LABELS)
+    parsed = FORMAT.parse(soup)
     assert parsed.well_formed == _naively_well_formed(soup)
     assert parsed.well_formed <= (parsed.reasoning_tags and parsed.answer_tags)
 
@@ -131,5 +159,5 @@ def _naively_well_formed(text):
 
 
 def test_reasoning_and_answer_are_told_apart_for_display():
-    assert split_reasoning(GOOD) == ("It fell.", "<answer>yes</answer>")
-    assert split_reasoning("It fell") == ("It fell", "")
+    assert FORMAT.split(GOOD) == ("It fell.", "<answer>yes</answer>")
+    assert FORMAT.split("It fell") == ("It fell", "")

@@ -109,6 +109,69 @@ def test_the_sample_is_balanced_and_large_enough():
     assert labels.count("yes") == labels.count("no") >= 60
 
 
+QUIZ = {"id": "1", "stem": "Which one?", "passage": "B is.", "options": ["x", "y"], "key": "b"}
+QUIZ_FIELDS = {"question": "stem", "context": "passage", "label": "key"}
+QUIZ_OPTIONS = {"labels": ("A", "B", "C"), "fields": QUIZ_FIELDS}
+
+
+def test_fields_and_labels_of_ones_own_are_read_in_the_labels_spelling(read):
+    assert read([QUIZ, but(QUIZ, id="2", stem="And?", key=" C ")], **QUIZ_OPTIONS).questions == (
+        Question("1", "Which one?", "B is.", "B"),
+        Question("2", "And?", "B is.", "C"),
+    )
+
+
+def test_one_record_of_ones_own_fields_is_a_file_of_one(read):
+    record = {"stem": "Which one?", "key": "A"}
+    assert len(read(record, labels=("A", "B"), fields={**QUIZ_FIELDS, "context": "none"}).questions) == 1
+
+
+@pytest.mark.parametrize("fields", [{"label": "key"}, {"question": "stem"}, {"context": "passage"}])
+def test_fields_that_are_not_named_are_found(read, fields):
+    record = {fields.get(ours, theirs): value for ours, theirs, value in (
+        ("question", "question", "Is it?"), ("context", "context", "It is."), ("label", "final_decision", "no")
+    )}  # fmt: skip
+    question = read([record], fields=fields).questions[0]
+    assert (question.text, question.context, question.label) == ("Is it?", "It is.", "no")
+
+
+def test_numbers_may_be_labels(read):
+    assert read([but(ground_truth=2)], labels=("0", "1", "2")).questions[0].label == "2"
+
+
+def test_a_data_set_may_have_no_context(read):
+    records = [without("context"), without("context", OTHER)]
+    assert [q.context for q in read(records, fields={"context": "none"}).questions] == ["", ""]
+
+
+def test_a_question_keeps_its_record_and_what_other_records_have_besides(read):
+    first, second = read([but(year=1999), but(OTHER, tags=["a"])]).questions
+    assert first.columns == {**GOOD, "year": 1999, "tags": None}
+    assert second.columns == {**OTHER, "year": None, "tags": ["a"]}
+    assert hash(first) == hash(read([GOOD]).questions[0])  # they are no part of what a question is
+
+
+OTHER_BAD = [  # content, options, what the error must say
+    ([without("passage", QUIZ)], QUIZ_OPTIONS, ["record 1: passage is missing", "--context_field"]),
+    ([but(QUIZ, key="d")], QUIZ_OPTIONS, ["record 1: key is 'd'; it must be A or B or C", "Labels: A or B or C"]),
+    ([GOOD], {"labels": ("A", "B")}, ["record 1: ground_truth is 'yes'; it must be A or B"]),  # no "maybe" of theirs
+    ([GOOD], {"fields": {"question": "stem"}}, ["record 1: stem is missing", "--question_field"]),
+    ([but(question="")], {"fields": {"context": "none"}}, ["record 1: question is empty"]),
+    (
+        [GOOD, but(OTHER, question="Is it?")],
+        {"fields": {"context": "none"}},
+        ["record 2: same question and context as record 1"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("content", "options", "expected"), OTHER_BAD)
+def test_bad_records_are_named_by_the_fields_of_ones_own(read, content, options, expected):
+    with pytest.raises(DataError) as error:
+        read(content, **options)
+    assert [part for part in expected if part not in str(error.value)] == [], str(error.value)
+
+
 LONG = "x" * 500
 TWICE = json.dumps({"10": ORIGINAL, "11": ORIGINAL}).replace("11", "10")
 BAD = [  # content, what the error must say

@@ -1,13 +1,29 @@
 """Rewards: what each completion earns, and from which function."""
 
+import contextlib
+import re
+import signal
+import time
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from grpo_ds.errors import UsageError
+from grpo_ds.errors import MAX_LINES, RewardError
+from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.questions import Question
-from grpo_ds.task.rewards import reward_functions, score
+from grpo_ds.task.rewards import READY_MADE, length_penalty, ready_made, repetition_penalty
+from grpo_ds.task.scoring import score
 
-LABELS = ("yes", "no")
-YES_QUESTION = Question(id="1", text="Is it?", context="It is.", label="yes")
+FORMAT = AnswerFormat(("yes", "no"))
+YES_QUESTION = Question(id="1", text="Is it?", context="It is.", label="yes", columns={"year": 1999})
+NO_QUESTION = Question(id="2", text="Is it?", context="It is not.", label="no", columns={"year": None})
+
+
+def default_functions(**options):
+    functions = ready_made(answer_format=FORMAT, **options)
+    return {name: (functions[name], 1.0) for name in ("correctness", "format")}
+
 
 EARNINGS = [  # completion, correctness, format
     ("<reasoning>a</reasoning><answer>yes</answer>", 2.0, 0.4),
@@ -22,24 +38,62 @@ EARNINGS = [  # completion, correctness, format
 
 @pytest.mark.parametrize(("completion", "correctness", "format_"), EARNINGS)
 def test_a_completion_earns_by_answer_and_by_form(completion, correctness, format_):
-    rewards = score([completion], [YES_QUESTION], functions=reward_functions(labels=LABELS))
+    rewards = score([completion], [YES_QUESTION], functions=default_functions())
     assert rewards.by_name == {"correctness": [correctness], "format": [format_]}
     assert rewards.total == [correctness + format_]
 
 
 def test_each_completion_is_compared_with_its_own_question():
-    no_question = Question(id="2", text="Is it?", context="It is not.", label="no")
     completions = ["<reasoning>a</reasoning><answer>no</answer>"] * 2
-    rewards = score(completions, [YES_QUESTION, no_question], functions=reward_functions(labels=LABELS))
+    rewards = score(completions, [YES_QUESTION, NO_QUESTION], functions=default_functions())
     assert rewards.by_name["correctness"] == [0.0, 2.0]
 
 
-def test_weights_are_what_was_asked_for():
-    functions = reward_functions(labels=LABELS, correctness_reward=1.0, format_reward=0.5)
+def test_what_the_two_pay_is_what_was_asked_for_and_weights_multiply_it():
+    functions = default_functions(correctness_reward=1.0, format_reward=0.5)
+    functions["format"] = functions["format"][0], 3.0
     assert score([EARNINGS[0][0]], [YES_QUESTION], functions=functions).by_name == {
         "correctness": [1.0],
-        "format": [1.0],
+        "format": [3.0],
     }
+
+
+REPETITIONS = [
+    ("", 0.0),
+    ("no no", 0.0),  # below three words there is nothing to repeat
+    ("a b c", 0.0),
+    ("a b c d e", 0.0),
+    ("a b c a b c", -1 / 4),  # abc bca cab abc: one of four is old
+    ("A b c a B C", -1 / 4),  # case aside
+    ("no " * 101, -98 / 99),
+]
+
+
+@pytest.mark.parametrize(("completion", "penalty"), REPETITIONS)
+def test_repeated_3_grams_cost_their_share(completion, penalty):
+    assert repetition_penalty([completion]) == [pytest.approx(penalty)]
+
+
+@settings(deadline=None)  # the cores are shared
+@given(st.lists(st.sampled_from("abc"), max_size=30))
+def test_the_repetition_penalty_is_that_of_trl_on_words(words):
+    from trl.rewards import get_repetition_penalty_reward
+
+    theirs = get_repetition_penalty_reward(ngram_size=3, max_penalty=-1.0)(completion_ids=[words])
+    assert repetition_penalty([" ".join(words)]) == pytest.approx(theirs)
+
+
+@pytest.mark.parametrize(("characters", "penalty"), [(0, 0.0), (10, -0.25), (40, -1.0), (41, -1.0)])
+def test_every_character_costs_the_same_up_to_the_full_length(characters, penalty):
+    assert length_penalty(["x" * characters], full_length=40) == [penalty]
+
+
+def test_penalties_take_long_texts_in_their_stride():
+    # Quadratic work on 400,000 words would not end within the limit of the call.
+    functions = ready_made(answer_format=FORMAT)
+    chosen = {name: (functions[name], 1.0) for name in READY_MADE}
+    rewards = score(["<reasoning> a b c " * 100_000], [YES_QUESTION], functions=chosen, timeout=60)
+    assert rewards.by_name["length_penalty"] == [-1.0] and rewards.by_name["repetition_penalty"][0] < -0.99
 
 
 def test_a_function_of_ones_own_joins_by_name_and_weight():
@@ -51,17 +105,116 @@ def test_a_function_of_ones_own_joins_by_name_and_weight():
     assert rewards.total == pytest.approx([-3.3, -1.1])
 
 
-@pytest.mark.parametrize(
-    ("returned", "message"),
-    [
-        ([1.0], "'mine' returned 1 values for 2 completions"),
-        ([1.0, None], "'mine' returned None for completion 1: 'second'"),
-        ([float("nan"), 1.0], "'mine' returned nan for completion 0: 'first'"),
-        (["1", 1.0], "'mine' returned '1' for completion 0"),
-    ],
-)
-def test_a_function_that_does_not_return_a_number_each_is_named(returned, message):
-    functions = {"mine": (lambda **_: returned, 1.0)}
-    with pytest.raises(UsageError, match="must return") as error:
-        score(["first", "second"], [YES_QUESTION] * 2, functions=functions)
-    assert message in str(error.value)
+def test_a_function_sees_the_completions_and_every_column_of_their_records():
+    seen = {}
+
+    def look(**columns):
+        seen.update(columns)
+        return [0.0, 0.0]
+
+    shadowing = Question("9", "Q?", "C.", "no", columns={"year": 5, "label": "another", "completions": "mine"})
+    score(["first", "second"], [YES_QUESTION, shadowing], functions={"look": (look, 1.0)})
+    assert seen == {
+        "completions": ["first", "second"],
+        "id": ["1", "9"],
+        "question": ["Is it?", "Q?"],
+        "context": ["It is.", "C."],
+        "label": ["yes", "no"],  # ours, where a record's field has the same name
+        "year": [1999, 5],
+    }
+
+
+def test_none_does_not_count():
+    functions = {"some": (lambda **_: [None, 1], 3.0), "other": (lambda **_: (0.5, 0.5), 1.0)}
+    rewards = score(["a", "b"], [YES_QUESTION] * 2, functions=functions)
+    assert rewards.by_name["some"] == [None, 3.0] and rewards.total == [0.5, 3.5] and not rewards.errors
+
+
+def test_what_a_function_does_to_its_lists_stays_there():
+    def destructive(completions, **_):
+        return [float(len(completions.pop())) for _ in range(2)]
+
+    rewards = score(["a", "bb"], [YES_QUESTION] * 2, functions={n: (destructive, 1.0) for n in ("one", "two")})
+    assert rewards.by_name["one"] == rewards.by_name["two"] == [2.0, 1.0]
+
+
+def raises(completions, label, **_):
+    if "no" in label:
+        raise KeyError("verdict\nof two lines")
+    return [0.0] * len(completions)
+
+
+def generates(completions, **_):
+    yield 1.0
+    if len(completions) > 1:
+        yield 1 / 0
+
+
+def too_few_for_record_2(completions, label, **_):
+    return [0.0] * label.count("yes")
+
+
+FAULTS = [
+    (raises, ["raised KeyError: 'verdict\\nof two lines' (test_rewards.py, line", "Record 2, completion 'second'"]),
+    (generates, ["raised ZeroDivisionError: division by zero (test_rewards.py, line", "yield 1 / 0)", "records 1, 2"]),
+    (lambda **_: exit(3), ["raised SystemExit: 3"]),
+    (lambda completions, **_: int("x"), ["raised ValueError: invalid literal", "Record 1, completion 'first'"]),
+    (too_few_for_record_2, ["returned 1 values for 2 completions", "Record 2, completion 'second'"]),
+    (lambda **_: None, ["returned None, not a list"]),
+    (lambda **_: 1.0, ["returned 1.0, not a list"]),
+    (lambda **_: [1.0, float("nan")], ["returned nan; it must", "Record 2, completion 'second'"]),
+    (lambda **_: [float("-inf"), 1.0], ["returned -inf", "Record 1, completion 'first'"]),
+    (lambda **_: ["1", 1.0], ["returned '1'", "Record 1"]),
+    (lambda **_: [10**400, 1.0], ["returned 1000", "Record 1"]),
+    (lambda **_: [1.0, []], ["returned []", "Record 2"]),
+]
+
+
+@pytest.mark.parametrize(("function", "parts"), FAULTS)
+def test_a_function_that_fails_is_named_with_record_and_line_in_six_lines(function, parts):
+    with pytest.raises(RewardError) as error:
+        score(["first", "second"], [YES_QUESTION, NO_QUESTION], functions={"mine": (function, 1.0)})
+    message = str(error.value)
+    assert message.startswith("The reward function 'mine' ") and "--on_reward_error zero" in message
+    assert [part for part in parts if part not in message] == [], message
+    assert len(message.splitlines()) <= MAX_LINES and error.value.exit_code == 7
+
+
+@pytest.mark.parametrize("function", [function for function, _ in FAULTS])
+def test_or_its_rewards_are_left_out_and_the_others_stand(function):
+    functions = {"mine": (function, 1.0), **default_functions()}
+    rewards = score(["yes", EARNINGS[0][0]], [NO_QUESTION, YES_QUESTION], functions=functions, on_error="zero")
+    assert rewards.by_name["mine"] == [None, None] and rewards.total == [0.0, 2.4]
+    assert list(rewards.errors) == ["mine"] and "'mine'" in rewards.errors["mine"]
+
+
+def sleeps(**_):
+    time.sleep(60)
+
+
+def computes(**_):
+    while True:
+        with contextlib.suppress(Exception):  # a limit that this swallowed would be none
+            sum(range(1000))
+
+
+def backtracks(**_):
+    re.match("(a+)+$", "a" * 60 + "b")  # C code that looks after signals
+
+
+@pytest.mark.parametrize("function", [sleeps, computes, backtracks])
+def test_a_call_ends_at_its_limit(function):
+    with pytest.raises(RewardError, match=r"(?s)'slow' took longer than the 0.05 seconds.*records 1, 2"):
+        score(["a", "b"], [YES_QUESTION, NO_QUESTION], functions={"slow": (function, 1.0)}, timeout=0.05)
+
+
+@pytest.mark.parametrize("alarm", [0, 3600])
+def test_after_a_call_alarms_are_as_they_were(alarm):
+    handler = signal.getsignal(signal.SIGALRM)
+    signal.setitimer(signal.ITIMER_REAL, alarm)
+    try:
+        score(["a"], [YES_QUESTION], functions=default_functions(), timeout=60)
+        assert (signal.getitimer(signal.ITIMER_REAL)[0] > 60) == bool(alarm)
+        assert signal.getsignal(signal.SIGALRM) == handler
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
