@@ -24,6 +24,11 @@ class Rewards:
     total: list[float]  # [B]
     by_name: dict[str, list[float]]  # [B] each
 
+    def plus(self, name: str, values: Sequence[float]) -> "Rewards":
+        """These and one more, [B], that no text decides."""
+        total = [reward + value for reward, value in zip(self.total, values, strict=True)]
+        return Rewards(total, {**self.by_name, name: list(values)})
+
 
 def correctness(completions: Sequence[str], questions: Sequence[Question], *, labels: Sequence[str]) -> list[float]:
     """1 where a completion keeps to the answer contract and its answer is right."""

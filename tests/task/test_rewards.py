@@ -65,3 +65,10 @@ def test_a_function_that_does_not_return_a_number_each_is_named(returned, messag
     with pytest.raises(UsageError, match="must return") as error:
         score(["first", "second"], [YES_QUESTION] * 2, functions=functions)
     assert message in str(error.value)
+
+
+def test_a_reward_that_no_text_decides_is_added_and_reported():
+    rewards = score(["yes", "no"], [YES_QUESTION] * 2, functions=reward_functions(labels=LABELS))
+    more = rewards.plus("overlong", [-0.5, 0.0])
+    assert more.total == [-0.5, 0.0]
+    assert more.by_name == {**rewards.by_name, "overlong": [-0.5, 0.0]}
