@@ -13,6 +13,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from grpo_ds.core.objective import KlEstimator, LossType, Objective, RewardScale
 from grpo_ds.ds_config import DsSizes
 from grpo_ds.errors import UsageError, one_error
 
@@ -94,9 +95,19 @@ class TrainConfig(EvaluateConfig):
     num_steps: int = knob(100, "steps an iteration")
     mu: int = knob(1, "optimizer steps on each rollout")
     beta: float = knob(0.04, "weight of the KL to the reference; 0 loads no reference")
-    epsilon: float = knob(0.2, "how far the ratio may move from 1 before it is clipped")
+    loss_type: LossType = knob("grpo", "grpo, dapo, dr_grpo, bnpo, gspo or cispo; formulas: docs/losses.md")
+    epsilon: float = knob(0.2, "how far the ratio may fall below 1 before it is clipped; gspo wants 3e-4")
+    epsilon_high: float | None = knob(None, "how far it may rise above 1 (dapo: 0.28, cispo: 4); default: epsilon")
+    delta: float | None = knob(None, "bounds the ratio also where the advantage is negative, e.g. 4; default: nothing")
+    kl_estimator: KlEstimator = knob("k3", "k1, k2, k3, or k3_corrected: times the ratio, unbiased in its gradient")
+    scale_rewards: RewardScale = knob("group", "std that divides advantages: group, batch, none; dr_grpo leaves it")
+    mask_truncated_completions: bool = knob(False, "completions cut at the length limit neither train nor count")
+    dynamic_sampling: int = knob(0, "times a step may ask other questions where all rewards are equal; 0: never")
+    balance_classes: bool = knob(True, "questions of each class in turn, those of a smaller class more often")
     correctness_reward: float = knob(2.0, "for the right answer in a well-formed completion")
     format_reward: float = knob(0.2, "for each of the two well-formed tag pairs")
+    overlong_buffer: int = knob(0, "last tokens before the length limit that cost reward; 0: none")
+    overlong_penalty: float = knob(1.0, "what a completion at the limit loses if there is an overlong_buffer")
     learning_rate: float = knob(1e-6, "of 8-bit AdamW; constant")
     weight_decay: float = knob(0.0, "of 8-bit AdamW")
     max_grad_norm: float = knob(1.0, "gradients are clipped to this norm; 0 turns clipping off")
@@ -123,6 +134,17 @@ class TrainConfig(EvaluateConfig):
                 (self.eval_fraction == 1, "eval_fraction is 1, which leaves nothing to train on"),
                 (self.beta < 0, f"beta is {self.beta}; it must be 0 or more"),
                 (not 0 < self.epsilon < 1, f"epsilon is {self.epsilon}; it must lie between 0 and 1"),
+                (
+                    self.epsilon_high is not None and not self.epsilon_high > 0,
+                    f"epsilon_high is {self.epsilon_high}; it must be more than 0",
+                ),
+                *self._delta_problems(),
+                (
+                    not 0 <= self.overlong_buffer <= self.max_completion_length,
+                    f"overlong_buffer is {self.overlong_buffer}; it must lie between 0 and max_completion_length",
+                ),
+                (not self.overlong_penalty >= 0, "overlong_penalty must be 0 or more; it is subtracted"),
+                (self.dynamic_sampling < 0, "dynamic_sampling must be 0 or more"),
                 (self.learning_rate <= 0, f"learning_rate is {self.learning_rate}; it must be more than 0"),
                 (self.logprob_chunk_mib <= 0, "logprob_chunk_mib must be more than 0"),
                 (self.max_grad_norm < 0, "max_grad_norm must be 0 or more"),
@@ -136,6 +158,28 @@ class TrainConfig(EvaluateConfig):
             )
             if wrong
         ]
+
+    def _delta_problems(self) -> list[tuple[bool, str]]:
+        if self.delta is None:
+            return []
+        bound = 1 + self.objective.epsilon_high
+        return [
+            (self.loss_type == "cispo", "delta has no part in cispo, whose ratio is bounded for either sign"),
+            (not self.delta > bound, f"delta is {self.delta}; it must be more than 1 + epsilon_high, {bound:g}"),
+        ]
+
+    @property
+    def objective(self) -> Objective:
+        """What core/losses.py needs of these flags."""
+        return Objective(
+            loss_type=self.loss_type,
+            epsilon=self.epsilon,
+            epsilon_high=self.epsilon if self.epsilon_high is None else self.epsilon_high,
+            delta=self.delta,
+            beta=self.beta,
+            kl_estimator=self.kl_estimator,
+            max_completion_length=self.max_completion_length,
+        )
 
     def ds_sizes(self, *, bf16: bool, world_size: int = 1) -> DsSizes:
         """What the DeepSpeed JSON needs of these flags."""
@@ -233,7 +277,7 @@ def _check_names(argv: list[str], known: set[str]) -> None:
 
 def _shortened(message: str) -> str:
     """jsonargparse's message in five lines, with the choices of a Literal in plain words."""
-    if "Literal" in message or "reference" in message:
-        message = message.replace(str(ReferenceKind), " | ".join(get_args(ReferenceKind)))
+    for kind in (ReferenceKind, LossType, KlEstimator, RewardScale):
+        message = message.replace(str(kind), " | ".join(get_args(kind)))
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return "\n".join([*(line[:200] for line in lines[:5]), "--help lists every flag and its default."])

@@ -11,6 +11,7 @@ import torch
 
 from grpo_ds import world
 from grpo_ds.core.advantages import group_advantages
+from grpo_ds.core.objective import Objective
 from grpo_ds.core.tally import Tally
 from grpo_ds.ds_config import DsSizes, resolve_ds_config
 from grpo_ds.engine import Engine
@@ -23,6 +24,7 @@ from grpo_ds.task.rewards import Rewards
 from grpo_ds.update import update
 
 QUESTIONS, GROUP, WIDTH = 4, 3, 10
+OBJECTIVE = Objective(beta=0.1, max_completion_length=WIDTH)
 DS = {
     "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
     "bf16": {"enabled": False},
@@ -31,8 +33,8 @@ DS = {
 }
 
 
-def fixed_rollout(questions: slice) -> Rollout:
-    """The same four groups in every process, of which a rank takes its own."""
+def fixed_rollout(questions: slice, *, truncated: tuple[int, ...] = ()) -> Rollout:
+    """The same four groups in every process, of which a rank takes its own; `truncated` rows do not count."""
     g = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, 250, (n,), generator=g) for n in (9, 4, 13, 6)]
     lengths = torch.randint(1, WIDTH + 1, (QUESTIONS * GROUP, 1), generator=g)
@@ -41,13 +43,15 @@ def fixed_rollout(questions: slice) -> Rollout:
     ref_logprobs = -5 - torch.rand(QUESTIONS * GROUP, WIDTH, generator=g)
     rows = slice(questions.start * GROUP, questions.stop * GROUP)
     mask = (torch.arange(WIDTH) < lengths)[rows]
+    ended = ~torch.isin(torch.arange(QUESTIONS * GROUP), torch.tensor(truncated, dtype=torch.long))[rows]
     return Rollout(
         questions=[None] * (questions.stop - questions.start),
         prompts=prompts[questions],
-        completions=Completions(ids[rows], mask, torch.ones(len(mask), dtype=torch.bool)),
+        completions=Completions(ids[rows], mask, ended),
         texts=[""] * len(mask),
         rewards=Rewards(rewards[rows].tolist(), {}),
         advantages=group_advantages(rewards, group_size=GROUP)[rows],
+        counted=mask & ended[:, None],
         ref_logprobs=ref_logprobs[rows],
     )
 
@@ -68,8 +72,8 @@ def main(folder: str, out: str, steps: int, micro_groups: int, mu: int, rehearse
     for _ in range(steps):
         tally, old = Tally(), None
         for _ in range(mu):
-            options = {"old_logprobs": old, "micro_groups": micro_groups, "ranks": here.size}
-            more, logprobs = update(engine, rollout, profiler, **options, epsilon=0.2, beta=0.1)
+            options = {"old_logprobs": old, "micro_groups": micro_groups, "world": here}
+            more, logprobs = update(engine, rollout, profiler, **options, objective=OBJECTIVE)
             tally.merge(more)
             old = logprobs if old is None else old
         history.append(tally.means(here.sum(tally.as_tensor())))

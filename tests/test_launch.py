@@ -162,6 +162,37 @@ def test_unknown_values_raise_one_error_for_all():
     assert "mu" in str(caught.value) and "batch_size" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--loss_type ppo", ["loss_type", "gspo", "cispo"]),
+        ("--kl_estimator k4", ["kl_estimator", "k3_corrected"]),
+        ("--scale_rewards std", ["scale_rewards", "batch"]),
+        ("--epsilon_high 0", ["epsilon_high is 0"]),
+        ("--epsilon_high .nan", ["epsilon_high is nan"]),
+        ("--delta 1.2", ["delta is 1.2", "1 + epsilon_high, 1.2"]),
+        ("--delta 1.5 --epsilon_high 0.6", ["1 + epsilon_high, 1.6"]),
+        ("--delta 4 --loss_type cispo", ["delta", "cispo"]),
+        ("--overlong_buffer -1", ["overlong_buffer is -1", "max_completion_length"]),
+        ("--overlong_buffer 301", ["overlong_buffer is 301"]),
+        ("--overlong_penalty -1", ["overlong_penalty must be 0 or more"]),
+        ("--dynamic_sampling -1", ["dynamic_sampling must be 0 or more"]),
+        ("--balance_classes maybe", ["balance_classes", "maybe"]),
+    ],
+)
+def test_wrong_settings_of_the_algorithm_are_named(flags, words):
+    with pytest.raises(UsageError) as caught:
+        parse(TrainConfig, flags.split(), about="")
+    message = str(caught.value)
+    assert all(word in message for word in words) and len(message.splitlines()) <= MAX_LINES, message
+
+
+@pytest.mark.parametrize(("flags", "high"), [("--epsilon 0.1", 0.1), ("--epsilon 0.1 --epsilon_high 0.3", 0.3)])
+def test_the_upper_bound_is_the_lower_one_unless_given(flags, high):
+    objective = parse(TrainConfig, flags.split(), about="").config.objective
+    assert (objective.epsilon, objective.epsilon_high) == (0.1, high)
+
+
 def test_the_plan_is_printed_and_nothing_else_is_done(tmp_path):
     result = launch("--plan", "--model", "qwen2.5-1.5b", "--output_dir", tmp_path / "run", "--num_generations", "8")
     assert result.returncode == 0, result.stderr

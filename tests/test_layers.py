@@ -11,7 +11,7 @@ LAYERS = [
     {"config", "ds_config", "ds_json", "ds_keys", "machine", "memory", "world"},
     {"models", "optim"},
     {"sampling"},
-    {"engine", "rollouts"},
+    {"engine", "rollouts", "dynamic_sampling"},
     {"update", "evaluation", "inference"},
     {"report"},
     {"trainer"},
