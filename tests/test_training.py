@@ -227,7 +227,7 @@ def test_a_phase_that_ran_out_of_memory_is_retried_in_smaller_parts_with_the_sam
     assert (limits.prompts, limits.groups) == (1, 1)
     assert rewards_again == pytest.approx(rewards)
     for one, two in zip(weights, weights_again, strict=True):
-        torch.testing.assert_close(two, one, atol=2e-4, rtol=0)  # of steps of 1e-3, by the order of a sum
+        torch.testing.assert_close(two, one, atol=3e-4, rtol=0)  # of steps of 1e-3, by the order of a sum
 
 
 def test_without_the_flag_the_phase_and_what_helps_are_named(tiny_folder, tmp_path):
