@@ -1,21 +1,17 @@
-"""Every knob of a run, one line each; command line and YAML (`--config FILE`) are made from it.
+"""Every knob of a run, one line each; command line and YAML (`--config FILE`) are made from it (command_line.py).
 
 Names are TRL's where TRL has them. A preset's recipe (models/presets.py) replaces defaults, never what
 was typed. Nothing heavy is imported here: --help and a mistyped flag are answered at once.
 """
 
-import difflib
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, get_args
+from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 
+from grpo_ds.core.objective import KlEstimator, LossType, Objective, RewardScale
 from grpo_ds.ds_config import DsSizes
-from grpo_ds.errors import UsageError, one_error
 from grpo_ds.task.answers import TAG_NAME, AnswerFormat
 from grpo_ds.task.prompts import worked_examples
 from grpo_ds.task.records import NO_CONTEXT
@@ -24,7 +20,6 @@ from grpo_ds.task.rewards import READY_MADE
 from grpo_ds.task.scoring import OnRewardError
 
 ReferenceKind = Literal["int8", "llm.int8", "bf16", "bf16-cpu"]
-ConfigType = TypeVar("ConfigType", bound="AskConfig")
 MAX_TIMEOUT = 1e6  # seconds, twelve days: an alarm cannot be set to more than an int holds
 TRACKERS = ("none", "wandb")
 CONFIG_FILE = "grpo_config.yaml"  # written beside the model: how it was made and how it wants to be asked
@@ -143,13 +138,23 @@ class TrainConfig(EvaluateConfig):
     num_steps: int = knob(100, "steps an iteration")
     mu: int = knob(1, "optimizer steps on each rollout")
     beta: float = knob(0.04, "weight of the KL to the reference; 0 loads no reference")
-    epsilon: float = knob(0.2, "how far the ratio may move from 1 before it is clipped")
+    loss_type: LossType = knob("grpo", "grpo, dapo, dr_grpo, bnpo, gspo or cispo; formulas: docs/losses.md")
+    epsilon: float = knob(0.2, "how far the ratio may fall below 1 before it is clipped; gspo wants 3e-4")
+    epsilon_high: float | None = knob(None, "how far it may rise above 1 (dapo: 0.28, cispo: 4); default: epsilon")
+    delta: float | None = knob(None, "bounds the ratio also where the advantage is negative, e.g. 4; default: nothing")
+    kl_estimator: KlEstimator = knob("k3", "k1, k2, k3, or k3_corrected: times the ratio, unbiased in its gradient")
+    scale_rewards: RewardScale = knob("group", "std that divides advantages: group, batch, none; dr_grpo leaves it")
+    mask_truncated_completions: bool = knob(False, "completions cut at the length limit neither train nor count")
+    dynamic_sampling: int = knob(0, "times a step may ask other questions where all rewards are equal; 0: never")
+    balance_classes: bool = knob(True, "questions of each class in turn, those of a smaller class more often")
     reward_funcs: str = knob("correctness,format", f"of {', '.join(READY_MADE)}, FILE.py:FUNCTION; comma-separated")
     reward_weights: str | None = knob(None, "a factor for each of reward_funcs, comma-separated; default: 1 each")
     reward_timeout: float = knob(60.0, "seconds that a call of a reward function may take; 0: any number")
     on_reward_error: OnRewardError = knob("stop", "a reward function that fails: stop, or zero (go on without it)")
     correctness_reward: float = knob(2.0, "for the right answer in a well-formed completion")
     format_reward: float = knob(0.2, "for each of the two well-formed tag pairs")
+    overlong_buffer: int = knob(0, "last tokens before the length limit that cost reward; 0: none")
+    overlong_penalty: float = knob(1.0, "what a completion at the limit loses if there is an overlong_buffer")
     learning_rate: float = knob(1e-6, "of 8-bit AdamW; constant")
     weight_decay: float = knob(0.0, "of 8-bit AdamW")
     max_grad_norm: float = knob(1.0, "gradients are clipped to this norm; 0 turns clipping off")
@@ -180,6 +185,17 @@ class TrainConfig(EvaluateConfig):
                 (self.beta < 0, f"beta is {self.beta}; it must be 0 or more"),
                 (not 0 < self.epsilon < 1, f"epsilon is {self.epsilon}; it must lie between 0 and 1"),
                 (not 0 <= self.reward_timeout < MAX_TIMEOUT, "reward_timeout must be 0 or more seconds"),
+                (
+                    self.epsilon_high is not None and not self.epsilon_high > 0,
+                    f"epsilon_high is {self.epsilon_high}; it must be more than 0",
+                ),
+                *self._delta_problems(),
+                (
+                    not 0 <= self.overlong_buffer <= self.max_completion_length,
+                    f"overlong_buffer is {self.overlong_buffer}; it must lie between 0 and max_completion_length",
+                ),
+                (not self.overlong_penalty >= 0, "overlong_penalty must be 0 or more; it is subtracted"),
+                (self.dynamic_sampling < 0, "dynamic_sampling must be 0 or more"),
                 (self.learning_rate <= 0, f"learning_rate is {self.learning_rate}; it must be more than 0"),
                 (self.logprob_chunk_mib <= 0, "logprob_chunk_mib must be more than 0"),
                 (self.max_grad_norm < 0, "max_grad_norm must be 0 or more"),
@@ -197,6 +213,28 @@ class TrainConfig(EvaluateConfig):
             )
             if wrong
         ]
+
+    def _delta_problems(self) -> list[tuple[bool, str]]:
+        if self.delta is None:
+            return []
+        bound = 1 + self.objective.epsilon_high
+        return [
+            (self.loss_type == "cispo", "delta has no part in cispo, whose ratio is bounded for either sign"),
+            (not self.delta > bound, f"delta is {self.delta}; it must be more than 1 + epsilon_high, {bound:g}"),
+        ]
+
+    @property
+    def objective(self) -> Objective:
+        """What core/losses.py needs of these flags."""
+        return Objective(
+            loss_type=self.loss_type,
+            epsilon=self.epsilon,
+            epsilon_high=self.epsilon if self.epsilon_high is None else self.epsilon_high,
+            delta=self.delta,
+            beta=self.beta,
+            kl_estimator=self.kl_estimator,
+            max_completion_length=self.max_completion_length,
+        )
 
     def ds_sizes(self, *, bf16: bool, world_size: int = 1) -> DsSizes:
         """What the DeepSpeed JSON needs of these flags."""
@@ -222,41 +260,6 @@ class TrainConfig(EvaluateConfig):
         return self.num_iterations * self.num_steps
 
 
-@dataclass(frozen=True)
-class Parsed(Generic[ConfigType]):
-    """What the command line and its YAML file said."""
-
-    config: ConfigType
-    typed: frozenset[str]  # names given by the person, not by a default or a recipe
-    extra: dict[str, str | None]  # the script's own flags
-
-
-def parse(
-    config_type: type[ConfigType],
-    argv: list[str],
-    *,
-    about: str,
-    recipe: Mapping[str, Any] | None = None,
-    extra: dict[str, str] | None = None,
-) -> Parsed[ConfigType]:
-    """argv -> a checked config. Raises UsageError, one for all that is wrong.
-
-    recipe: defaults that suit the model. extra: flags of one script alone, name -> meaning, strings.
-    """
-    names = {knob.name for knob in fields(config_type)}
-    parser = _parser(config_type, about, {k: v for k, v in (recipe or {}).items() if k in names}, extra or {})
-    _check_names(argv, {*names, *(extra or {}), "config", "local_rank", "help"})
-    try:
-        values = parser.parse_args(argv).as_dict()
-        typed = parser.parse_args(argv, defaults=False).as_dict()
-    except (ArgumentError, ValueError, OSError) as error:
-        raise UsageError(_shortened(str(error), names)) from None
-    config = config_type(**{name: values[name] for name in names})
-    if problems := config.problems():
-        raise one_error(UsageError, "These settings cannot work:", problems)
-    return Parsed(config, frozenset(typed) & names, {name: values[name] for name in extra or {}})
-
-
 def write_config(config: AskConfig, folder: Path) -> None:
     """The resolved config as YAML; `--config` reads it back, for a run into a folder of its own."""
     values = {knob.name: getattr(config, knob.name) for knob in fields(config) if knob.name != "output_dir"}
@@ -276,39 +279,3 @@ def prompt_recipe(folder: Path) -> dict[str, Any]:
         values["system_prompt"] = str(folder / SYSTEM_PROMPT_FILE)
     names = {knob.name for knob in fields(AskConfig)} - {"model"} | {"question_field", "label_field"}
     return {name: values[name] for name in names if name in values}
-
-
-def _parser(config_type: type, about: str, recipe: dict[str, Any], extra: dict[str, str]) -> ArgumentParser:
-    parser = ArgumentParser(description=about, exit_on_error=False, allow_abbrev=False, default_env=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of the flags below")
-    parser.add_argument("--local_rank", type=int, default=0, help="==SUPPRESS==")  # the deepspeed launcher adds it
-    for name, meaning in extra.items():
-        parser.add_argument(f"--{name}", type=str | None, default=None, help=meaning)
-    for knob in fields(config_type):
-        default = recipe.get(knob.name, knob.default)
-        switch: dict[str, Any] = {"nargs": "?", "const": True} if knob.type in (bool, bool | None) else {}
-        parser.add_argument(f"--{knob.name}", type=knob.type, default=default, help=knob.metadata["help"], **switch)
-    return parser
-
-
-def _check_names(argv: list[str], known: set[str]) -> None:
-    """A mistyped flag names the nearest real one; all of them in one error."""
-    given = [word[2:].split("=")[0] for word in argv if word.startswith("--") and len(word) > 2]
-    problems = []
-    for name in given:
-        if name not in known:
-            close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
-            problems.append(f"--{name}: did you mean --{close[0]}?" if close else f"--{name} is no flag of this script")
-    if problems:
-        raise one_error(UsageError, "Unknown flags:", problems, "--help lists them all.")
-
-
-def _shortened(message: str, known: set[str]) -> str:
-    """jsonargparse's message in five lines, with the choices of a Literal in plain words and a likely name."""
-    if unknown := re.fullmatch(r"Option '(\S+)' is not accepted", message.strip()):
-        close = difflib.get_close_matches(unknown[1], known, n=1)
-        message = f"The --config file: {unknown[1]} is no flag{f'; did you mean {close[0]}?' if close else ''}"
-    for choices in (ReferenceKind, OnRewardError):
-        message = message.replace(str(choices), " | ".join(get_args(choices)))
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return "\n".join([*(line[:200] for line in lines[:5]), "--help lists every flag and its default."])

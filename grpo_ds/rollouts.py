@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grpo_ds.core.advantages import group_advantages
+from grpo_ds.core.advantages import group_advantages, overlong
+from grpo_ds.core.objective import RewardScale
 from grpo_ds.core.packing import PackedRows, fill_rows, pack
 from grpo_ds.models.reference import Reference
 from grpo_ds.sampling import Completions, Sampler
@@ -20,6 +21,7 @@ from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.prompts import encode_prompt
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import Rewards
+from grpo_ds.world import World
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,23 +62,32 @@ MicroBatch = tuple[PackedRows, Tensor]  # rows for one pass, and the places of t
 
 
 @dataclass(frozen=True, slots=True)
-class Rollout:
-    """All that an update needs to know of one sampling round."""
+class Groups:
+    """Questions, what was answered and what that earned."""
 
     questions: list[Question]  # Q
     prompts: list[Int[Tensor, " P"]]  # Q
     completions: Completions  # B rows
     texts: list[str]  # B
     rewards: Rewards
+
+    def equal(self) -> list[int]:
+        """Which of the Q groups earned the same with every completion, and so have no advantage."""
+        size = len(self.texts) // len(self.questions)
+        groups = [self.rewards.total[start : start + size] for start in range(0, len(self.texts), size)]
+        return [place for place, group in enumerate(groups) if min(group) == max(group)]
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout(Groups):
+    """All that an update needs to know of one sampling round."""
+
     advantages: Float[Tensor, " B"]
+    counted: Bool[Tensor, "B C"]  # the completions' mask, less the truncated ones if these are masked
     ref_logprobs: Float[Tensor, "B C"]  # 0 without a reference
 
-    def micro_batches(self, pack_tokens: int = 0, *, skip_zeros: bool = False) -> list[MicroBatch]:
-        """Packed rows of at most `pack_tokens` tokens (0: all in one), and which of the B completions they hold.
-
-        skip_zeros: without the completions of advantage 0.
-        """
-        only = self.advantages.nonzero().flatten().tolist() if skip_zeros else None
+    def micro_batches(self, pack_tokens: int = 0, *, only: Sequence[int] | None = None) -> list[MicroBatch]:
+        """Packed rows of at most `pack_tokens` tokens (0: all in one), and which of the B completions they hold."""
         return micro_batches(self.prompts, self.completions, pack_tokens, only=only)
 
 
@@ -114,24 +125,50 @@ def sample(
     return [torch.tensor(prompt, device=completions.ids.device) for prompt in prompts], completions
 
 
-def judge(
-    questions: list[Question],
-    prompts: list[Tensor],
-    completions: Completions,
+def reward(
     texts: list[str],
+    questions: list[Question],
+    completions: Completions,
     *,
     score: Callable[[list[str], list[Question]], Rewards],
+    max_completion_length: int,
+    overlong_buffer: int,
+    overlong_penalty: float,
+) -> Rewards:
+    """What the completions of each question earn, less a penalty for the overlong where there is a buffer."""
+    group_size = len(texts) // len(questions)
+    rewards = score(texts, [question for question in questions for _ in range(group_size)])
+    if not overlong_buffer:
+        return rewards
+    lengths = completions.lengths()
+    penalty = overlong(lengths, max_length=max_completion_length, buffer=overlong_buffer) * overlong_penalty
+    return rewards.plus("overlong", penalty.tolist())
+
+
+def judge(
+    groups: Groups,
+    world: World,
+    *,
+    scale_rewards: RewardScale,
+    mask_truncated: bool,
     reference: Reference | None,
     pack_tokens: int,
 ) -> Rollout:
-    """Rewards, advantages and reference log-probs of sampled completions."""
-    group_size = len(texts) // len(questions)
-    asked = [question for question in questions for _ in range(group_size)]
-    rewards = score(texts, asked)
-    device = completions.ids.device
-    advantages = group_advantages(torch.tensor(rewards.total, device=device), group_size=group_size)
-    ref_logprobs = torch.zeros(completions.mask.shape, device=device)
+    """Advantages, the tokens that count, and the reference's log-probs."""
+    done, group_size = groups.completions, len(groups.texts) // len(groups.questions)
+    device = done.ids.device
+    ranks = world.gather(groups.rewards.total) if scale_rewards == "batch" else [groups.rewards.total]
+    advantages = group_advantages(
+        torch.tensor(groups.rewards.total, device=device),
+        group_size=group_size,
+        scale=scale_rewards,
+        step_rewards=torch.tensor([value for rank in ranks for value in rank], device=device),
+    )
+    counted = done.mask & done.ended[:, None] if mask_truncated else done.mask
+    ref_logprobs = torch.zeros(done.mask.shape, device=device)
     if reference:
-        for rows, part in micro_batches(prompts, completions, pack_tokens):
+        for rows, part in micro_batches(groups.prompts, done, pack_tokens):
             ref_logprobs[part] = reference(rows)
-    return Rollout(questions, prompts, completions, texts, rewards, advantages, ref_logprobs)
+    return Rollout(
+        groups.questions, groups.prompts, done, groups.texts, groups.rewards, advantages, counted, ref_logprobs
+    )

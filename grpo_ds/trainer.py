@@ -6,7 +6,7 @@ reference from the policy, a middle loop that samples, and mu updates on every s
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from grpo_ds.config import TrainConfig, write_config
 from grpo_ds.core.packing import PackedRows
 from grpo_ds.core.tally import Tally
 from grpo_ds.ds_config import DsConfig
+from grpo_ds.dynamic_sampling import draw_groups
 from grpo_ds.engine import Engine
 from grpo_ds.evaluation import Evaluation, evaluate
 from grpo_ds.inference import prompt_style
@@ -31,7 +32,7 @@ from grpo_ds.models.reference import Reference, kl_floor
 from grpo_ds.report.console import Console
 from grpo_ds.report.memory import write as write_memory
 from grpo_ds.report.trackers import make_trackers
-from grpo_ds.rollouts import Rollout, judge, micro_batches, sample
+from grpo_ds.rollouts import Groups, Rollout, judge, micro_batches, reward, sample
 from grpo_ds.sampling import Sampler, seed_at
 from grpo_ds.task.questions import Question, questions_at
 from grpo_ds.task.rewards import WeightedFunctions
@@ -56,6 +57,7 @@ class Outcome:
 
 Result = TypeVar("Result")
 RARE_ID = 100  # of a rehearsal's prompts: any token will do
+NO_RANK = -1  # in a seed of a whole attempt: no rank's own draw has it
 
 
 def limits_of(config: TrainConfig) -> Limits:
@@ -144,27 +146,19 @@ class Trainer:
     def step(self, step: int, questions: list[Question]) -> dict[str, float]:
         """Sample, score, update; the step's metrics over all ranks."""
         config, first_span = self.config, len(self.profiler.spans)
-        asked = self.my_questions(step, questions)
-        prompts, completions = self.attempt(
+        groups, redrawn = self.attempt(
             "sample",
-            lambda: sample(
-                self.sampler,
-                self.style,
-                asked,
-                group_size=config.num_generations,
-                temperature=config.temperature,
-                seed=seed_at(config.seed, step, self.world.rank),
+            lambda: draw_groups(
+                partial(self.draw, step, questions), count=config.batch_size, attempts=config.dynamic_sampling
             ),
         )
-        texts = self.style.texts(self.tokenizer, completions)
         rollout = self.attempt(
             "reference",
             lambda: judge(
-                asked,
-                prompts,
-                completions,
-                texts,
-                score=self.score,
+                groups,
+                self.world,
+                scale_rewards=config.scale_rewards,
+                mask_truncated=config.mask_truncated_completions,
                 reference=self.reference,
                 pack_tokens=self.limits.tokens,
             ),
@@ -174,7 +168,35 @@ class Trainer:
         for _ in range(1, config.mu):
             more, _ = self.update(rollout, old_logprobs)
             tally.merge(more)
+        if config.dynamic_sampling:
+            tally.add("redrawn", redrawn)
         return self.metrics(rollout, tally, first_span)
+
+    def draw(self, step: int, questions: list[Question], attempt: int, places: Sequence[int]) -> Groups:
+        """A group for each of these places of the step; later attempts ask other questions there."""
+        config = self.config
+        seed = seed_at(config.seed, attempt, NO_RANK) if attempt else config.seed
+        asked = self.my_questions(step, questions, seed)
+        asked = [asked[place] for place in places]
+        prompts, completions = sample(
+            self.sampler,
+            self.style,
+            asked,
+            group_size=config.num_generations,
+            temperature=config.temperature,
+            seed=seed_at(seed, step, self.world.rank),
+        )
+        texts = self.style.texts(self.tokenizer, completions)
+        rewards = reward(
+            texts,
+            asked,
+            completions,
+            score=self.score,
+            max_completion_length=config.max_completion_length,
+            overlong_buffer=config.overlong_buffer,
+            overlong_penalty=config.overlong_penalty,
+        )
+        return Groups(asked, prompts, completions, texts, rewards)
 
     def warn(self, rewards: Rewards) -> None:
         """Tell each reward function's first failure that --on_reward_error zero passed over."""
@@ -196,8 +218,7 @@ class Trainer:
                 old_logprobs=old_logprobs,
                 pack_tokens=self.limits.tokens,
                 world=self.world,
-                epsilon=self.config.epsilon,
-                beta=self.config.beta,
+                objective=self.config.objective,
             ),
         )
 
@@ -229,10 +250,11 @@ class Trainer:
     def binding_memory(self) -> Where:
         return "gpu" if self.world.device.type == "cuda" else "host"
 
-    def my_questions(self, step: int, questions: list[Question]) -> list[Question]:
+    def my_questions(self, step: int, questions: list[Question], seed: int) -> list[Question]:
         """This rank's share of the step's questions; a function of (seed, step, rank), with no state to save."""
         size, first = self.config.batch_size, self.world.rank * self.config.batch_size
-        asked = questions_at(step, questions, per_step=size * self.world.size, seed=self.config.seed)
+        balanced = self.config.balance_classes
+        asked = questions_at(step, questions, per_step=size * self.world.size, seed=seed, balanced=balanced)
         return asked[first : first + size]
 
     def make_reference(self, questions: list[Question]) -> None:
@@ -275,7 +297,7 @@ class Trainer:
 
     def measure_floor(self, reference: Reference, questions: list[Question]) -> float:
         """Mean k3 between policy and reference over completions of the first step's questions."""
-        config, asked = self.config, self.my_questions(0, questions)
+        config, asked = self.config, self.my_questions(0, questions, self.config.seed)
         prompts, completions = sample(
             self.sampler, self.style, asked, group_size=1, temperature=config.temperature, seed=config.seed
         )
@@ -310,6 +332,7 @@ class Trainer:
         if self.config.on_reward_error == "zero":
             tally.add("reward_errors", len(rollout.rewards.errors) * self.world.size)  # of all ranks, not their mean
         tally.add("reward_std", spread.sum(), len(spread))
+        tally.add("frac_reward_zero_std", len(rollout.equal()), len(spread))
         tally.add("completion_length", lengths.sum(), count)
         tally.add("ended", rollout.completions.ended.sum(), count)
         uses = self.profiler.uses(first_span).values()

@@ -1,15 +1,18 @@
 """One optimizer step on a rollout: the clipped GRPO update.
 
 The weights of all tokens are fixed before the batch is split into backwards, so splitting it
-(--pack_tokens), or sharing it among ranks, changes memory and nothing else. Completions that add nothing, those of
-advantage 0 without a KL, are not computed; the weights of the others stay what they were.
+(--pack_tokens), or sharing it among ranks, changes memory and nothing else (bnpo aside). Completions that add exactly
+nothing are not computed; the weights of the others stay what they were.
 """
 
+from collections.abc import Sequence
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from grpo_ds.core.losses import grpo_loss, token_weights
+from grpo_ds.core.objective import Objective
 from grpo_ds.core.tally import Tally
 from grpo_ds.engine import Engine, flag_last
 from grpo_ds.memory.phases import Profiler
@@ -25,19 +28,19 @@ def update(
     old_logprobs: Float[Tensor, "B C"] | None,
     pack_tokens: int,
     world: World,
-    epsilon: float,
-    beta: float,
+    objective: Objective,
 ) -> tuple[Tally, Float[Tensor, "B C"]]:
     """What happened, for all ranks' tallies to be summed, and the log-probs before the step.
 
     old_logprobs: of the policy that sampled; None when that is the policy itself, whose own are then the old ones.
     """
     tally, step_loss = Tally(), 0.0
-    tally.add_all({"kl": [], "clip_fraction": []})  # a rank that skips everything has the others' names
-    mask = rollout.completions.mask
-    weights = token_weights(mask, sequences=len(mask) * world.size)
-    logprobs = torch.zeros(mask.shape, device=mask.device)
-    batches = rollout.micro_batches(pack_tokens, skip_zeros=not beta)
+    # A rank that skips everything has the others' names.
+    tally.add_all({name: [] for name in ("kl", "entropy", "clip_ratio/low", "clip_ratio/high", "clip_fraction")})
+    counted = rollout.counted
+    batches = rollout.micro_batches(pack_tokens, only=contributing(rollout, objective))
+    weights = step_weights(counted, [part for _, part in batches], world, objective)
+    logprobs = torch.zeros(counted.shape, device=counted.device)
     backwards = world.largest(len(batches))
     # Ranks meet in every backward, so a rank with fewer batches runs some that count for nothing.
     spare = (batches or rollout.micro_batches(pack_tokens))[:1] * (backwards - len(batches))
@@ -53,13 +56,16 @@ def update(
             rollout.ref_logprobs[part],
             rollout.advantages[part],
             weights[part],
-            epsilon=epsilon,
-            beta=beta,
+            objective,
         )
         engine.backward(terms.loss, last=last)
         step_loss += float(terms.loss.detach())
-        tally.add("kl", terms.kl.sum(), rows.mask.sum())
-        tally.add("clip_fraction", terms.clipped.sum(), rows.mask.sum())
+        tokens = counted[part].sum()
+        tally.add("kl", terms.kl.sum(), tokens)
+        tally.add("entropy", engine.policy.entropies[counted[part]].sum(), tokens)
+        tally.add("clip_ratio/low", terms.low.sum(), tokens)
+        tally.add("clip_ratio/high", terms.high.sum(), tokens)
+        tally.add("clip_fraction", terms.clipped.sum(), tokens)
     grad_norm = 0.0
     if backwards:  # else there is nothing to learn, and momentum and weight decay must not move the weights either
         with profiler.phase("step"):
@@ -67,3 +73,31 @@ def update(
     tally.add("grad_norm", grad_norm)
     tally.add("loss", step_loss * world.size)  # a rank holds its share of the sum; the mean over ranks is the whole
     return tally, logprobs
+
+
+def contributing(rollout: Rollout, objective: Objective) -> list[int]:
+    """The completions whose gradient is not exactly 0: not those that do not count, nor, without a KL, those of
+    advantage 0. (bnpo divides by the tokens of its micro-batch, so there they have to be in it.)"""
+    some = rollout.counted.any(dim=1)
+    if not objective.beta and objective.loss_type != "bnpo":
+        some &= rollout.advantages != 0
+    return some.nonzero().flatten().tolist()
+
+
+def step_weights(
+    counted: Bool[Tensor, "B C"], parts: Sequence[Tensor], world: World, objective: Objective
+) -> Float[Tensor, "B C"]:
+    """Each token's share of the loss of the whole step: all micro-batches (`parts` of the B rows), all ranks."""
+    here = torch.stack([counted.any(dim=1).sum(), counted.sum(), torch.tensor(len(parts), device=counted.device)])
+    sequences, tokens, micro_batches = world.sum(here).tolist()
+    kind, longest = objective.loss_type, objective.max_completion_length
+
+    def weigh(mask: Tensor, tokens: int) -> Tensor:
+        return token_weights(mask, loss_type=kind, sequences=sequences, tokens=tokens, max_completion_length=longest)
+
+    if kind != "bnpo":
+        return weigh(counted, tokens)
+    weights = torch.zeros(counted.shape, device=counted.device)
+    for part in parts:
+        weights[part] = weigh(counted[part], int(counted[part].sum()) * micro_batches)
+    return weights

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Ask a model one question: --model DIR --question TEXT --context TEXT."""
 
-from grpo_ds.config import AskConfig, parse
+from grpo_ds.command_line import parse
+from grpo_ds.config import AskConfig
 from grpo_ds.errors import UsageError, run_script
 from grpo_ds.machine import cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.models.presets import choose_model

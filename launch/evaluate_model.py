@@ -4,7 +4,8 @@
 import json
 from dataclasses import asdict
 
-from grpo_ds.config import EvaluateConfig, parse
+from grpo_ds.command_line import parse
+from grpo_ds.config import EvaluateConfig
 from grpo_ds.errors import run_script
 from grpo_ds.machine import cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.models.presets import choose_model

@@ -14,7 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from grpo_ds.config import Parsed, TrainConfig, knob, parse
+from grpo_ds.command_line import Parsed, parse
+from grpo_ds.config import TrainConfig, knob
 from grpo_ds.ds_config import DsConfig, resolve_ds_config
 from grpo_ds.ds_json import SHIPPED
 from grpo_ds.errors import UsageError, run_script

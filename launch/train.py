@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grpo_ds.config import TrainConfig, parse
+from grpo_ds.command_line import parse
+from grpo_ds.config import TrainConfig
 from grpo_ds.ds_config import DsConfig, resolve_ds_config
 from grpo_ds.errors import UsageError, run_script
 from grpo_ds.machine import cpu_has_bf16, gpu_memory_gib, ram_gib

@@ -5,12 +5,14 @@ usage: engine_steps.py MODEL_FOLDER OUT_FILE STEPS PACK_TOKENS MU REHEARSE FLAT
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from grpo_ds import world
 from grpo_ds.core.advantages import group_advantages
+from grpo_ds.core.objective import Objective
 from grpo_ds.core.tally import Tally
 from grpo_ds.ds_config import DsSizes, resolve_ds_config
 from grpo_ds.engine import Engine
@@ -19,10 +21,11 @@ from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.models.policy import load_policy
 from grpo_ds.rollouts import Rollout
 from grpo_ds.sampling import Completions
-from grpo_ds.task.rewards import Rewards
+from grpo_ds.task.scoring import Rewards
 from grpo_ds.update import update
 
 QUESTIONS, GROUP, WIDTH = 4, 3, 10
+OBJECTIVE = Objective(beta=0.1, max_completion_length=WIDTH)
 DS = {
     "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
     "bf16": {"enabled": False},
@@ -31,10 +34,11 @@ DS = {
 }
 
 
-def fixed_rollout(questions: slice, flat: int = 0) -> Rollout:
-    """The same four groups in every process, of which a rank takes its own; the first `flat` have equal rewards."""
+def fixed_rollout(questions: slice, *, flat: int = 0, truncated: tuple[int, ...] = ()) -> Rollout:
+    """The same four groups in every process, of which a rank takes its own; the first `flat` have equal rewards,
+    `truncated` rows do not count."""
     g = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(0, 250, (n,), generator=g) for n in (9, 4, 13, 6)]
+    prompts = [torch.randint(0, 250, (n,), generator=g) for n in (29, 24, 13, 6)]
     lengths = torch.randint(1, WIDTH + 1, (QUESTIONS * GROUP, 1), generator=g)
     ids = torch.randint(0, 250, (QUESTIONS * GROUP, WIDTH), generator=g)
     rewards = torch.rand(QUESTIONS * GROUP, generator=g)
@@ -42,13 +46,15 @@ def fixed_rollout(questions: slice, flat: int = 0) -> Rollout:
     ref_logprobs = -5 - torch.rand(QUESTIONS * GROUP, WIDTH, generator=g)
     rows = slice(questions.start * GROUP, questions.stop * GROUP)
     mask = (torch.arange(WIDTH) < lengths)[rows]
+    ended = ~torch.isin(torch.arange(QUESTIONS * GROUP), torch.tensor(truncated, dtype=torch.long))[rows]
     return Rollout(
         questions=[None] * (questions.stop - questions.start),
         prompts=prompts[questions],
-        completions=Completions(ids[rows], mask, torch.ones(len(mask), dtype=torch.bool)),
+        completions=Completions(ids[rows], mask, ended),
         texts=[""] * len(mask),
         rewards=Rewards(rewards[rows].tolist(), {}),
         advantages=group_advantages(rewards, group_size=GROUP)[rows],
+        counted=mask & ended[:, None],
         ref_logprobs=ref_logprobs[rows],
     )
 
@@ -63,7 +69,8 @@ def main(folder: str, out: str, steps: int, pack_tokens: int, mu: int, rehearse:
     policy = LogprobModel(model, vocab_size=259, temperature=1.0, chunk_mib=1)
     engine = Engine(policy, resolve_ds_config(json_file, fill=sizes))
     mine = slice(here.rank * share, (here.rank + 1) * share)
-    rollout = fixed_rollout(mine, flat % QUESTIONS)
+    rollout = fixed_rollout(mine, flat=flat % QUESTIONS)
+    objective = replace(OBJECTIVE, beta=0.0) if flat % QUESTIONS else OBJECTIVE
     history, profiler = [], Profiler(here.device)
     if rehearse:
         engine.rehearse(rows for rows, _ in rollout.micro_batches(pack_tokens))
@@ -71,15 +78,13 @@ def main(folder: str, out: str, steps: int, pack_tokens: int, mu: int, rehearse:
         tally, old = Tally(), None
         for _ in range(mu):
             options = {"old_logprobs": old, "pack_tokens": pack_tokens, "world": here}
-            more, logprobs = update(
-                engine, rollout, profiler, **options, epsilon=0.2, beta=0.0 if flat % QUESTIONS else 0.1
-            )
+            more, logprobs = update(engine, rollout, profiler, **options, objective=objective)
             tally.merge(more)
             old = logprobs if old is None else old
         history.append(tally.means(here.sum(tally.as_tensor())))
     if flat == QUESTIONS:  # a last update, of which nothing is left
         options = {"old_logprobs": None, "pack_tokens": pack_tokens, "world": here}
-        update(engine, fixed_rollout(mine, flat), profiler, **options, epsilon=0.2, beta=0.0)
+        update(engine, fixed_rollout(mine, flat=flat), profiler, **options, objective=replace(OBJECTIVE, beta=0.0))
     if here.is_first:
         torch.save({"weights": model.state_dict(), "history": history}, out)
     here.wait()

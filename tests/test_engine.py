@@ -1,17 +1,22 @@
 """Real ZeRO-2 offload: splitting a step over ranks or backwards changes nothing but memory."""
 
+import json
+import math
 import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from grpo_ds.core.losses import grpo_loss, token_weights
+from grpo_ds.core.objective import LossType
 from tests.core.test_packing import alone
-from tests.engine_steps import fixed_rollout
+from tests.engine_steps import OBJECTIVE, fixed_rollout
 
 
 def free_port() -> str:
@@ -67,15 +72,14 @@ def test_the_engine_takes_the_step_that_plain_autograd_says(run_steps, tiny_fold
     rollout = fixed_rollout(slice(0, 4))
     done = rollout.completions
     logprobs = alone(model, rollout.prompts, done.ids, done.mask, 259)
-    weights = token_weights(done.mask, sequences=12)
-    terms = grpo_loss(
-        logprobs, logprobs.detach(), rollout.ref_logprobs, rollout.advantages, weights, epsilon=0.2, beta=0.1
-    )
+    weights = token_weights(done.mask, loss_type="grpo", sequences=12, tokens=0, max_completion_length=0)
+    terms = grpo_loss(logprobs, logprobs.detach(), rollout.ref_logprobs, rollout.advantages, weights, OBJECTIVE)
     terms.loss.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     first = run_steps()["history"][0]
     assert first["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
     assert first["loss"] == pytest.approx(float(terms.loss.detach()), abs=1e-5)
+    assert 0 < first["entropy"] < math.log(259)
 
 
 def test_two_ranks_take_the_same_step_as_one(run_steps):
@@ -84,14 +88,52 @@ def test_two_ranks_take_the_same_step_as_one(run_steps):
     assert_same(one, two, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def every_loss(tiny_folder, tmp_path_factory):
+    """A step with every objective, completions of uneven length, some of them not counted: by ranks."""
+    done = {}
+    for ranks in (1, 2):
+        out = tmp_path_factory.mktemp("losses") / "state.pt"
+        run_ranks("engine_losses.py", tiny_folder, out, 74, ranks=ranks)  # two groups a backward, also for bnpo's sake
+        done[ranks] = torch.load(out, weights_only=True)
+    return done
+
+
+@pytest.mark.parametrize("loss_type", get_args(LossType))
+def test_two_ranks_take_the_same_step_as_one_with_every_objective(every_loss, loss_type):
+    one, two = (every_loss[ranks][loss_type] for ranks in (1, 2))
+    assert one["metrics"] == pytest.approx(two["metrics"], rel=1e-4, abs=1e-6)
+    assert_same(one, two, atol=1e-5)
+
+
+def test_ranks_that_draw_different_numbers_of_times_train_together(tiny_folder, tmp_path):
+    run_ranks("trainer_ranks.py", tiny_folder, tmp_path, ranks=2)
+    for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()):
+        assert line["redrawn"] == 3  # three times two groups on rank 0, none on rank 1
+        assert line["frac_reward_zero_std"] == 0.5
+        assert line["reward"] == pytest.approx(1.75)  # 0 and the mean of 0 to 7
+    one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert torch.equal(one["weights"], two["weights"])
+    # Rewards of the batch: eight times 0, and 0 to 7; mean 1.75, squares 140 - 16 x 1.75^2 = 91, over 15.
+    assert not one["advantages"].any()
+    expected = torch.tensor([-1.5, -0.5, 0.5, 1.5] * 2) / ((91 / 15) ** 0.5 + 1e-4)
+    torch.testing.assert_close(two["advantages"], expected)
+
+
+def test_objectives_differ(every_loss):
+    norms = {round(run["metrics"]["grad_norm"], 5) for run in every_loss[1].values()}
+    assert len(norms) == len(get_args(LossType))
+    assert every_loss[1]["grpo"]["metrics"]["clip_fraction"] > 0.1  # or the ratios would not be put to the test
+
+
 def test_a_split_batch_takes_the_same_step_as_a_whole_one(run_steps):
-    one, split = run_steps(), run_steps(pack_tokens=25)
+    one, split = run_steps(), run_steps(pack_tokens=35)
     assert one["history"][0] == pytest.approx(split["history"][0], rel=1e-4, abs=1e-6)
     assert_same(one, split, atol=1e-5)
 
 
 def test_ranks_with_more_and_fewer_backwards_take_the_same_step(run_steps):
-    one, two = run_steps(), run_steps(ranks=2, pack_tokens=25)
+    one, two = run_steps(), run_steps(ranks=2, pack_tokens=35)
     assert one["history"][0] == pytest.approx(two["history"][0], rel=1e-4, abs=1e-6)
     assert_same(one, two, atol=1e-5)
 
@@ -105,8 +147,9 @@ def test_groups_of_equal_rewards_are_left_out_without_a_kl_and_count_all_the_sam
     rollout = fixed_rollout(slice(0, 4), flat=3)
     done = rollout.completions
     logprobs = alone(model, rollout.prompts, done.ids, done.mask, 259)
-    weights = token_weights(done.mask, sequences=12)
-    terms = grpo_loss(logprobs, logprobs.detach(), logprobs, rollout.advantages, weights, epsilon=0.2, beta=0.0)
+    weights = token_weights(done.mask, loss_type="grpo", sequences=12, tokens=0, max_completion_length=0)
+    without_kl = replace(OBJECTIVE, beta=0.0)
+    terms = grpo_loss(logprobs, logprobs.detach(), logprobs, rollout.advantages, weights, without_kl)
     terms.loss.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     assert run_steps(ranks=ranks, flat=3)["history"][0]["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
@@ -126,7 +169,7 @@ def test_the_step_changes_the_weights(run_steps, tiny_folder):
     assert all(not torch.equal(after[name], weight) for name, weight in before.items())
 
 
-@pytest.mark.parametrize("pack_tokens", [0, 25])
+@pytest.mark.parametrize("pack_tokens", [0, 35])
 def test_a_rehearsal_leaves_no_trace(run_steps, pack_tokens):
     plain, rehearsed = (run_steps(steps=2, pack_tokens=pack_tokens, rehearse=r) for r in (0, 1))
     assert plain["history"] == rehearsed["history"]

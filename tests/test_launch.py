@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo_ds.config import CONFIG_FILE, EvaluateConfig, TrainConfig, parse, prompt_recipe, write_config
+from grpo_ds.command_line import parse
+from grpo_ds.config import CONFIG_FILE, EvaluateConfig, TrainConfig, prompt_recipe, write_config
 from grpo_ds.ds_config import resolve_ds_config
 from grpo_ds.errors import MAX_LINES, UsageError
 from grpo_ds.memory.select import Job, fits
@@ -261,6 +262,37 @@ def test_unknown_values_raise_one_error_for_all():
     with pytest.raises(UsageError) as caught:
         parse(TrainConfig, ["--mu", "0", "--batch_size", "0"], about="")
     assert "mu" in str(caught.value) and "batch_size" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--loss_type ppo", ["loss_type", "gspo", "cispo"]),
+        ("--kl_estimator k4", ["kl_estimator", "k3_corrected"]),
+        ("--scale_rewards std", ["scale_rewards", "batch"]),
+        ("--epsilon_high 0", ["epsilon_high is 0"]),
+        ("--epsilon_high .nan", ["epsilon_high is nan"]),
+        ("--delta 1.2", ["delta is 1.2", "1 + epsilon_high, 1.2"]),
+        ("--delta 1.5 --epsilon_high 0.6", ["1 + epsilon_high, 1.6"]),
+        ("--delta 4 --loss_type cispo", ["delta", "cispo"]),
+        ("--overlong_buffer -1", ["overlong_buffer is -1", "max_completion_length"]),
+        ("--overlong_buffer 301", ["overlong_buffer is 301"]),
+        ("--overlong_penalty -1", ["overlong_penalty must be 0 or more"]),
+        ("--dynamic_sampling -1", ["dynamic_sampling must be 0 or more"]),
+        ("--balance_classes maybe", ["balance_classes", "maybe"]),
+    ],
+)
+def test_wrong_settings_of_the_algorithm_are_named(flags, words):
+    with pytest.raises(UsageError) as caught:
+        parse(TrainConfig, flags.split(), about="")
+    message = str(caught.value)
+    assert all(word in message for word in words) and len(message.splitlines()) <= MAX_LINES, message
+
+
+@pytest.mark.parametrize(("flags", "high"), [("--epsilon 0.1", 0.1), ("--epsilon 0.1 --epsilon_high 0.3", 0.3)])
+def test_the_upper_bound_is_the_lower_one_unless_given(flags, high):
+    objective = parse(TrainConfig, flags.split(), about="").config.objective
+    assert (objective.epsilon, objective.epsilon_high) == (0.1, high)
 
 
 def test_the_plan_is_printed_and_nothing_else_is_done(tmp_path):

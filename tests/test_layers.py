@@ -8,10 +8,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "grpo_ds"
 LAYERS = [
     {"errors", "hub"},
     {"core", "task"},
-    {"config", "ds_config", "ds_json", "ds_keys", "machine", "memory", "world"},
+    {"config", "command_line", "ds_config", "ds_json", "ds_keys", "machine", "memory", "world"},
     {"models", "optim"},
     {"sampling"},
-    {"engine", "rollouts"},
+    {"engine", "rollouts", "dynamic_sampling"},
     {"update", "evaluation", "inference"},
     {"report"},
     {"trainer"},
@@ -23,7 +23,7 @@ OWNERS = {
     "wandb": {"report"},
     "rich": {"report"},
     "matplotlib": {"report"},
-    "jsonargparse": {"config"},
+    "jsonargparse": {"command_line"},
 }
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 

@@ -1,6 +1,7 @@
 """The whole trainer on a tiny model: through the real launcher, and learning for real."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -245,6 +246,36 @@ def test_a_tiny_model_learns(tiny_folder, tmp_path):
     assert last > first + 0.3
 
 
+def first_step(folder, tmp_path, **changes):
+    """Metrics of one step on a tiny model, and how far its weights moved."""
+    trainer, train, _ = tiny_trainer(folder, num_steps=1, **changes)
+    before = [p.detach().clone() for p in trainer.engine.model.parameters()]
+    trainer.train(train, tmp_path)
+    moved = max(
+        float((p.detach() - q).abs().max()) for p, q in zip(trainer.engine.model.parameters(), before, strict=True)
+    )
+    trainer.engine.close()
+    return json.loads((tmp_path / "metrics.jsonl").read_text()), moved
+
+
+def test_a_step_with_dapos_four_changes(tiny_folder, tmp_path):
+    metrics, moved = first_step(
+        tiny_folder, tmp_path, loss_type="dapo", epsilon_high=0.28, overlong_buffer=4, dynamic_sampling=2,
+        scale_rewards="batch", beta=0.0,
+    )  # fmt: skip
+    assert moved > 0
+    assert 0 < metrics["entropy"] < math.log(259)
+    assert -1 <= metrics["rewards/overlong"] < 0  # a random model writes to the limit nearly always
+    assert metrics["reward"] == pytest.approx(metrics["rewards/letters"] + metrics["rewards/overlong"])
+    assert metrics["kl"] == 0 and metrics["redrawn"] == 0 and metrics["frac_reward_zero_std"] == 0
+
+
+def test_truncated_completions_neither_train_nor_count(tiny_folder, tmp_path):
+    metrics, moved = first_step(tiny_folder, tmp_path, max_completion_length=2, mask_truncated_completions=True)
+    assert metrics["ended"] == 0  # none of these ends within two tokens, so nothing is left to train on
+    assert moved == metrics["grad_norm"] == metrics["loss"] == metrics["entropy"] == 0
+
+
 class FailsOnce:
     """A full card in mid-flight, which a machine without one cannot have."""
 
@@ -273,7 +304,7 @@ def test_a_phase_that_ran_out_of_memory_is_retried_in_smaller_parts_with_the_sam
     assert (limits.rows, limits.tokens) == (8, 543)
     assert rewards_again == pytest.approx(rewards)
     for one, two in zip(weights, weights_again, strict=True):
-        torch.testing.assert_close(two, one, atol=2e-4, rtol=0)  # of steps of 1e-3, by the order of a sum
+        torch.testing.assert_close(two, one, atol=3e-4, rtol=0)  # of steps of 1e-3, by the order of a sum
 
 
 def test_without_the_flag_the_phase_and_what_helps_are_named(tiny_folder, tmp_path):

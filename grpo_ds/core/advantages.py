@@ -3,17 +3,43 @@
 B completions in groups of G consecutive rows; the rows of a group answer one question.
 """
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-EPS = 1e-4  # keeps a group of equal rewards at advantage 0 instead of 0/0; the value TRL uses
+from grpo_ds.core.objective import RewardScale
+
+EPS = 1e-4  # of a deviation: a group whose rewards hardly differ is not blown up; the value TRL uses
 
 
-def group_advantages(rewards: Float[Tensor, " B"], *, group_size: int) -> Float[Tensor, " B"]:
-    """Standardise each reward within its group: (reward - mean) / (std + EPS).
+def group_advantages(
+    rewards: Float[Tensor, " B"],
+    *,
+    group_size: int,
+    scale: RewardScale = "group",
+    step_rewards: Float[Tensor, " N"] | None = None,
+) -> Float[Tensor, " B"]:
+    """Centre each reward on its group and scale it: (reward - mean) / (std + EPS); exactly 0 where all are equal.
 
-    Source: DeepSeekMath (Shao et al. 2024), section 4.1.2, outcome supervision.
+    scale: "group" divides by the group's deviation (DeepSeekMath, Shao et al. 2024, section 4.1.2), "batch" by that
+    of `step_rewards`, the rewards of all ranks (Liu et al. 2025, "Tricks or Traps"), "none" by nothing (Dr. GRPO,
+    Liu et al. 2025, section 3.2).
     """
     groups = rewards.view(-1, group_size)  # [Q, G]
-    centred = groups - groups.mean(dim=1, keepdim=True)
-    return (centred / (groups.std(dim=1, keepdim=True) + EPS)).flatten()
+    equal = (groups == groups[:, :1]).all(dim=1, keepdim=True)
+    # A mean is rounded: without this, equal rewards of 2.4 leave 1e-7, which EPS makes 1e-3.
+    centred = (groups - groups.mean(dim=1, keepdim=True)).masked_fill(equal, 0)
+    if scale == "none":
+        return centred.flatten()
+    if scale == "batch":
+        std = (rewards if step_rewards is None else step_rewards).std()
+    else:
+        std = groups.std(dim=1, keepdim=True)
+    return (centred / (std + EPS)).flatten()
+
+
+def overlong(lengths: Int[Tensor, " B"], *, max_length: int, buffer: int) -> Float[Tensor, " B"]:
+    """0 up to max_length - buffer tokens, from there linearly down to -1 at max_length (DAPO, Yu et al. 2025, eq. 13).
+
+    buffer: tokens, from 1 to max_length.
+    """
+    return ((max_length - buffer - lengths) / buffer).clamp(-1, 0)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,7 +25,10 @@ class LogprobModel(nn.Module):
     """`model` as PackedRows -> [B, C] fp32 log-probs, 0 where masked.
 
     vocab_size: ids the tokenizer knows; the head's padding rows above it take no part.
+    In training mode `entropies` holds those of the last call: [B, C] in nats, without gradient, 0 where masked.
     """
+
+    entropies: Tensor
 
     def __init__(self, model: PreTrainedModel, *, vocab_size: int, temperature: float, chunk_mib: float) -> None:
         super().__init__()
@@ -45,14 +48,23 @@ class LogprobModel(nn.Module):
         # A prompt's last position predicts the first token of all G completions. The backward of plain indexing adds
         # such gradients in whatever order the threads come; that of an embedding adds them in one order.
         chosen = F.embedding(sources, hidden.flatten(0, 1))
-        logprobs = token_logprobs(chosen, self.head, targets, **self.options)
-        return torch.zeros(rows.mask.shape, device=logprobs.device).masked_scatter(rows.mask, logprobs)
+        if not self.training:
+            return _at_mask(token_logprobs(chosen, self.head, targets, **self.options), rows.mask)
+        # Kept here and not returned: DeepSpeed would hook a second output's gradient, and it has none.
+        logprobs, entropies = token_logprobs(chosen, self.head, targets, **self.options, entropy=True)
+        self.entropies = _at_mask(entropies, rows.mask)
+        return _at_mask(logprobs, rows.mask)
 
     @property
     def head(self) -> HeadRows:
         """The rows of the output embedding: its weight, or a module that keeps them in 8 bits."""
         head = self.model.get_output_embeddings()
         return head if isinstance(head, Int8Rows) else head.weight
+
+
+def _at_mask(values: Float[Tensor, " N"], mask: Bool[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+    """`values` in their places, 0 elsewhere."""
+    return torch.zeros(mask.shape, device=values.device).masked_scatter(mask, values)
 
 
 def check_plain_head(model: PreTrainedModel) -> None:

@@ -84,18 +84,27 @@ def split_questions(
     return [q for q in mixed if q.id not in held_out], [q for q in mixed if q.id in held_out]
 
 
-def questions_at(step: int, questions: Sequence[Question], *, per_step: int, seed: int) -> list[Question]:
+def questions_at(
+    step: int, questions: Sequence[Question], *, per_step: int, seed: int, balanced: bool = False
+) -> list[Question]:
     """The questions of one step (from 0), for all ranks together.
 
-    Steps take `per_step` at a time from an endless row of epochs; epoch e is a permutation seeded by (seed, e),
+    Steps take `per_step` places at a time of an endless row of epochs; epoch e is a permutation seeded by (seed, e),
     so within an epoch each question comes once, and a step may straddle two.
+    balanced: the places go to the classes in turn, each with a row of epochs of its own: no step's classes differ by
+    more than one question, and questions of a smaller class come round more often.
     """
-    count = len(questions)
-    places = range(step * per_step, (step + 1) * per_step)
-    return [questions[_permutation(count, seed, place // count)[place % count]] for place in places]
+    labels = sorted({question.label for question in questions})
+    rows = [[q for q in questions if q.label == label] for label in labels] if balanced else [questions]
+    asked = []
+    for place in range(step * per_step, (step + 1) * per_step):
+        turn, kind = divmod(place, len(rows))
+        count = len(rows[kind])
+        asked.append(rows[kind][_permutation(count, seed, turn // count)[turn % count]])
+    return asked
 
 
-@lru_cache(maxsize=2)  # a step straddles at most two epochs of any sensible size
+@lru_cache(maxsize=8)  # a step straddles at most two epochs of any sensible size, of each class
 def _permutation(count: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(Random(f"{seed}/{epoch}").sample(range(count), count))
 

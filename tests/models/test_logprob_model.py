@@ -4,11 +4,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
 
-from grpo_ds.core.packing import pack
 from grpo_ds.models.logprob_model import LogprobModel
 from tests.conftest import tiny_config
 from tests.core.test_logprobs import LargestTensor
-from tests.core.test_packing import alone, make_groups
+from tests.core.test_packing import alone, make_groups, pack
 
 SIZE = {"vocab_size": 272, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODELS = {
@@ -63,3 +62,20 @@ def test_the_same_rows_give_the_same_gradients_bit_by_bit():
         policy(rows).sum().backward()
         seen.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
     assert all(torch.equal(gradient, seen[0]) for gradient in seen)
+
+
+def test_training_leaves_the_policys_entropies_behind():
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(tiny_config()).train()
+    policy = LogprobModel(model, vocab_size=259, temperature=2.0, chunk_mib=1)
+    (prompt,), ids, mask = make_groups([11], [[4, 1, 7]])
+    rows = pack([prompt], ids, mask, pad_id=0)
+    policy(rows)
+    kept = policy.entropies
+    for b, length in enumerate((4, 1, 7)):
+        logits = model(torch.cat([prompt, ids[b, :length]])[None]).logits[0, len(prompt) - 1 : -1, :259]
+        expected = torch.distributions.Categorical(logits=logits / 2.0).entropy()
+        torch.testing.assert_close(kept[b, :length], expected, atol=1e-5, rtol=1e-5)
+    assert not kept.requires_grad and not kept[~mask].any()
+    policy.eval()(rows)
+    assert policy.entropies is kept  # a reference never pays for them

@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
 
-from grpo_ds.core.packing import pack
 from grpo_ds.errors import UsageError
 from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.models.quantized import dequantize, quantize
 from grpo_ds.models.reference import Reference, kl_floor
 from tests.conftest import tiny_config
+from tests.core.test_packing import pack
 
 
 def rows(vocab=250):

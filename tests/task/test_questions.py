@@ -117,6 +117,35 @@ def test_epochs_and_seeds_differ_in_their_order():
     assert first != second and first != other_seed and first != ids(questions)
 
 
+@settings(deadline=None)  # the cores are shared
+@given(
+    st.dictionaries(st.sampled_from(["yes", "no", "maybe"]), st.integers(1, 12), min_size=1),
+    st.integers(1, 9),
+    st.integers(0, 9),
+)
+def test_balanced_steps_alternate_between_classes_and_leave_no_question_out(counts, per_step, seed):
+    questions = make_questions(**counts)
+    largest = max(counts.values())
+    steps = -(-largest * len(counts) // per_step)  # enough for an epoch of the largest class
+    asked = [questions_at(step, questions, per_step=per_step, seed=seed, balanced=True) for step in range(steps)]
+    for step in asked:
+        by_label = [sum(q.label == label for q in step) for label in counts]
+        assert max(by_label) - min(by_label) <= 1
+    row = [question for step in asked for question in step]
+    for label, count in counts.items():
+        turns = [q.id for q in row if q.label == label]
+        for first in range(0, len(turns) - count + 1, count):
+            assert len(set(turns[first : first + count])) == count  # no question twice before all had their turn
+    assert {q.id for q in row} == set(ids(questions))
+
+
+def test_a_balanced_step_is_a_function_of_step_and_seed_alone():
+    questions = make_questions(yes=20, no=7)
+    forward = [ids(questions_at(step, questions, per_step=3, seed=1, balanced=True)) for step in range(30)]
+    order = random.Random(0).sample(range(30), 30)
+    assert all(ids(questions_at(s, questions, per_step=3, seed=1, balanced=True)) == forward[s] for s in order)
+
+
 # Real data.
 
 

@@ -218,3 +218,10 @@ def test_after_a_call_alarms_are_as_they_were(alarm):
         assert signal.getsignal(signal.SIGALRM) == handler
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def test_a_reward_that_no_text_decides_is_added_and_reported():
+    rewards = score(["yes", "no"], [YES_QUESTION] * 2, functions=default_functions())
+    more = rewards.plus("overlong", [-0.5, 0.0])
+    assert more.total == [-0.5, 0.0]
+    assert more.by_name == {**rewards.by_name, "overlong": [-0.5, 0.0]}

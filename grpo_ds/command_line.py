@@ -1,0 +1,90 @@
+"""argv and YAML to a checked config: jsonargparse, with errors that fit six lines.
+
+Nothing heavy is imported here: --help and a mistyped flag are answered at once.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Generic, TypeVar, get_args
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from grpo_ds.config import AskConfig, ReferenceKind
+from grpo_ds.core.objective import KlEstimator, LossType, RewardScale
+from grpo_ds.errors import UsageError, one_error
+from grpo_ds.task.scoring import OnRewardError
+
+ConfigType = TypeVar("ConfigType", bound=AskConfig)
+
+
+@dataclass(frozen=True)
+class Parsed(Generic[ConfigType]):
+    """What the command line and its YAML file said."""
+
+    config: ConfigType
+    typed: frozenset[str]  # names given by the person, not by a default or a recipe
+    extra: dict[str, str | None]  # the script's own flags
+
+
+def parse(
+    config_type: type[ConfigType],
+    argv: list[str],
+    *,
+    about: str,
+    recipe: Mapping[str, Any] | None = None,
+    extra: dict[str, str] | None = None,
+) -> Parsed[ConfigType]:
+    """argv -> a checked config. Raises UsageError, one for all that is wrong.
+
+    recipe: defaults that suit the model. extra: flags of one script alone, name -> meaning, strings.
+    """
+    names = {knob.name for knob in fields(config_type)}
+    parser = _parser(config_type, about, {k: v for k, v in (recipe or {}).items() if k in names}, extra or {})
+    _check_names(argv, {*names, *(extra or {}), "config", "local_rank", "help"})
+    try:
+        values = parser.parse_args(argv).as_dict()
+        typed = parser.parse_args(argv, defaults=False).as_dict()
+    except (ArgumentError, ValueError, OSError) as error:
+        raise UsageError(_shortened(str(error), names)) from None
+    config = config_type(**{name: values[name] for name in names})
+    if problems := config.problems():
+        raise one_error(UsageError, "These settings cannot work:", problems)
+    return Parsed(config, frozenset(typed) & names, {name: values[name] for name in extra or {}})
+
+
+def _parser(config_type: type, about: str, recipe: dict[str, Any], extra: dict[str, str]) -> ArgumentParser:
+    parser = ArgumentParser(description=about, exit_on_error=False, allow_abbrev=False, default_env=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the flags below")
+    parser.add_argument("--local_rank", type=int, default=0, help="==SUPPRESS==")  # the deepspeed launcher adds it
+    for name, meaning in extra.items():
+        parser.add_argument(f"--{name}", type=str | None, default=None, help=meaning)
+    for knob in fields(config_type):
+        default = recipe.get(knob.name, knob.default)
+        switch: dict[str, Any] = {"nargs": "?", "const": True} if knob.type in (bool, bool | None) else {}
+        parser.add_argument(f"--{knob.name}", type=knob.type, default=default, help=knob.metadata["help"], **switch)
+    return parser
+
+
+def _check_names(argv: list[str], known: set[str]) -> None:
+    """A mistyped flag names the nearest real one; all of them in one error."""
+    given = [word[2:].split("=")[0] for word in argv if word.startswith("--") and len(word) > 2]
+    problems = []
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+            problems.append(f"--{name}: did you mean --{close[0]}?" if close else f"--{name} is no flag of this script")
+    if problems:
+        raise one_error(UsageError, "Unknown flags:", problems, "--help lists them all.")
+
+
+def _shortened(message: str, known: set[str]) -> str:
+    """jsonargparse's message in five lines, with the choices of a Literal in plain words and a likely name."""
+    if unknown := re.fullmatch(r"Option '(\S+)' is not accepted", message.strip()):
+        close = difflib.get_close_matches(unknown[1], known, n=1)
+        message = f"The --config file: {unknown[1]} is no flag{f'; did you mean {close[0]}?' if close else ''}"
+    for choices in (ReferenceKind, LossType, KlEstimator, RewardScale, OnRewardError):
+        message = message.replace(str(choices), " | ".join(get_args(choices)))
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return "\n".join([*(line[:200] for line in lines[:5]), "--help lists every flag and its default."])
