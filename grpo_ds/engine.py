@@ -122,12 +122,13 @@ class Engine:
         return self._engine.get_lr()[0]
 
     def save_checkpoint(self, folder: Path, tag: str) -> None:
-        """DeepSpeed's shards of weights and optimizer state in folder/tag; every rank calls it."""
-        self._engine.save_checkpoint(str(folder), tag=tag)
+        """DeepSpeed's shards of trained weights and optimizer state in folder/tag; every rank calls it."""
+        self._engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
 
     def load_checkpoint(self, folder: Path, tag: str) -> None:
         """What save_checkpoint wrote; every rank calls it. Raises GrpoError where DeepSpeed would go on without."""
-        found, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        whole = all(parameter.requires_grad for parameter in self.policy.parameters())  # an adapter's base is not in it
+        found, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=whole)
         if found is None:
             raise GrpoError(f"{folder / tag} holds no DeepSpeed checkpoint of this run; nothing was loaded.")
 

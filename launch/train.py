@@ -16,8 +16,8 @@ from grpo_ds.errors import UsageError, run_script
 from grpo_ds.machine import cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.memory.plan import Plan, Where
 from grpo_ds.memory.select import Job
-from grpo_ds.memory.shape import shape_of
-from grpo_ds.models.presets import Choice, choose_model
+from grpo_ds.memory.shape import adapter_base, shape_of
+from grpo_ds.models.presets import Choice, choose_model, lora_recipe
 from grpo_ds.report.trackers import check_trackers
 from grpo_ds.task.questions import QuestionSet, read_questions, split_questions
 
@@ -95,8 +95,22 @@ def settle(argv: list[str]) -> Settled:
     choice = choose_model(
         asked.config.model, gpu_gib=gpu, ram_gib=ram, run=lambda: (asked.config, resolved(asked.config))
     )
-    config = parse(TrainConfig, [*argv, "--model", choice.model], about=__doc__, recipe=choice.recipe).config
-    job = Job(shape_of(config.model), config, resolved(config), "cuda" if gpu else "cpu")
+    recipe = lora_recipe(choice.recipe, asked.config)
+    config = parse(TrainConfig, [*argv, "--model", choice.model], about=__doc__, recipe=recipe).config
+    if config.lora_r and (base := adapter_base(config.model)):
+        raise UsageError(
+            f"--model {config.model} is an adapter on {base}, and a second one needs an ordinary model below it.\n"
+            "Name the merged model of that run (--merge_adapter writes one into its folder merged), or --lora_r 0,\n"
+            "which merges the adapter on loading and trains all parameters."
+        )
+    shape, longest = shape_of(config.model), config.max_prompt_length + config.max_completion_length
+    if shape.positions and longest > shape.positions:
+        raise UsageError(
+            f"--model {config.model} has learned {shape.positions} positions, and --max_prompt_length "
+            f"{config.max_prompt_length} and\n--max_completion_length {config.max_completion_length} make {longest}. "
+            f"Try --max_prompt_length {max(1, shape.positions - config.max_completion_length)}."
+        )
+    job = Job(shape, config, resolved(config), "cuda" if gpu else "cpu")
     return Settled(choice, config, job, job.plan(), gpu, ram)
 
 

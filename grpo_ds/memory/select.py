@@ -83,7 +83,9 @@ def _more_than(flag: str, value: float, cost: str) -> Remedy:
 
 
 def _another_reference(kind: str, cost: str) -> Remedy:
-    other = lambda job: job.config.beta > 0 and job.config.reference != kind  # noqa: E731
+    def other(job: Job) -> bool:  # with LoRA it is the policy's own base, which nothing can make smaller
+        return job.config.beta > 0 and job.config.reference_kind not in (kind, "adapter")
+
     return Remedy(f"--reference {kind}", cost, other, flags={"reference": kind})
 
 
@@ -161,11 +163,11 @@ class Candidate:
 
     @property
     def reference(self) -> str:
-        return self.job.config.reference if self.job.config.beta else "none"
+        return self.job.config.reference_kind if self.job.config.beta else "none"
 
     def command(self, typed: str = "") -> str:
         """The command line that runs it."""
-        flags = {"none": " --beta 0", "int8": ""}.get(self.reference, f" --reference {self.reference}")
+        flags = {"none": " --beta 0", "int8": "", "adapter": ""}.get(self.reference, f" --reference {self.reference}")
         return f"deepspeed launch/train.py --model {self.job.shape.name} --ds {self.ds_file}{flags}{typed}"
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo_ds.core.logprobs import HeadRows, token_logprobs
-from grpo_ds.core.packing import PackedRows
+from grpo_ds.core.packing import PADDING, PackedRows, pack
 from grpo_ds.errors import UsageError
 from grpo_ds.models.quantized import Int8Rows
 
@@ -31,15 +31,15 @@ class LogprobModel(nn.Module):
         super().__init__()
         check_plain_head(model)
         self.model = model
+        self.packs = True  # or not: then rows hold one completion each, and the plain causal mask is right
         self.options: dict[str, Any] = {"vocab_size": vocab_size, "temperature": temperature, "chunk_mib": chunk_mib}
 
     def forward(self, rows: PackedRows) -> Float[Tensor, "B C"]:
-        hidden = self.model.base_model(
-            input_ids=rows.input_ids,
-            attention_mask=rows.attention_mask(),
-            position_ids=rows.position_ids,
-            use_cache=False,
-        ).last_hidden_state
+        if self.packs:
+            layout = {"attention_mask": rows.attention_mask(), "position_ids": rows.position_ids}
+        else:
+            layout = {"attention_mask": rows.segments != PADDING}
+        hidden = self.model.base_model(input_ids=rows.input_ids, use_cache=False, **layout).last_hidden_state
         # Only the positions that predict a counted token go through the head.
         sources, targets = rows.sources[rows.mask], rows.targets[rows.mask]
         # A prompt's last position predicts the first token of all G completions. The backward of plain indexing adds
@@ -53,6 +53,32 @@ class LogprobModel(nn.Module):
         """The rows of the output embedding: its weight, or a module that keeps them in 8 bits."""
         head = self.model.get_output_embeddings()
         return head if isinstance(head, Int8Rows) else head.weight
+
+
+PROBE_TOLERANCE = 1e-3  # masked keys add exactly 0; rounding may come from kernels that sum in another order
+
+
+@torch.no_grad()
+def why_not_packed(policy: LogprobModel, *, longest: int) -> str | None:
+    """What keeps this model from packed rows, found out on one: does a completion stay blind to its sibling?
+
+    longest: tokens of a prompt with its completion. None: nothing does.
+    """
+    config, device = policy.model.config, policy.model.device
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    if window and slides and window < longest:
+        return f"its attention slides over {window} tokens, fewer than the {longest} of a prompt and its completion"
+    prompt, mask = torch.tensor([1, 2, 3], device=device), torch.ones(2, 3, dtype=torch.bool, device=device)
+    try:
+        alone, beside = (
+            policy(pack([prompt], torch.tensor([sibling, [4, 5, 6]], device=device), mask, pad_id=0))[1]
+            for sibling in ([4, 5, 6], [9, 8, 7])
+        )
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0][:100]
+    seen = float((alone - beside).abs().max())
+    return None if seen <= PROBE_TOLERANCE else "its attention does not follow the packed mask"
 
 
 def check_plain_head(model: PreTrainedModel) -> None:
