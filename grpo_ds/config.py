@@ -100,9 +100,7 @@ class TrainConfig(EvaluateConfig):
     learning_rate: float = knob(1e-6, "of 8-bit AdamW; constant")
     weight_decay: float = knob(0.0, "of 8-bit AdamW")
     max_grad_norm: float = knob(1.0, "gradients are clipped to this norm; 0 turns clipping off")
-    reference: ReferenceKind = knob(
-        "auto", "int8 (auto), llm.int8, bf16, bf16-cpu; with LoRA the policy's own base"
-    )
+    reference: ReferenceKind = knob("auto", "int8 (auto), llm.int8, bf16, bf16-cpu; with LoRA the policy's own base")
     sync_ref_model: bool = knob(False, "move the reference towards the policy every ref_model_sync_steps steps")
     ref_model_mixup_alpha: float = knob(0.6, "alpha policy + (1 - alpha) reference; 1 remakes it; less is for bf16")
     ref_model_sync_steps: int = knob(512, "steps between two such moves")

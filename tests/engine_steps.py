@@ -1,6 +1,6 @@
 """Run by test_engine.py in processes of their own: optimizer steps on fixed completions, under real DeepSpeed.
 
-usage: engine_steps.py MODEL_FOLDER OUT_FILE STEPS MICRO_GROUPS MU REHEARSE
+usage: engine_steps.py MODEL_FOLDER OUT_FILE STEPS MICRO_GROUPS MU REHEARSE LORA_R
 """
 
 import json
@@ -16,6 +16,7 @@ from grpo_ds.ds_config import DsSizes, resolve_ds_config
 from grpo_ds.engine import Engine
 from grpo_ds.memory.phases import Profiler
 from grpo_ds.models.logprob_model import LogprobModel
+from grpo_ds.models.lora import add_adapter
 from grpo_ds.models.policy import load_policy
 from grpo_ds.rollouts import Rollout
 from grpo_ds.sampling import Completions
@@ -52,13 +53,15 @@ def fixed_rollout(questions: slice) -> Rollout:
     )
 
 
-def main(folder: str, out: str, steps: int, micro_groups: int, mu: int, rehearse: int) -> None:
+def main(folder: str, out: str, steps: int, micro_groups: int, mu: int, rehearse: int, lora_r: int) -> None:
     here = world.start()
     share = QUESTIONS // here.size
     json_file = Path(out).with_suffix(f".ds{here.rank}.json")
     json_file.write_text(json.dumps(DS), encoding="utf-8")
     sizes = DsSizes(1e-3, 0.0, 0.0, 0, steps, share * GROUP, here.size)
     model = load_policy(folder, dtype=torch.float32, checkpointing=True)
+    if lora_r:
+        add_adapter(model, r=lora_r, alpha=8.0, targets=["all-linear"], base=folder, seed=here.rank)
     policy = LogprobModel(model, vocab_size=259, temperature=1.0, chunk_mib=1)
     engine = Engine(policy, resolve_ds_config(json_file, fill=sizes))
     rollout = fixed_rollout(slice(here.rank * share, (here.rank + 1) * share))

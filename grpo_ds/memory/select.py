@@ -148,6 +148,15 @@ REMEDIES = (
     _more_than("max_completion_length", 200, "shorter answers"),
     _more_than("max_prompt_length", 512, "shorter contexts"),
     _more_than("num_generations", 2, "the smallest group"),
+    Remedy(
+        "--lora_r 16", "an adapter in place of all parameters", lambda job: not job.config.lora_r, flags={"lora_r": 16}
+    ),
+    Remedy(
+        "--load_in_4bit true",
+        "a frozen base in 4 bits",
+        lambda job: job.config.lora_r > 0 and job.config.base_bits > 4,
+        flags={"load_in_4bit": True, "load_in_8bit": False},
+    ),
     Remedy("--beta 0", "no KL to a reference", lambda job: job.config.beta > 0, flags={"beta": 0.0}),
 )
 

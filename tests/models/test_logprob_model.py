@@ -2,10 +2,20 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from grpo_ds.core.packing import pack
-from grpo_ds.models.logprob_model import LogprobModel
+from grpo_ds.models.logprob_model import LogprobModel, why_not_packed
 from tests.conftest import tiny_config
 from tests.core.test_logprobs import LargestTensor
 from tests.core.test_packing import alone, make_groups
@@ -14,9 +24,42 @@ SIZE = {"vocab_size": 272, "hidden_size": 64, "intermediate_size": 96, "num_hidd
 MODELS = {
     "qwen2": lambda: Qwen2ForCausalLM(tiny_config()),
     "qwen2 with a head of its own": lambda: Qwen2ForCausalLM(tiny_config(tie_word_embeddings=False)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZE, num_key_value_heads=2, head_dim=32)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZE)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=272, n_embd=64, n_layer=2, n_head=4)),
 }
+
+
+OTHERS = {  # config -> what keeps it from packed rows
+    "opt": ({**SIZE, "ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 128}, None),
+    "mistral": ({**SIZE, "num_key_value_heads": 2, "sliding_window": 4096}, None),  # wider than any row of 30
+    "gemma3_text": ({**SIZE, "head_dim": 16, "sliding_window": 8}, "slides over 8 tokens"),
+    "gpt_neo": ({"attention_types": [[["global", "local"], 1]], "window_size": 8}, "does not follow"),
+    "mpt": ({"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}, "does not follow"),  # ALiBi
+    "bloom": ({"hidden_size": 64, "n_layer": 2, "n_head": 4}, "unpack"),  # takes masks [Q, P] alone
+    "mamba": ({"hidden_size": 64, "num_hidden_layers": 2}, "size of tensor"),  # no attention at all
+}
+OTHERS["gpt_neo"][0].update(hidden_size=64, num_layers=2, num_heads=4)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_model_that_cannot_pack_is_found_out_and_gets_padded_rows(kind):
+    config, reason = OTHERS[kind]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**config, "vocab_size": 272})).eval()
+    policy = LogprobModel(model, vocab_size=259, temperature=1.0, chunk_mib=1)
+    found = why_not_packed(policy, longest=30)
+    assert (found is None) if reason is None else (reason in str(found))
+    policy.packs = found is None
+    prompts, ids, mask = make_groups([11, 5], [[4, 1, 7], [6, 6, 2]])
+    rows = pack([prompt for prompt in prompts for _ in range(1 if policy.packs else 3)], ids, mask, pad_id=0)
+    torch.testing.assert_close(policy(rows), alone(model, prompts, ids, mask, 259), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_families_we_name_pack(name):
+    policy = LogprobModel(MODELS[name]().eval(), vocab_size=259, temperature=1.0, chunk_mib=1)
+    assert why_not_packed(policy, longest=100_000) is None
 
 
 @pytest.mark.parametrize("name", MODELS)

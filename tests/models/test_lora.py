@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Qwen2ForCausalLM
 
@@ -73,16 +74,36 @@ def test_a_new_adapter_changes_nothing_and_is_all_that_is_trained(folders, famil
     assert all(p.grad is None for p in policy.parameters() if not p.requires_grad)
 
 
-@pytest.mark.parametrize("target", ["all-linear", "up_proj", "q_proj,v_proj", "c_attn", "c_proj"])
-@pytest.mark.parametrize("family", FAMILIES)
+COUNTS = [(family, "all-linear") for family in FAMILIES]
+COUNTS += [("qwen2", "up_proj"), ("qwen2", "q_proj,v_proj"), ("llama", "down_proj"), ("gpt2", "c_attn")]
+COUNTS += [("gpt2", "c_proj,c_fc")]  # of which attention and MLP have one each
+
+
+@pytest.mark.parametrize(("family", "target"), COUNTS)
 def test_the_plan_counts_the_parameters_that_peft_trains(folders, family, target):
-    shape, names = shape_of(str(folders[family])), target.split(",")
-    if (family == "gpt2") == ("_proj" in target and target != "c_proj") and target != "all-linear":
-        with pytest.raises(UsageError, match=r"lora_target.*\n.*all-linear"):
-            shape.lora_parameters(4, names)
-    elif (family == "gpt2") or not target.startswith("c_"):
-        policy = policy_on(folders[family], lora_target=target)
-        assert shape.lora_parameters(4, names) == sum(p.numel() for p in trained(policy).values())
+    policy = policy_on(folders[family], lora_target=target)
+    counted = shape_of(str(folders[family])).lora_parameters(4, target.split(","))
+    assert counted == sum(p.numel() for p in trained(policy).values())
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens", "c_attn", "q_proj,nothing"])
+def test_layers_that_cannot_have_an_adapter_are_named(folders, target):
+    with pytest.raises(UsageError, match=rf"{target.split(',')[-1]}, which no block.*\n.*q_proj.*all-linear"):
+        shape_of(str(folders["qwen2"])).lora_parameters(4, target.split(","))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_plan_counts_the_bytes_of_the_frozen_base(folders, family, bits):
+    model = load_policy(str(folders[family]), dtype=torch.float32, checkpointing=False, bits=bits)
+    LogprobModel(model, vocab_size=259, temperature=1.0, chunk_mib=1)(rows())  # LLM.int8 settles at its first product
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    for parameter in model.parameters():
+        if state := getattr(parameter, "quant_state", None):  # NF4's codes and scales, beside tables of fixed size
+            size += state.absmax.nbytes + state.state2.absmax.nbytes
+    size += sum(module.state.SCB.nbytes for module in model.modules() if isinstance(module, Linear8bitLt))
+    # A layer's last block of scales is not full: 3 bytes of each of these tiny layers.
+    assert shape_of(str(folders[family])).base_bytes(bits, 4) == pytest.approx(size, rel=1e-3 if bits == 4 else 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -67,6 +67,22 @@ def test_a_fresh_reference_is_close_to_the_policy_and_frozen(tiny_model, kind):
     assert not any(p.requires_grad for p in reference.model.parameters())
 
 
+@pytest.mark.parametrize("kind", ["bf16", "bf16-cpu"])
+def test_mixing_moves_every_weight_by_alpha(tiny_model, kind):
+    policy = as_policy(tiny_model)
+    reference = Reference(policy, kind)
+    before = {name: p.clone() for name, p in reference.model.named_parameters()}
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(1.0)
+    reference.mix(policy, 0.25)
+    assert before.keys() == dict(policy.named_parameters()).keys()
+    for name, parameter in reference.model.named_parameters():
+        torch.testing.assert_close(parameter, before[name] + 0.25)
+    reference.mix(policy, 1.0)
+    torch.testing.assert_close(reference(rows()), policy(rows()).detach())
+
+
 def test_int8_costs_about_a_byte_a_weight_with_a_tied_head_kept_once():
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(tiny_config()).to(torch.bfloat16)
