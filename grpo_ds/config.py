@@ -105,7 +105,7 @@ class TrainConfig(EvaluateConfig):
     ref_model_mixup_alpha: float = knob(0.6, "alpha policy + (1 - alpha) reference; 1 remakes it; less is for bf16")
     ref_model_sync_steps: int = knob(512, "steps between two such moves")
     lora_r: int = knob(0, "rank of a LoRA adapter, trained on a frozen base; 0: train all parameters")
-    lora_alpha: float = knob(32.0, "the adapter's update is scaled by lora_alpha / lora_r")
+    lora_alpha: int = knob(32, "the adapter's update is scaled by lora_alpha / lora_r")
     lora_target: str = knob("all-linear", "layers that get one: all-linear, or names as q_proj,v_proj")
     load_in_4bit: bool = knob(False, "QLoRA: the frozen base in 4 bits (NF4), about a quarter of its memory")
     load_in_8bit: bool = knob(False, "the frozen base in 8 bits (LLM.int8), about half of its memory")
@@ -150,7 +150,7 @@ class TrainConfig(EvaluateConfig):
 
     def _lora_problems(self) -> Iterator[tuple[bool, str]]:
         yield self.lora_r < 0, f"lora_r is {self.lora_r}; it must be 0 (no adapter) or more"
-        yield self.lora_alpha <= 0, f"lora_alpha is {self.lora_alpha:g}; it must be more than 0"
+        yield self.lora_alpha <= 0, f"lora_alpha is {self.lora_alpha}; it must be more than 0"
         yield not all(self.lora_targets), "lora_target is all-linear or names without gaps: q_proj,v_proj"
         yield self.load_in_4bit and self.load_in_8bit, "load_in_4bit and load_in_8bit exclude each other"
         for name in ("load_in_4bit", "load_in_8bit", "merge_adapter"):

@@ -148,12 +148,23 @@ def first_lines(settled: Settled, questions: QuestionSet, train: int, held_out: 
     per_step = f"{config.batch_size} questions x {config.num_generations} completions of at most"
     precision = "bf16" if ds.bf16 else "fp32, as bf16 is off in the JSON or not native to this CPU"
     return [
-        f"Model: {config.model} ({choice.why}), in {precision}",
+        f"Model: {config.model} ({choice.why}), in {precision}{adapter_line(settled)}",
         f"Data: {questions.source}{f' ({left_out})' if left_out else ''}; {train} to train on, {held_out} held out",
         f"Plan: {config.total_steps} steps of {per_step} {config.max_completion_length} tokens; "
         f"learning rate {ds.learning_rate:g}, beta {config.beta:g}, seed {config.seed}",
         in_a_line(settled.job, settled.plan, settled.gpu_gib, settled.ram_gib),
     ]
+
+
+def adapter_line(settled: Settled) -> str:
+    """How much of the model an adapter trains, upon what."""
+    config, shape = settled.config, settled.job.shape
+    if not config.lora_r:
+        return ""
+    trained = shape.lora_parameters(config.lora_r, config.lora_targets)
+    base = f"a base in {config.base_bits} bits" if config.base_bits < 16 else "a frozen base"
+    share = f"{trained / 1e6:.1f} M beside {shape.parameters / 1e6:.0f} M parameters"
+    return f"; a LoRA adapter of rank {config.lora_r} on {base}, {share}"
 
 
 if __name__ == "__main__":

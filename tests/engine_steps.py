@@ -61,7 +61,7 @@ def main(folder: str, out: str, steps: int, micro_groups: int, mu: int, rehearse
     sizes = DsSizes(1e-3, 0.0, 0.0, 0, steps, share * GROUP, here.size)
     model = load_policy(folder, dtype=torch.float32, checkpointing=True)
     if lora_r:
-        add_adapter(model, r=lora_r, alpha=8.0, targets=["all-linear"], base=folder, seed=here.rank)
+        add_adapter(model, r=lora_r, alpha=8, targets=["all-linear"], base=folder, seed=here.rank)
     policy = LogprobModel(model, vocab_size=259, temperature=1.0, chunk_mib=1)
     engine = Engine(policy, resolve_ds_config(json_file, fill=sizes))
     rollout = fixed_rollout(slice(here.rank * share, (here.rank + 1) * share))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from grpo_ds.config import TrainConfig, parse
+from grpo_ds.ds_config import resolve_ds_config
 from grpo_ds.errors import MAX_LINES, UsageError
 from grpo_ds.models.presets import EMBEDDED, choose_model
 
@@ -210,6 +211,12 @@ def test_more_tokens_than_learned_positions_are_refused(tmp_path):
     json_file(tmp_path, {"model_type": "gpt2", **shape}, "config.json")
     check(launch("--model", tmp_path, "--plan"), 2, ["1024 positions", "1068", "--max_prompt_length 724"])
     assert launch("--model", tmp_path, "--plan", "--max_prompt_length", "724").returncode == 0
+
+
+def test_an_adapter_on_four_bits_brings_a_larger_model():
+    config = TrainConfig(lora_r=16, load_in_4bit=True)
+    ds = resolve_ds_config(ROOT / config.ds, fill=config.ds_sizes(bf16=True))
+    assert choose_model("auto", gpu_gib=16, ram_gib=32, run=lambda: (config, ds)).model == "qwen2.5-7b"
 
 
 def test_unknown_values_raise_one_error_for_all():

@@ -17,7 +17,7 @@ ADAPTER = "default"  # what peft calls an adapter that was given no name
 
 
 def add_adapter(
-    model: PreTrainedModel, *, r: int, alpha: float, targets: Sequence[str], base: str, seed: int = 0
+    model: PreTrainedModel, *, r: int, alpha: int, targets: Sequence[str], base: str, seed: int = 0
 ) -> None:
     """Freeze `model` and add alpha / r * B A to each targeted weight; B starts at 0, so nothing changes yet.
 
@@ -25,7 +25,7 @@ def add_adapter(
     """
     config = LoraConfig(
         r=r,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # a number; peft only divides it by r
+        lora_alpha=alpha,
         target_modules=ALL_LINEAR if ALL_LINEAR in targets else list(targets),
         lora_dropout=0.0,  # would make the ratio of the first update differ from 1
         fan_in_fan_out=getattr(model.config, "model_type", "") == "gpt2",  # its Conv1D; else peft warns and sets it
