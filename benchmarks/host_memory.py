@@ -59,7 +59,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
 
     from grpo_ds import engine as deepspeeds_door  # its libraries are not what is measured
     from grpo_ds import world
-    from grpo_ds.core.packing import pack
+    from grpo_ds.core.packing import pack_groups
     from grpo_ds.memory.phases import host_memory, reset_host_peak
 
     assert deepspeeds_door
@@ -70,7 +70,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     parameters = sum(p.numel() for p in engine.policy.parameters())
     largest = max(p.numel() for p in engine.policy.parameters())
     ids = torch.randint(0, 1000, (2, 4))
-    rows = pack([torch.arange(8)], ids, torch.ones_like(ids, dtype=torch.bool), pad_id=0)
+    rows = pack_groups([torch.arange(8)], ids, torch.ones_like(ids, dtype=torch.bool), pad_id=0)
     at_peak = 0
     for _ in range(arguments.steps):
         engine.backward(-engine(rows).mean())

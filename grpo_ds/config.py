@@ -4,6 +4,7 @@ Names are TRL's where TRL has them. A preset's recipe (models/presets.py) replac
 was typed. Nothing heavy is imported here: --help and a mistyped flag are answered at once.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from grpo_ds.task.reward_files import reward_problems
 from grpo_ds.task.rewards import READY_MADE
 from grpo_ds.task.scoring import OnRewardError
 
-ReferenceKind = Literal["int8", "llm.int8", "bf16", "bf16-cpu"]
+ReferenceKind = Literal["auto", "int8", "llm.int8", "bf16", "bf16-cpu"]
 MAX_TIMEOUT = 1e6  # seconds, twelve days: an alarm cannot be set to more than an int holds
 TRACKERS = ("none", "wandb")
 CONFIG_FILE = "grpo_config.yaml"  # written beside the model: how it was made and how it wants to be asked
@@ -158,7 +159,16 @@ class TrainConfig(EvaluateConfig):
     learning_rate: float = knob(1e-6, "of 8-bit AdamW; constant")
     weight_decay: float = knob(0.0, "of 8-bit AdamW")
     max_grad_norm: float = knob(1.0, "gradients are clipped to this norm; 0 turns clipping off")
-    reference: ReferenceKind = knob("int8", "how the reference is kept: int8, llm.int8, bf16 or bf16-cpu")
+    reference: ReferenceKind = knob("auto", "int8 (auto), llm.int8, bf16, bf16-cpu; with LoRA the policy's own base")
+    sync_ref_model: bool = knob(False, "move the reference towards the policy every ref_model_sync_steps steps")
+    ref_model_mixup_alpha: float = knob(0.6, "alpha policy + (1 - alpha) reference; 1 remakes it; less is for bf16")
+    ref_model_sync_steps: int = knob(512, "steps between two such moves")
+    lora_r: int = knob(0, "rank of a LoRA adapter, trained on a frozen base; 0: train all parameters")
+    lora_alpha: int = knob(32, "the adapter's update is scaled by lora_alpha / lora_r")
+    lora_target: str = knob("all-linear", "layers that get one: all-linear, or names as q_proj,v_proj")
+    load_in_4bit: bool = knob(False, "QLoRA: the frozen base in 4 bits (NF4), about a quarter of its memory")
+    load_in_8bit: bool = knob(False, "the frozen base in 8 bits (LLM.int8), about half of its memory")
+    merge_adapter: bool = knob(False, "save base and adapter as one ordinary model as well, in output_dir/merged")
     pack_tokens: int = knob(0, "tokens a backward; 0: all of a step's in one, which is fastest")
     gradient_checkpointing: bool | None = knob(
         None, "recompute activations in the backward pass; default: unless the memory plan has room for them"
@@ -208,8 +218,10 @@ class TrainConfig(EvaluateConfig):
                 (bool(trackers), f"report_to names {', '.join(trackers)}; there are: {', '.join(TRACKERS)}"),
                 *(
                     (getattr(self, name) < 1, f"{name} must be 1 or more")
-                    for name in ("batch_size", "num_steps", "num_iterations", "mu")
+                    for name in ("batch_size", "num_steps", "num_iterations", "mu", "ref_model_sync_steps")
                 ),
+                *self._lora_problems(),
+                *self._sync_problems(),
             )
             if wrong
         ]
@@ -235,6 +247,41 @@ class TrainConfig(EvaluateConfig):
             kl_estimator=self.kl_estimator,
             max_completion_length=self.max_completion_length,
         )
+
+    def _lora_problems(self) -> Iterator[tuple[bool, str]]:
+        yield self.lora_r < 0, f"lora_r is {self.lora_r}; it must be 0 (no adapter) or more"
+        yield self.lora_alpha <= 0, f"lora_alpha is {self.lora_alpha}; it must be more than 0"
+        yield not all(self.lora_targets), "lora_target is all-linear or names without gaps: q_proj,v_proj"
+        yield self.load_in_4bit and self.load_in_8bit, "load_in_4bit and load_in_8bit exclude each other"
+        for name in ("load_in_4bit", "load_in_8bit", "merge_adapter"):
+            yield getattr(self, name) and not self.lora_r, f"{name} is for an adapter: add --lora_r 16"
+        kept = f"reference is {self.reference}, but with LoRA it is the policy's own base: leave --reference out"
+        yield self.lora_r > 0 and self.reference != "auto", kept
+
+    def _sync_problems(self) -> Iterator[tuple[bool, str]]:
+        alpha = f"ref_model_mixup_alpha is {self.ref_model_mixup_alpha:g}"
+        yield not 0 < self.ref_model_mixup_alpha <= 1, f"{alpha}; it must lie above 0 and at most be 1"
+        yield self.sync_ref_model and not self.beta, "sync_ref_model needs a reference, and beta 0 loads none"
+        mixes, mixing = self.reference_kind in ("bf16", "bf16-cpu"), self.sync_ref_model and self.beta > 0
+        if self.lora_r:
+            reason = "two adapters mixed are no adapter of that rank: --ref_model_mixup_alpha 1"
+        else:
+            reason = "8 bits cannot be mixed, only remade: --reference bf16, or --ref_model_mixup_alpha 1"
+        yield mixing and not mixes and self.ref_model_mixup_alpha < 1, f"{alpha}, but {reason}"
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.lora_target.split(","))
+
+    @property
+    def base_bits(self) -> int:
+        """Bits of a weight of the frozen layers; 16 stands for the run's own precision."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else 16
+
+    @property
+    def reference_kind(self) -> str:
+        """How the reference is kept: a ReferenceKind other than auto, or "adapter": the policy's own base."""
+        return "adapter" if self.lora_r else "int8" if self.reference == "auto" else self.reference
 
     def ds_sizes(self, *, bf16: bool, world_size: int = 1) -> DsSizes:
         """What the DeepSpeed JSON needs of these flags."""

@@ -122,18 +122,28 @@ class Engine:
         return self._engine.get_lr()[0]
 
     def save_checkpoint(self, folder: Path, tag: str) -> None:
-        """DeepSpeed's shards of weights and optimizer state in folder/tag; every rank calls it."""
-        self._engine.save_checkpoint(str(folder), tag=tag)
+        """DeepSpeed's shards of trained weights and optimizer state in folder/tag; every rank calls it."""
+        self._engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
 
     def load_checkpoint(self, folder: Path, tag: str) -> None:
         """What save_checkpoint wrote; every rank calls it. Raises GrpoError where DeepSpeed would go on without."""
-        found, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        whole = all(parameter.requires_grad for parameter in self.policy.parameters())
+        found, _ = self._engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=None if whole else _load_trained)
         if found is None:
             raise GrpoError(f"{folder / tag} holds no DeepSpeed checkpoint of this run; nothing was loaded.")
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
         self._engine.destroy()
+
+
+def _load_trained(src: dict[str, Tensor], dst: torch.nn.Module) -> None:
+    """An adapter's weights alone: its base is not in the checkpoint, and bitsandbytes loads no quantised one."""
+    trained = {name: parameter for name, parameter in dst.named_parameters() if parameter.requires_grad}
+    if missing := trained.keys() - src.keys():
+        raise GrpoError(f"The checkpoint lacks {len(missing)} weights of this adapter, such as {min(missing)}.")
+    for name, parameter in trained.items():
+        parameter.data.copy_(src[name])
 
 
 def flag_last(items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:

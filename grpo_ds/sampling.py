@@ -22,8 +22,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from grpo_ds.models.attention import sliding_window
 from grpo_ds.models.packed_linear import packed_linears
-from grpo_ds.models.shared_prompt import Decoder, prefill, shared_prompt_attention
+from grpo_ds.models.repeated_prompt import RepeatedPrompts
+from grpo_ds.models.shared_prompt import SharedPrompts, can_share_prompts
 
 STOP = "</answer>"
 SPARE = 3  # tokens looked at beyond the length of `stop`, which is ASCII: a token is at least a byte
@@ -65,6 +67,7 @@ class Sampler:
         self.max_completion_length = max_completion_length
         self.rows_at_once: int | None = None  # all; fewer take less memory
         self.cuda_graphs = False  # on a card
+        self.shares: bool | None = None  # prompts kept once for a group; None: to be found out
         self.full_length = False  # no row ends early: for rehearsals and benchmarks
         self.eos_ids = _eos_ids(model, tokenizer)
         tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
@@ -112,26 +115,33 @@ class Sampler:
     ) -> list[Row]:
         """The completions of prompts that are sampled together."""
         rows = batch = [Row() for _ in draws]  # the batch loses what has ended
-        cache = prefill(self.model, prompts, group_size=group_size, columns=self.max_completion_length)
         tokens = torch.tensor([prompt[-1] for prompt in prompts], device=draws.device).repeat_interleave(group_size)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=draws.device).repeat_interleave(group_size)
-        decode = Decoder(self.model, cache, cuda_graphs=self.cuda_graphs)
-        with shared_prompt_attention(self.model):
-            for t in range(self.max_completion_length):
-                logits = decode(tokens, lengths - 1 + t)
-                tokens = draw(logits[:, : len(self.tokenizer)], draws[:, t], temperature)
-                for row, token in zip(batch, tokens.tolist(), strict=True):
-                    if not row.ended:
-                        row.ids.append(token)
-                        row.ended = self._ends(row.ids)
-                if all(row.ended for row in batch):
-                    break
-                stay, width = unfinished([row.ended for row in batch], cache.group_size)
-                if len(stay) <= SHRINK * len(batch):
-                    batch, chosen = [batch[b] for b in stay], torch.tensor(stay, device=draws.device)
-                    decode.keep(chosen, group_size=width)
-                    tokens, lengths, draws = tokens[chosen], lengths[chosen], draws[chosen]
+        decode = self._behind(prompts, group_size)
+        for t in range(self.max_completion_length):
+            logits = decode(tokens, lengths - 1 + t)
+            tokens = draw(logits[:, : len(self.tokenizer)], draws[:, t], temperature)
+            for row, token in zip(batch, tokens.tolist(), strict=True):
+                if not row.ended:
+                    row.ids.append(token)
+                    row.ended = self._ends(row.ids)
+            if all(row.ended for row in batch):
+                break
+            stay, width = unfinished([row.ended for row in batch], decode.group_size)
+            if len(stay) <= SHRINK * len(batch):
+                batch, chosen = [batch[b] for b in stay], torch.tensor(stay, device=draws.device)
+                decode.keep(chosen, group_size=width)
+                tokens, lengths, draws = tokens[chosen], lengths[chosen], draws[chosen]
         return rows
+
+    def _behind(self, prompts: Sequence[Sequence[int]], group_size: int) -> SharedPrompts | RepeatedPrompts:
+        """What decodes the tokens after these prompts."""
+        columns = self.max_completion_length
+        if self.shares is None:
+            self.shares = can_share_prompts(self.model)
+        if not self.shares or max(map(len, prompts)) + columns > sliding_window(self.model.config):
+            return RepeatedPrompts(self.model, prompts, group_size=group_size)
+        return SharedPrompts(self.model, prompts, group_size=group_size, columns=columns, cuda_graphs=self.cuda_graphs)
 
     def _ends(self, ids: list[int]) -> bool:
         """Whether a completion's newest token ends it.

@@ -7,7 +7,7 @@ reference from the policy, a middle loop that samples, and mu updates on every s
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -26,9 +26,9 @@ from grpo_ds.inference import prompt_style
 from grpo_ds.memory.limits import Limits
 from grpo_ds.memory.phases import OutOfMemory, Profiler
 from grpo_ds.memory.plan import GIB, Plan, Where
-from grpo_ds.models.logprob_model import LogprobModel
-from grpo_ds.models.policy import load_policy, load_tokenizer, save_model
-from grpo_ds.models.reference import Reference, kl_floor
+from grpo_ds.models.logprob_model import why_not_packed
+from grpo_ds.models.policy import load_tokenizer, save_merged, save_model, trainable_policy
+from grpo_ds.models.reference import Reference, kl_floor, make_reference
 from grpo_ds.report.console import Console
 from grpo_ds.report.memory import write as write_memory
 from grpo_ds.report.trackers import make_trackers
@@ -56,6 +56,7 @@ class Outcome:
 
 
 Result = TypeVar("Result")
+MERGED = "merged"  # in the run's folder: an adapter beside a whole model would be loaded on top of it
 RARE_ID = 100  # of a rehearsal's prompts: any token will do
 NO_RANK = -1  # in a seed of a whole attempt: no rank's own draw has it
 
@@ -94,16 +95,13 @@ class Trainer:
         self.style = prompt_style(config)
         dtype = torch.bfloat16 if ds.bf16 else torch.float32
         with self.profiler.phase("load"):
-            model = load_policy(config.model, dtype=dtype, checkpointing=config.gradient_checkpointing is not False)
-        known_ids = min(len(self.tokenizer), model.get_output_embeddings().weight.shape[0])
-        policy = LogprobModel(
-            model, vocab_size=known_ids, temperature=config.temperature, chunk_mib=config.logprob_chunk_mib
-        )
+            policy = trainable_policy(config, dtype=dtype, known_ids=len(self.tokenizer))
         seed = seed_at(config.seed, 0, world.rank)
         with self.profiler.phase("initialise"):
             self.engine = Engine(policy, ds, seed=seed)
+        self.choose_rows()
         length, stop_at = config.max_completion_length, config.answer_format.stop
-        self.sampler = Sampler(model, self.tokenizer, max_completion_length=length, stop=stop_at)
+        self.sampler = Sampler(policy.model, self.tokenizer, max_completion_length=length, stop=stop_at)
         self.reference: Reference | None = None
         self.sampler.cuda_graphs = config.cuda_graphs
         self.limits = limits_of(config)
@@ -130,6 +128,8 @@ class Trainer:
             for step in range(config.total_steps):
                 if step % config.num_steps == 0:
                     self.make_reference(questions)
+                elif config.sync_ref_model and step % config.ref_model_sync_steps == 0:
+                    self.sync_reference(questions)
                 if step == 0 and config.dry_run_worst_case:
                     self.rehearse()
                 metrics = self.step(step, questions)
@@ -155,7 +155,7 @@ class Trainer:
         rollout = self.attempt(
             "reference",
             lambda: judge(
-                groups,
+                replace(groups, prompts=self.row_prompts(groups.prompts)),
                 self.world,
                 scale_rewards=config.scale_rewards,
                 mask_truncated=config.mask_truncated_completions,
@@ -263,13 +263,34 @@ class Trainer:
             return
         self.reference = None  # the old one's memory goes before the new one comes
         with self.profiler.phase("reference"):
-            self.reference = Reference(self.engine.policy, self.config.reference)
+            self.reference = make_reference(self.engine.policy, self.config.reference_kind)
         with self.profiler.phase("floor"):
             floor = self.measure_floor(self.reference, questions)
+        starts = "there, not at 0" if floor else "at 0"
         self.console.line(
-            f"Reference: {self.config.reference}, {self.reference.bytes() / 2**20:.0f} MiB; its KL to the policy it "
-            f"was made from is {floor:.4f} a token: the KL below starts there, not at 0."
+            f"Reference: {self.config.reference_kind}, {self.reference.bytes() / 2**20:.0f} MiB; its KL to the policy "
+            f"it was made from is {floor:.4f} a token: the KL below starts {starts}."
         )
+
+    def sync_reference(self, questions: list[Question]) -> None:
+        """TRL's sync_ref_model: the reference moves towards the policy, or with alpha 1 is remade from it."""
+        alpha = self.config.ref_model_mixup_alpha
+        if alpha == 1 or self.reference is None:
+            return self.make_reference(questions)
+        with self.profiler.phase("reference"):
+            self.reference.mix(self.engine.policy, alpha)
+
+    def choose_rows(self) -> None:
+        """Packed rows wherever the model's attention can take their mask, else a row a completion."""
+        longest = self.config.max_prompt_length + self.config.max_completion_length
+        if reason := why_not_packed(self.engine.policy, longest=longest):
+            self.engine.policy.packs = False
+            self.console.line(f"Padded rows, which repeat each prompt: this model cannot take packed ones ({reason}).")
+
+    def row_prompts(self, prompts: list[Tensor]) -> list[Tensor]:
+        """The prompts of the rows to come: a row a group where the model packs, else a row a completion."""
+        size = 1 if self.engine.policy.packs else self.config.num_generations
+        return [prompt for prompt in prompts for _ in range(size)]
 
     def rehearse(self) -> None:
         """One step on the longest prompts with the longest completions, which changes nothing: what is to run out of
@@ -280,7 +301,7 @@ class Trainer:
         self.sampler.full_length = True
         completions = self.attempt("sample", lambda: self.sampler(prompts, group_size=size, temperature=temperature))
         self.sampler.full_length = False
-        tensors = [torch.tensor(prompt, device=completions.ids.device) for prompt in prompts]
+        tensors = self.row_prompts([torch.tensor(prompt, device=completions.ids.device) for prompt in prompts])
 
         def packed() -> Iterator[PackedRows]:
             yield from (rows for rows, _ in micro_batches(tensors, completions, self.limits.tokens))
@@ -358,9 +379,13 @@ class Trainer:
         stop()
 
     def save(self, folder: Path) -> None:
-        """The fine-tuned model as an ordinary transformers folder."""
+        """The fine-tuned model as an ordinary transformers folder, or its adapter and if asked for the merged model."""
         if self.world.is_first:
             with self.profiler.phase("save"):
                 save_model(self.engine.model, folder)
-            self.tokenizer.save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
+                if self.config.merge_adapter:
+                    save_merged(folder, folder / MERGED, dtype=torch.bfloat16 if self.ds.bf16 else torch.float32)
+                    self.tokenizer.save_pretrained(folder / MERGED)
+                    write_config(self.config, folder / MERGED)  # how the model wants to be asked
         self.world.wait()

@@ -50,7 +50,8 @@ def main(argv: list[str]) -> None:
         asked = parse(SelectConfig, argv, about=__doc__, recipe=PRESETS[one].recipe)
     models = [one] if one else [name for name, preset in PRESETS.items() if preset.hub_id]
     ds_files = resolved(asked, on_gpu=gpu > 0)
-    references = (asked.config.reference,) if "reference" in asked.typed else ("int8", "bf16-cpu")
+    given = "reference" in asked.typed or asked.config.lora_r > 0
+    references = (asked.config.reference,) if given else ("int8", "bf16-cpu")
     found = [
         candidate
         for model in models

@@ -17,8 +17,8 @@ from grpo_ds.errors import UsageError, run_script
 from grpo_ds.machine import cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.memory.plan import Plan, Where
 from grpo_ds.memory.select import Job, fitted
-from grpo_ds.memory.shape import shape_of
-from grpo_ds.models.presets import Choice, choose_model
+from grpo_ds.memory.shape import adapter_base, shape_of
+from grpo_ds.models.presets import Choice, choose_model, lora_recipe
 from grpo_ds.report.trackers import check_trackers
 from grpo_ds.task.questions import QuestionSet, read_questions, split_questions
 from grpo_ds.task.reward_files import find_reward_functions
@@ -108,13 +108,27 @@ def settle(argv: list[str]) -> Settled:
     choice = choose_model(
         asked.config.model, gpu_gib=gpu, ram_gib=ram, run=lambda: (asked.config, resolved(asked.config))
     )
-    config = parse(TrainConfig, [*argv, "--model", choice.model], about=__doc__, recipe=choice.recipe).config
+    recipe = lora_recipe(choice.recipe, asked.config)
+    config = parse(TrainConfig, [*argv, "--model", choice.model], about=__doc__, recipe=recipe).config
+    if config.lora_r and (base := adapter_base(config.model)):
+        raise UsageError(
+            f"--model {config.model} is an adapter on {base}, and a second one needs an ordinary model below it.\n"
+            "Name the merged model of that run (--merge_adapter writes one into its folder merged), or --lora_r 0,\n"
+            "which merges the adapter on loading and trains all parameters."
+        )
+    shape, longest = shape_of(config.model), config.max_prompt_length + config.max_completion_length
+    if shape.positions and longest > shape.positions:
+        raise UsageError(
+            f"--model {config.model} has learned {shape.positions} positions, and --max_prompt_length "
+            f"{config.max_prompt_length} and\n--max_completion_length {config.max_completion_length} make {longest}. "
+            f"Try --max_prompt_length {max(1, shape.positions - config.max_completion_length)}."
+        )
     ds = resolved(config)
     # What the run really uses, so that the config written beside the model makes the same run again.
     config = replace(
         config, learning_rate=ds.learning_rate, weight_decay=ds.weight_decay, max_grad_norm=ds.max_grad_norm
     )
-    job = fitted(Job(shape_of(config.model), config, ds, "cuda" if gpu else "cpu"), gpu or 0, ram)
+    job = fitted(Job(shape, config, ds, "cuda" if gpu else "cpu"), gpu or 0, ram)
     return Settled(choice, job.config, job, job.plan(), gpu, ram)
 
 
@@ -152,12 +166,23 @@ def first_lines(settled: Settled, questions: QuestionSet, train: int, held_out: 
     per_step = f"{config.batch_size} questions x {config.num_generations} completions of at most"
     precision = "bf16" if ds.bf16 else "fp32, as bf16 is off in the JSON or not native to this CPU"
     return [
-        f"Model: {config.model} ({choice.why}), in {precision}",
+        f"Model: {config.model} ({choice.why}), in {precision}{adapter_line(settled)}",
         f"Data: {questions.source}{f' ({left_out})' if left_out else ''}; {train} to train on, {held_out} held out",
         f"Plan: {config.total_steps} steps of {per_step} {config.max_completion_length} tokens; "
         f"learning rate {ds.learning_rate:g}, beta {config.beta:g}, seed {config.seed}",
         in_a_line(settled.job, settled.plan, settled.gpu_gib, settled.ram_gib),
     ]
+
+
+def adapter_line(settled: Settled) -> str:
+    """How much of the model an adapter trains, upon what."""
+    config, shape = settled.config, settled.job.shape
+    if not config.lora_r:
+        return ""
+    trained = shape.lora_parameters(config.lora_r, config.lora_targets)
+    base = f"a base in {config.base_bits} bits" if config.base_bits < 16 else "a frozen base"
+    share = f"{trained / 1e6:.1f} M beside {shape.parameters / 1e6:.0f} M parameters"
+    return f"; a LoRA adapter of rank {config.lora_r} on {base}, {share}"
 
 
 if __name__ == "__main__":

@@ -54,6 +54,14 @@ def tiny_config(**changes):
     return Qwen2Config(**{**settings, **changes})
 
 
+@pytest.fixture(autouse=True)
+def no_rendezvous_left_behind():
+    """Where a trainer in this process met itself is no place for the processes that a later test launches."""
+    yield
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()

@@ -1,6 +1,6 @@
 """Run by test_engine.py in processes of their own: optimizer steps on fixed completions, under real DeepSpeed.
 
-usage: engine_steps.py MODEL_FOLDER OUT_FILE STEPS PACK_TOKENS MU REHEARSE FLAT
+usage: engine_steps.py MODEL_FOLDER OUT_FILE STEPS PACK_TOKENS MU REHEARSE FLAT LORA_R
 """
 
 import json
@@ -18,6 +18,7 @@ from grpo_ds.ds_config import DsSizes, resolve_ds_config
 from grpo_ds.engine import Engine
 from grpo_ds.memory.phases import Profiler
 from grpo_ds.models.logprob_model import LogprobModel
+from grpo_ds.models.lora import add_adapter
 from grpo_ds.models.policy import load_policy
 from grpo_ds.rollouts import Rollout
 from grpo_ds.sampling import Completions
@@ -59,13 +60,15 @@ def fixed_rollout(questions: slice, *, flat: int = 0, truncated: tuple[int, ...]
     )
 
 
-def main(folder: str, out: str, steps: int, pack_tokens: int, mu: int, rehearse: int, flat: int) -> None:
+def main(folder: str, out: str, steps: int, pack_tokens: int, mu: int, rehearse: int, flat: int, lora_r: int) -> None:
     here = world.start()
     share = QUESTIONS // here.size
     json_file = Path(out).with_suffix(f".ds{here.rank}.json")
     json_file.write_text(json.dumps(DS), encoding="utf-8")
     sizes = DsSizes(1e-3, 0.0, 0.0, 0, steps, share * GROUP, here.size)
     model = load_policy(folder, dtype=torch.float32, checkpointing=True)
+    if lora_r:
+        add_adapter(model, r=lora_r, alpha=8, targets=["all-linear"], base=folder, seed=here.rank)
     policy = LogprobModel(model, vocab_size=259, temperature=1.0, chunk_mib=1)
     engine = Engine(policy, resolve_ds_config(json_file, fill=sizes))
     mine = slice(here.rank * share, (here.rank + 1) * share)

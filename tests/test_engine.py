@@ -48,8 +48,8 @@ def run_steps(tiny_folder, tmp_path_factory):
     """Each distinct run once a session."""
     done = {}
 
-    def run(*, ranks=1, steps=1, pack_tokens=0, mu=1, rehearse=0, flat=0):
-        key = ranks, steps, pack_tokens, mu, rehearse, flat
+    def run(*, ranks=1, steps=1, pack_tokens=0, mu=1, rehearse=0, flat=0, lora_r=0):
+        key = ranks, steps, pack_tokens, mu, rehearse, flat, lora_r
         if key not in done:
             out = tmp_path_factory.mktemp("steps") / "state.pt"
             run_ranks("engine_steps.py", tiny_folder, out, *key[1:], ranks=ranks)
@@ -82,8 +82,9 @@ def test_the_engine_takes_the_step_that_plain_autograd_says(run_steps, tiny_fold
     assert 0 < first["entropy"] < math.log(259)
 
 
-def test_two_ranks_take_the_same_step_as_one(run_steps):
-    one, two = run_steps(ranks=1), run_steps(ranks=2)
+@pytest.mark.parametrize("lora_r", [0, 4])  # an adapter's first weights are the first rank's, whatever the others drew
+def test_two_ranks_take_the_same_step_as_one(run_steps, lora_r):
+    one, two = run_steps(ranks=1, lora_r=lora_r), run_steps(ranks=2, lora_r=lora_r)
     assert one["history"][0] == pytest.approx(two["history"][0], rel=1e-4, abs=1e-6)
     assert_same(one, two, atol=1e-5)
 

@@ -31,10 +31,14 @@ def test_bf16_logprobs_on_the_tensor_cores_equal_float64():
         assert (a - b).norm() / b.norm() < 0.01  # both gradients are stored in bf16, which has 8 bits
 
 
+KINDS = [f"--reference {kind}" for kind in ("int8", "llm.int8", "bf16-cpu")]
+KINDS += [f"--lora_r 4 {base}" for base in ("--merge_adapter", "--load_in_4bit", "--load_in_8bit")]
+
+
 @pytest.mark.parametrize("ds", ["zero2.json", "zero2_gpu.json", "zero2_lowram.json"])
-@pytest.mark.parametrize("reference", ["int8", "llm.int8", "bf16-cpu"])
-def test_the_whole_run_on_the_card(tiny_folder, tmp_path, ds, reference):
-    flags = ["--ds", f"ds_configs/{ds}", "--model", str(tiny_folder), "--reference", reference, "--num_steps", "2"]
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_whole_run_on_the_card(tiny_folder, tmp_path, ds, kind):
+    flags = ["--ds", f"ds_configs/{ds}", "--model", str(tiny_folder), *kind.split(), "--num_steps", "2"]
     flags += ["--max_completion_length", "8", "--eval_limit", "4", "--output_dir", str(tmp_path / "run")]
     launcher = Path(sys.executable).with_name("deepspeed")
     result = subprocess.run(

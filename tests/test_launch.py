@@ -17,6 +17,9 @@ from grpo_ds.memory.shape import shape_of
 from grpo_ds.models.presets import EMBEDDED, PRESETS, choose_model
 from grpo_ds.task.answers import AnswerFormat
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
+from train import settle
+
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = {"question": "Does it work?", "context": "It worked.", "ground_truth": "yes"}
 
@@ -74,6 +77,16 @@ def test_a_missing_data_file_is_named(tmp_path):
         (["--answer_tag", "<answer>"], ["answer_tag", "without its brackets"]),
         (["--answer_tag", "reasoning"], ["must differ"]),
         (["--system_prompt", "nowhere.txt"], ["system_prompt", "nowhere.txt"]),
+        (["--lora_r", "-1", "--lora_alpha", "0", "--lora_target", "a,,b"], ["lora_r", "lora_alpha", "q_proj,v_proj"]),
+        (["--lora_r", "8", "--lora_target", "lm_head"], ["lm_head", "down_proj", "all-linear"]),
+        (["--lora_r", "8", "--reference", "bf16"], ["reference is bf16", "the policy's own base"]),
+        (["--load_in_4bit"], ["load_in_4bit", "--lora_r 16"]),
+        (["--load_in_4bit", "--load_in_8bit", "--lora_r", "8"], ["exclude each other"]),
+        (["--merge_adapter"], ["merge_adapter", "--lora_r 16"]),
+        (["--sync_ref_model"], ["0.6", "8 bits", "--reference bf16", "--ref_model_mixup_alpha 1"]),
+        (["--sync_ref_model", "--lora_r", "8"], ["0.6", "no adapter of that rank", "--ref_model_mixup_alpha 1"]),
+        (["--sync_ref_model", "--beta", "0"], ["sync_ref_model", "beta 0"]),
+        (["--ref_model_mixup_alpha", "1.5", "--ref_model_sync_steps", "0"], ["1.5", "ref_model_sync_steps"]),
     ],
 )
 def test_bad_flags_are_named(flags, words):
@@ -256,6 +269,55 @@ def test_a_recipe_gives_way_to_what_was_typed():
 )
 def test_auto_takes_the_largest_qwen_that_fits(gpu_gib, ram_gib, model):
     assert choose_model("auto", gpu_gib=gpu_gib, ram_gib=ram_gib).model == model
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--sync_ref_model", "--reference", "bf16"],
+        ["--sync_ref_model", "--reference", "bf16-cpu", "--ref_model_mixup_alpha", "0.1"],
+        ["--sync_ref_model", "--ref_model_mixup_alpha", "1"],
+        ["--sync_ref_model", "--ref_model_mixup_alpha", "1", "--lora_r", "8", "--load_in_8bit", "--merge_adapter"],
+        ["--lora_r", "16", "--lora_target", "q_proj, v_proj"],
+    ],
+)
+def test_references_and_adapters_that_go_together(flags):
+    assert not parse(TrainConfig, flags, about="").config.problems()
+
+
+@pytest.mark.parametrize(
+    ("flags", "rate"),
+    [
+        ([], 1e-6),
+        (["--lora_r", "8"], 1e-5),  # ten times as much suits an adapter
+        (["--lora_r", "8", "--learning_rate", "3e-6"], 3e-6),  # what was typed wins
+        (["--model", EMBEDDED], 2e-5),
+        (["--model", EMBEDDED, "--lora_r", "8"], 2e-4),
+    ],
+)
+def test_an_adapter_has_a_learning_rate_of_its_own(flags, rate):
+    settled = settle(["--model", "qwen2.5-0.5b", *flags])
+    assert settled.config.learning_rate == pytest.approx(rate) == settled.job.ds.learning_rate
+
+
+def test_an_adapter_upon_an_adapter_is_refused_before_anything_is_loaded(tmp_path):
+    json_file(tmp_path, {"base_model_name_or_path": "qwen2.5-0.5b"}, "adapter_config.json")
+    check(launch("--model", tmp_path, "--lora_r", "8"), 2, ["is an adapter on qwen2.5-0.5b", "--merge_adapter"])
+    json_file(tmp_path, {}, "adapter_config.json")
+    check(launch("--model", tmp_path), 2, ["names no base model", str(tmp_path)])
+
+
+def test_more_tokens_than_learned_positions_are_refused(tmp_path):
+    shape = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 1024, "vocab_size": 272}
+    json_file(tmp_path, {"model_type": "gpt2", **shape}, "config.json")
+    check(launch("--model", tmp_path, "--plan"), 2, ["1024 positions", "1068", "--max_prompt_length 724"])
+    assert launch("--model", tmp_path, "--plan", "--max_prompt_length", "724").returncode == 0
+
+
+def test_an_adapter_on_four_bits_brings_a_larger_model():
+    config = TrainConfig(lora_r=16, load_in_4bit=True)
+    ds = resolve_ds_config(ROOT / config.ds, fill=config.ds_sizes(bf16=True))
+    assert choose_model("auto", gpu_gib=16, ram_gib=32, run=lambda: (config, ds)).model == "qwen2.5-7b"
 
 
 def test_unknown_values_raise_one_error_for_all():

@@ -20,6 +20,7 @@ OWNERS = {
     "deepspeed": {"engine"},
     "torch.distributed": {"world"},
     "bitsandbytes": {"optim", "models"},
+    "peft": {"models"},
     "wandb": {"report"},
     "rich": {"report"},
     "matplotlib": {"report"},

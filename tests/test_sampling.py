@@ -143,16 +143,26 @@ SIZE = dict(  # large weights: a key missed or seen too many shows
 )  # fmt: skip
 GPT2 = dict(vocab_size=272, n_embd=64, n_layer=2, n_head=4, initializer_range=0.3, bos_token_id=None, eos_token_id=256)
 KINDS = {"llama": SIZE, "qwen2": SIZE, "qwen3": {**SIZE, "head_dim": 32}, "mistral": SIZE, "gpt2": GPT2}
+NEO = dict(
+    vocab_size=272, hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+    window_size=8, initializer_range=0.3, bos_token_id=None, eos_token_id=256,
+)  # fmt: skip
+OTHERS = {  # attention of their own, or a window that is too small: the prompt is repeated
+    "gpt_neo": NEO,
+    "bloom": dict(vocab_size=272, hidden_size=64, n_layer=2, n_head=4, initializer_range=0.3, eos_token_id=256),
+    "mistral-window": {**SIZE, "sliding_window": 16},
+}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *OTHERS])
 def test_models_of_every_kind_decode_what_they_compute_in_one_pass(kind, tokenizer):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **KINDS[kind])).eval()
+    config = AutoConfig.for_model(kind.partition("-")[0], **{**KINDS, **OTHERS}[kind])
+    model = AutoModelForCausalLM.from_config(config).eval()
     sampler = Sampler(model, tokenizer, max_completion_length=8)
     prompts = [[5, 6, 7], list(range(20)), [9, 1]]
     completions = sampler(prompts, group_size=3, temperature=1.0, seed=1)
-    assert model.config._attn_implementation == "sdpa"
+    assert sampler.shares is (kind in KINDS or kind == "mistral-window")
     for b, (ids, mask) in enumerate(zip(completions.ids, completions.mask, strict=True)):
         again = torch.tensor([[*prompts[b // 3], *ids[mask].tolist()]])
         logits = model(again).logits[0, -int(mask.sum()) - 1 : -1, : len(tokenizer)]

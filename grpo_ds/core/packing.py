@@ -35,12 +35,6 @@ class PackedRows:
         """The same rows on another device."""
         return PackedRows(*(getattr(self, field.name).to(device) for field in fields(self)))
 
-    def attention_mask(self) -> Bool[Tensor, "R 1 L L"]:
-        """True where a query (dim 2) may see a key (dim 3); every query sees itself, so no row is empty."""
-        query, key = self.segments[:, :, None], self.segments[:, None, :]
-        causal = torch.ones(self.segments.shape[1], self.segments.shape[1], dtype=torch.bool, device=query.device)
-        return (((key == query) | (key == PROMPT)) & causal.tril()).unsqueeze(1)
-
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -129,3 +123,15 @@ def pack(
         position_ids[r, : row.tokens] = torch.tensor(row_positions, device=device)
         segments[r, : row.tokens] = torch.tensor(row_segments, device=device)
     return PackedRows(input_ids, position_ids, segments, sources, ids, mask)
+
+
+def pack_groups(
+    prompts: Sequence[Int[Tensor, " _"]],
+    completion_ids: Int[Tensor, "B C"],
+    completion_mask: Bool[Tensor, "B C"],
+    *,
+    pad_id: int,
+) -> PackedRows:
+    """All of it at once, a row a group."""
+    (rows,) = fill_rows([len(prompt) for prompt in prompts], completion_mask.sum(dim=1).tolist())
+    return pack(rows, prompts, completion_ids, completion_mask, pad_id=pad_id)

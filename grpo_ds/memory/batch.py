@@ -58,15 +58,20 @@ class Batch:
         return max(self.shape.hidden, self.shape.heads * self.shape.head_dim)
 
     def masks(self) -> dict[str, int]:
-        """The boolean mask, and SDPA's copies of it as numbers: on a card a second one, padded to whole vectors."""
-        cells = self.rows * self.width**2
-        return {"attention mask": cells * (1 + self.w * (2 if self.on_gpu else 1))}
+        """models/attention.py's: completions over prompt and themselves, as bits while it is made and as numbers."""
+        cells = self.rows * self.completions * self.config.max_completion_length * self.config.longest
+        return {"attention mask": cells * (1 + self.w)}
+
+    def _gathered(self) -> int:
+        """A layer's keys and values laid out for that: the prompt's once more for each completion."""
+        rows = self.rows * self.completions * self.config.longest
+        return rows * 2 * self.shape.kv_heads * self.shape.head_dim * self.w
 
     def checkpoints(self) -> int:
         """What forward leaves for backward: each layer's input, or without checkpointing all that it computed."""
         a_layer = self.tokens * self.shape.hidden * self.w
         if self.config.gradient_checkpointing is False:
-            a_layer = self._saved() + self.rows * self.width**2 * self.w
+            a_layer = self._saved() + self._gathered()
         return a_layer * self.shape.layers
 
     def _saved(self) -> int:
@@ -75,7 +80,7 @@ class Batch:
 
     def layer_backward(self) -> int:
         """One layer at its fullest: computed again, with the gradients on their way through it."""
-        return self._saved() + self.tokens * self.w * (2 * self.shape.mlp + 2 * self.hidden)
+        return self._saved() + 2 * self._gathered() + self.tokens * self.w * (2 * self.shape.mlp + 2 * self.hidden)
 
     def layer_forward(self, tokens: int) -> int:
         """One layer without gradients: gate, up and their product beside the residual stream."""

@@ -2,7 +2,8 @@
 
 A phase is as large as its fullest moment. The sizes are read from the code that allocates them: ours, DeepSpeed
 0.19.8's (runtime/zero/stage_1_and_2.py, "ZeRO" below) and transformers'. One rank; the state after the first step,
-when the moments exist. N is the number of parameters, w the bytes of a weight: 2 in bf16, 4 in fp32.
+when the moments exist. N is the number of parameters, w the bytes of a weight: 2 in bf16, 4 in fp32. With LoRA
+masters, gradients and moments are those of the adapter alone (peft, and bitsandbytes for a base in 4 or 8 bits).
 """
 
 from collections import Counter
@@ -92,7 +93,15 @@ class _Run:
         self.on_gpu = device == "cuda"
         self.w = 2 if ds.bf16 else 4
         self.master = 2 if ds.bf16_masters else 4  # bytes of a master weight, and of the gradient it gets
-        self.weights, self.largest = shape.parameters * self.w, shape.largest
+        self.weights = shape.parameters * self.w
+        self.trained, self.largest = shape.parameters, shape.largest  # elements: all, and of the largest gradient
+        self.widened: dict[str, int] = {}  # a quantised layer while it multiplies
+        if config.lora_r:
+            self.trained = shape.lora_parameters(config.lora_r, config.lora_targets)
+            self.largest = config.lora_r * max(max(rows, columns) for _, rows, columns, _ in shape.linears)
+            self.weights = shape.base_bytes(config.base_bits, self.w) + self.trained * self.w
+            if config.base_bits < 16:
+                self.widened = {"a layer in full width": shape.widest * self.w}
         self.batch = Batch(shape, config, self.w, self.on_gpu)
         self.zero = ds.engine["zero_optimization"]
         self.pins = self.on_gpu and ds.offload and self.zero["offload_optimizer"]["pin_memory"]
@@ -102,7 +111,7 @@ class _Run:
 
     def optimizer(self, *, stepped: bool = True) -> Bytes:
         """Masters and what belongs to them, wherever they live: the ladder of bytes a parameter."""
-        parameters, ds, ours = self.shape.parameters, self.ds, self.ds.optimizer.type == "AdamW8bit"
+        parameters, ds, ours = self.trained, self.ds, self.ds.optimizer.type == "AdamW8bit"
         masters = self._block(parameters * self.master)
         parts = Bytes({"master weights": masters})
         if stepped:
@@ -111,10 +120,10 @@ class _Run:
         if ds.offload:
             parts["gradients"] = masters
             alias = ds.share_staging or (ds.bf16_masters and ours)  # of the spent gradients, or of the masters
-            parts["staging copy"] = 0 if alias else self._block(self.weights)
+            parts["staging copy"] = 0 if alias else self._block(self.trained * self.w)
             # ZeRO: accumulated_grads_in_cpu, which bf16 gradients do without.
             several = self.batch.backwards > 1 and not ds.bf16_masters
-            parts["accumulated gradients"] = self._block(self.weights) * several
+            parts["accumulated gradients"] = self._block(self.trained * self.w) * several
         return parts
 
     def resident(self, *, stepped: bool = True) -> Moment:
@@ -127,11 +136,12 @@ class _Run:
         else:
             gpu += self.optimizer(stepped=stepped)
         reference = Bytes({"reference": self.reference_bytes() if self.config.beta else 0})
-        return (gpu, host + reference) if self.config.reference == "bf16-cpu" else (gpu + reference, host)
+        return (gpu, host + reference) if self.config.reference_kind == "bf16-cpu" else (gpu + reference, host)
 
     def reference_bytes(self) -> int:
         sizes = {"int8": self.shape.int8_bytes(self.w), "llm.int8": self.shape.llm_int8_bytes(self.w)}
-        return sizes.get(self.config.reference, self.weights)
+        sizes["adapter"] = self.trained * self.w  # as it was; the base is the policy's
+        return sizes.get(self.config.reference_kind, self.weights)
 
     def _block(self, size: int) -> int:
         """torch's pinned allocator takes powers of two."""
@@ -146,40 +156,44 @@ class _Run:
 
     def load(self) -> list[Moment]:
         """from_pretrained maps a bf16 file: bf16 weights are its pages, not read yet; fp32 ones are converted here."""
+        if self.config.base_bits < 16:  # quantised tensor by tensor, on the card where there is one
+            return [(Bytes({"weights": self.weights, **self.widened}), self.process)]
         converted = {"weights": self.weights, "mapped file": self.shape.parameters * 2} if self.w == 4 else {}
         return [(Bytes(), self.process + Bytes(converted))]
 
     def initialise(self) -> list[Moment]:
-        """deepspeed.initialize: weights become one flat buffer, of which the masters are cloned; moments come later."""
-        flat = Bytes({"weights": self.weights})
-        twice = flat + Bytes({"second copy of the weights": self.weights})  # unflattened, or cloned for the masters
-        moved = self.process + Bytes({"weights on their way": self.weights * self.on_gpu})
+        """deepspeed.initialize: what is trained becomes one flat buffer, of which the masters are cloned; moments come
+        later."""
+        flat, trained = Bytes({"weights": self.weights}), self.trained * self.w
+        twice = flat + Bytes({"second copy of the weights": trained})  # unflattened, or cloned for the masters
+        moves = self.on_gpu and self.config.base_bits == 16
+        moved = self.process + Bytes({"weights on their way": self.weights * moves})
         every = self.optimizer(stepped=False)
-        masters = Bytes({"master weights": self.shape.parameters * self.master})
+        masters = Bytes({"master weights": self.trained * self.master})
         if not self.ds.offload:  # ZeRO tries a gradient buffer on and drops it
             return [(twice, moved), (flat + every + Bytes({"gradients": masters.total()}), self.process)]
         buffers = Bytes({"buffers of the largest parameter": self.largest * self.w})  # engine.py gives them back,
-        every["staging copy"] = self._block(self.weights)  # and this
+        every["staging copy"] = self._block(trained)  # and this
         every["accumulated gradients"] = 0
         if self.pins:  # the block being pinned still has its pageable original, and so has the staging copy
-            every["pageable originals"] = masters.total() + self.weights
+            every["pageable originals"] = masters.total() + trained
         moments = [(twice, moved), (flat + buffers, self.process + every + buffers)]
         if self.on_gpu or self.w != self.master:  # else the clone is the master
             moments.append((twice, self.process + masters))
         return moments
 
     def sample(self) -> list[Moment]:
-        return [self._during(self.batch.sampling())]
+        return [self._during({**self.batch.sampling(), **self.widened})]
 
     def reference(self) -> list[Moment]:
         """Making the reference, layer by layer, and scoring with it."""
-        kind, scoring = self.config.reference, self.batch.scoring()
+        kind, scoring = self.config.reference_kind, self.batch.scoring()
         if not self.config.beta:
             return [self.resident()]
         if kind == "bf16-cpu":  # copied on the card first
             return [self._during({"reference on its way": self.weights * self.on_gpu}), self._during({}, scoring)]
         if kind != "int8":
-            return [self._during(scoring)]
+            return [self._during({**scoring, **self.widened})]
         gpu, host = self.resident(stepped=self.config.num_iterations > 1)
         gpu["reference"] *= not self.shape.tied  # the largest matrix comes first, an untied head last
         making = gpu + Bytes({"quantising the largest matrix": self.largest * QUANTIZE[self.w]})
@@ -190,10 +204,13 @@ class _Run:
         batch, w = self.batch, self.w
         kept = {"gradient bucket": self.zero["reduce_bucket_size"] * w * (2 if self.zero["overlap_comm"] else 1)}
         if not self.ds.offload or self.ds.zero_stage < 2:  # gradients stay; several backwards add into a second set
-            kept["gradients"] = self.weights * (2 if batch.backwards > 1 else 1)
+            kept["gradients"] = self.trained * w * (2 if batch.backwards > 1 else 1)
         stored = kept | {"activations kept for backward": batch.checkpoints()} | batch.masks()
         head, leaving = self.largest * w, self._beside_gradient()
-        layer = batch.layer_backward() + self.shape.widest * (w + leaving)
+        if self.config.lora_r:  # a layer's output, beside it the adapter's and the same scaled; small gradients
+            layer = batch.layer_backward() + 2 * batch.tokens * self.shape.mlp * w + sum(self.widened.values())
+        else:
+            layer = batch.layer_backward() + self.shape.widest * (w + leaving)
         return [
             self._during({**stored, "largest gradients": head, "log-probs": batch.logprobs()}),
             # A tied head's gradient waits for the embedding's, to which it is added.
@@ -211,10 +228,13 @@ class _Run:
         """The optimizer's step: on the host nothing new, on the card the gradients once more, flat and in fp32."""
         if self.ds.offload:
             return [self.resident()]
-        norm = {"gradients": self.weights, "largest gradients": self.largest * NORM_COPY_ON_CARD}
-        flat = self.weights + self.shape.parameters * 4 * (self.w == 2)
-        return [self._during(norm), self._during({"gradients": self.weights, "flat gradients": flat})]
+        gradients = self.trained * self.w
+        norm = {"gradients": gradients, "largest gradients": self.largest * NORM_COPY_ON_CARD}
+        flat = gradients + self.trained * 4 * (self.w == 2)
+        return [self._during(norm), self._during({"gradients": gradients, "flat gradients": flat})]
 
     def save(self) -> list[Moment]:
-        """save_pretrained."""
-        return [self._during({}, {"shard on its way": min(self.weights, SHARD) * self.on_gpu})]
+        """save_pretrained; an adapter that is merged goes into a second copy of the base, in the host's memory."""
+        shard = min(self.trained * self.w, SHARD) * self.on_gpu
+        merged = self.shape.parameters * self.w * self.config.merge_adapter
+        return [self._during({}, {"shard on its way": shard, "merged model": merged})]

@@ -104,7 +104,9 @@ def _more_than(flag: str, value: float, cost: str) -> Remedy:
 
 
 def _another_reference(kind: str, cost: str) -> Remedy:
-    other = lambda job: job.config.beta > 0 and job.config.reference != kind  # noqa: E731
+    def other(job: Job) -> bool:  # with LoRA it is the policy's own base, which nothing can make smaller
+        return job.config.beta > 0 and job.config.reference_kind not in (kind, "adapter")
+
     return Remedy(f"--reference {kind}", cost, other, flags={"reference": kind})
 
 
@@ -167,6 +169,15 @@ REMEDIES = (
     _more_than("max_completion_length", 200, "shorter answers"),
     _more_than("max_prompt_length", 512, "shorter contexts"),
     _more_than("num_generations", 2, "the smallest group"),
+    Remedy(
+        "--lora_r 16", "an adapter in place of all parameters", lambda job: not job.config.lora_r, flags={"lora_r": 16}
+    ),
+    Remedy(
+        "--load_in_4bit true",
+        "a frozen base in 4 bits",
+        lambda job: job.config.lora_r > 0 and job.config.base_bits > 4,
+        flags={"load_in_4bit": True, "load_in_8bit": False},
+    ),
     Remedy("--beta 0", "no KL to a reference", lambda job: job.config.beta > 0, flags={"beta": 0.0}),
 )
 
@@ -182,11 +193,11 @@ class Candidate:
 
     @property
     def reference(self) -> str:
-        return self.job.config.reference if self.job.config.beta else "none"
+        return self.job.config.reference_kind if self.job.config.beta else "none"
 
     def command(self, typed: str = "") -> str:
         """The command line that runs it."""
-        flags = {"none": " --beta 0", "int8": ""}.get(self.reference, f" --reference {self.reference}")
+        flags = {"none": " --beta 0", "int8": "", "adapter": ""}.get(self.reference, f" --reference {self.reference}")
         return f"deepspeed launch/train.py --model {self.job.shape.name} --ds {self.ds_file}{flags}{typed}"
 
 

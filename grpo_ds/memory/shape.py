@@ -6,7 +6,7 @@ device, which takes seconds and is just as exact.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,13 @@ from grpo_ds.errors import UsageError
 from grpo_ds.hub import knock
 
 GROUP, MIN_GROUP = 64, 16  # of models/quantized.py, which imports torch
+ALL_LINEAR = "all-linear"
 LARGEST_LAYER = 40_000  # of models/reference.py: LLM.int8 leaves wider matrices in 16 bits
 
+ADAPTER_FILE = "adapter_config.json"  # in a folder that peft wrote: it names the base
+
 Matrix = tuple[int, int, int]  # output rows, input columns, how many such matrices
+Linear = tuple[str, int, int, int]  # a linear layer's name within its block, and its matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,9 @@ class ModelShape:
     head_dim: int
     tied: bool  # the head is the embedding
     matrices: tuple[Matrix, ...]  # linear layers and embeddings, a tied head once
+    linears: tuple[Linear, ...]  # the linear layers of the blocks alone: what LoRA adapts and QLoRA quantises
     vectors: int  # elements of norms and biases
+    positions: int | None = None  # tokens a row may have, where positions are learned
 
     @property
     def parameters(self) -> int:
@@ -49,6 +55,28 @@ class ModelShape:
     def widest(self) -> int:
         """Elements of the largest matrix of a layer: the one alive in 16 bits while an int8 layer multiplies."""
         return max(rows * columns for rows, columns, _ in self.matrices if rows < LARGEST_LAYER)
+
+    def lora_parameters(self, r: int, targets: Sequence[str]) -> int:
+        """Elements of A [r, columns] and B [rows, r] of every targeted layer. Raises UsageError for an unknown name."""
+        names = sorted({name for name, *_ in self.linears})
+        if unknown := [target for target in targets if target not in (*names, ALL_LINEAR)]:
+            raise UsageError(
+                f"--lora_target names {', '.join(unknown)}, which no block of {self.name} has.\n"
+                f"There are: {', '.join(names)}; or all of them: --lora_target {ALL_LINEAR}"
+            )
+        targeted = [linear for linear in self.linears if linear[0] in targets or ALL_LINEAR in targets]
+        return sum(r * (rows + columns) * count for _, rows, columns, count in targeted)
+
+    def base_bytes(self, bits: int, itemsize: int) -> int:
+        """A frozen base as bitsandbytes keeps it: linear layers in 4 or 8 bits, all else at `itemsize`."""
+        if bits == 16:
+            return self.parameters * itemsize
+        weights = sum(rows * columns * count for _, rows, columns, count in self.linears)
+        # NF4: half a byte, a code of a byte for 64 weights, an fp32 scale for 256 of those codes (Dettmers et al.
+        # 2023, double quantisation). LLM.int8: a byte, and an fp32 scale a row.
+        rows = sum(rows * count for _, rows, _, count in self.linears)
+        small = int(weights * (1 / 2 + 1 / 64 + 4 / (64 * 256))) if bits == 4 else weights + 4 * rows
+        return small + (self.parameters - weights) * itemsize
 
     def int8_bytes(self, itemsize: int) -> int:
         """models/quantized.py: a byte a weight and a scale per group of inputs; norms and biases stay."""
@@ -97,6 +125,9 @@ def shape_of(model: str) -> ModelShape:
 
 def read_config(model: str) -> dict[str, Any]:
     """The config.json of a folder, or of a hub id from the cache or the hub."""
+    model = adapter_base(model) or model
+    if model in PRESET_CONFIGS:
+        return PRESET_CONFIGS[model]
     file = Path(model) / "config.json"
     if not Path(model).is_dir():
         from huggingface_hub import hf_hub_download
@@ -123,6 +154,20 @@ def read_config(model: str) -> dict[str, Any]:
     return config
 
 
+def adapter_base(model: str) -> str | None:
+    """The base of an adapter's folder, as peft noted it; None for any other model. Raises UsageError without one."""
+    file = Path(model) / ADAPTER_FILE
+    if not file.is_file():
+        return None
+    try:
+        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str):
+        raise UsageError(f"--model {model}: {file} names no base model (base_model_name_or_path).")
+    return base
+
+
 def gated_shape(name: str, config: Mapping[str, Any]) -> ModelShape:
     """Llama, Mistral, Qwen2 and Qwen3: a gated MLP, RMS norms, grouped queries. Raises KeyError for a missing key."""
     kind = config["model_type"]
@@ -132,30 +177,34 @@ def gated_shape(name: str, config: Mapping[str, Any]) -> ModelShape:
     head_dim = config["head_dim"] if kind == "qwen3" else config.get("head_dim") or hidden // heads
     tied = config.get("tie_word_embeddings", False)
     wide, narrow = heads * head_dim, kv_heads * head_dim
-    matrices = [
-        (vocab, hidden, 1 if tied else 2),
-        *((wide, hidden, layers), (narrow, hidden, 2 * layers), (hidden, wide, layers)),
-        *((mlp, hidden, 2 * layers), (hidden, mlp, layers)),
-    ]
+    linears = (
+        *(("q_proj", wide, hidden, layers), ("k_proj", narrow, hidden, layers), ("v_proj", narrow, hidden, layers)),
+        *(("o_proj", hidden, wide, layers), ("gate_proj", mlp, hidden, layers), ("up_proj", mlp, hidden, layers)),
+        ("down_proj", hidden, mlp, layers),
+    )
+    matrices = (vocab, hidden, 1 if tied else 2), *(linear[1:] for linear in linears)
     norms = 2 * hidden + (2 * head_dim if kind == "qwen3" else 0)
     biases = wide + 2 * narrow if kind == "qwen2" or config.get("attention_bias") else 0
     biases += hidden if kind != "qwen2" and config.get("attention_bias") else 0
     biases += 2 * mlp + hidden if kind == "llama" and config.get("mlp_bias") else 0
     vectors = layers * (norms + biases) + hidden
-    return ModelShape(name, vocab, hidden, mlp, layers, heads, kv_heads, head_dim, tied, tuple(matrices), vectors)
+    return ModelShape(name, vocab, hidden, mlp, layers, heads, kv_heads, head_dim, tied, matrices, linears, vectors)
 
 
 def gpt2_shape(name: str, config: Mapping[str, Any]) -> ModelShape:
     """GPT-2: learned positions, biases everywhere. Raises KeyError for a missing key."""
     hidden, layers, heads, vocab = config["n_embd"], config["n_layer"], config["n_head"], config["vocab_size"]
     mlp, tied = config.get("n_inner") or 4 * hidden, config.get("tie_word_embeddings", True)
-    matrices = [
-        *((vocab, hidden, 1 if tied else 2), (config["n_positions"], hidden, 1)),
-        *((3 * hidden, hidden, layers), (hidden, hidden, layers), (mlp, hidden, layers), (hidden, mlp, layers)),
-    ]
+    linears = (
+        *(("c_attn", 3 * hidden, hidden, layers), ("c_proj", hidden, hidden, layers)),
+        *(("c_fc", mlp, hidden, layers), ("c_proj", hidden, mlp, layers)),
+    )
+    embeddings = (vocab, hidden, 1 if tied else 2), (config["n_positions"], hidden, 1)
+    matrices = *embeddings, *(linear[1:] for linear in linears)
     vectors = layers * (4 * hidden + 3 * hidden + hidden + mlp + hidden) + 2 * hidden
+    head_dim, positions = hidden // heads, config["n_positions"]
     return ModelShape(
-        name, vocab, hidden, mlp, layers, heads, heads, hidden // heads, tied, tuple(matrices), vectors
+        name, vocab, hidden, mlp, layers, heads, heads, head_dim, tied, matrices, linears, vectors, positions
     )  # fmt: skip
 
 
@@ -180,6 +229,12 @@ def meta_shape(name: str, config: Mapping[str, Any]) -> ModelShape:
     parameters = list(model.parameters())  # a tied head once
     matrices = [(rows, columns, 1) for rows, columns in (p.shape for p in parameters if p.dim() == 2)]
     vectors = sum(p.numel() for p in parameters if p.dim() != 2)
+    head = model.get_output_embeddings()
+    linears = [
+        (path.rpartition(".")[2], *module.weight.shape, 1)
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    ]
     heads, hidden, vocab = made.num_attention_heads, made.hidden_size, made.vocab_size
     return ModelShape(
         name=name,
@@ -190,7 +245,8 @@ def meta_shape(name: str, config: Mapping[str, Any]) -> ModelShape:
         heads=heads,
         kv_heads=getattr(made, "num_key_value_heads", None) or heads,
         head_dim=getattr(made, "head_dim", None) or hidden // heads,
-        tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        tied=head.weight is model.get_input_embeddings().weight,
         matrices=tuple(matrices),
+        linears=tuple(linears),
         vectors=vectors,
     )

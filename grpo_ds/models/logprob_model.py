@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo_ds.core.logprobs import HeadRows, token_logprobs
-from grpo_ds.core.packing import PackedRows
+from grpo_ds.core.packing import PADDING, PackedRows, pack_groups
 from grpo_ds.errors import UsageError
+from grpo_ds.models.attention import PackedAttention, attending, sliding_window, use_our_attention
 from grpo_ds.models.quantized import Int8Rows
 
 # Config keys of models that change the logits after the head; we compute the head ourselves.
@@ -33,16 +34,18 @@ class LogprobModel(nn.Module):
     def __init__(self, model: PreTrainedModel, *, vocab_size: int, temperature: float, chunk_mib: float) -> None:
         super().__init__()
         check_plain_head(model)
+        use_our_attention(model)
         self.model = model
+        self.packs = True  # or not: then rows hold one completion each, and the plain causal mask is right
         self.options: dict[str, Any] = {"vocab_size": vocab_size, "temperature": temperature, "chunk_mib": chunk_mib}
 
     def forward(self, rows: PackedRows) -> Float[Tensor, "B C"]:
-        hidden = self.model.base_model(
-            input_ids=rows.input_ids,
-            attention_mask=rows.attention_mask(),
-            position_ids=rows.position_ids,
-            use_cache=False,
-        ).last_hidden_state
+        if self.packs:
+            attend = PackedAttention(rows, self.model.dtype)
+            layout = {"position_ids": rows.position_ids, **attending(attend, rows.input_ids.device)}
+        else:
+            layout = {"attention_mask": rows.segments != PADDING}
+        hidden = self.model.base_model(input_ids=rows.input_ids, use_cache=False, **layout).last_hidden_state
         # Only the positions that predict a counted token go through the head.
         sources, targets = rows.sources[rows.mask], rows.targets[rows.mask]
         # A prompt's last position predicts the first token of all G completions. The backward of plain indexing adds
@@ -65,6 +68,32 @@ class LogprobModel(nn.Module):
 def _at_mask(values: Float[Tensor, " N"], mask: Bool[Tensor, "B C"]) -> Float[Tensor, "B C"]:
     """`values` in their places, 0 elsewhere."""
     return torch.zeros(mask.shape, device=values.device).masked_scatter(mask, values)
+
+
+# Of a log-prob: the two ways sum in another order, and in 16 bits what goes from layer to layer is rounded.
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+@torch.no_grad()
+def why_not_packed(policy: LogprobModel, *, longest: int) -> str | None:
+    """What keeps this model from packed rows, found out on one: does a completion get what it gets alone?
+
+    longest: tokens of a prompt with its completion. None: nothing does.
+    """
+    device = policy.model.device
+    if (window := sliding_window(policy.model.config)) < longest:
+        return f"its attention slides over {window} tokens, fewer than the {longest} of a prompt and its completion"
+    prompt = torch.tensor([1, 2, 3], device=device)
+    ids, mask = torch.tensor([[9, 8, 7], [4, 5, 6]], device=device), torch.ones(2, 3, dtype=torch.bool, device=device)
+    policy.packs = False
+    alone = policy(pack_groups([prompt, prompt], ids, mask, pad_id=0))
+    policy.packs = True
+    try:
+        beside = policy(pack_groups([prompt], ids, mask, pad_id=0))
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0][:100]
+    seen = float((alone - beside).abs().max())
+    return None if seen <= PROBE_TOLERANCE[policy.model.dtype] else "its attention is more than SDPA's"
 
 
 def check_plain_head(model: PreTrainedModel) -> None:

@@ -9,9 +9,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
+from grpo_ds.config import TrainConfig
 from grpo_ds.errors import UsageError
 from grpo_ds.hub import knock
+from grpo_ds.memory.shape import adapter_base
 from grpo_ds.models.embedded import embedded_folder
+from grpo_ds.models.logprob_model import LogprobModel
+from grpo_ds.models.lora import add_adapter, merged, quantization
 from grpo_ds.models.presets import EMBEDDED, PRESETS
 from grpo_ds.task.prompts import ensure_chat_template
 
@@ -41,20 +45,29 @@ def load_tokenizer(name: str) -> Tokenizer:
     return tokenizer
 
 
-def load_policy(name: str, *, dtype: torch.dtype, checkpointing: bool) -> PreTrainedModel:
-    """The model on the CPU, without dropout and with a neutral generation config.
+def load_policy(name: str, *, dtype: torch.dtype, checkpointing: bool, bits: int = 16) -> PreTrainedModel:
+    """The model on the CPU, without dropout and with a neutral generation config; an adapter's folder is merged.
+
+    bits: 4 or 8 quantises the linear layers, on the card where there is one.
 
     Dropout would make the ratio of the first update differ from 1. The model's own generation config
     (Qwen ships top_k 20, top_p 0.8, repetition_penalty 1.1) would sample from another distribution than
     the one the log-probs describe; only its token ids are kept.
     """
-    source = model_source(name)
-    with _named_errors(name):
+    adapter_on = adapter_base(name)
+    source = model_source(adapter_on or name)
+    with _named_errors(adapter_on or name):
         config = AutoConfig.from_pretrained(source)
         for key, value in config.to_dict().items():
             if ("dropout" in key or key.endswith("_pdrop")) and isinstance(value, float):
                 setattr(config, key, 0.0)
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, attn_implementation="sdpa")
+        # SDPA where the architecture has it, which is transformers' own choice.
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, quantization_config=quantization(bits, dtype)
+        )
+    if adapter_on:
+        with _named_errors(name):
+            model = merged(model, Path(name))
     own = model.generation_config
     model.generation_config = GenerationConfig(
         bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
@@ -63,6 +76,26 @@ def load_policy(name: str, *, dtype: torch.dtype, checkpointing: bool) -> PreTra
         # Non-reentrant: ZeRO-2 refuses a parameter whose gradient arrives twice.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def trainable_policy(config: TrainConfig, *, dtype: torch.dtype, known_ids: int) -> LogprobModel:
+    """The policy a run trains, with an adapter if one is asked for. known_ids: of the tokenizer."""
+    model = load_policy(
+        config.model, dtype=dtype, checkpointing=config.gradient_checkpointing is not False, bits=config.base_bits
+    )
+    if config.lora_r:
+        source = model_source(config.model)
+        add_adapter(
+            model,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            targets=config.lora_targets,
+            base=str(Path(source).resolve()) if Path(source).is_dir() else source,  # found from any working folder
+            seed=config.seed,
+        )
+    vocab_size = min(known_ids, model.get_output_embeddings().weight.shape[0])
+    options = {"vocab_size": vocab_size, "temperature": config.temperature, "chunk_mib": config.logprob_chunk_mib}
+    return LogprobModel(model, **options)
 
 
 @contextmanager
@@ -80,14 +113,21 @@ def _named_errors(name: str):
         ) from error
 
 
+def save_merged(adapter: Path, folder: Path, *, dtype: torch.dtype) -> None:
+    """The adapter's base, read again in `dtype` whatever it was trained in, and the adapter as one ordinary model."""
+    load_policy(str(adapter), dtype=dtype, checkpointing=False).save_pretrained(folder, max_shard_size=SHARD)
+
+
 SHARD = "2GB"  # of a saved model: on its way to the file a shard is in host memory once more
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """An ordinary transformers folder.
+    """An ordinary transformers folder; of a model with an adapter the adapter alone, as peft writes it.
 
     ZeRO keeps all weights as views of one buffer, which save_pretrained takes for shared tensors and clones, all of
     them at once and on the card. Through dlpack each view is a tensor of its own over the same bytes.
     """
+    if getattr(model, "peft_config", None):
+        return model.save_pretrained(folder)
     weights = {name: torch.from_dlpack(tensor.detach()) for name, tensor in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD)

@@ -52,6 +52,15 @@ PRESETS = {
 }
 
 
+LORA_RATE = 10  # times the rate of full fine-tuning suits an adapter (Schulman et al. 2025, LoRA Without Regret)
+
+
+def lora_recipe(recipe: Mapping[str, object], config: TrainConfig) -> Mapping[str, object]:
+    """The model's recipe, with the learning rate of an adapter where one is trained."""
+    rate = recipe.get("learning_rate", TrainConfig.learning_rate)
+    return {**recipe, "learning_rate": LORA_RATE * float(str(rate))} if config.lora_r else recipe
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """The model a run uses, why, and the defaults that suit it."""

@@ -1,7 +1,8 @@
 """The reference: a frozen copy of the policy that costs one byte a weight.
 
 It is made from the policy in memory, layer by layer, at the start of every outer iteration: nothing
-is read twice from disk, and no second 16-bit model exists at any moment (but for --reference bf16).
+is read twice from disk, and no second 16-bit model exists at any moment (but for --reference bf16). With LoRA there
+is no second model at all: the reference is the policy with the adapter that it had then.
 """
 
 import copy
@@ -37,6 +38,50 @@ class Reference:
         """What it keeps in memory."""
         return sum(t.untyped_storage().nbytes() for t in _distinct(self.model))
 
+    @torch.no_grad()
+    def mix(self, policy: LogprobModel, alpha: float) -> None:
+        """alpha policy + (1 - alpha) reference, weight by weight (Gorbatovski et al. 2024); of 16-bit weights alone."""
+        own = dict(self.model.named_parameters())
+        for name, parameter in policy.named_parameters():
+            own[name].lerp_(parameter.to(own[name].device), alpha)
+
+
+class AdapterReference(Reference):
+    """The policy with its adapter's weights as they were when this object was made.
+
+    At the start of a run B = 0 adds exactly 0, so this is the base alone, as if the adapter were switched off.
+    """
+
+    def __init__(self, policy: LogprobModel) -> None:
+        self.model, self.device = policy, policy.model.device
+        self.weights = [parameter.detach().clone() for parameter in _trained(policy)]
+
+    @torch.no_grad()
+    def __call__(self, rows: PackedRows) -> Tensor:
+        """[B, C]. Only pointers change hands, so that ZeRO finds its own memory again."""
+        trained = _trained(self.model)
+        own = [parameter.data for parameter in trained]
+        try:
+            for parameter, weight in zip(trained, self.weights, strict=True):
+                parameter.data = weight
+            return self.model.eval()(rows)
+        finally:
+            for parameter, weight in zip(trained, own, strict=True):
+                parameter.data = weight
+
+    def bytes(self) -> int:
+        """The adapter's; the base is the policy's own."""
+        return sum(weight.nbytes for weight in self.weights)
+
+
+def make_reference(policy: LogprobModel, kind: str) -> Reference:
+    """kind: of MAKERS below, or "adapter"."""
+    return AdapterReference(policy) if kind == "adapter" else Reference(policy, kind)
+
+
+def _trained(policy: LogprobModel) -> list[nn.Parameter]:
+    return [parameter for parameter in policy.parameters() if parameter.requires_grad]
+
 
 @torch.no_grad()
 def kl_floor(policy: LogprobModel, reference: Reference, rows: PackedRows) -> float:
@@ -59,7 +104,8 @@ def _rebuilt(policy: PreTrainedModel, replace: Callable[[Any], nn.Module]) -> Pr
     What is no linear layer and no embedding (norms, buffers) is copied. Tied modules stay tied.
     """
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(policy.config, dtype=policy.dtype)
+        kind = policy.config._attn_implementation
+        model = AutoModelForCausalLM.from_config(policy.config, dtype=policy.dtype, attn_implementation=kind)
     replaced: dict[int, nn.Module] = {}  # by the address of the weight, so that a tied head is made once
     for name, source in policy.named_modules():
         if not isinstance(source, nn.Linear | nn.Embedding | Conv1D):

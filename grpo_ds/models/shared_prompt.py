@@ -7,20 +7,15 @@ Q prompts x G completions, B = Q * G rows, groups side by side; P prompt tokens 
 row has taken in since. H heads of queries, K of keys (n = H / K share one), D wide.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
-from grpo_ds.errors import UsageError
-
-NAME = "grpo_ds_shared_prompt"
-# What some models add to plain attention, and this one does not do: their keyword in transformers.
-UNKNOWN = ("softcap", "s_aux")
+from grpo_ds.models.attention import attending, use_our_attention
 
 
 class SharedPromptCache:
@@ -87,63 +82,39 @@ def _by_row(groups: Float[Tensor, "Q K G*n X"], group_size: int) -> Float[Tensor
     return groups.view(q, k, group_size, -1, x).transpose(1, 2).reshape(q * group_size, k, -1, x)
 
 
-def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    """What transformers calls in a layer; `shared_prompt` is passed down from the model's own keywords."""
-    extra = [name for name in UNKNOWN if options.get(name) is not None]
-    cache: SharedPromptCache = options["shared_prompt"]
-    window = options.get("sliding_window")
-    if window is not None and cache.prompts[0][0].shape[2] + cache.own[0][0].shape[2] > window:
-        extra.append(f"a sliding window of {window} tokens, shorter than prompt and completion")
-    if extra:
-        raise UsageError(
-            f"This model's attention has {', '.join(extra)}, which sampling does not do.\n"
-            "Try a model of the Qwen2, Llama, Mistral, SmolLM or GPT-2 kind."
+class SharedPrompts:
+    """Tokens decoded one by one behind prompts that are kept once for their groups."""
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        *,
+        group_size: int,
+        columns: int,
+        cuda_graphs: bool = False,
+    ) -> None:
+        """Takes in all but each prompt's last token, which is the first to be decoded; at least two tokens each.
+
+        columns: tokens a row may take in. cuda_graphs: launch the kernels of a token together; with a small model and
+        few rows launching them one by one takes longer than running them. On a CPU the same steps without a graph.
+        """
+        use_our_attention(model)
+        self.model, self.cuda_graphs = model, cuda_graphs
+        lengths = [len(prompt) - 1 for prompt in prompts]
+        width = max(lengths)
+        # Padded on the right, where causal attention hides the padding from every real token without a mask.
+        ids = torch.tensor([[*prompt[:-1], *[0] * (width - len(prompt) + 1)] for prompt in prompts])
+        cache = DynamicCache(config=model.config)
+        model.base_model(
+            input_ids=ids.to(model.device),
+            position_ids=torch.arange(width, device=model.device).expand(len(prompts), -1),
+            past_key_values=cache,
+            use_cache=True,
         )
-    return cache.attend(module.layer_idx, query, key, value, options["scaling"]), None
-
-
-AttentionInterface.register(NAME, _attention)
-
-
-@contextmanager
-def shared_prompt_attention(model: PreTrainedModel) -> Iterator[None]:
-    """`model(..., shared_prompt=cache)` attends through its SharedPromptCache; no mask is made."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-@torch.no_grad()
-def prefill(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, group_size: int, columns: int
-) -> SharedPromptCache:
-    """The cache of all but each prompt's last token, which is the first to be decoded. At least two tokens each."""
-    lengths = [len(prompt) - 1 for prompt in prompts]
-    width = max(lengths)
-    # Padded on the right, where causal attention hides the padding from every real token without a mask.
-    ids = torch.tensor([[*prompt[:-1], *[0] * (width - len(prompt) + 1)] for prompt in prompts], device=model.device)
-    cache = DynamicCache(config=model.config)
-    model.base_model(
-        input_ids=ids,
-        position_ids=torch.arange(width, device=model.device).expand(len(prompts), -1),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return SharedPromptCache(cache, lengths, group_size=group_size, columns=columns)
-
-
-class Decoder:
-    """Token by token through a model and its SharedPromptCache."""
-
-    def __init__(self, model: nn.Module, cache: SharedPromptCache, *, cuda_graphs: bool = False) -> None:
-        """cuda_graphs: launch the kernels of a token together; with a small model and few rows launching them one by
-        one takes longer than running them. On a CPU the same steps are taken without a graph."""
-        self.model, self.cache, self.cuda_graphs = model, cache, cuda_graphs
+        self.cache = SharedPromptCache(cache, lengths, group_size=group_size, columns=columns)
+        self.keywords = attending(self.cache.attend, model.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.stale = True  # the graph, and where it finds its input, are not of these rows
 
@@ -165,9 +136,13 @@ class Decoder:
         self.stale = True
         self.cache.keep(rows, group_size=group_size)
 
+    @property
+    def group_size(self) -> int:
+        return self.cache.group_size
+
     def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         return self.model(
-            input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False, shared_prompt=self.cache
+            input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False, **self.keywords
         ).logits[:, -1]
 
     def _fixed(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -195,6 +170,19 @@ class Decoder:
 
 
 WIDTH = 64  # columns by which what a graph looks at grows
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # of the logits' norm
+
+
+@torch.no_grad()
+def can_share_prompts(model: PreTrainedModel) -> bool:
+    """Whether `attend` does all that this model's attention does: tried on a token behind two others."""
+    tokens = torch.tensor([3], device=model.device)
+    try:
+        whole = model(input_ids=torch.tensor([[1, 2, 3]], device=model.device)).logits[0, -1]
+        ours = SharedPrompts(model, [[1, 2, 3]], group_size=1, columns=1)(tokens, tokens - 1)[0]
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False  # not made for transformers' AttentionInterface; some raise, some go on without the prompt
+    return bool((ours - whole).float().norm() <= TOLERANCE.get(model.dtype, 0.05) * whole.float().norm())
 
 
 def _captured(step: Callable[[], None]) -> torch.cuda.CUDAGraph:

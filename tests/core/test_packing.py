@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_ds.core.packing import PADDING, PROMPT, fill_rows
-from grpo_ds.core.packing import pack as pack_rows
+from grpo_ds.core.packing import PADDING, PROMPT, fill_rows, pack, pack_groups
 from grpo_ds.models.logprob_model import LogprobModel
 
 
@@ -23,12 +22,6 @@ def filled(prompts, mask, budget=0, only=None):
     return fill_rows([len(prompt) for prompt in prompts], mask.sum(1).tolist(), budget=budget, only=only)
 
 
-def pack(prompts, ids, mask, *, pad_id):
-    """Everything in one batch, a row a group."""
-    (rows,) = filled(prompts, mask)
-    return pack_rows(rows, prompts, ids, mask, pad_id=pad_id)
-
-
 def alone(model, prompts, ids, mask, vocab_size, temperature=1.0):
     """The oracle: one forward pass a completion, full logits, log_softmax and gather."""
     group_size, rows = len(ids) // len(prompts), []
@@ -42,7 +35,7 @@ def alone(model, prompts, ids, mask, vocab_size, temperature=1.0):
 
 def test_a_row_is_laid_out_as_the_docstring_says():
     prompts, ids, mask = make_groups([3], [[2, 3]])
-    rows = pack(prompts, ids, mask, pad_id=999)
+    rows = pack_groups(prompts, ids, mask, pad_id=999)
     c1, c2 = ids
     # prompt p0 p1 p2, then c1 without its last token, then c2 without its last token
     assert rows.input_ids.tolist() == [[*prompts[0].tolist(), c1[0], c2[0], c2[1]]]
@@ -51,26 +44,13 @@ def test_a_row_is_laid_out_as_the_docstring_says():
     assert rows.sources.tolist() == [[2, 3, 0], [2, 4, 5]]
 
 
-def test_a_completion_sees_the_prompt_and_itself_only():
-    prompts, ids, mask = make_groups([2], [[3, 3]])
-    visible = pack(prompts, ids, mask, pad_id=0).attention_mask()[0, 0].int().tolist()
-    assert visible == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],  # completion 1
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 0, 0, 1, 0],  # completion 2: nothing of completion 1
-        [1, 1, 0, 0, 1, 1],
-    ]
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_packed_equals_alone_in_value_and_gradient(tiny_model, temperature):
     prompts, ids, mask = make_groups([11, 5, 17], [[4, 1, 7], [6, 6, 2], [1, 1, 1]])
     packed = LogprobModel(tiny_model, vocab_size=259, temperature=temperature, chunk_mib=0.01)
     upstream = torch.randn(mask.shape, generator=torch.Generator().manual_seed(2))
 
-    ours = packed(pack(prompts, ids, mask, pad_id=257))
+    ours = packed(pack_groups(prompts, ids, mask, pad_id=257))
     ours_grad = torch.autograd.grad((ours * upstream).sum(), list(tiny_model.parameters()))
     theirs = alone(tiny_model, prompts, ids, mask, 259, temperature)
     theirs_grad = torch.autograd.grad((theirs * upstream).sum(), list(tiny_model.parameters()))
@@ -90,14 +70,14 @@ def test_any_packing_gives_the_same_logprobs_and_gradients(tiny_model, budget):
     model = LogprobModel(tiny_model, vocab_size=259, temperature=1.0, chunk_mib=1)
     upstream = torch.randn(mask.shape, generator=torch.Generator().manual_seed(2))
     weights = list(tiny_model.parameters())
-    whole = model(pack(prompts, ids, mask, pad_id=257))
+    whole = model(pack_groups(prompts, ids, mask, pad_id=257))
     want = torch.autograd.grad((whole * upstream).sum(), weights)
 
     got, seen = [torch.zeros_like(w) for w in weights], torch.zeros(len(ids), dtype=torch.long)
     for rows in filled(prompts, mask, budget):
         part = torch.tensor([b for row in rows for b in row.completions])
         seen[part] += 1
-        logprobs = model(pack_rows(rows, prompts, ids, mask, pad_id=257))
+        logprobs = model(pack(rows, prompts, ids, mask, pad_id=257))
         torch.testing.assert_close(logprobs, whole[part], atol=1e-5, rtol=1e-5)
         for sum_, grad in zip(got, torch.autograd.grad((logprobs * upstream[part]).sum(), weights), strict=True):
             sum_ += grad
@@ -129,7 +109,7 @@ def test_batches_keep_to_the_budget_and_hold_each_chosen_completion_once(groups,
 @given(st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 6), min_size=3, max_size=3)), min_size=1))
 def test_every_counted_token_is_predicted_by_the_token_before_it(groups):
     prompts, ids, mask = make_groups([p for p, _ in groups], [lengths for _, lengths in groups])
-    rows = pack(prompts, ids, mask, pad_id=0)
+    rows = pack_groups(prompts, ids, mask, pad_id=0)
     inputs, segments = rows.input_ids.flatten(), rows.segments.flatten()
     for b, length in enumerate(mask.sum(1).tolist()):
         prompt, source = prompts[b // 3], rows.sources[b]

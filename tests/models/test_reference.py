@@ -4,19 +4,19 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
 
+from grpo_ds.core.packing import pack_groups
 from grpo_ds.errors import UsageError
 from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.models.quantized import dequantize, quantize
 from grpo_ds.models.reference import Reference, kl_floor
 from tests.conftest import tiny_config
-from tests.core.test_packing import pack
 
 
 def rows(vocab=250):
     g = torch.Generator().manual_seed(0)
     mask = torch.arange(9) < torch.tensor([9, 3, 5, 1])[:, None]
     prompts = [torch.randint(0, vocab, (n,), generator=g) for n in (7, 12)]
-    return pack(prompts, torch.randint(0, vocab, (4, 9), generator=g), mask, pad_id=0)
+    return pack_groups(prompts, torch.randint(0, vocab, (4, 9), generator=g), mask, pad_id=0)
 
 
 def as_policy(model):
@@ -65,6 +65,22 @@ def test_a_fresh_reference_is_close_to_the_policy_and_frozen(tiny_model, kind):
             parameter.add_(0.1)
     assert torch.equal(reference(batch), before)
     assert not any(p.requires_grad for p in reference.model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["bf16", "bf16-cpu"])
+def test_mixing_moves_every_weight_by_alpha(tiny_model, kind):
+    policy = as_policy(tiny_model)
+    reference = Reference(policy, kind)
+    before = {name: p.clone() for name, p in reference.model.named_parameters()}
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(1.0)
+    reference.mix(policy, 0.25)
+    assert before.keys() == dict(policy.named_parameters()).keys()
+    for name, parameter in reference.model.named_parameters():
+        torch.testing.assert_close(parameter, before[name] + 0.25)
+    reference.mix(policy, 1.0)
+    torch.testing.assert_close(reference(rows()), policy(rows()).detach())
 
 
 def test_int8_costs_about_a_byte_a_weight_with_a_tied_head_kept_once():

@@ -1,0 +1,61 @@
+"""LoRA (Hu et al. 2021) and QLoRA (Dettmers et al. 2023): small trained matrices beside a frozen base.
+
+peft puts them into the transformers model itself, so sampling, log-probs and DeepSpeed meet the model they know.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from grpo_ds.memory.shape import ALL_LINEAR
+
+ADAPTER = "default"  # what peft calls an adapter that was given no name
+
+
+def add_adapter(
+    model: PreTrainedModel, *, r: int, alpha: int, targets: Sequence[str], base: str, seed: int = 0
+) -> None:
+    """Freeze `model` and add alpha / r * B A to each targeted weight; B starts at 0, so nothing changes yet.
+
+    base: what from_pretrained takes for this model; it is noted in the saved adapter. seed: of A.
+    """
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        target_modules=ALL_LINEAR if ALL_LINEAR in targets else list(targets),
+        lora_dropout=0.0,  # would make the ratio of the first update differ from 1
+        fan_in_fan_out=getattr(model.config, "model_type", "") == "gpt2",  # its Conv1D; else peft warns and sets it
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.add_adapter(config)
+    model.peft_config[ADAPTER].base_model_name_or_path = base  # type: ignore[index]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(model.dtype)
+
+
+def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """`model` with the adapter in `folder` added to its weights: an ordinary model."""
+    return PeftModel.from_pretrained(model, folder).merge_and_unload()  # type: ignore[operator]
+
+
+def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How bitsandbytes keeps the linear layers of a frozen base; embeddings and head stay in `dtype`."""
+    if bits == 4:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    if bits == 8:
+        # It says at every product that activations are rounded; docs/lora.md says it once.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return None

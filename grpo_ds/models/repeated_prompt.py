@@ -1,0 +1,45 @@
+"""Decoding behind prompts repeated for every row, in transformers' cache: for models whose attention is their own."""
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+
+class RepeatedPrompts:
+    """What models/shared_prompt.py's SharedPrompts does, slower, for any causal LM that takes transformers' cache."""
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, group_size: int) -> None:
+        self.model, self.group_size = model, group_size
+        self.places_tokens = "position_ids" in inspect.signature(model.forward).parameters  # or by the mask alone
+        width = max(len(prompt) for prompt in prompts) - 1
+        padded = [[0] * (width + 1 - len(prompt)) for prompt in prompts]
+        ids = torch.tensor([[*pad, *prompt[:-1]] for pad, prompt in zip(padded, prompts, strict=True)])
+        seen = torch.tensor([[*pad, *[1] * (width - len(pad))] for pad in padded])
+        self.seen = seen.to(model.device)
+        self.cache = DynamicCache(config=model.config)
+        self._forward(ids.to(model.device), (self.seen.cumsum(dim=1) - 1).clamp(min=0))
+        self.cache.batch_repeat_interleave(group_size)
+        self.seen = self.seen.repeat_interleave(group_size, dim=0)
+
+    @torch.no_grad()
+    def __call__(self, tokens: Int[Tensor, " B"], positions: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
+        """Logits of the token after `tokens`, which are taken into the cache."""
+        self.seen = torch.cat([self.seen, torch.ones_like(self.seen[:, :1])], dim=1)
+        return self._forward(tokens[:, None], positions[:, None])
+
+    def keep(self, rows: Int[Tensor, " B"], *, group_size: int) -> None:
+        """Go on with these rows alone."""
+        self.group_size = group_size
+        self.cache.batch_select_indices(rows)
+        self.seen = self.seen[rows]
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        places = {"position_ids": positions} if self.places_tokens else {}
+        return self.model(
+            input_ids=ids, attention_mask=self.seen, past_key_values=self.cache, use_cache=True, **places
+        ).logits[:, -1]
