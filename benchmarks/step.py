@@ -1,9 +1,9 @@
 """A whole training step beside TRL's GRPOTrainer: the same weights, prompts, shapes, dtype and number of threads.
 
-Each side lives in a process of its own and takes a step when told to, ours and TRL's in turn, so that a busy neighbour
-slows both; ratios are those of medians. Completions are forced to their full length, so that both do the same work;
---free lets them end. On a card both run under ZeRO-2 with the optimizer in host memory, and --preset takes a Qwen's
-shape with random weights. Needs the extra `benchmark`.
+Each side lives in a process of its own and takes a step when told to, ours and TRL's in turn while the other is
+stopped, so that a busy neighbour slows both; ratios are those of medians. Completions are forced to their full length,
+so that both do the same work; --free lets them end. On a card both run under ZeRO-2 with the optimizer in host memory,
+and --preset takes a Qwen's shape with random weights. Needs the extra `benchmark`.
 
 TRL runs as its defaults say (gradient checkpointing on); ours checkpoints where the memory plan has no room for all
 activations, or as --checkpointing says.
@@ -16,6 +16,7 @@ activations, or as --checkpointing says.
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -46,11 +47,14 @@ def main() -> None:
     results: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for worker in workers.values():
         answer(worker)  # ready
+        worker.send_signal(signal.SIGSTOP)  # one that merely waited made the other's steps half as long again
     for step in range(arguments.steps + 1):
         for side, worker in workers.items():
+            worker.send_signal(signal.SIGCONT)
             worker.stdin.write("go\n")
             worker.stdin.flush()
             taken = answer(worker)
+            worker.send_signal(signal.SIGSTOP)
             if step:  # the first step allocates and compiles
                 results[side].append(taken)
             print(side, json.dumps(taken), file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo_ds.core.advantages import group_advantages, overlong
 from grpo_ds.core.objective import RewardScale
 from grpo_ds.core.packing import PackedRows, fill_rows, pack
+from grpo_ds.core.tally import Tally
 from grpo_ds.models.reference import Reference
 from grpo_ds.sampling import Completions, Sampler
 from grpo_ds.task.answers import AnswerFormat
@@ -85,6 +86,18 @@ class Rollout(Groups):
     advantages: Float[Tensor, " B"]
     counted: Bool[Tensor, "B C"]  # the completions' mask, less the truncated ones if these are masked
     ref_logprobs: Float[Tensor, "B C"]  # 0 without a reference
+
+    def count_into(self, tally: Tally) -> None:
+        """What is logged of it: rewards, lengths, and how often a group was of one mind."""
+        count, total = len(self.texts), torch.tensor(self.rewards.total)
+        tally.add("reward", sum(self.rewards.total), count)
+        for name, values in self.rewards.by_name.items():
+            tally.add_all({f"rewards/{name}": [value for value in values if value is not None]})
+        spread = total.view(len(self.questions), -1).std(dim=1)
+        tally.add("reward_std", spread.sum(), len(spread))
+        tally.add("frac_reward_zero_std", len(self.equal()), len(spread))
+        tally.add("completion_length", self.completions.lengths().double().sum(), count)
+        tally.add("ended", self.completions.ended.sum(), count)
 
     def micro_batches(self, pack_tokens: int = 0, *, only: Sequence[int] | None = None) -> list[MicroBatch]:
         """Packed rows of at most `pack_tokens` tokens (0: all in one), and which of the B completions they hold."""

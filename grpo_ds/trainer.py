@@ -6,20 +6,19 @@ reference from the policy, a middle loop that samples, and mu updates on every s
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from grpo_ds.collector import Collector
 from grpo_ds.config import TrainConfig, write_config
 from grpo_ds.core.packing import PackedRows
 from grpo_ds.core.tally import Tally
 from grpo_ds.ds_config import DsConfig
-from grpo_ds.dynamic_sampling import draw_groups
 from grpo_ds.engine import Engine
 from grpo_ds.evaluation import Evaluation, evaluate
 from grpo_ds.inference import prompt_style
@@ -32,11 +31,11 @@ from grpo_ds.models.reference import Reference, kl_floor, make_reference
 from grpo_ds.report.console import Console
 from grpo_ds.report.memory import write as write_memory
 from grpo_ds.report.trackers import make_trackers
-from grpo_ds.rollouts import Groups, Rollout, judge, micro_batches, reward, sample
+from grpo_ds.rollouts import Rollout, judge, micro_batches, sample
 from grpo_ds.sampling import Sampler, seed_at
-from grpo_ds.task.questions import Question, questions_at
+from grpo_ds.task.questions import Question
 from grpo_ds.task.rewards import WeightedFunctions
-from grpo_ds.task.scoring import Rewards, score
+from grpo_ds.task.scoring import Rewards
 from grpo_ds.update import update
 from grpo_ds.world import World, stop
 
@@ -58,19 +57,6 @@ class Outcome:
 Result = TypeVar("Result")
 MERGED = "merged"  # in the run's folder: an adapter beside a whole model would be loaded on top of it
 RARE_ID = 100  # of a rehearsal's prompts: any token will do
-NO_RANK = -1  # in a seed of a whole attempt: no rank's own draw has it
-
-
-def limits_of(config: TrainConfig) -> Limits:
-    """What is computed at once as long as nothing runs out of memory."""
-    size, generations = config.batch_size, config.num_generations
-    return Limits(
-        rows=config.generation_batch_size or size * generations,
-        tokens=config.pack_tokens or size * (config.longest + (generations - 1) * (config.max_completion_length - 1)),
-        chunk_mib=config.logprob_chunk_mib,
-        least_rows=generations,
-        least_tokens=config.longest,
-    )
 
 
 class Trainer:
@@ -86,9 +72,6 @@ class Trainer:
         plan: Plan | None = None,
     ) -> None:
         self.config, self.ds, self.world, self.console = config, ds, world, console
-        self.score = partial(
-            score, functions=reward_functions, timeout=config.reward_timeout, on_error=config.on_reward_error
-        )
         self.warned: set[str] = set()  # reward functions whose first failure was told
         self.profiler = Profiler(world.device, plan)
         self.tokenizer = load_tokenizer(config.model)
@@ -104,7 +87,8 @@ class Trainer:
         self.sampler = Sampler(policy.model, self.tokenizer, max_completion_length=length, stop=stop_at)
         self.reference: Reference | None = None
         self.sampler.cuda_graphs = config.cuda_graphs
-        self.limits = limits_of(config)
+        self.collector = Collector(config, world, self.sampler, self.style, reward_functions)
+        self.limits = Limits.of(config)
         self.apply_limits()
 
     def run(self, train: list[Question], held_out: list[Question], folder: Path) -> Outcome:
@@ -146,12 +130,7 @@ class Trainer:
     def step(self, step: int, questions: list[Question]) -> dict[str, float]:
         """Sample, score, update; the step's metrics over all ranks."""
         config, first_span = self.config, len(self.profiler.spans)
-        groups, redrawn = self.attempt(
-            "sample",
-            lambda: draw_groups(
-                partial(self.draw, step, questions), count=config.batch_size, attempts=config.dynamic_sampling
-            ),
-        )
+        groups, redrawn = self.attempt("sample", lambda: self.collector.collect(step, questions))
         rollout = self.attempt(
             "reference",
             lambda: judge(
@@ -171,32 +150,6 @@ class Trainer:
         if config.dynamic_sampling:
             tally.add("redrawn", redrawn)
         return self.metrics(rollout, tally, first_span)
-
-    def draw(self, step: int, questions: list[Question], attempt: int, places: Sequence[int]) -> Groups:
-        """A group for each of these places of the step; later attempts ask other questions there."""
-        config = self.config
-        seed = seed_at(config.seed, attempt, NO_RANK) if attempt else config.seed
-        asked = self.my_questions(step, questions, seed)
-        asked = [asked[place] for place in places]
-        prompts, completions = sample(
-            self.sampler,
-            self.style,
-            asked,
-            group_size=config.num_generations,
-            temperature=config.temperature,
-            seed=seed_at(seed, step, self.world.rank),
-        )
-        texts = self.style.texts(self.tokenizer, completions)
-        rewards = reward(
-            texts,
-            asked,
-            completions,
-            score=self.score,
-            max_completion_length=config.max_completion_length,
-            overlong_buffer=config.overlong_buffer,
-            overlong_penalty=config.overlong_penalty,
-        )
-        return Groups(asked, prompts, completions, texts, rewards)
 
     def warn(self, rewards: Rewards) -> None:
         """Tell each reward function's first failure that --on_reward_error zero passed over."""
@@ -249,13 +202,6 @@ class Trainer:
     @property
     def binding_memory(self) -> Where:
         return "gpu" if self.world.device.type == "cuda" else "host"
-
-    def my_questions(self, step: int, questions: list[Question], seed: int) -> list[Question]:
-        """This rank's share of the step's questions; a function of (seed, step, rank), with no state to save."""
-        size, first = self.config.batch_size, self.world.rank * self.config.batch_size
-        balanced = self.config.balance_classes
-        asked = questions_at(step, questions, per_step=size * self.world.size, seed=seed, balanced=balanced)
-        return asked[first : first + size]
 
     def make_reference(self, questions: list[Question]) -> None:
         """A frozen copy of the policy as it is now, and the KL it starts from."""
@@ -318,7 +264,7 @@ class Trainer:
 
     def measure_floor(self, reference: Reference, questions: list[Question]) -> float:
         """Mean k3 between policy and reference over completions of the first step's questions."""
-        config, asked = self.config, self.my_questions(0, questions, self.config.seed)
+        config, asked = self.config, self.collector.questions_of(0, questions, self.config.seed)
         prompts, completions = sample(
             self.sampler, self.style, asked, group_size=1, temperature=config.temperature, seed=config.seed
         )
@@ -345,22 +291,14 @@ class Trainer:
 
     def metrics(self, rollout: Rollout, tally: Tally, first_span: int) -> dict[str, float]:
         """The step over all ranks, as logged."""
-        lengths = rollout.completions.lengths().double()
-        count, spread = len(lengths), torch.tensor(rollout.rewards.total).view(len(rollout.questions), -1).std(dim=1)
-        tally.add("reward", sum(rollout.rewards.total), count)
-        for name, values in rollout.rewards.by_name.items():
-            tally.add_all({f"rewards/{name}": [value for value in values if value is not None]})
+        rollout.count_into(tally)
         if self.config.on_reward_error == "zero":
             tally.add("reward_errors", len(rollout.rewards.errors) * self.world.size)  # of all ranks, not their mean
-        tally.add("reward_std", spread.sum(), len(spread))
-        tally.add("frac_reward_zero_std", len(rollout.equal()), len(spread))
-        tally.add("completion_length", lengths.sum(), count)
-        tally.add("ended", rollout.completions.ended.sum(), count)
         uses = self.profiler.uses(first_span).values()
         for use in uses:
             tally.add(f"seconds/{use.phase}", use.seconds)
         means = tally.means(self.world.sum(tally.as_tensor()))
-        tokens = means["completion_length"] * count * self.world.size
+        tokens = means["completion_length"] * len(rollout.texts) * self.world.size
         seconds = sum(means[f"seconds/{use.phase}"] for use in uses)
         memory = {"memory/ram_gib": self.profiler.peak("host") / GIB}
         if self.world.device.type == "cuda":

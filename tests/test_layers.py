@@ -11,7 +11,7 @@ LAYERS = [
     {"config", "command_line", "ds_config", "ds_json", "ds_keys", "machine", "memory", "world"},
     {"models", "optim"},
     {"sampling"},
-    {"engine", "rollouts", "dynamic_sampling"},
+    {"engine", "rollouts", "dynamic_sampling", "collector"},
     {"update", "evaluation", "inference"},
     {"report"},
     {"trainer"},

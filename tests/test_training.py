@@ -67,6 +67,18 @@ def test_bf16_masters_train_the_same_way(tiny_folder, tmp_path):
     assert saved.dtype == torch.bfloat16 and all(p.isfinite().all() for p in saved.parameters())
 
 
+def test_two_ranks_under_the_launcher_ask_twice_the_questions_and_one_of_them_writes(tiny_folder, tmp_path):
+    flags = {
+        "ds": "ds_configs/zero2.json", "model": tiny_folder, "data": "sample", "output_dir": tmp_path / "run",
+        "num_steps": 1, "num_generations": 2, "max_prompt_length": 700, "max_completion_length": 4, "eval_limit": 2,
+    }  # fmt: skip
+    output = launch(str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", **flags)
+    assert output.count("step 1/1") == 1
+    (line,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert line["grad_norm"] > 0 or line["frac_reward_zero_std"] == 1
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+
+
 def test_the_launcher_trains_and_says_what_it_did(launched):
     _, output = launched
     for words in ("Model:", "Data:", "Before training: accuracy", "Reference: int8", "step 4/4", "McNemar"):

@@ -37,7 +37,7 @@ def main(model: str, folder: Path) -> None:
     questions = list(read_questions("sample").questions)
     trainer.train(questions, folder)
     weights = torch.cat([p.detach().flatten() for p in trainer.engine.model.parameters()])
-    groups = trainer.draw(0, questions, 0, range(config.batch_size))
+    groups = trainer.collector.draw(0, questions, 0, range(config.batch_size))
     rollout = judge(groups, here, scale_rewards="batch", mask_truncated=False, reference=None, pack_tokens=0)
     torch.save({"weights": weights, "advantages": rollout.advantages}, folder / f"rank{here.rank}.pt")
     trainer.close()

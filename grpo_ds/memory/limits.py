@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from grpo_ds.config import TrainConfig
+
 SMALLEST_CHUNK_MIB = 4.0
 
 
@@ -14,6 +16,19 @@ class Limits:
     chunk_mib: float
     least_rows: int = 1  # a group's; they share its prompt
     least_tokens: int = 1  # of a prompt with one completion
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Limits":
+        """As long as nothing runs out of memory."""
+        size, generations = config.batch_size, config.num_generations
+        whole = size * (config.longest + (generations - 1) * (config.max_completion_length - 1))
+        return cls(
+            rows=config.generation_batch_size or size * generations,
+            tokens=config.pack_tokens or whole,
+            chunk_mib=config.logprob_chunk_mib,
+            least_rows=generations,
+            least_tokens=config.longest,
+        )
 
     def halve(self, phase: str) -> str | None:
         """Half of what makes that phase large, said in words; None when there is nothing left to halve."""
