@@ -20,7 +20,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 train: install ## fine-tune the model that fits this machine (ARGS="--num_steps 40" adds flags)
 	$(BIN)/deepspeed launch/train.py --ds ds_configs/zero2.json $(ARGS)
 
-test: install ## run the tests (under 10 minutes on two cores)
+test: install ## run the tests (about 10 minutes on two cores)
 	$(BIN)/python -m pytest -q $(ARGS)
 
 test-gpu: install ## run the tests that need a GPU, on this machine's card

@@ -66,11 +66,9 @@ def update(
         tally.add("clip_ratio/low", terms.low.sum(), tokens)
         tally.add("clip_ratio/high", terms.high.sum(), tokens)
         tally.add("clip_fraction", terms.clipped.sum(), tokens)
-    grad_norm = 0.0
-    if backwards:  # else there is nothing to learn, and momentum and weight decay must not move the weights either
-        with profiler.phase("step"):
-            grad_norm = engine.step()
-    tally.add("grad_norm", grad_norm)
+    with profiler.phase("step"):
+        # Where there is nothing to learn, momentum and weight decay must not move the weights either.
+        tally.add("grad_norm", engine.step() if backwards else 0.0)
     tally.add("loss", step_loss * world.size)  # a rank holds its share of the sum; the mean over ranks is the whole
     return tally, logprobs
 
