@@ -97,16 +97,22 @@ class Batch:
         return {"activations": heaviest + self.tokens * self.shape.hidden * self.w, **self.masks()}
 
     def sampling(self) -> dict[str, int]:
-        """The last step of sampling: each prompt's cache once, each row's own, and the logits of a token.
+        """Of a step's completions, as many groups at once as --generation_batch_size holds."""
+        config = self.config
+        at_once = config.generation_batch_size or config.batch_size * config.num_generations
+        prompts = max(1, min(at_once // config.num_generations, config.batch_size))
+        return self._decoding(prompts, prompts * config.num_generations)
 
-        In evaluation every row has a prompt of its own. On a CPU in fp32 the weights are there a second time.
-        """
+    def answering(self) -> dict[str, int]:
+        """Of held-out questions, each with one answer."""
+        rows = self.config.generation_batch_size or 1
+        return self._decoding(rows, rows)
+
+    def _decoding(self, prompts: int, rows: int) -> dict[str, int]:
+        """The last token: each prompt's cache once, each row's own, and logits. On a CPU in fp32 the weights are there
+        a second time (models/packed_linear.py)."""
         config, shape = self.config, self.shape
         a_token = 2 * shape.kv_heads * shape.head_dim * self.w
-        at_once = config.generation_batch_size or config.batch_size * config.num_generations
-        training = max(1, min(at_once // config.num_generations, config.batch_size))
-        prompts = max(training, at_once if config.generation_batch_size else 1)
-        rows = max(training * config.num_generations, prompts)
         cached = prompts * config.max_prompt_length + rows * config.max_completion_length
         # Logits in w and fp32, divided by the temperature, as probabilities, their sum in fp64.
         logits = rows * shape.vocab * (self.w + 3 * 4 + 8)

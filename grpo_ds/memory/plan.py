@@ -20,7 +20,7 @@ Device = Literal["cuda", "cpu"]
 Bytes = Counter[str]  # component -> bytes; adding two adds what they share and drops what is empty
 Moment = tuple[Bytes, Bytes]  # what is alive at once, on the card and on the host
 GIB = 2**30
-PHASES = ("load", "initialise", "sample", "reference", "update", "step", "save")
+PHASES = ("load", "initialise", "evaluate", "sample", "reference", "update", "step", "save")
 
 # Measured by benchmarks/plan_check.py: Python, torch, transformers, deepspeed, threads; 0.4 GiB before the first step.
 PROCESS = int(0.55 * GIB)
@@ -181,6 +181,9 @@ class _Run:
         if self.on_gpu or self.w != self.master:  # else the clone is the master
             moments.append((twice, self.process + masters))
         return moments
+
+    def evaluate(self) -> list[Moment]:
+        return [self._during(self.batch.answering())]
 
     def sample(self) -> list[Moment]:
         return [self._during({**self.batch.sampling(), **self.widened})]

@@ -45,7 +45,7 @@ class Job:
 def fitted(job: Job, gpu_gib: float, ram_gib: float) -> Job:
     """The sizes that were left to the memory, filled in.
 
-    Completions sampled at once: the most that leave sampling below the fullest of the other phases.
+    Completions sampled at once: the most that leave evaluation below the fullest of the other phases.
     Gradient checkpointing: off where the run without it fits with room to spare, for a faster update.
     """
     if job.config.gradient_checkpointing is None:
@@ -55,7 +55,7 @@ def fitted(job: Job, gpu_gib: float, ram_gib: float) -> Job:
     if job.config.generation_batch_size is None:
         sizes = [replace(job, config=replace(job.config, generation_batch_size=rows)) for rows in BATCH_SIZES]
         where: Where = "gpu" if job.device == "cuda" else "host"
-        job = next((it for it in sizes if it.plan().binding(where).name != "sample"), sizes[-1])
+        job = next((it for it in sizes if it.plan().binding(where).name != "evaluate"), sizes[-1])
     return job
 
 

@@ -226,7 +226,7 @@ def test_sizes_left_to_the_memory_fill_it_and_no_more(ds_from, model, gpu_gib):
     job = Job(shape_of(model), CONFIG, ds_from())
     chosen = fitted(job, gpu_gib, 64)
     plan, kept = chosen.plan(), replace(CONFIG, gradient_checkpointing=True, generation_batch_size=8)
-    assert chosen.config.generation_batch_size == 8 or plan.binding("gpu").name != "sample"
+    assert chosen.config.generation_batch_size == 8 or plan.binding("gpu").name != "evaluate"
     if not chosen.config.gradient_checkpointing:
         assert fits(plan, gpu_gib, 64)
     assert fits(plan, gpu_gib, 64) == fits(make_plan(job.shape, kept, job.ds), gpu_gib, 64)
