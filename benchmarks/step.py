@@ -173,7 +173,7 @@ def ours(arguments: argparse.Namespace) -> None:
         def encode(self, tokenizer: Any, questions: Any) -> list[list[int]]:
             return fixed[: len(questions)]
 
-    trainer.style = Fixed(config.answer_format, 0, False, arguments.prompt)
+    trainer.collector.style = Fixed(config.answer_format, 0, False, arguments.prompt)
     trainer.sampler.full_length = not arguments.free
     questions = list(read_questions("sample").questions)
     trainer.make_reference(questions)

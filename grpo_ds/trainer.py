@@ -75,7 +75,6 @@ class Trainer:
         self.warned: set[str] = set()  # reward functions whose first failure was told
         self.profiler = Profiler(world.device, plan)
         self.tokenizer = load_tokenizer(config.model)
-        self.style = prompt_style(config)
         dtype = torch.bfloat16 if ds.bf16 else torch.float32
         with self.profiler.phase("load"):
             policy = trainable_policy(config, dtype=dtype, known_ids=len(self.tokenizer))
@@ -87,13 +86,13 @@ class Trainer:
         self.sampler = Sampler(policy.model, self.tokenizer, max_completion_length=length, stop=stop_at)
         self.reference: Reference | None = None
         self.sampler.cuda_graphs = config.cuda_graphs
-        self.collector = Collector(config, world, self.sampler, self.style, reward_functions)
+        self.collector = Collector(config, world, self.sampler, prompt_style(config), reward_functions)
         self.limits = Limits.of(config)
         self.apply_limits()
 
     def run(self, train: list[Question], held_out: list[Question], folder: Path) -> Outcome:
         """The whole of it; rank 0 writes into `folder`."""
-        self.style.encode(self.tokenizer, [*train, *held_out])  # a question too long for its budget stops us here
+        self.collector.style.encode(self.tokenizer, [*train, *held_out])  # a question too long for its budget stops us here
         before = self.evaluate("Before training", held_out)
         if self.world.is_first:
             folder.mkdir(parents=True, exist_ok=True)
@@ -266,7 +265,7 @@ class Trainer:
         """Mean k3 between policy and reference over completions of the first step's questions."""
         config, asked = self.config, self.collector.questions_of(0, questions, self.config.seed)
         prompts, completions = sample(
-            self.sampler, self.style, asked, group_size=1, temperature=config.temperature, seed=config.seed
+            self.sampler, self.collector.style, asked, group_size=1, temperature=config.temperature, seed=config.seed
         )
         tally = Tally()
         for rows, _ in micro_batches(prompts, completions):
@@ -277,7 +276,7 @@ class Trainer:
         with self.console.progress(when, len(questions)) as advance, self.profiler.phase("evaluate"):
             result = evaluate(
                 self.sampler,
-                self.style,
+                self.collector.style,
                 questions,
                 self.world,
                 advance=advance,
