@@ -92,7 +92,8 @@ class Trainer:
 
     def run(self, train: list[Question], held_out: list[Question], folder: Path) -> Outcome:
         """The whole of it; rank 0 writes into `folder`."""
-        self.collector.style.encode(self.tokenizer, [*train, *held_out])  # a question too long for its budget stops us here
+        # A question too long for its budget stops us here.
+        self.collector.style.encode(self.tokenizer, [*train, *held_out])
         before = self.evaluate("Before training", held_out)
         if self.world.is_first:
             folder.mkdir(parents=True, exist_ok=True)
