@@ -156,6 +156,7 @@ def train(config: Any, ds: Any, plan: Any) -> dict[str, Any]:
     rewards = {name: (ours[name], 1.0) for name in ("correctness", "format")}
     questions = read_questions("sample", labels=config.label_names).questions
     trainer = Trainer(config, ds, here, Console(speaks=False), rewards, plan)
+    trainer.profiler.exact = True
     trainer.collector.style = ShortStyle(config.answer_format, 0, False, max_prompt_length=4096)
     trainer.make_reference(questions)
     trainer.rehearse()

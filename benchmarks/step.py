@@ -47,7 +47,7 @@ def main() -> None:
     results: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for worker in workers.values():
         answer(worker)  # ready
-        worker.send_signal(signal.SIGSTOP)  # one that merely waited made the other's steps half as long again
+        worker.send_signal(signal.SIGSTOP)
     for step in range(arguments.steps + 1):
         for side, worker in workers.items():
             worker.send_signal(signal.SIGCONT)

@@ -24,6 +24,7 @@ def main(argv: list[str]) -> None:
 
     lines = [f"Profiling {config.model} ({settled.choice.why}) under {config.ds}"]
     trainer = make_trainer(settled, reward_functions(config, questions), lines)
+    trainer.profiler.exact = True
     folder.mkdir(parents=True, exist_ok=True)
     trainer.train(train, folder)
     trainer.report_memory(folder)
