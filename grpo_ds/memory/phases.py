@@ -169,7 +169,7 @@ def reset_host_peak() -> None:
 
 def _give_back_freed_memory() -> None:
     """The C library keeps what was freed in small blocks, on a CPU as much as half a gigabyte of activations, which the
-    next phase would carry. Getting it from the system again takes longer than using it: a fifth of an update on a CPU."""
+    next phase would carry. Getting it from the system again is not free: a fifth of an update's time on a CPU."""
     with suppress(AttributeError):  # a C library other than glibc
         ctypes.CDLL(None).malloc_trim(0)
 
