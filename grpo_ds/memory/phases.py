@@ -112,7 +112,7 @@ class Profiler:
             self.spans.append(Span(self._open[-1], self._mark - self._began, now - self._mark, *self._read()))
         if self._gpu:
             torch.cuda.reset_peak_memory_stats(self._gpu)
-        if self.exact or not STEP_PHASES.intersection(self._open):
+        if self.exact or (self._open and self._open[-1] not in STEP_PHASES):
             _give_back_freed_memory()
         reset_host_peak()
         self._mark = now
