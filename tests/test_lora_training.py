@@ -124,6 +124,7 @@ def test_a_synced_reference_follows_the_policy(tiny_folder, tmp_path, flags, alp
 SIZE = {"vocab_size": 272, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 IDS = {"eos_token_id": 256, "pad_token_id": 257, "bos_token_id": None}
 FAMILIES = {
+    "qwen2": lambda: Qwen2ForCausalLM(tiny_config()),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZE, **IDS, tie_word_embeddings=True)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZE, **IDS, num_key_value_heads=2, head_dim=16)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=272, n_embd=64, n_layer=2, n_head=4, **IDS)),
