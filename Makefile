@@ -21,7 +21,10 @@ train: install ## fine-tune the model that fits this machine (ARGS="--num_steps 
 	$(BIN)/deepspeed launch/train.py --ds ds_configs/zero2.json $(ARGS)
 
 test: install ## run the tests (about 10 minutes on two cores)
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -m 'not faults' $(ARGS)
+
+test-faults: install ## kill it, fill its disk, damage its files, feed it nonsense; ends in a table of counts
+	$(BIN)/python -m pytest -q -m faults $(ARGS)
 
 test-gpu: install ## run the tests that need a GPU, on this machine's card
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)
@@ -42,4 +45,4 @@ check: install ## lint, format, types
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-.PHONY: help install train test test-gpu bench bench-gpu check
+.PHONY: help install train test test-faults test-gpu bench bench-gpu check

@@ -1,0 +1,35 @@
+"""Faults, tried: what is counted here stands in one table at the end of `make test-faults`."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+COUNTS: dict[str, Counter[str]] = defaultdict(Counter)
+
+
+@pytest.fixture(scope="session")
+def tried() -> Callable[[str, str], None]:
+    """tried("kill -9 while saving", "survived"): one more of a kind, with its outcome, once it has been asserted."""
+
+    def count(kind: str, outcome: str) -> None:
+        COUNTS[kind][outcome] += 1
+
+    return count
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker("faults")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not COUNTS:
+        return
+    width = max(map(len, COUNTS))
+    terminalreporter.section("faults tried")
+    for kind, outcomes in COUNTS.items():
+        parts = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
+        terminalreporter.line(f"{kind:<{width}}  {sum(outcomes.values()):>4}: {parts}")
