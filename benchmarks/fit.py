@@ -143,6 +143,7 @@ def train(config: Any, ds: Any, plan: Any) -> dict[str, Any]:
     from grpo_ds import world
     from grpo_ds.report.console import Console
     from grpo_ds.rollouts import PromptStyle
+    from grpo_ds.run import Run
     from grpo_ds.task.questions import read_questions
     from grpo_ds.task.rewards import ready_made
     from grpo_ds.trainer import Trainer
@@ -163,7 +164,7 @@ def train(config: Any, ds: Any, plan: Any) -> dict[str, Any]:
     for step in range(2):
         trainer.step(step, questions)
     with tempfile.TemporaryDirectory() as folder:
-        trainer.save(Path(folder))
+        Run(trainer, [], [], Path(folder)).save_model()
     return trainer.profiler.uses()
 
 

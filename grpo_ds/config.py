@@ -175,6 +175,12 @@ class TrainConfig(EvaluateConfig):
     )
     cuda_graphs: bool = knob(False, "on a card, launch the kernels of a sampled token together")
     logprob_chunk_mib: float = knob(64.0, "MiB that a block of logits and its temporaries may take")
+    save_steps: int = knob(50, "steps between checkpoints in output_dir/checkpoint-N, and one at the end; 0: none")
+    save_total_limit: int | None = knob(2, "newest checkpoints that are kept, beside the best by eval_steps; null: all")
+    eval_steps: int = knob(0, "steps between evaluations on the way; 0: before and after training alone")
+    resume_from_checkpoint: str | None = knob(
+        None, "a checkpoint-N folder to go on from, or auto: the newest whole one of output_dir; flags come from there"
+    )
     plan: bool = knob(False, "print the memory this run would take, phase by phase, and stop")
     dry_run_worst_case: bool = knob(False, "one step of the longest prompts and completions first; changes nothing")
     oom_retry: bool = knob(False, "on one rank, a phase out of memory is tried again in smaller parts; same results")
@@ -215,6 +221,7 @@ class TrainConfig(EvaluateConfig):
                     f"pack_tokens is {self.pack_tokens}, but a prompt with one completion may have {self.longest}; "
                     "0 packs all of a step together",
                 ),
+                *self._saving_problems(),
                 (bool(trackers), f"report_to names {', '.join(trackers)}; there are: {', '.join(TRACKERS)}"),
                 *(
                     (getattr(self, name) < 1, f"{name} must be 1 or more")
@@ -225,6 +232,22 @@ class TrainConfig(EvaluateConfig):
             )
             if wrong
         ]
+
+    def _saving_problems(self) -> Iterator[tuple[bool, str]]:
+        yield self.save_steps < 0, f"save_steps is {self.save_steps}; it must be 0 (none) or more"
+        yield self.eval_steps < 0, f"eval_steps is {self.eval_steps}; it must be 0 (never) or more"
+        limit = self.save_total_limit
+        yield limit is not None and limit < 1, f"save_total_limit is {limit}; it must be 1 or more, or null for all"
+        both = self.save_steps > 0 and self.eval_steps > 0
+        yield (
+            both and self.save_steps % self.eval_steps != 0,
+            f"save_steps is {self.save_steps}; make it a multiple of eval_steps, {self.eval_steps}: "
+            "the best checkpoint is one that was evaluated",
+        )
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint is due once `step` steps are done."""
+        return self.save_steps > 0 and (step % self.save_steps == 0 or step == self.total_steps)
 
     def _delta_problems(self) -> list[tuple[bool, str]]:
         if self.delta is None:

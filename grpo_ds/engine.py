@@ -28,8 +28,13 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 
 Item = TypeVar("Item")
+DEEPSPEED_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]  # in its checkpoints, beside tensors and numbers
 
 
 class Engine:
@@ -52,6 +57,7 @@ class Engine:
         self._offload = config.offload
         if config.offload:
             _exchange(self._engine, config, seed=seed)
+        self._engine.checkpoint_engine = _SafeFiles()
         self.policy = policy
 
     def __call__(self, rows: PackedRows) -> Tensor:
@@ -122,19 +128,51 @@ class Engine:
         return self._engine.get_lr()[0]
 
     def save_checkpoint(self, folder: Path, tag: str) -> None:
-        """DeepSpeed's shards of trained weights and optimizer state in folder/tag; every rank calls it."""
-        self._engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
+        """DeepSpeed's shards of the optimizer state, and an adapter's weights, in folder/tag; every rank calls it.
+
+        Not the weights of a whole model: DeepSpeed would copy them from the card at once, and save_model writes them.
+        """
+        engine, states = self._engine, self._engine.module_state_dict
+        if self._trains_all:
+            engine.module_state_dict = lambda **_: {}
+        try:
+            engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
+        finally:
+            engine.module_state_dict = states
 
     def load_checkpoint(self, folder: Path, tag: str) -> None:
-        """What save_checkpoint wrote; every rank calls it. Raises GrpoError where DeepSpeed would go on without."""
-        whole = all(parameter.requires_grad for parameter in self.policy.parameters())
-        found, _ = self._engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=None if whole else _load_trained)
+        """What save_checkpoint wrote; every rank calls it, with a whole model's saved weights in the policy already.
+
+        Raises GrpoError where DeepSpeed would go on without.
+        """
+        weights = _keep_as_they_are if self._trains_all else _load_trained
+        found, _ = self._engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=weights)
         if found is None:
             raise GrpoError(f"{folder / tag} holds no DeepSpeed checkpoint of this run; nothing was loaded.")
+
+    @property
+    def _trains_all(self) -> bool:
+        return all(parameter.requires_grad for parameter in self.policy.parameters())
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
         self._engine.destroy()
+
+
+class _SafeFiles(TorchCheckpointEngine):
+    """DeepSpeed's files, read without pickle's power to run code, and page by page instead of whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.zipfile_serialization = True  # what can be mapped
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals(DEEPSPEED_CLASSES):
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+
+
+def _keep_as_they_are(src: dict[str, Tensor], dst: torch.nn.Module) -> None:
+    """A whole model's weights came with the model."""
 
 
 def _load_trained(src: dict[str, Tensor], dst: torch.nn.Module) -> None:

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+BY_CTRL_C, PREEMPTED = 130, 75  # exit codes of a run that was asked to stop; 75 is sysexits' "try again"
 MAX_LINES = 6  # what still reads at a glance in a terminal full of launcher output
 
 
@@ -16,6 +17,8 @@ class GrpoError(Exception):
     """What went wrong, where, and what to do. Subclasses fix the exit code."""
 
     exit_code = 1
+    opening = "Error: "
+    on_every_rank = False  # all ranks raise it, at the same place
 
 
 class UsageError(GrpoError):
@@ -28,6 +31,12 @@ class DataError(GrpoError):
     """A data file or a record that cannot be used."""
 
     exit_code = 3
+
+
+class CheckpointError(GrpoError):
+    """A checkpoint that cannot be written, or a run that cannot be resumed."""
+
+    exit_code = 4
 
 
 class RewardError(GrpoError):
@@ -51,6 +60,9 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
     except GrpoError as error:
         rank = os.environ.get("RANK", "0")
-        message = f"Error: {error}" if rank == "0" else f"[rank {rank}] Error: {str(error).splitlines()[0]}"
+        message = f"{error.opening}{error}" if rank == "0" else f"[rank {rank}] {str(error).splitlines()[0]}"
         print(message, file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr, flush=True)
+        sys.exit(BY_CTRL_C)

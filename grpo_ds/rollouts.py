@@ -4,7 +4,7 @@ Q questions on this rank, G completions each, B = Q * G.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -102,6 +102,24 @@ class Rollout(Groups):
     def micro_batches(self, pack_tokens: int = 0, *, only: Sequence[int] | None = None) -> list[MicroBatch]:
         """Packed rows of at most `pack_tokens` tokens (0: all in one), and which of the B completions they hold."""
         return micro_batches(self.prompts, self.completions, pack_tokens, only=only)
+
+
+@dataclass(slots=True)
+class StepInHand:
+    """A rollout of whose mu updates some are done."""
+
+    rollout: Rollout
+    redrawn: int = 0
+    updates: int = 0
+    old_logprobs: Tensor | None = None  # [B, C], before the first update
+    tally: Tally = field(default_factory=Tally)
+
+    def count(self, tally: Tally, logprobs: Tensor) -> None:
+        """One more update is done, with what happened and the log-probs before it."""
+        self.updates += 1
+        self.tally.merge(tally)
+        if self.old_logprobs is None:
+            self.old_logprobs = logprobs
 
 
 def micro_batches(

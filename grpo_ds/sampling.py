@@ -68,6 +68,7 @@ class Sampler:
         self.rows_at_once: int | None = None  # all; fewer take less memory
         self.cuda_graphs = False  # on a card
         self.shares: bool | None = None  # prompts kept once for a group; None: to be found out
+        self.poll: Callable[[], None] = lambda: None  # called before every token; may raise
         self.full_length = False  # no row ends early: for rehearsals and benchmarks
         self.eos_ids = _eos_ids(model, tokenizer)
         tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
@@ -119,6 +120,7 @@ class Sampler:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=draws.device).repeat_interleave(group_size)
         decode = self._behind(prompts, group_size)
         for t in range(self.max_completion_length):
+            self.poll()
             logits = decode(tokens, lengths - 1 + t)
             tokens = draw(logits[:, : len(self.tokenizer)], draws[:, t], temperature)
             for row, token in zip(batch, tokens.tolist(), strict=True):

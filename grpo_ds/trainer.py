@@ -1,61 +1,45 @@
-"""The run: evaluate, train by GRPO, evaluate again, save.
+"""The trainer: a policy, its engine, and the steps of GRPO.
 
-`Trainer.train` reads like Algorithm 1 of DeepSeekMath (Shao et al. 2024): an outer loop that remakes the
-reference from the policy, a middle loop that samples, and mu updates on every sample.
+`Trainer.steps` reads like Algorithm 1 of DeepSeekMath (Shao et al. 2024): an outer loop that remakes the
+reference from the policy, a middle loop that samples, and mu updates on every sample. What surrounds the steps
+(evaluation, logging, checkpoints, signals) is run.py's.
 """
 
 import gc
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from grpo_ds.collector import Collector
-from grpo_ds.config import TrainConfig, write_config
+from grpo_ds.config import TrainConfig
 from grpo_ds.core.packing import PackedRows
 from grpo_ds.core.tally import Tally
 from grpo_ds.ds_config import DsConfig
 from grpo_ds.engine import Engine
 from grpo_ds.evaluation import Evaluation, evaluate
 from grpo_ds.inference import prompt_style
+from grpo_ds.interruption import Interruption, Stopping
 from grpo_ds.memory.limits import Limits
 from grpo_ds.memory.phases import OutOfMemory, Profiler
 from grpo_ds.memory.plan import GIB, Plan, Where
 from grpo_ds.models.logprob_model import why_not_packed
-from grpo_ds.models.policy import load_tokenizer, save_merged, save_model, trainable_policy
+from grpo_ds.models.policy import load_tokenizer, trainable_policy
 from grpo_ds.models.reference import Reference, kl_floor, make_reference
+from grpo_ds.progress import Progress
 from grpo_ds.report.console import Console
-from grpo_ds.report.memory import write as write_memory
-from grpo_ds.report.trackers import make_trackers
-from grpo_ds.rollouts import Rollout, judge, micro_batches, sample
+from grpo_ds.rollouts import Rollout, StepInHand, judge, micro_batches, sample
 from grpo_ds.sampling import Sampler, seed_at
 from grpo_ds.task.questions import Question
 from grpo_ds.task.rewards import WeightedFunctions
 from grpo_ds.task.scoring import Rewards
 from grpo_ds.update import update
-from grpo_ds.world import World, stop
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run achieved."""
-
-    rewards: list[float]  # mean reward of each step, over all ranks
-    before: Evaluation
-    after: Evaluation
-
-    def quarters(self) -> tuple[float, float]:
-        """Mean reward of the first and of the last quarter of the steps."""
-        size = max(1, len(self.rewards) // 4)
-        return sum(self.rewards[:size]) / size, sum(self.rewards[-size:]) / size
-
+from grpo_ds.world import World
 
 Result = TypeVar("Result")
-MERGED = "merged"  # in the run's folder: an adapter beside a whole model would be loaded on top of it
 RARE_ID = 100  # of a rehearsal's prompts: any token will do
 
 
@@ -70,14 +54,20 @@ class Trainer:
         console: Console,
         reward_functions: WeightedFunctions,
         plan: Plan | None = None,
+        *,
+        weights: Path | None = None,
     ) -> None:
+        """weights: a folder with the whole model to go on from, in place of config.model."""
         self.config, self.ds, self.world, self.console = config, ds, world, console
+        self.progress = Progress(config.total_steps)
+        self.interruption = Interruption()
         self.warned: set[str] = set()  # reward functions whose first failure was told
         self.profiler = Profiler(world.device, plan)
         self.tokenizer = load_tokenizer(config.model)
         dtype = torch.bfloat16 if ds.bf16 else torch.float32
+        source = replace(config, model=str(weights)) if weights else config
         with self.profiler.phase("load"):
-            policy = trainable_policy(config, dtype=dtype, known_ids=len(self.tokenizer))
+            policy = trainable_policy(source, dtype=dtype, known_ids=len(self.tokenizer))
         seed = seed_at(config.seed, 0, world.rank)
         with self.profiler.phase("initialise"):
             self.engine = Engine(policy, ds, seed=seed)
@@ -85,52 +75,40 @@ class Trainer:
         length, stop_at = config.max_completion_length, config.answer_format.stop
         self.sampler = Sampler(policy.model, self.tokenizer, max_completion_length=length, stop=stop_at)
         self.reference: Reference | None = None
+        self.in_hand: StepInHand | None = None  # a rollout between two of its mu updates
         self.sampler.cuda_graphs = config.cuda_graphs
         self.collector = Collector(config, world, self.sampler, prompt_style(config), reward_functions)
         self.limits = Limits.of(config)
         self.apply_limits()
 
-    def run(self, train: list[Question], held_out: list[Question], folder: Path) -> Outcome:
-        """The whole of it; rank 0 writes into `folder`."""
-        # A question too long for its budget stops us here.
-        self.collector.style.encode(self.tokenizer, [*train, *held_out])
-        before = self.evaluate("Before training", held_out)
-        if self.world.is_first:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_config(self.config, folder)
-        rewards = self.train(train, folder)
-        after = self.evaluate("After training", held_out)
-        self.save(folder)
-        return Outcome(rewards, before, after)
-
-    def train(self, questions: list[Question], folder: Path) -> list[float]:
-        """num_iterations x num_steps rollouts; returns the mean reward of each."""
-        config, rewards = self.config, []
-        trackers = make_trackers(config.report_to, folder, asdict(config)) if self.world.is_first else []
-        started = time.monotonic()
-        with self.console.progress("Training", config.total_steps) as advance:
-            for step in range(config.total_steps):
-                if step % config.num_steps == 0:
-                    self.make_reference(questions)
-                elif config.sync_ref_model and step % config.ref_model_sync_steps == 0:
-                    self.sync_reference(questions)
-                if step == 0 and config.dry_run_worst_case:
-                    self.rehearse()
-                metrics = self.step(step, questions)
-                rewards.append(metrics["reward"])
-                for tracker in trackers:
-                    tracker.log(metrics, step=step + 1)
-                left = (time.monotonic() - started) / (step + 1) * (config.total_steps - step - 1)
-                self.console.step(metrics, step=step + 1, total=config.total_steps, seconds_left=left)
-                advance(1)
-        for tracker in trackers:
-            tracker.finish({"reward_first": rewards[0], "reward_last": rewards[-1]})
-        return rewards
+    def steps(self, questions: list[Question]) -> Iterator[dict[str, float]]:
+        """num_iterations x num_steps rollouts, from where the run stands; the metrics of each."""
+        for step in range(self.progress.global_step, self.config.total_steps):
+            self.refresh_reference(step, questions)
+            if step == 0 and self.config.dry_run_worst_case:
+                self.rehearse()
+            metrics = self.step(step, questions)
+            self.progress.global_step, self.in_hand = step + 1, None
+            yield metrics
 
     def step(self, step: int, questions: list[Question]) -> dict[str, float]:
         """Sample, score, update; the step's metrics over all ranks."""
-        config, first_span = self.config, len(self.profiler.spans)
-        groups, redrawn = self.attempt("sample", lambda: self.collector.collect(step, questions))
+        first_span = len(self.profiler.spans)
+        if self.in_hand is None:
+            self.in_hand = self.rollout(step, questions)
+        now = self.in_hand
+        while now.updates < self.config.mu:
+            now.count(*self.update(now.rollout, now.old_logprobs))
+            if now.updates < self.config.mu:
+                self.safe_point()
+        if self.config.dynamic_sampling:
+            now.tally.add("redrawn", now.redrawn)
+        return self.metrics(now.rollout, now.tally, first_span)
+
+    def rollout(self, step: int, questions: list[Question]) -> StepInHand:
+        """Completions of the step's questions, their rewards, advantages and reference log-probs."""
+        config = self.config
+        groups, redrawn = self.together(lambda: self.attempt("sample", lambda: self.collector.collect(step, questions)))
         rollout = self.attempt(
             "reference",
             lambda: judge(
@@ -143,13 +121,23 @@ class Trainer:
             ),
         )
         self.warn(rollout.rewards)
-        tally, old_logprobs = self.update(rollout, None)
-        for _ in range(1, config.mu):
-            more, _ = self.update(rollout, old_logprobs)
-            tally.merge(more)
-        if config.dynamic_sampling:
-            tally.add("redrawn", redrawn)
-        return self.metrics(rollout, tally, first_span)
+        return StepInHand(rollout, redrawn)
+
+    def together(self, run: Callable[[], Result]) -> Result:
+        """`run`, in which no rank waits for another: what fails or stops one of them here stops all, with nothing half
+        done. Raises Stopping where any was asked to stop."""
+        self.sampler.poll = self.interruption.check
+        try:
+            result, signum = self.world.together(lambda: _unless_stopping(run), signum=self.interruption.signum)
+        finally:
+            self.sampler.poll = lambda: None
+        self.interruption.signum = self.interruption.signum or signum
+        self.interruption.check()
+        return cast(Result, result)
+
+    def safe_point(self) -> None:
+        """Where a run that was asked to stop ends."""
+        self.together(lambda: None)
 
     def warn(self, rewards: Rewards) -> None:
         """Tell each reward function's first failure that --on_reward_error zero passed over."""
@@ -202,6 +190,16 @@ class Trainer:
     @property
     def binding_memory(self) -> Where:
         return "gpu" if self.world.device.type == "cuda" else "host"
+
+    def refresh_reference(self, step: int, questions: list[Question]) -> None:
+        """The outer loop: a new reference for every iteration, or one that follows the policy."""
+        if self.progress.reference_step == step:
+            return  # resumed within this step
+        if step % self.config.num_steps == 0:
+            self.make_reference(questions)
+        elif self.config.sync_ref_model and step % self.config.ref_model_sync_steps == 0:
+            self.sync_reference(questions)
+        self.progress.reference_step = step
 
     def make_reference(self, questions: list[Question]) -> None:
         """A frozen copy of the policy as it is now, and the KL it starts from."""
@@ -273,7 +271,7 @@ class Trainer:
             tally.add("floor", kl_floor(self.engine.policy, reference, rows))
         return tally.means(self.world.sum(tally.as_tensor()))["floor"]
 
-    def evaluate(self, when: str, questions: list[Question]) -> Evaluation:
+    def evaluate(self, when: str, questions: Sequence[Question]) -> Evaluation:
         with self.console.progress(when, len(questions)) as advance, self.profiler.phase("evaluate"):
             result = evaluate(
                 self.sampler,
@@ -281,6 +279,7 @@ class Trainer:
                 questions,
                 self.world,
                 advance=advance,
+                together=self.together,
             )
         grades = result.grades
         self.console.line(
@@ -305,25 +304,9 @@ class Trainer:
             memory["memory/gpu_peak_gib"] = self.profiler.peak("gpu") / GIB
         return {**means, "tokens_per_second": tokens / seconds, "learning_rate": self.engine.learning_rate, **memory}
 
-    def report_memory(self, folder: Path) -> None:
-        """The table of phases, and memory.json and memory.svg in `folder`."""
-        self.console.memory(self.profiler)
-        if self.world.is_first:
-            self.console.line("Written: {} and {}".format(*write_memory(self.profiler, folder)))
 
-    def close(self) -> None:
-        """Release the engine and leave the ranks."""
-        self.engine.close()
-        stop()
-
-    def save(self, folder: Path) -> None:
-        """The fine-tuned model as an ordinary transformers folder, or its adapter and if asked for the merged model."""
-        if self.world.is_first:
-            with self.profiler.phase("save"):
-                save_model(self.engine.model, folder)
-                self.tokenizer.save_pretrained(folder)
-                if self.config.merge_adapter:
-                    save_merged(folder, folder / MERGED, dtype=torch.bfloat16 if self.ds.bf16 else torch.float32)
-                    self.tokenizer.save_pretrained(folder / MERGED)
-                    write_config(self.config, folder / MERGED)  # how the model wants to be asked
-        self.world.wait()
+def _unless_stopping(run: Callable[[], Result]) -> Result | None:
+    try:
+        return run()
+    except Stopping:
+        return None

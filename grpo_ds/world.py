@@ -6,14 +6,17 @@ rendezvous variables they set.
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_ds.errors import UsageError
+from grpo_ds.errors import GrpoError, UsageError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,24 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def together(self, run: Callable[[], Result], *, signum: int = 0) -> tuple[Result, int]:
+        """`run` on this rank, which waits for no other in it; and the first signal any rank has got by then.
+
+        Where it fails with a GrpoError on one rank it does on all, and none is left waiting.
+        """
+        result, own = None, None
+        try:
+            result = run()
+        except GrpoError as error:
+            own = error
+        others = self.gather((signum, own and (own.exit_code, str(own))))
+        failed = next((failure for _, failure in others if failure), None)
+        if failed is not None:
+            everywhere = own or GrpoError(failed[1])
+            everywhere.exit_code, everywhere.on_every_rank = failed[0] if own is None else own.exit_code, True
+            raise everywhere
+        return cast(Result, result), max(number for number, _ in others)
 
     def wait(self) -> None:
         """Until every rank is here."""

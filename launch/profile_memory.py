@@ -6,7 +6,7 @@ Takes every flag of train.py. Nothing is evaluated and no model is saved; memory
     deepspeed launch/profile_memory.py --ds ds_configs/zero2.json --num_steps 2
 """
 
-from train import make_trainer, output_folder, reward_functions, settle
+from train import make_run, output_folder, reward_functions, settle
 
 from grpo_ds.errors import run_script
 from grpo_ds.task.questions import read_questions, split_questions
@@ -16,19 +16,19 @@ STEPS = "2"  # where --num_steps is not given: the first step makes the moments,
 
 def main(argv: list[str]) -> None:
     defaults = [] if any(word.startswith("--num_steps") for word in argv) else ["--num_steps", STEPS]
-    settled = settle([*argv, *defaults, "--dry_run_worst_case"])
+    settled = settle([*argv, *defaults, "--dry_run_worst_case", "--save_steps", "0"])
     config = settled.config
     questions = read_questions(config.data, labels=config.label_names, fields=config.field_names)
     train, _ = split_questions(questions.questions, eval_fraction=config.eval_fraction, seed=config.seed)
-    folder = output_folder(config)
+    folder = output_folder(settled)
 
     lines = [f"Profiling {config.model} ({settled.choice.why}) under {config.ds}"]
-    trainer = make_trainer(settled, reward_functions(config, questions), lines)
-    trainer.profiler.exact = True
+    run = make_run(settled, reward_functions(config, questions), lines, train, [], folder)
+    run.trainer.profiler.exact = True
     folder.mkdir(parents=True, exist_ok=True)
-    trainer.train(train, folder)
-    trainer.report_memory(folder)
-    trainer.close()
+    run.train()
+    run.report_memory()
+    run.close()
 
 
 if __name__ == "__main__":

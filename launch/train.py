@@ -8,7 +8,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grpo_ds.command_line import parse
 from grpo_ds.config import TrainConfig
@@ -19,13 +19,15 @@ from grpo_ds.memory.plan import Plan, Where
 from grpo_ds.memory.select import Job, fitted
 from grpo_ds.memory.shape import adapter_base, shape_of
 from grpo_ds.models.presets import Choice, choose_model, lora_recipe
+from grpo_ds.progress import Progress, check_identity, identity
 from grpo_ds.report.trackers import check_trackers
-from grpo_ds.task.questions import QuestionSet, read_questions, split_questions
+from grpo_ds.resumption import find_checkpoint, flags_of, refuse_other_flags
+from grpo_ds.task.questions import Question, QuestionSet, read_questions, split_questions
 from grpo_ds.task.reward_files import find_reward_functions
 from grpo_ds.task.rewards import WeightedFunctions, ready_made
 
 if TYPE_CHECKING:
-    from grpo_ds.trainer import Trainer
+    from grpo_ds.run import Run
 
 PLAN_WIDTH = 120  # columns where the output is no terminal
 
@@ -39,19 +41,24 @@ def main(argv: list[str]) -> None:
     rewards = reward_functions(config, questions)
     train, held_out = split_questions(questions.questions, eval_fraction=config.eval_fraction, seed=config.seed)
     held_out = held_out[: config.eval_limit]
-    folder = output_folder(config)
+    folder = output_folder(settled)
+    this_run = identity(train, held_out, settled.job.ds, ranks())
+    if settled.resume_from:
+        check_identity(Progress.read(settled.resume_from).identity, this_run, settled.resume_from)
     check_trackers(config.report_to)
 
-    trainer = make_trainer(settled, rewards, first_lines(settled, questions, len(train), len(held_out)))
-    outcome = trainer.run(train, held_out, folder)
-    trainer.report_memory(folder)
-    say = trainer.console
+    lines = first_lines(settled, questions, len(train), len(held_out))
+    run = make_run(settled, rewards, lines, train, held_out, folder)
+    run.progress.identity = this_run
+    outcome = run.whole()
+    run.report_memory()
+    say = run.console
     say.before_and_after(outcome.before, outcome.after, held_out)
     say.line("Mean reward: {:.2f} in the first quarter of the steps, {:.2f} in the last.".format(*outcome.quarters()))
     say.line(
         f"Model, metrics.jsonl, memory.svg: {folder}\nAsk it: python launch/ask.py --model {folder} --question ..."
     )
-    trainer.close()
+    run.close()
 
 
 def reward_functions(config: TrainConfig, questions: QuestionSet) -> WeightedFunctions:
@@ -69,10 +76,18 @@ def reward_functions(config: TrainConfig, questions: QuestionSet) -> WeightedFun
     )
 
 
-def make_trainer(settled: "Settled", rewards: WeightedFunctions, lines: list[str]) -> "Trainer":
+def make_run(
+    settled: "Settled",
+    rewards: WeightedFunctions,
+    lines: list[str],
+    train: list[Question],
+    held_out: list[Question],
+    folder: Path,
+) -> "Run":
     """From here on heavy libraries are loaded; `lines` are said before the wait for the model."""
-    from grpo_ds import world
+    from grpo_ds import snapshot, world
     from grpo_ds.report.console import Console
+    from grpo_ds.run import Run
     from grpo_ds.trainer import Trainer
 
     config = settled.config
@@ -80,7 +95,14 @@ def make_trainer(settled: "Settled", rewards: WeightedFunctions, lines: list[str
     console = Console(speaks=here.is_first)
     for line in lines:
         console.line(line)
-    return Trainer(config, settled.job.ds, here, console, rewards, settled.plan)
+    origin = settled.resume_from
+    # A whole model's weights come from the checkpoint; an adapter's stand in the engine's state, upon the same base.
+    weights = None if config.lora_r else origin
+    trainer = Trainer(config, settled.job.ds, here, console, rewards, settled.plan, weights=weights)
+    if origin:
+        snapshot.read(trainer, origin)
+        console.line(f"Going on from {origin}, step {trainer.progress.global_step} of {config.total_steps}")
+    return Run(trainer, train, held_out, folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,22 +115,28 @@ class Settled:
     plan: Plan
     gpu_gib: float | None
     ram_gib: float
+    resume_from: Path | None  # a checkpoint, verified
+    told: list[str]  # of others, that are damaged
 
 
 def settle(argv: list[str]) -> Settled:
     """Everything that can be known before anything heavy is loaded."""
     asked = parse(TrainConfig, argv, about=__doc__)
+    origin, told, saved = None, list[str](), dict[str, Any]()
+    if asked.config.resume_from_checkpoint:
+        origin, told = find_checkpoint(asked.config)
+        saved = flags_of(origin)
+        asked = parse(TrainConfig, argv, about=__doc__, recipe=saved)
     gpu, ram = gpu_memory_gib(), ram_gib()
 
     def resolved(config: TrainConfig) -> DsConfig:
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        sizes = config.ds_sizes(bf16=gpu is not None or cpu_has_bf16(), world_size=ranks)
+        sizes = config.ds_sizes(bf16=gpu is not None or cpu_has_bf16(), world_size=ranks())
         return resolve_ds_config(config.ds, fill=sizes, explicit=asked.typed)
 
     choice = choose_model(
         asked.config.model, gpu_gib=gpu, ram_gib=ram, run=lambda: (asked.config, resolved(asked.config))
     )
-    recipe = lora_recipe(choice.recipe, asked.config)
+    recipe = saved or lora_recipe(choice.recipe, asked.config)
     config = parse(TrainConfig, [*argv, "--model", choice.model], about=__doc__, recipe=recipe).config
     if config.lora_r and (base := adapter_base(config.model)):
         raise UsageError(
@@ -128,8 +156,15 @@ def settle(argv: list[str]) -> Settled:
     config = replace(
         config, learning_rate=ds.learning_rate, weight_decay=ds.weight_decay, max_grad_norm=ds.max_grad_norm
     )
+    if origin:
+        refuse_other_flags(config, saved, origin)
     job = fitted(Job(shape, config, ds, "cuda" if gpu else "cpu"), gpu or 0, ram)
-    return Settled(choice, job.config, job, job.plan(), gpu, ram)
+    return Settled(choice, job.config, job, job.plan(), gpu, ram, origin, told)
+
+
+def ranks() -> int:
+    """As many as the launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def print_plan(settled: Settled) -> None:
@@ -145,8 +180,11 @@ def print_plan(settled: Settled) -> None:
     console.print(in_a_line(settled.job, settled.plan, settled.gpu_gib, settled.ram_gib), markup=False)
 
 
-def output_folder(config: TrainConfig) -> Path:
-    """Where the run is written; one that holds anything is never written over."""
+def output_folder(settled: Settled) -> Path:
+    """Where the run is written; one that holds anything is never written over, but a run may be gone on with."""
+    config, origin = settled.config, settled.resume_from
+    if origin and (not config.output_dir or Path(config.output_dir).resolve() == origin.parent.resolve()):
+        return origin.parent
     named = f"{Path(config.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.output_dir) if config.output_dir else Path("outputs") / named
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -166,6 +204,7 @@ def first_lines(settled: Settled, questions: QuestionSet, train: int, held_out: 
     per_step = f"{config.batch_size} questions x {config.num_generations} completions of at most"
     precision = "bf16" if ds.bf16 else "fp32, as bf16 is off in the JSON or not native to this CPU"
     return [
+        *settled.told,
         f"Model: {config.model} ({choice.why}), in {precision}{adapter_line(settled)}",
         f"Data: {questions.source}{f' ({left_out})' if left_out else ''}; {train} to train on, {held_out} held out",
         f"Plan: {config.total_steps} steps of {per_step} {config.max_completion_length} tokens; "

@@ -9,12 +9,13 @@ LAYERS = [
     {"errors", "hub"},
     {"core", "task"},
     {"config", "command_line", "ds_config", "ds_json", "ds_keys", "machine", "memory", "world"},
+    {"checkpoint", "interruption", "progress", "resumption", "run_status"},
     {"models", "optim"},
     {"sampling"},
     {"engine", "rollouts", "dynamic_sampling", "collector"},
-    {"update", "evaluation", "inference"},
+    {"update", "evaluation", "inference", "rank_state"},
     {"report"},
-    {"trainer"},
+    {"trainer", "snapshot", "run"},
 ]
 OWNERS = {
     "deepspeed": {"engine"},
@@ -24,6 +25,7 @@ OWNERS = {
     "wandb": {"report"},
     "rich": {"report"},
     "matplotlib": {"report"},
+    "psutil": {"interruption"},
     "jsonargparse": {"command_line"},
 }
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}

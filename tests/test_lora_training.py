@@ -20,8 +20,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from grpo_ds.engine import DEEPSPEED_CLASSES
 from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.report.console import Console
+from grpo_ds.run import Run
 from tests.conftest import make_tokenizer, tiny_config
 from tests.models.test_lora import BITS, rows, trained
 from tests.test_training import ROOT, launch, tiny_trainer
@@ -34,7 +36,7 @@ def test_a_run_trains_the_adapter_alone_and_writes_it(tiny_folder, tmp_path, bit
     trainer, train, held_out = tiny_trainer(tiny_folder, **ADAPTER, **BITS[bits], num_iterations=2, merge_adapter=True)
     policy = trainer.engine.policy
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    trainer.run(train, held_out, tmp_path / "run")
+    Run(trainer, train, held_out, tmp_path / "run").whole()
     moved = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
     assert moved == trained(policy).keys()
     kl = [json.loads(line)["kl"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -54,7 +56,7 @@ def steps(folder, train_on, tmp_path, **changes):
     """Metrics and the adapter after the steps of ADAPTER."""
     trainer, train, _ = tiny_trainer(folder, **{**ADAPTER, **changes})
     tmp_path.mkdir()
-    trainer.train(train[:train_on], tmp_path)
+    Run(trainer, train[:train_on], [], tmp_path).train()
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     weights = {name: p.detach().clone() for name, p in trained(trainer.engine.policy).items()}
     trainer.engine.close()
@@ -85,7 +87,8 @@ def test_a_checkpoint_holds_the_adapter_alone_and_goes_on_bit_by_bit(tiny_folder
     trainer.engine.save_checkpoint(tmp_path, "first")
     straight = step(trainer, train, 1)
     trainer.engine.close()
-    saved = torch.load(tmp_path / "first" / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    with torch.serialization.safe_globals(DEEPSPEED_CLASSES):
+        saved = torch.load(tmp_path / "first" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
     assert {name for name in saved if "lora_" in name} == trained(trainer.engine.policy).keys()
     assert not any(name.endswith("embed_tokens.weight") for name in saved)
     resumed, _, _ = make()

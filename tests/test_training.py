@@ -18,6 +18,7 @@ from grpo_ds.config import CONFIG_FILE, TrainConfig
 from grpo_ds.ds_config import DsSizes, resolve_ds_config
 from grpo_ds.memory.phases import OutOfMemory
 from grpo_ds.report.console import Console
+from grpo_ds.run import Run
 from grpo_ds.task.questions import read_questions, split_questions
 from grpo_ds.trainer import Trainer
 from tests.conftest import SHARED_DATA
@@ -254,7 +255,7 @@ def tiny_trainer(folder, **changes):
 def test_a_tiny_model_learns(tiny_folder, tmp_path):
     """Mean reward rises clearly under the whole stack: sampling, packing, int8 reference, 8-bit Adam, ZeRO-2."""
     trainer, train, held_out = tiny_trainer(tiny_folder)
-    first, last = trainer.run(train, held_out, tmp_path / "run").quarters()
+    first, last = Run(trainer, train, held_out, tmp_path / "run").whole().quarters()
     assert last > first + 0.3
 
 
@@ -262,7 +263,7 @@ def first_step(folder, tmp_path, **changes):
     """Metrics of one step on a tiny model, and how far its weights moved."""
     trainer, train, _ = tiny_trainer(folder, num_steps=1, **changes)
     before = [p.detach().clone() for p in trainer.engine.model.parameters()]
-    trainer.train(train, tmp_path)
+    Run(trainer, train, [], tmp_path).train()
     moved = max(
         float((p.detach() - q).abs().max()) for p, q in zip(trainer.engine.model.parameters(), before, strict=True)
     )
@@ -309,7 +310,7 @@ def test_a_phase_that_ran_out_of_memory_is_retried_in_smaller_parts_with_the_sam
             layer.register_full_backward_hook(FailsOnce(calls_before=1))  # the second update of the first step
             layer.register_forward_pre_hook(FailsOnce(calls_before=14))  # after measuring the floor: a decoding step
         (tmp_path / str(fails)).mkdir()
-        rewards = trainer.train(train, tmp_path / str(fails))
+        rewards = Run(trainer, train, [], tmp_path / str(fails)).train()
         runs.append((rewards, [p.detach().clone() for p in trainer.engine.model.parameters()], trainer.limits))
         trainer.engine.close()
     (rewards, weights, _), (rewards_again, weights_again, limits) = runs
@@ -323,4 +324,4 @@ def test_without_the_flag_the_phase_and_what_helps_are_named(tiny_folder, tmp_pa
     trainer, train, _ = tiny_trainer(tiny_folder, num_steps=1)
     trainer.engine.model.model.layers[0].register_full_backward_hook(FailsOnce(calls_before=0))
     with pytest.raises(OutOfMemory, match="in phase 'update'"):
-        trainer.train(train, tmp_path)
+        Run(trainer, train, [], tmp_path).train()

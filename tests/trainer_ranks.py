@@ -14,6 +14,7 @@ from grpo_ds.config import TrainConfig
 from grpo_ds.ds_config import resolve_ds_config
 from grpo_ds.report.console import Console
 from grpo_ds.rollouts import judge
+from grpo_ds.run import Run
 from grpo_ds.task.questions import read_questions
 from grpo_ds.trainer import Trainer
 from tests.engine_steps import DS
@@ -35,12 +36,13 @@ def main(model: str, folder: Path) -> None:
 
     trainer = Trainer(config, ds, here, Console(speaks=False), {"rows": (reward, 1.0)})
     questions = list(read_questions("sample").questions)
-    trainer.train(questions, folder)
+    run = Run(trainer, questions, [], folder)
+    run.train()
     weights = torch.cat([p.detach().flatten() for p in trainer.engine.model.parameters()])
     groups = trainer.collector.draw(0, questions, 0, range(config.batch_size))
     rollout = judge(groups, here, scale_rewards="batch", mask_truncated=False, reference=None, pack_tokens=0)
     torch.save({"weights": weights, "advantages": rollout.advantages}, folder / f"rank{here.rank}.pt")
-    trainer.close()
+    run.close()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,18 @@ class Tally:
         for name, (total, count) in other._pairs.items():
             self.add(name, total, count)
 
+    def as_pairs(self) -> dict[str, list[float]]:
+        """name -> [sum, count]."""
+        return {name: pair.tolist() for name, pair in self._pairs.items()}
+
+    @classmethod
+    def of_pairs(cls, pairs: Mapping[str, list[float]]) -> "Tally":
+        """What `as_pairs` said."""
+        tally = cls()
+        for name, (total, count) in pairs.items():
+            tally.add(name, total, count)
+        return tally
+
     def as_tensor(self) -> Tensor:
         """[names, 2] in sorted order of names: what ranks exchange. All ranks hold the same names."""
         return torch.stack([self._pairs[name] for name in sorted(self._pairs)])

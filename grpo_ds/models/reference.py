@@ -38,6 +38,14 @@ class Reference:
         """What it keeps in memory."""
         return sum(t.untyped_storage().nbytes() for t in _distinct(self.model))
 
+    def state(self) -> dict[str, Tensor]:
+        """Everything `load_state` needs to make this object of another one of its kind."""
+        return self.model.state_dict()
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """In place."""
+        self.model.load_state_dict(state)
+
     @torch.no_grad()
     def mix(self, policy: LogprobModel, alpha: float) -> None:
         """alpha policy + (1 - alpha) reference, weight by weight (Gorbatovski et al. 2024); of 16-bit weights alone."""
@@ -68,6 +76,14 @@ class AdapterReference(Reference):
         finally:
             for parameter, weight in zip(trained, own, strict=True):
                 parameter.data = weight
+
+    def state(self) -> dict[str, Tensor]:
+        return {str(number): weight for number, weight in enumerate(self.weights)}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for number, weight in enumerate(self.weights):
+            weight.copy_(state[str(number)])
 
     def bytes(self) -> int:
         """The adapter's; the base is the policy's own."""

@@ -46,7 +46,8 @@ class Console:
             for name, value in metrics.items()
             if name.startswith("rewards/")
         )
-        seconds = " ".join(f"{phase} {metrics[f'seconds/{phase}']:.1f}" for phase in PHASES)
+        # A step resumed between its updates was sampled by the run before.
+        seconds = " ".join(f"{phase} {metrics.get(f'seconds/{phase}', 0):.1f}" for phase in PHASES)
         memory = f"RAM {metrics['memory/ram_gib']:.1f}G"
         if "memory/gpu_peak_gib" in metrics:
             memory += f" GPU {metrics['memory/gpu_peak_gib']:.1f}G"

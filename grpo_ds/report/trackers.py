@@ -2,10 +2,15 @@
 
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from grpo_ds.checkpoint import write_whole
+from grpo_ds.config import TrainConfig
 from grpo_ds.errors import UsageError
+from grpo_ds.progress import Progress
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -18,10 +23,12 @@ class Tracker(Protocol):
 
 
 class JsonLines:
-    """One JSON object a step, on disk before the next step begins."""
+    """One JSON object a step, on disk before the next step begins; of a resumed run the steps before first."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, history: Sequence[dict[str, Any]] = ()) -> None:
         self.path = folder / METRICS_FILE
+        if self.path.exists() or history:
+            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in history))
 
     def log(self, metrics: dict[str, float], *, step: int) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -34,11 +41,20 @@ class JsonLines:
 class Wandb:
     """Weights & Biases; WANDB_API_KEY, WANDB_PROJECT and WANDB_MODE are honoured, no key is taken by flag."""
 
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], progress: Progress) -> None:
         import wandb
 
         project = os.environ.get("WANDB_PROJECT", "grpo_ds")
-        self._run = wandb.init(project=project, name=folder.name, dir=str(folder), config=config)
+        known = progress.trackers.get("wandb")  # of the run this one goes on with
+        self._run = wandb.init(
+            project=project,
+            name=folder.name,
+            dir=str(folder),
+            config=config,
+            id=known,
+            resume="allow" if known else None,
+        )
+        progress.trackers["wandb"] = self._run.id
 
     def log(self, metrics: dict[str, float], *, step: int) -> None:
         self._run.log(metrics, step=step)
@@ -60,10 +76,11 @@ def check_trackers(report_to: str) -> None:
         )
 
 
-def make_trackers(report_to: str, folder: Path, config: dict[str, Any]) -> list[Tracker]:
+def make_trackers(config: TrainConfig, folder: Path, progress: Progress) -> list[Tracker]:
     """The trackers of a run; rank 0 alone makes them."""
-    asked = report_to.split(",")
-    return [JsonLines(folder), *([Wandb(folder, config)] if "wandb" in asked else [])]
+    wanted = config.report_to.split(",")
+    lines: list[Tracker] = [JsonLines(folder, progress.log_history)]
+    return lines + ([Wandb(folder, asdict(config), progress)] if "wandb" in wanted else [])
 
 
 def _text(path: Path) -> str:

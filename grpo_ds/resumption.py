@@ -1,0 +1,57 @@
+"""Which checkpoint a run goes on from, and with which flags. Nothing heavy: it is known before a model is loaded."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grpo_ds.checkpoint import to_resume
+from grpo_ds.config import CONFIG_FILE, SYSTEM_PROMPT_FILE, TrainConfig
+from grpo_ds.errors import CheckpointError, one_error
+
+# Flags that decide no number of a run, or are compared by what they lead to (progress.py: data, ds).
+MAY_CHANGE = {
+    *("data", "ds", "eval_limit", "system_prompt", "output_dir", "num_steps", "save_steps", "save_total_limit"),
+    *("eval_steps", "resume_from_checkpoint", "plan", "dry_run_worst_case", "oom_retry", "report_to", "merge_adapter"),
+    *("generation_batch_size", "pack_tokens", "logprob_chunk_mib", "gradient_checkpointing", "cuda_graphs"),
+    *("reward_timeout", "on_reward_error"),
+}
+
+
+def find_checkpoint(config: TrainConfig) -> tuple[Path, list[str]]:
+    """What --resume_from_checkpoint means, verified, and what to tell. Raises CheckpointError."""
+    run = Path(config.output_dir).expanduser() if config.output_dir else None
+    return to_resume(str(config.resume_from_checkpoint), run)
+
+
+def flags_of(checkpoint: Path) -> dict[str, Any]:
+    """The flags it was made with."""
+    file = checkpoint / CONFIG_FILE
+    try:
+        saved = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{file} cannot be read ({type(error).__name__}).") from None
+    if saved.get("system_prompt"):  # the run's copy, which stays when checkpoints go
+        copies = [folder / SYSTEM_PROMPT_FILE for folder in (checkpoint.parent, checkpoint)]
+        saved["system_prompt"] = str(next((copy for copy in copies if copy.is_file()), copies[0]))
+    known = {knob.name for knob in fields(TrainConfig)} - {"resume_from_checkpoint", "plan", "output_dir"}
+    return {name: value for name, value in saved.items() if name in known}
+
+
+def refuse_other_flags(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Path) -> None:
+    """Raises CheckpointError where the flags would make another run of it."""
+    same = MAY_CHANGE - ({"num_steps"} if config.num_iterations > 1 else set())  # it says where references are remade
+    changed = [
+        f"--{name} is {getattr(config, name)}, but was {value}"
+        for name, value in saved.items()
+        if name not in same and getattr(config, name) != value
+    ]
+    if changed:
+        raise one_error(
+            CheckpointError,
+            f"{checkpoint} cannot be resumed with other settings:",
+            changed,
+            f"Leave them out, or train on from its weights: --model {checkpoint} --output_dir ANOTHER",
+        )

@@ -1,0 +1,199 @@
+"""A run's life around the steps: evaluation before and after, logging, checkpoints, the saved model.
+
+However it ends (done, a signal, an error), what was learned is in the folder and run_status.json says so.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from grpo_ds import snapshot
+from grpo_ds.checkpoint import folder_of
+from grpo_ds.config import write_config
+from grpo_ds.errors import CheckpointError, GrpoError
+from grpo_ds.evaluation import Evaluation, graded
+from grpo_ds.interruption import Interrupted, Stopping, name
+from grpo_ds.memory.phases import OutOfMemory
+from grpo_ds.models.policy import save_merged, save_model
+from grpo_ds.report.memory import write as write_memory
+from grpo_ds.report.trackers import make_trackers
+from grpo_ds.run_status import RunStatus, resume_command
+from grpo_ds.task.questions import Question
+from grpo_ds.trainer import Trainer
+from grpo_ds.world import stop
+
+MERGED = "merged"  # in the run's folder: an adapter beside a whole model would be loaded on top of it
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run achieved."""
+
+    rewards: list[float]  # mean reward of each step, over all ranks
+    before: Evaluation
+    after: Evaluation
+
+    def quarters(self) -> tuple[float, float]:
+        """Mean reward of the first and of the last quarter of the steps."""
+        size = max(1, len(self.rewards) // 4)
+        return sum(self.rewards[:size]) / size, sum(self.rewards[-size:]) / size
+
+
+class Run:
+    """A trainer, its questions, and the folder into which rank 0 writes."""
+
+    def __init__(self, trainer: Trainer, train: list[Question], held_out: Sequence[Question], folder: Path) -> None:
+        self.trainer, self.questions, self.held_out, self.folder = trainer, train, held_out, folder
+        self.config, self.progress, self.console = trainer.config, trainer.progress, trainer.console
+        self.writes = trainer.world.is_first
+        self.saved_at: tuple[int, int] | None = None  # steps, and updates on the next one's rollout
+        self.status = RunStatus(folder, max_steps=self.config.total_steps, speaks=self.writes)
+
+    def whole(self) -> Outcome:
+        """Evaluate, train, evaluate, save. Whatever ends it early, what can be saved is."""
+        trainer = self.trainer
+        # A question too long for its budget stops us here.
+        trainer.collector.style.encode(trainer.tokenizer, [*self.questions, *self.held_out])
+        if self.writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_config(self.config, self.folder)
+        try:
+            with trainer.interruption.noted():
+                return self._in_order()
+        except Stopping:
+            raise self._stopped() from None
+        except GrpoError as error:
+            self._failed(error)
+            raise
+        except BaseException as error:
+            self.status.write("failed", exit_code=1, message=f"{type(error).__name__}: {error}")
+            raise
+
+    def _in_order(self) -> Outcome:
+        trainer, progress = self.trainer, self.progress
+        self.status.write("evaluating", step=progress.global_step)
+        if progress.before is None:
+            progress.before = trainer.evaluate("Before training", self.held_out).texts
+        rewards = self.train()
+        self.status.write("evaluating", step=progress.global_step)
+        after = trainer.evaluate("After training", self.held_out)
+        self.save_model()
+        self.status.write("done", exit_code=0)
+        return Outcome(rewards, graded(progress.before, self.held_out, trainer.collector.style), after)
+
+    def train(self) -> list[float]:
+        """All steps that are left, each logged, and saved where it is time; the mean reward of every step."""
+        trainer, progress, total = self.trainer, self.progress, self.config.total_steps
+        trackers = make_trackers(self.config, self.folder, progress) if self.writes else []
+        started, first = time.monotonic(), progress.global_step
+        with self.console.progress("Training", total) as advance:
+            advance(first)
+            for metrics in trainer.steps(self.questions):
+                step = progress.global_step
+                if self.config.eval_steps and step % self.config.eval_steps == 0 and step < total:
+                    metrics |= self.evaluate_on_the_way()
+                progress.log_history.append({"step": step, **metrics})
+                for tracker in trackers:
+                    tracker.log(metrics, step=step)
+                left = (time.monotonic() - started) / (step - first) * (total - step)
+                self.console.step(metrics, step=step, total=total, seconds_left=left)
+                advance(1)
+                self.status.write("training", step=step)
+                trainer.safe_point()
+                if self.config.saves_at(step):
+                    self.save_checkpoint()
+        for tracker in trackers:
+            tracker.finish({"reward_first": progress.rewards[0], "reward_last": progress.rewards[-1]})
+        return progress.rewards
+
+    def evaluate_on_the_way(self) -> dict[str, float]:
+        """The held-out questions between two steps; the best of those that are saved is remembered."""
+        progress, saved = self.progress, self.config.saves_at(self.progress.global_step)
+        grades = self.trainer.evaluate(f"After step {progress.global_step}", self.held_out).grades
+        if saved and (progress.best_metric is None or grades.accuracy > progress.best_metric):
+            progress.best_metric, progress.best_global_step = grades.accuracy, progress.global_step
+        return {
+            "eval/accuracy": grades.accuracy,
+            "eval/macro_f1": grades.macro_f1,
+            "eval/well_formed": grades.well_formed,
+        }
+
+    def save_checkpoint(self) -> None:
+        """At its time. Where it cannot be written the run goes on: the last one is whole, and stopping loses more."""
+        try:
+            self.status.write("training", **self._save())
+        except CheckpointError as error:
+            if self.trainer.world.size > 1:
+                raise
+            self.console.line(f"Warning: {error}\nTraining goes on; the next one is tried at its time.")
+
+    def _stopped(self) -> Interrupted:
+        """A signal came: everything is saved, and how to go on is said."""
+        signum, step = self.trainer.interruption.signum, self.progress.global_step
+        where = self._save()
+        stopped = Interrupted(
+            f"{name(signum)}: stopped at step {step} of {self.config.total_steps}, saved in {where['checkpoint']}.\n"
+            f"Go on with: {where['resume']}",
+            signum,
+        )
+        self.status.write("stopped", exit_code=stopped.exit_code, step=step, **where)
+        return stopped
+
+    def _failed(self, error: GrpoError) -> None:
+        """Save what is sound, so that the steps up to here are not paid for twice, and say so."""
+        step, where = self.progress.global_step, dict[str, str]()
+        if self._is_sound(error):
+            try:
+                where = self._save()
+                self.console.line(f"Saved up to step {step}. Go on with: {where['resume']}")
+            except GrpoError as second:
+                self.console.line(f"Nothing more could be saved: {str(second).splitlines()[0]}")
+        self.status.write("failed", exit_code=error.exit_code, message=str(error), step=step, **where)
+
+    def _save(self) -> dict[str, str]:
+        """A checkpoint of this very moment, and how to go on from it."""
+        trainer = self.trainer
+        moment = self.progress.global_step, trainer.in_hand.updates if trainer.in_hand else 0
+        if moment != self.saved_at:
+            snapshot.write(trainer, self.folder)
+            self.saved_at = moment
+        checkpoint = folder_of(self.folder, moment[0])
+        return {"checkpoint": str(checkpoint), "resume": resume_command(checkpoint)}
+
+    def _is_sound(self, error: GrpoError) -> bool:
+        """Whether weights and moments belong together after this error, on every rank, and none is saved yet."""
+        half_done = isinstance(error, OutOfMemory) and error.phase in ("step", "save", "resume")
+        if half_done or isinstance(error, CheckpointError) or self.progress.global_step == 0:
+            return False
+        if isinstance(error, OutOfMemory) and error.phase == "update":
+            self.trainer.engine.abandon()
+        return self.trainer.world.size == 1 or error.on_every_rank
+
+    def save_model(self) -> None:
+        """The fine-tuned model as an ordinary transformers folder, or its adapter and if asked for the merged model."""
+        trainer, folder, config = self.trainer, self.folder, self.config
+        if self.writes:
+            with trainer.profiler.phase("save"):
+                save_model(trainer.engine.model, folder)
+                trainer.tokenizer.save_pretrained(folder)
+                if config.merge_adapter:
+                    dtype = torch.bfloat16 if trainer.ds.bf16 else torch.float32
+                    save_merged(folder, folder / MERGED, dtype=dtype)
+                    trainer.tokenizer.save_pretrained(folder / MERGED)
+                    write_config(config, folder / MERGED)  # how the model wants to be asked
+                self.progress.write(folder)
+        trainer.world.wait()
+
+    def report_memory(self) -> None:
+        """The table of phases, and memory.json and memory.svg in the folder."""
+        self.console.memory(self.trainer.profiler)
+        if self.writes:
+            self.console.line("Written: {} and {}".format(*write_memory(self.trainer.profiler, self.folder)))
+
+    def close(self) -> None:
+        """Release the engine and leave the ranks."""
+        self.trainer.engine.close()
+        stop()

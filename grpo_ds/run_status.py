@@ -1,0 +1,45 @@
+"""run_status.json in a run's folder: where it stands, for people and for what starts runs again."""
+
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from grpo_ds.checkpoint import write_whole
+
+STATUS_FILE = "run_status.json"
+
+
+class RunStatus:
+    """Written by rank 0 whenever something changes; a run killed outright leaves "running" and a pid that is gone."""
+
+    def __init__(self, folder: Path, *, max_steps: int, speaks: bool = True) -> None:
+        self.folder, self.speaks = folder, speaks
+        self.facts: dict[str, object] = {"max_steps": max_steps, "pid": os.getpid(), "host": socket.gethostname()}
+
+    def write(self, state: str, **facts: object) -> None:
+        """state: evaluating, training, done, stopped or failed."""
+        if not self.speaks:
+            return
+        self.facts |= facts
+        line = {"state": state, **self.facts, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        try:
+            write_whole(self.folder / STATUS_FILE, json.dumps(line, indent=1) + "\n")
+        except OSError as error:  # a full disk must not end what it cannot describe
+            print(f"Warning: {STATUS_FILE} could not be written ({error.strerror}).", file=sys.stderr)
+
+
+def resume_command(checkpoint: Path, script: str = sys.argv[0], argv: Sequence[str] = tuple(sys.argv[1:])) -> str:
+    """What a person types to go on from there, with the launcher this process was started by."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if any(word.startswith("--local_rank") for word in argv):
+        launcher = ["deepspeed", *(["--num_gpus", str(ranks)] if ranks > 1 else [])]
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = ["torchrun", "--nproc_per_node", str(ranks)]
+    else:
+        launcher = ["python"]
+    return shlex.join([*launcher, os.path.relpath(script), "--resume_from_checkpoint", str(checkpoint)])

@@ -1,0 +1,124 @@
+"""A run that was interrupted and resumed is the run that was not: the same metrics, the same weights, bit by bit."""
+
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo_ds import snapshot, world
+from grpo_ds.checkpoint import found_in, to_resume
+from grpo_ds.config import TrainConfig
+from grpo_ds.ds_config import DsSizes, resolve_ds_config
+from grpo_ds.interruption import Interrupted
+from grpo_ds.report.console import Console
+from grpo_ds.run import Run
+from grpo_ds.task.questions import read_questions, split_questions
+from grpo_ds.trainer import Trainer
+from tests.test_training import ROOT
+
+CONFIG = TrainConfig(
+    num_generations=3, batch_size=2, num_steps=2, num_iterations=2, mu=2, max_completion_length=6,
+    max_prompt_length=480, learning_rate=5e-3, beta=0.1, eval_limit=2, save_steps=0,
+)  # fmt: skip
+LOWRAM, ON_CARD = "ds_configs/zero2_lowram.json", "ds_configs/zero2_gpu.json"
+# What is kept where: (changed flags, DeepSpeed JSON, in bf16)
+KINDS = {
+    "offload, int8 reference": ({}, "ds_configs/zero2.json", False),
+    "offload in bf16": ({}, "ds_configs/zero2.json", True),
+    "bf16 masters": ({}, LOWRAM, True),
+    "no offload": ({}, ON_CARD, False),
+    "LoRA": ({"lora_r": 4, "lora_alpha": 8}, "ds_configs/zero2.json", False),
+    "bf16 reference, mixed": (
+        {"reference": "bf16", "sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5},
+        "ds_configs/zero2.json",
+        False,
+    ),
+    "llm.int8 reference": ({"reference": "llm.int8"}, "ds_configs/zero2.json", False),
+    "no reference, dynamic sampling": ({"beta": 0.0, "dynamic_sampling": 2, "mu": 3}, "ds_configs/zero2.json", False),
+}
+
+
+def uneven(completions, **_):
+    return [sum(map(ord, completion)) % 7 / 7 for completion in completions]
+
+
+def make_run(model: Path, kind: str, folder: Path, origin: Path | None = None) -> Run:
+    """As launch/train.py wires it."""
+    changes, json_file, bf16 = KINDS[kind]
+    config = replace(CONFIG, model=str(model), **changes)
+    size = config.batch_size * config.num_generations
+    ds = resolve_ds_config(ROOT / json_file, fill=DsSizes(config.learning_rate, 0.0, 1.0, 0, 8, size, 1, bf16=bf16))
+    train, held_out = split_questions(read_questions("sample").questions, eval_fraction=0.2, seed=0)
+    weights = None if config.lora_r else origin
+    rewards = {"uneven": (uneven, 1.0)}
+    trainer = Trainer(config, ds, world.start(), Console(speaks=False), rewards, weights=weights)
+    if origin:
+        snapshot.read(trainer, origin)
+    return Run(trainer, train, held_out[:2], folder)
+
+
+def finish(run: Run) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """The rest of a run: its metrics but for clocks and memory, and its weights and masters."""
+    run.whole()
+    state = {name: weight.detach().clone() for name, weight in run.trainer.engine.policy.named_parameters()}
+    optimizer = run.trainer.engine._engine.optimizer
+    state |= {f"master {i}": m.detach().clone() for i, m in enumerate(optimizer.single_partition_of_fp32_groups)}
+    run.trainer.engine.close()
+    clocks = ("seconds/", "memory/", "tokens_per_second")
+    lines = [{k: v for k, v in line.items() if not k.startswith(clocks)} for line in run.progress.log_history]
+    return lines, state
+
+
+def stop_at(run: Run, when: int) -> Interrupted | None:
+    """Run until the `when`-th safe point, and be told to stop there; None where the run ends before."""
+    passed, check = 0, run.trainer.interruption.check
+
+    def counting() -> None:
+        nonlocal passed
+        passed += 1
+        if passed == when:
+            run.trainer.interruption.signum = signal.SIGTERM
+        check()
+
+    run.trainer.interruption.check = counting
+    try:
+        run.whole()
+    except Interrupted as stopped:
+        return stopped
+    finally:
+        run.trainer.engine.close()
+    return None
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def straight(request, tiny_folder, tmp_path_factory):
+    """A kind of run, what it comes to when nothing interrupts it, and at how many points something could."""
+    folder = tmp_path_factory.mktemp("straight")
+    run = make_run(tiny_folder, request.param, folder / "run")
+    points, check = 0, run.trainer.interruption.check
+
+    def counting() -> None:
+        nonlocal points
+        points += 1
+        check()
+
+    run.trainer.interruption.check = counting
+    return request.param, *finish(run), points
+
+
+def test_interrupted_anywhere_and_resumed_it_is_the_same_run(straight, tiny_folder, tmp_path):
+    kind, metrics, weights, points = straight
+    # Before training, while sampling, between the updates on a rollout, between steps, between iterations.
+    # tests/faults/test_interrupted.py tries many more of these points.
+    for when in (points // 3, points * 3 // 4):
+        folder = tmp_path / str(when)
+        stopped = stop_at(make_run(tiny_folder, kind, folder), when)
+        assert stopped is not None and stopped.exit_code == 75
+        origin, told = to_resume("auto", folder)
+        assert not told
+        again, state = finish(make_run(tiny_folder, kind, folder, origin))
+        assert again == metrics, f"interrupted at safe point {when} of {points}"
+        assert all(torch.equal(state[name], weight) for name, weight in weights.items())
+        assert len(found_in(folder)) == 1
