@@ -8,14 +8,16 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shutil import disk_usage
 from typing import TYPE_CHECKING, Any
 
 from grpo_ds.command_line import parse
 from grpo_ds.config import TrainConfig
 from grpo_ds.ds_config import DsConfig, resolve_ds_config
 from grpo_ds.errors import UsageError, run_script
+from grpo_ds.interruption import obeyed_at_once
 from grpo_ds.machine import cpu_has_bf16, gpu_memory_gib, ram_gib
-from grpo_ds.memory.plan import Plan, Where
+from grpo_ds.memory.plan import GIB, Plan, Where
 from grpo_ds.memory.select import Job, fitted
 from grpo_ds.memory.shape import adapter_base, shape_of
 from grpo_ds.models.presets import Choice, choose_model, lora_recipe
@@ -33,6 +35,11 @@ PLAN_WIDTH = 120  # columns where the output is no terminal
 
 
 def main(argv: list[str]) -> None:
+    with obeyed_at_once():  # until the run itself takes signals, and after it
+        train_from(argv)
+
+
+def train_from(argv: list[str]) -> None:
     settled = settle(argv)
     config = settled.config
     if config.plan:
@@ -210,7 +217,23 @@ def first_lines(settled: Settled, questions: QuestionSet, train: int, held_out: 
         f"Plan: {config.total_steps} steps of {per_step} {config.max_completion_length} tokens; "
         f"learning rate {ds.learning_rate:g}, beta {config.beta:g}, seed {config.seed}",
         in_a_line(settled.job, settled.plan, settled.gpu_gib, settled.ram_gib),
+        *checkpoint_lines(settled),
     ]
+
+
+def checkpoint_lines(settled: Settled) -> list[str]:
+    """How large checkpoints are, and whether the disk has room for them."""
+    config, size = settled.config, settled.plan.checkpoint / GIB
+    if not config.save_steps:
+        return []
+    kept = config.save_total_limit or -(-config.total_steps // config.save_steps)
+    folder = output_folder(settled)
+    free = disk_usage(next(path for path in (folder, *folder.resolve().parents) if path.is_dir())).free / GIB
+    line = f"Checkpoints: every {config.save_steps} steps and at the end, {size:.1f} GiB each, {kept} kept"
+    short = (
+        f"Warning: with one being written they take {(kept + 1) * size:.1f} GiB, and {free:.1f} are free in {folder}."
+    )
+    return [line, short] if (kept + 1) * size > free else [line]
 
 
 def adapter_line(settled: Settled) -> str:

@@ -25,8 +25,8 @@ def components(plan: Plan, title: str, where: Where) -> Table:
 def in_a_line(job: Job, plan: Plan, gpu_gib: float | None, ram_gib: float) -> str:
     """Peaks, the phases that make them, whether they fit this machine, and what would make them."""
     host, gpu = plan.binding("host"), plan.binding("gpu")
-    card = f"{gpu.gpu_bytes / GIB:.1f} of {gpu_gib:.1f} GiB on the card ({gpu.name}), " if gpu_gib else ""
-    line = f"Memory plan: {card}{host.host_bytes / GIB:.1f} of {ram_gib:.1f} GiB of RAM ({host.name})"
+    card = f"{gpu.needed_on('gpu') / GIB:.1f} of {gpu_gib:.1f} GiB on the card ({gpu.name}), " if gpu_gib else ""
+    line = f"Memory plan: {card}{host.needed_on('host') / GIB:.1f} of {ram_gib:.1f} GiB of RAM ({host.name})"
     if fits(plan, gpu_gib or 0.0, ram_gib):
         return line
     changes = " and ".join(remedy.change for remedy in remedies(job, gpu_gib or 0.0, ram_gib))
