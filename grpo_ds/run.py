@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from grpo_ds import snapshot
-from grpo_ds.checkpoint import folder_of
+from grpo_ds.checkpoint import folder_of, renamed_into
 from grpo_ds.config import write_config
 from grpo_ds.errors import BY_CTRL_C, CheckpointError, GrpoError
 from grpo_ds.evaluation import Evaluation, graded
@@ -175,9 +175,9 @@ class Run:
 
     def save_model(self) -> None:
         """The fine-tuned model as an ordinary transformers folder, or its adapter and if asked for the merged model."""
-        trainer, folder, config = self.trainer, self.folder, self.config
+        trainer, config = self.trainer, self.config
         if self.writes:
-            with trainer.profiler.phase("save"):
+            with trainer.profiler.phase("save"), renamed_into(self.folder) as folder:
                 save_model(trainer.engine.model, folder)
                 trainer.tokenizer.save_pretrained(folder)
                 if config.merge_adapter:
