@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from grpo_ds.terminal import harmless
+
 MAX_LINES = 6  # what still reads at a glance in a terminal full of launcher output
 
 
@@ -52,5 +54,5 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except GrpoError as error:
         rank = os.environ.get("RANK", "0")
         message = f"Error: {error}" if rank == "0" else f"[rank {rank}] Error: {str(error).splitlines()[0]}"
-        print(message, file=sys.stderr, flush=True)
+        print(harmless(message), file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

@@ -74,7 +74,7 @@ class Trainer:
         self.config, self.ds, self.world, self.console = config, ds, world, console
         self.warned: set[str] = set()  # reward functions whose first failure was told
         self.profiler = Profiler(world.device, plan)
-        self.tokenizer = load_tokenizer(config.model)
+        self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         dtype = torch.bfloat16 if ds.bf16 else torch.float32
         with self.profiler.phase("load"):
             policy = trainable_policy(config, dtype=dtype, known_ids=len(self.tokenizer))
@@ -323,7 +323,8 @@ class Trainer:
                 save_model(self.engine.model, folder)
                 self.tokenizer.save_pretrained(folder)
                 if self.config.merge_adapter:
-                    save_merged(folder, folder / MERGED, dtype=torch.bfloat16 if self.ds.bf16 else torch.float32)
+                    dtype, trust = torch.bfloat16 if self.ds.bf16 else torch.float32, self.config.trust_remote_code
+                    save_merged(folder, folder / MERGED, dtype=dtype, trust_remote_code=trust)
                     self.tokenizer.save_pretrained(folder / MERGED)
                     write_config(self.config, folder / MERGED)  # how the model wants to be asked
         self.world.wait()

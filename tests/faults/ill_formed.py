@@ -22,8 +22,8 @@ WAYS_TO_MISSPELL = {  # a tag, and how it comes out
     "broken over two lines": lambda tag: tag.replace(">", "\n>"),
     "with a break in its name": lambda tag: tag.replace("s", "s\n"),
     "with a tab": lambda tag: tag.replace("<", "<\t"),
-    "in full-width brackets": lambda tag: tag.translate({ord("<"): "＜", ord(">"): "＞"}),
-    "in guillemets": lambda tag: tag.translate({ord("<"): "‹", ord(">"): "›"}),
+    "in full-width brackets": lambda tag: tag.translate({ord("<"): "\uff1c", ord(">"): "\uff1e"}),
+    "in guillemets": lambda tag: tag.translate({ord("<"): "\u2039", ord(">"): "\u203a"}),
     "in square brackets": lambda tag: tag.translate({ord("<"): "[", ord(">"): "]"}),
     "in parentheses": lambda tag: tag.translate({ord("<"): "(", ord(">"): ")"}),
     "in doubled brackets": lambda tag: f"<{tag}>",
@@ -76,24 +76,26 @@ SECOND_ANSWERS = [
 ]  # fmt: skip
 
 ANSWERS = [
-    *("", " ", ".", "..", "yes..", "yes. .", ".yes", "yes!", "yes?", "yes,", "yes;", "yes:", "-yes", "yes-", "yes\u2026"),
-    *("yes\u3002", '"yes"', "'yes'", "(yes)", "[yes]", "{yes}", "<yes>", "*yes*", "**yes**", "_yes_", "`yes`", "$yes$"),
-    *(r"\boxed{yes}", "yes no", "yes or no", "yes/no", "yes|no", "yes, no", "no yes", "no, yes", "yes and no", "yes\nno"),
+    *("", " ", ".", "..", "yes..", "yes. .", ".yes", "yes!", "yes?", "yes,", "yes;", "yes:", "-yes", "yes-"),
+    *("yes\u2026", "yes\u3002", '"yes"', "'yes'", "(yes)", "[yes]", "{yes}", "<yes>", "*yes*", "**yes**", "_yes_", "`yes`"),
+    *(r"\boxed{yes}", "yes no", "yes or no", "yes/no", "yes|no", "yes, no", "no yes", "no, yes", "yes and no"),
+    *("$yes$", "yes\nno", "yes and yes", "eyes", "yesterday", '{"answer": "yes"}', "label=yes"),
     *("not no", "not yes", "no, not yes", "don't say yes", "never yes", "yes, but no", "anything but yes", "un-yes"),
     *("yes yes", "yesyes", "ye", "ye s", "y e s", "y", "1", "true", "yeah", "yep", "yes because it fell", "yes it did"),
-    *("the answer is yes", "answer: yes", "yes (p < 0.01)", "yes 100%", "probably yes", "yes and yes", "eyes", "yesterday"),
+    *("the answer is yes", "answer: yes", "yes (p < 0.01)", "yes 100%", "probably yes"),
     *("maybe", "unknown", "not sure", "N/A", "null", "both", "all of them", "either", "yes|no|maybe", "label", "..."),
     *("oui", "ja", "s\u00ed", "\u0434\u0430", "\u306f\u3044", "\u662f", "\u0646\u0639\u0645", "\u05db\u05df", "evet"),
     *("\uff59\uff45\uff53", "y\u0435s", "ye\u017f", "ye\u0455", "y\u00e9s", "ye\u0301s", "\U0001d432es", "\u2713"),
     *("y\u200bes", "\u200byes", "yes\u200d", "\ufeffyes", "ye\u00ads", "\u202eyes", "\u202esey", "\u2066yes\u2069"),
     *("yes\x00", "\x1b[32myes\x1b[0m", "yes\x08\x08\x08no", "\x7fyes", "&#121;es", "&nbsp;yes", "yes&#46;", "%79es"),
     *("<b>yes</b>", "<!-- no -->yes", "<![CDATA[yes]]>", "yes<br>", "<p>yes", "yes</s>", "<s>no</s>yes", "<yes/>"),
-    *("<|im_end|>yes", "yes<|endoftext|>", "<|im_start|>yes", "yes<eos>", "[INST]yes", '{"answer": "yes"}', "label=yes"),
+    *("<|im_end|>yes", "yes<|endoftext|>", "<|im_start|>yes", "yes<eos>", "[INST]yes"),
 ]  # fmt: skip
 
 STRAYS = [
-    *("Sure!", ".", "yes", "no", "-", "```", "\u200b", "\ufeff", "\x00", "\u00ad", "<p>", "<!-- -->", "&nbsp;", "\u202e"),
-    *("<|im_end|>", "<|im_start|>assistant\n", "</s>", "<think></think>", "I hope this helps.", "Answer:", "\U0001f642"),
+    *("Sure!", ".", "yes", "no", "-", "```", "\u200b", "\ufeff", "\x00", "\u00ad", "<p>", "<!-- -->", "&nbsp;"),
+    *("\u202e", "<|im_end|>", "<|im_start|>assistant\n", "</s>", "<think></think>", "I hope this helps.", "Answer:"),
+    "\U0001f642",
 ]  # fmt: skip
 
 NO_REASONING = [
@@ -168,9 +170,10 @@ BENIGN = [
             "p < 0.05 and n > 100", "a<b, b>c, a<=c", "<p>It <b>fell</b>.</p>", "- it fell\n- by half\n\n1. so yes",
             "**It fell.**", "`if x < 1: y = 2`", "$$\\frac{1}{2} < 1$$", '{"answer": "no"}', "\\boxed{no}",
             "The answer in the reasoning of the authors is no.", "answer>no", "<answers> and <answer-key>",
-            "&lt;answer&gt;no&lt;/answer&gt;", "＜answer＞no＜/answer＞", "[answer]no[/answer]", "<think>Hm.</think>", "<no>",
-            "<!-- a note -->It fell.", "See https://example.org/?a=1&b=<2>.", "It fell \U0001f600.", "It fell\u200b.",
-            "...it fell...", "Wait | no | it fell.", "It fell. " * 2000, "'It \"fell\"'", "<|> is no token; it fell",
+            "&lt;answer&gt;no&lt;/answer&gt;", "\uff1canswer\uff1eno\uff1c/answer\uff1e", "[answer]no[/answer]", "<no>",
+            "<think>Hm.</think>", "<!-- a note -->It fell.", "See https://example.org/?a=1&b=<2>.",
+            "It fell \U0001f600.", "It fell\u200b.", "...it fell...", "Wait | no | it fell.", "It fell. " * 2000,
+            "'It \"fell\"'", "<|> is no token; it fell",
         )
     ),
     ("a prefilled opening and the rest", f"{TAGS[0]} It fell by half.</reasoning>{ANSWERED}"),
