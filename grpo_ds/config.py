@@ -334,4 +334,10 @@ def prompt_recipe(folder: Path) -> dict[str, Any]:
     # Whose code may run here is for the person to say, not for a file that came with a model.
     names = {knob.name for knob in fields(AskConfig)} - {"model", "trust_remote_code"}
     names |= {"question_field", "label_field"}
-    return {name: values[name] for name in names if name in values}
+    found = {name: values[name] for name in names if name in values}
+    numbers = [knob.name for knob in fields(AskConfig) if isinstance(knob.default, int)]
+    if wrong := [name for name in numbers if not isinstance(found.get(name, 0), int)]:
+        raise UsageError(
+            f"{saved}: {wrong[0]} is {found[wrong[0]]!r}, which is no number. Mend it, or remove the file."
+        )
+    return found

@@ -1,5 +1,6 @@
 """The policy: a causal LM and its tokenizer, from a preset, a folder or the hub."""
 
+import os
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,6 +22,8 @@ from grpo_ds.models.lora import add_adapter, merged, quantization
 from grpo_ds.models.presets import EMBEDDED, PRESETS
 from grpo_ds.task.prompts import ensure_chat_template
 
+# For a hub model without safetensors transformers would ask a service on the hub to convert it, in our user's name.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 transformers_logging.disable_progress_bar()  # our own lines and bars say what is going on
 
 

@@ -77,9 +77,9 @@ SECOND_ANSWERS = [
 
 ANSWERS = [
     *("", " ", ".", "..", "yes..", "yes. .", ".yes", "yes!", "yes?", "yes,", "yes;", "yes:", "-yes", "yes-"),
-    *("yes\u2026", "yes\u3002", '"yes"', "'yes'", "(yes)", "[yes]", "{yes}", "<yes>", "*yes*", "**yes**", "_yes_", "`yes`"),
-    *(r"\boxed{yes}", "yes no", "yes or no", "yes/no", "yes|no", "yes, no", "no yes", "no, yes", "yes and no"),
-    *("$yes$", "yes\nno", "yes and yes", "eyes", "yesterday", '{"answer": "yes"}', "label=yes"),
+    *("yes\u2026", "yes\u3002", '"yes"', "'yes'", "(yes)", "[yes]", "{yes}", "<yes>", "*yes*", "**yes**"),
+    *("_yes_", "`yes`", r"\boxed{yes}", "yes no", "yes or no", "yes/no", "yes|no", "yes, no", "no yes", "no, yes"),
+    *("yes and no", "$yes$", "yes\nno", "yes and yes", "eyes", "yesterday", '{"answer": "yes"}', "label=yes"),
     *("not no", "not yes", "no, not yes", "don't say yes", "never yes", "yes, but no", "anything but yes", "un-yes"),
     *("yes yes", "yesyes", "ye", "ye s", "y e s", "y", "1", "true", "yeah", "yep", "yes because it fell", "yes it did"),
     *("the answer is yes", "answer: yes", "yes (p < 0.01)", "yes 100%", "probably yes"),

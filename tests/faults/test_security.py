@@ -2,11 +2,13 @@
 
 import ast
 import configparser
+import inspect
 import io
 import json
 import os
 import pickle
 import re
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +18,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+import transformers
 from rich.console import Console as RichConsole
 from safetensors.torch import load_file
 
@@ -72,12 +75,20 @@ def test_a_run_asks_for_no_address_outside_this_machine(tiny_folder, tmp_path, t
     caught = subprocess.run([sys.executable, "-c", asks], env={**os.environ, **guarded}, capture_output=True)
     assert caught.returncode != 0 and attempts.read_text() == "look up huggingface.co\n"
     attempts.unlink()
-    deepspeed = Path(sys.executable).with_name("deepspeed")
-    done = run("--model", tiny_folder, *SMALLEST, "--output_dir", tmp_path / "run", env=guarded, launcher=[deepspeed])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # free, where runs beside this one have taken the launcher's own
+    launcher = (Path(sys.executable).with_name("deepspeed"), "--master_port", port)
+    done = run("--model", tiny_folder, *SMALLEST, "--output_dir", tmp_path / "run", env=guarded, launcher=launcher)
     assert done.returncode == 0, done.stderr[-2000:]
     assert not attempts.exists(), attempts.read_text()
     assert (tmp_path / "run" / "model.safetensors").is_file()
     tried("runs without a network", "finished, no attempt to leave")
+
+
+def test_no_service_is_asked_to_convert_a_model():
+    """transformers would, from a thread, for a model of the hub that has no safetensors; this is its own switch."""
+    assert os.environ["DISABLE_SAFETENSORS_CONVERSION"] == "1"
+    assert '"DISABLE_SAFETENSORS_CONVERSION"' in inspect.getsource(transformers.modeling_utils)
 
 
 @pytest.mark.parametrize("monitor", ["wandb", "comet"])
@@ -288,9 +299,14 @@ def test_yaml_runs_nothing(tmp_path, tried):
             read()
         assert len(str(caught.value).splitlines()) <= MAX_LINES
         tried("code in a settings file", "refused, not run")
-    file.write_text("- a list\n")
-    with pytest.raises(UsageError, match="holds no settings"):
-        prompt_recipe(tmp_path)
+    for text, words in (
+        ("- a list\n", "holds no settings"),
+        ("few_shot: abc\n", "few_shot is 'abc'"),
+        ("", "no settings"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UsageError, match=words):
+            prompt_recipe(tmp_path)
     assert not marker.exists()
 
 
