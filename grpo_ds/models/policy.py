@@ -77,7 +77,6 @@ def load_policy(
             dtype=dtype,
             quantization_config=quantization(bits, dtype),
             trust_remote_code=trust_remote_code,
-            weights_only=True,
         )
     if adapter_on:
         with _named_errors(name):
