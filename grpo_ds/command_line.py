@@ -17,6 +17,7 @@ from grpo_ds.errors import UsageError, one_error
 from grpo_ds.task.scoring import OnRewardError
 
 ConfigType = TypeVar("ConfigType", bound=AskConfig)
+SECRET = re.compile(r"[\w-]*(api_?key|token|secret|passw(or)?d)|([\w-]*[_-])?key", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def parse(
     recipe: defaults that suit the model. extra: flags of one script alone, name -> meaning, strings.
     """
     names = {knob.name for knob in fields(config_type)}
+    _check_secrets(argv, names | set(extra or {}))
     parser = _parser(config_type, about, {k: v for k, v in (recipe or {}).items() if k in names}, extra or {})
     _check_names(argv, {*names, *(extra or {}), "config", "local_rank", "help"})
     try:
@@ -65,6 +67,25 @@ def _parser(config_type: type, about: str, recipe: dict[str, Any], extra: dict[s
         switch: dict[str, Any] = {"nargs": "?", "const": True} if knob.type in (bool, bool | None) else {}
         parser.add_argument(f"--{knob.name}", type=knob.type, default=default, help=knob.metadata["help"], **switch)
     return parser
+
+
+def _check_secrets(argv: list[str], known: set[str]) -> None:
+    """A key among the arguments stands in every process list, and is refused without being repeated."""
+    named = [word.partition("=")[0] for word in argv if word.startswith("--") or "=" in word]
+    secrets = [
+        name[:40]
+        for name in named
+        if SECRET.fullmatch(name.lstrip("-"))
+        and not difflib.get_close_matches(
+            name.lstrip("-").replace("-", "_"), known, cutoff=0.9
+        )  # a known flag mistyped
+    ]
+    if secrets:
+        raise UsageError(
+            f"{', '.join(secrets)}: keys and tokens are not taken as arguments, which every user here can read.\n"
+            "Take this one for known and replace it. Set the new one in the environment (WANDB_API_KEY, HF_TOKEN),\n"
+            "or let the tools keep it: `wandb login`, `hf auth login`."
+        )
 
 
 def _check_names(argv: list[str], known: set[str]) -> None:

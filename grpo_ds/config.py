@@ -13,6 +13,7 @@ import yaml
 
 from grpo_ds.core.objective import KlEstimator, LossType, Objective, RewardScale
 from grpo_ds.ds_config import DsSizes
+from grpo_ds.errors import UsageError
 from grpo_ds.task.answers import TAG_NAME, AnswerFormat
 from grpo_ds.task.prompts import worked_examples
 from grpo_ds.task.records import NO_CONTEXT
@@ -37,6 +38,7 @@ class AskConfig:
     """Which model, and how questions are put to it."""
 
     model: str = knob("auto", "preset (qwen2.5-0.5b, -1.5b, -3b, -7b, smollm2-135m), hub id or folder; auto: what fits")
+    trust_remote_code: bool = knob(False, "run the Python code that a model brings along, with all your rights")
     labels: str = knob("yes,no", "answers allowed, comma-separated; add maybe to keep PubMedQA's maybe questions")
     context_field: str | None = knob(
         None, f"a record's field with the context; {NO_CONTEXT}: it has none; default: found"
@@ -344,8 +346,21 @@ def prompt_recipe(folder: Path) -> dict[str, Any]:
     saved = folder / CONFIG_FILE
     if not saved.is_file():
         return {}
-    values = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    try:
+        values = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{saved} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{saved} holds no settings. Mend or remove it: it says how its model wants to be asked.")
     if values.get("system_prompt"):  # the copy, wherever the model has gone since
         values["system_prompt"] = str(folder / SYSTEM_PROMPT_FILE)
-    names = {knob.name for knob in fields(AskConfig)} - {"model"} | {"question_field", "label_field"}
-    return {name: values[name] for name in names if name in values}
+    # Whose code may run here is for the person to say, not for a file that came with a model.
+    names = {knob.name for knob in fields(AskConfig)} - {"model", "trust_remote_code"}
+    names |= {"question_field", "label_field"}
+    found = {name: values[name] for name in names if name in values}
+    numbers = [knob.name for knob in fields(AskConfig) if isinstance(knob.default, int)]
+    if wrong := [name for name in numbers if not isinstance(found.get(name, 0), int)]:
+        raise UsageError(
+            f"{saved}: {wrong[0]} is {found[wrong[0]]!r}, which is no number. Mend it, or remove the file."
+        )
+    return found

@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from grpo_ds.terminal import harmless
+
 BY_CTRL_C, PREEMPTED = 130, 75  # exit codes of a run that was asked to stop; 75 is sysexits' "try again"
 MAX_LINES = 6  # what still reads at a glance in a terminal full of launcher output
 
@@ -61,7 +63,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except GrpoError as error:
         rank = os.environ.get("RANK", "0")
         message = f"{error.opening}{error}" if rank == "0" else f"[rank {rank}] {str(error).splitlines()[0]}"
-        print(message, file=sys.stderr, flush=True)
+        print(harmless(message), file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr, flush=True)

@@ -182,7 +182,8 @@ class Run:
                 trainer.tokenizer.save_pretrained(folder)
                 if config.merge_adapter:
                     dtype = torch.bfloat16 if trainer.ds.bf16 else torch.float32
-                    save_merged(folder, folder / MERGED, dtype=dtype)
+                    trust = config.trust_remote_code
+                    save_merged(folder, folder / MERGED, dtype=dtype, trust_remote_code=trust)
                     trainer.tokenizer.save_pretrained(folder / MERGED)
                     write_config(config, folder / MERGED)  # how the model wants to be asked
                 self.progress.write(folder)

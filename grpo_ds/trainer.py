@@ -63,7 +63,7 @@ class Trainer:
         self.interruption = Interruption()
         self.warned: set[str] = set()  # reward functions whose first failure was told
         self.profiler = Profiler(world.device, plan)
-        self.tokenizer = load_tokenizer(config.model)
+        self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         dtype = torch.bfloat16 if ds.bf16 else torch.float32
         source = replace(config, model=str(weights)) if weights else config
         with self.profiler.phase("load"):

@@ -16,7 +16,7 @@ from grpo_ds.config import TrainConfig
 from grpo_ds.ds_config import DsConfig, resolve_ds_config
 from grpo_ds.errors import UsageError, run_script
 from grpo_ds.interruption import obeyed_at_once
-from grpo_ds.machine import cpu_has_bf16, gpu_memory_gib, ram_gib
+from grpo_ds.machine import check_torch, cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.memory.plan import GIB, Plan, Where
 from grpo_ds.memory.select import Job, fitted
 from grpo_ds.memory.shape import adapter_base, shape_of
@@ -27,6 +27,7 @@ from grpo_ds.resumption import find_checkpoint, flags_of, refuse_other_flags
 from grpo_ds.task.questions import Question, QuestionSet, read_questions, split_questions
 from grpo_ds.task.reward_files import find_reward_functions
 from grpo_ds.task.rewards import WeightedFunctions, ready_made
+from grpo_ds.terminal import harmless
 
 if TYPE_CHECKING:
     from grpo_ds.run import Run
@@ -128,6 +129,7 @@ class Settled:
 
 def settle(argv: list[str]) -> Settled:
     """Everything that can be known before anything heavy is loaded."""
+    check_torch()
     asked = parse(TrainConfig, argv, about=__doc__)
     origin, told, saved = None, list[str](), dict[str, Any]()
     if asked.config.resume_from_checkpoint:
@@ -151,7 +153,8 @@ def settle(argv: list[str]) -> Settled:
             "Name the merged model of that run (--merge_adapter writes one into its folder merged), or --lora_r 0,\n"
             "which merges the adapter on loading and trains all parameters."
         )
-    shape, longest = shape_of(config.model), config.max_prompt_length + config.max_completion_length
+    shape = shape_of(config.model, trust_remote_code=config.trust_remote_code)
+    longest = config.max_prompt_length + config.max_completion_length
     if shape.positions and longest > shape.positions:
         raise UsageError(
             f"--model {config.model} has learned {shape.positions} positions, and --max_prompt_length "
@@ -177,6 +180,7 @@ def ranks() -> int:
 def print_plan(settled: Settled) -> None:
     """--plan: what each phase takes, and whether it fits."""
     from rich.console import Console
+    from rich.text import Text
 
     from grpo_ds.report.plan import components, in_a_line
 
@@ -184,7 +188,7 @@ def print_plan(settled: Settled) -> None:
     places: tuple[Where, ...] = ("gpu", "host") if settled.gpu_gib else ("host",)
     for where in places:
         console.print(components(settled.plan, f"{settled.config.model}, {settled.config.ds}", where))
-    console.print(in_a_line(settled.job, settled.plan, settled.gpu_gib, settled.ram_gib), markup=False)
+    console.print(Text(harmless(in_a_line(settled.job, settled.plan, settled.gpu_gib, settled.ram_gib))))
 
 
 def output_folder(settled: Settled) -> Path:
@@ -194,7 +198,7 @@ def output_folder(settled: Settled) -> Path:
         return origin.parent
     named = f"{Path(config.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.output_dir) if config.output_dir else Path("outputs") / named
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):  # a link to nowhere is no folder
         raise UsageError(
             f"--output_dir {folder} already holds files, and a run is never written over.\n"
             "Name another folder, or remove this one."

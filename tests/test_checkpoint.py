@@ -80,7 +80,9 @@ def test_auto_without_a_folder_asks_for_it():
         files.to_resume("auto", None)
 
 
-@pytest.mark.parametrize(("limit", "best", "left"), [(None, None, 4), (2, None, 2), (2, 5, 3), (2, 20, 2), (9, None, 4)])
+@pytest.mark.parametrize(
+    ("limit", "best", "left"), [(None, None, 4), (2, None, 2), (2, 5, 3), (2, 20, 2), (9, None, 4)]
+)
 def test_the_newest_and_the_best_are_kept(tmp_path, limit, best, left):
     for step in (5, 10, 15, 20):
         make(tmp_path, step)

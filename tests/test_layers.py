@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "grpo_ds"
 # From the ground up; a module imports from lower layers and from its own.
 LAYERS = [
-    {"errors", "hub"},
+    {"errors", "hub", "terminal"},
     {"core", "task"},
     {"config", "command_line", "ds_config", "ds_json", "ds_keys", "machine", "memory", "world"},
     {"checkpoint", "interruption", "progress", "resumption", "run_status"},

@@ -1,16 +1,18 @@
 """A memory plan as a person reads it. No torch here: a plan is printed before anything heavy is loaded."""
 
 from rich.table import Table
+from rich.text import Text
 
 from grpo_ds.memory.plan import GIB, Plan, Where
 from grpo_ds.memory.select import Job, fits, remedies
+from grpo_ds.terminal import harmless
 
 PLACES: dict[Where, str] = {"gpu": "card", "host": "host"}
 
 
 def components(plan: Plan, title: str, where: Where) -> Table:
     """What each phase consists of, in GiB."""
-    table = Table(title=f"{title}: GiB on the {PLACES[where]}", title_justify="left")
+    table = Table(title=Text(harmless(f"{title}: GiB on the {PLACES[where]}")), title_justify="left")
     table.add_column("component")
     parts = [phase.gpu if where == "gpu" else phase.host for phase in plan.phases]
     for phase in plan.phases:

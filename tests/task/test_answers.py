@@ -57,6 +57,10 @@ NO_ANSWERS = [
     ("<REASONING>a</REASONING><ANSWER>yes</ANSWER>", "tags are lower-case"),
     ("< reasoning >a</ reasoning ><answer>yes</answer>", "and have no spaces"),
     ("<reasoning>a<reasoning><answer>yes<answer>", "opened where it should close"),
+    ("<reasoning>a <ANSWER>no</ANSWER></reasoning><answer>yes</answer>", "a look-alike is a second answer"),
+    ('<reasoning>a <answer id="1"></reasoning><answer>yes</answer>', "with an attribute as well"),
+    ("<reasoning>a <|im_end|></reasoning><answer>yes</answer>", "another turn begins"),
+    ("<reasoning>a</reasoning><answer>ye\u017f</answer>", "case folding alone would take the long s"),
 ]
 
 PAIRS = [
