@@ -162,7 +162,8 @@ class Run:
             snapshot.write(trainer, self.folder)
             self.saved_at = moment
         checkpoint = folder_of(self.folder, moment[0])
-        return {"checkpoint": str(checkpoint), "resume": resume_command(checkpoint)}
+        command = resume_command(checkpoint, trust_remote_code=self.config.trust_remote_code)
+        return {"checkpoint": str(checkpoint), "resume": command}
 
     def _is_sound(self, error: GrpoError) -> bool:
         """Whether weights and moments belong together after this error, on every rank, and none is saved yet."""

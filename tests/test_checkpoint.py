@@ -71,7 +71,7 @@ def test_a_named_one_is_taken_even_where_there_are_later_ones(tmp_path):
 @pytest.mark.parametrize("asked", ["auto", "checkpoint-7", "somewhere"])
 def test_where_nothing_is_whole_nothing_is_resumed(tmp_path, asked):
     (make(tmp_path, 5) / "trainer_state.json").unlink()
-    with pytest.raises(CheckpointError, match="No whole checkpoint|no such folder|holds no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"No whole checkpoint|no such folder|holds no checkpoint"):
         files.to_resume(asked if asked == "auto" else str(tmp_path / asked), tmp_path)
 
 
