@@ -14,8 +14,8 @@ import yaml
 from grpo_ds.core.objective import KlEstimator, LossType, Objective, RewardScale
 from grpo_ds.ds_config import DsSizes
 from grpo_ds.task.answers import TAG_NAME, AnswerFormat
-from grpo_ds.task.prompts import worked_examples
-from grpo_ds.task.records import NO_CONTEXT
+from grpo_ds.task.prompts import read_system_prompt, worked_examples
+from grpo_ds.task.records import NO_CONTEXT, Unusable
 from grpo_ds.task.reward_files import reward_problems
 from grpo_ds.task.rewards import READY_MADE
 from grpo_ds.task.scoring import OnRewardError
@@ -59,15 +59,15 @@ class AskConfig:
 
     @property
     def system_prompt_text(self) -> str:
-        """What the file holds; "" where there is no file, or no text in it."""
-        path = Path(self.system_prompt or "").expanduser()
-        return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+        """What the file holds, "" where none is named; `problems` has told whether it can be read."""
+        return read_system_prompt(self.system_prompt) if self.system_prompt is not None else ""
 
     def problems(self) -> list[str]:
         """Everything about these values that cannot work, a line each."""
         different = {label.casefold() for label in self.label_names}
         tags = {"reasoning_tag": self.reasoning_tag, "answer_tag": self.answer_tag}
         examples = len(worked_examples(self.answer_format))
+        misread, fault = self._misread_labels(), self._system_prompt_fault()
         few_shot = f"few_shot is {self.few_shot}; of the yes/no ones {examples} fit labels {self.labels}: --few_shot 0"
         return [
             message
@@ -79,16 +79,27 @@ class AskConfig:
                     for name, tag in tags.items()
                 ),
                 (len(set(tags.values())) == 1, "reasoning_tag and answer_tag must differ"),
-                (
-                    self.system_prompt is not None and not self.system_prompt_text,
-                    f"system_prompt is {self.system_prompt}, which is no file with a text in it",
-                ),
+                (bool(misread), f"labels: no answer is read as {misread}; mind full stops and tags"),
+                (bool(fault), f"system_prompt is {self.system_prompt}, which {fault}"),
                 (not 0 <= self.few_shot <= examples, few_shot),
                 (self.max_prompt_length < 1, "max_prompt_length must be 1 or more"),
                 (self.max_completion_length < 1, "max_completion_length must be 1 or more"),
             )
             if wrong
         ]
+
+    def _system_prompt_fault(self) -> str:
+        try:
+            return self.system_prompt_text and ""
+        except Unusable as fault:
+            return str(fault)
+
+    def _misread_labels(self) -> str:
+        """Labels that the answer contract cannot tell apart; tags that are none, or one, have a line of their own."""
+        tags = {self.reasoning_tag, self.answer_tag}
+        if len(tags) < 2 or not all(map(TAG_NAME.fullmatch, tags)):
+            return ""
+        return ", ".join(repr(label) for label in self.label_names if not self.answer_format.reads_back(label))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,15 @@ around two marks, cut there, and only its own pieces are tokenised with control 
 tokenised as text and put in between. Shortening then is dropping tokens of the context, with no re-rendering.
 """
 
+import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from grpo_ds.errors import DataError, UsageError
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.questions import Question
+from grpo_ds.task.records import Unusable, sound_text
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n\n{% endfor %}"
@@ -50,6 +53,20 @@ class EncodedPrompt:
 
     ids: list[int]  # at most max_prompt_length
     text_tokens_dropped: int  # tokens cut from the front of the context
+
+
+def read_system_prompt(file: str) -> str:
+    """The text of --system_prompt, read and checked like a text of --data. Raises Unusable, which says what it is."""
+    path = Path(os.path.expanduser(file))
+    if not os.path.isfile(path):
+        raise Unusable("is no file with a text in it")
+    try:
+        return sound_text(path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n"))
+    except UnicodeDecodeError as error:
+        reason = f"is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        raise Unusable(reason) from None
+    except OSError as error:
+        raise Unusable(f"cannot be read: {error.strerror or error}") from None
 
 
 def worked_examples(answer_format: AnswerFormat) -> list[tuple[Question, str]]:
@@ -147,8 +164,8 @@ def _cut_at_marks(rendered: str, has_context: bool) -> tuple[str, str, str]:
     The space before a mark goes to the user's text: tokenizers join a word with the space before it.
     """
     mark = f" {CONTEXT_MARK}"
-    before, found_context, rest = rendered.partition(mark) if has_context else ("", mark, rendered)
-    between, found_question, after = rest.partition(f" {QUESTION_MARK}")
+    rest, found_question, after = rendered.rpartition(f" {QUESTION_MARK}")  # the last: a system prompt may hold any text
+    before, found_context, between = rest.rpartition(mark) if has_context else ("", mark, rest)
     if not (found_context and found_question):
         raise UsageError(
             "The tokenizer's chat template does not repeat the last user turn as it stands, so no question can be put "

@@ -169,15 +169,17 @@ def _accepted(labels: Sequence[str], fields: Mapping[str, str]) -> str:
 def _duplicates(placed: Sequence[tuple[str, Question]]) -> Iterator[str]:
     """A record twice would weigh double, and could be trained on and held out at once."""
     by_id: dict[str, str] = {}
-    by_content: dict[tuple[str, str], str] = {}
+    by_content: dict[tuple[str, str], tuple[str, str]] = {}
     for place, question in placed:
         content = (question.text, question.context)
         if content in by_content:
-            yield f"{place}: same question and context as {by_content[content]}; remove one"
+            first, label = by_content[content]
+            conflict = "" if label == question.label else f", but its answer is {clip(label)}, not {clip(question.label)}"
+            yield f"{place}: same question and context as {first}{conflict}; remove one"
         elif question.id in by_id:
             yield f"{place}: id {clip(question.id)} is taken by {by_id[question.id]}; ids must differ"
         by_id.setdefault(question.id, place)
-        by_content.setdefault(content, place)
+        by_content.setdefault(content, (place, question.label))
 
 
 def _none_left(name: str, labels: Sequence[str], left_out: dict[str, int]) -> DataError:
