@@ -130,6 +130,10 @@ class EvaluateConfig(AskConfig):
                     not 0 < self.eval_fraction <= 1,
                     f"eval_fraction is {self.eval_fraction}; a share lies between 0 and 1",
                 ),
+                (
+                    len(set(self.field_names.values())) < len(self.field_names),
+                    "question_field, context_field and label_field must name different fields",
+                ),
                 (self.eval_limit is not None and self.eval_limit < 1, "eval_limit must be 1 or more"),
                 ((self.generation_batch_size or 1) < 1, "generation_batch_size must be 1 or more"),
             )

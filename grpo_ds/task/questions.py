@@ -174,7 +174,9 @@ def _duplicates(placed: Sequence[tuple[str, Question]]) -> Iterator[str]:
         content = (question.text, question.context)
         if content in by_content:
             first, label = by_content[content]
-            conflict = "" if label == question.label else f", but its answer is {clip(label)}, not {clip(question.label)}"
+            conflict = (
+                "" if label == question.label else f", but its answer is {clip(label)}, not {clip(question.label)}"
+            )
             yield f"{place}: same question and context as {first}{conflict}; remove one"
         elif question.id in by_id:
             yield f"{place}: id {clip(question.id)} is taken by {by_id[question.id]}; ids must differ"

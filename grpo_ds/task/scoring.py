@@ -113,7 +113,9 @@ def _weighted(values: Sequence[float | None], weight: float) -> list[float | Non
     rewards = [None if value is None else weight * float(value) for value in values]
     for row, reward in enumerate(rewards):
         if reward is not None and not abs(reward) <= LARGEST:
-            raise _Faulty(f"returned {_shown(values[row])}, with its weight {reward:g}; {LARGEST:g} is the most.", [row])
+            raise _Faulty(
+                f"returned {_shown(values[row])}, with its weight {reward:g}; {LARGEST:g} is the most.", [row]
+            )
     return rewards
 
 

@@ -155,11 +155,11 @@ def _is_flat(value: dict) -> bool:
 
 
 def _looks_like_lines(text: str) -> bool:
-    # Most lines of a JSONL file open an object; in an indented JSON file few do, and a list is one whatever it lacks.
+    # Half of a JSONL file's lines or more open an object; in an indented JSON file few do. A list is never lines.
     if text.lstrip().startswith("["):
         return False
     lines = [line for line in text.split("\n") if line.strip()]
-    return sum(line.startswith("{") for line in lines) > len(lines) / 2
+    return sum(line.startswith("{") for line in lines) >= len(lines) / 2
 
 
 def _parse_lines(name: str, text: str) -> Source:
