@@ -84,7 +84,7 @@ class Console:
         for column in ("", "before", "after"):
             table.add_column(column, justify="left" if not column else "right")
         for name, show in _rows(before.grades):
-            table.add_row(name, show(before.grades), show(after.grades))
+            table.add_row(Text(name), show(before.grades), show(after.grades))
         width = None if self._is_live else PLAIN_WIDTH
         self._rich.print(table, width=width)
         correct = [[a == q.label for a, q in zip(e.answers, questions, strict=True)] for e in (before, after)]

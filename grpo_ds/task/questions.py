@@ -5,7 +5,7 @@ and a resumed run asks what the unbroken one would have asked.
 """
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import ChainMap, Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -148,7 +148,8 @@ def _check_all(
     for place, record in source.records:
         fields, wrong = check_record(record, known_labels=known_labels, names=names)
         if isinstance(record, dict) and not wrong:
-            placed.append((place, _question(fields, {**columns, **record})))
+            # A view of the two: with a field of its own in every record, copies would fill the memory.
+            placed.append((place, _question(fields, ChainMap(record, columns))))
         else:
             problems.append(f"{place}: {', '.join(wrong)}" if isinstance(record, dict) else f"{place} {wrong[0]}")
     return [question for _, question in placed], [*problems, *_duplicates(placed)]

@@ -1,6 +1,5 @@
 """A corpus of malformed input: each comes to its named error or to its documented repair (docs/data.md).
 
-
 NAMED_FILES, NAMED_RECORDS and NAMED_SETTINGS list what is refused, with the words its error must hold; REPAIRED what
 is read all the same, with the questions that come out. Every line is another way to be wrong.
 """
@@ -392,6 +391,16 @@ def test_a_malformed_file_is_read_as_it_was_meant(tmp_path, tried, content, expe
     tried(KIND, "repaired")
 
 
+def test_a_field_of_its_own_in_every_record_does_not_multiply(tmp_path, tried):
+    # 5,000 records of 5,000 fields each would be 25 million.
+    records = [but(id=n, question=f"Is it {n}?", **{f"source_{n}": n}) for n in range(5000)]
+    first, *others = read_questions(str(file_of(tmp_path, records))).questions
+    assert first.columns["source_0"] == 0 and first.columns["source_4999"] is None
+    assert others[-1].columns["source_4999"] == 4999 and len(set(first.columns)) == 5004
+    assert {id(other.columns.maps[1]) for other in others} == {id(first.columns.maps[1])}
+    tried(KIND, "repaired")
+
+
 @pytest.mark.parametrize("name", ["data.csv", "data.jsonl", "data.parquet", "data", "a b\xe9.json"])
 def test_a_files_name_may_lie(tmp_path, tried, name):
     assert list(read_questions(str(file_of(tmp_path, LIST, name))).questions) == BOTH
@@ -589,6 +598,41 @@ def test_a_long_context_loses_its_front_and_control_tokens_are_spelled_out(token
     # The chat's own two, behind the system's turn and the user's; the context's are letters.
     ends = encoded.ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>"))
     assert ends == 2 < text.count("<|im_end|>")
+    tried(KIND, "repaired")
+
+
+ASKED = [  # flags of launch/ask.py, what its error must say
+    (["--question", "Is it?", "--context", " \u200b"], "--context is empty"),
+    (
+        ["--question", "\udcff", "--context", "It is."],
+        "--question holds a broken character, U+DCFF",
+    ),  # a byte of Latin-1
+    (["--question", "Is it?", "--context", "\x1b[1m"], "--context holds a broken character, U+001B"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), ASKED)
+def test_what_is_asked_is_checked_like_a_record(monkeypatch, tried, flags, words):
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    import ask
+
+    with pytest.raises(UsageError) as error:
+        ask.main(["--model", "smollm2-135m", *flags])
+    check(str(error.value), ["Nothing to answer:", words])
+    tried(KIND, "named")
+
+
+def test_labels_that_look_like_markup_are_shown_as_they_are(capsys, tried):
+    from grpo_ds.evaluation import Evaluation
+    from grpo_ds.report.console import Console
+    from grpo_ds.task.grading import grade
+
+    labels = ("[/b]", "[A]")
+    questions = [Question(label, "Which?", "", label) for label in labels]
+    asked = Evaluation(["", ""], [None, "[A]"], grade([None, "[A]"], questions, labels=labels))
+    Console().before_and_after(asked, asked, questions)
+    told = capsys.readouterr().out
+    assert "recall [/b]" in told and "recall [A]" in told
     tried(KIND, "repaired")
 
 
