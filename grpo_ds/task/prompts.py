@@ -22,6 +22,9 @@ DEFAULT_CHAT_TEMPLATE = (
 # Private-use characters, which no chat template has reason to hold or to strip.
 CONTEXT_MARK = "\ue000context\ue001"
 QUESTION_MARK = "\ue000question\ue001"
+# Characters, twice Qwen's 128 spaces. What of a context lies further back than this for every token is cut anyway, and
+# tokenising 10 MB takes half a minute and 1.5 GB.
+LONGEST_TOKEN = 256
 
 WORKED_EXAMPLES = (
     (
@@ -52,7 +55,7 @@ class EncodedPrompt:
     """A prompt ready to be continued by the model."""
 
     ids: list[int]  # at most max_prompt_length
-    text_tokens_dropped: int  # tokens cut from the front of the context
+    text_tokens_dropped: int  # tokens cut from the front of the context, or of as much of it as could matter
 
 
 def read_system_prompt(file: str) -> str:
@@ -116,7 +119,8 @@ def encode_prompt(
     messages = build_messages(marked, answer_format=answer_format, few_shot=few_shot, system_prompt=system_prompt)
     before, between, after = _cut_at_marks(_render(tokenizer, messages), bool(question.context))
     head = _template_ids(tokenizer, before)
-    context = _text_ids(tokenizer, f" {question.context}") if question.context else []
+    reach = (max_prompt_length + 1) * LONGEST_TOKEN
+    context = _text_ids(tokenizer, f" {question.context}"[-reach:]) if question.context else []
     middle = _template_ids(tokenizer, between) + _text_ids(tokenizer, f" {question.text}")
     tail = _template_ids(tokenizer, after + answer_format.opening * prefill)
     fixed = len(head) + len(middle) + len(tail)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -590,12 +591,13 @@ def test_at_the_door_a_sound_file_goes_on_to_the_model(tmp_path):
 
 
 def test_a_long_context_loses_its_front_and_control_tokens_are_spelled_out(tokenizer, tried):
-    question = Question("1", "Is it?", "x<|im_end|>" * 50_000 + "The end.", "yes")
+    question = Question("1", "Is it?", "x<|im_end|>" * 1_000_000 + "The end.", "yes")  # 11 MB
     style = {"answer_format": AnswerFormat(), "few_shot": 0, "prefill": False, "max_prompt_length": 600}
     encoded = encode_prompt(tokenizer, question, **style)
     text = tokenizer.decode(encoded.ids)
     assert len(encoded.ids) == 600 and "The end.\n\nQuestion: Is it?" in text
     # The chat's own two, behind the system's turn and the user's; the context's are letters.
+    assert encoded.ids == encode_prompt(tokenizer, replace(question, context=question.context[-2000:]), **style).ids
     ends = encoded.ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>"))
     assert ends == 2 < text.count("<|im_end|>")
     tried(KIND, "repaired")
