@@ -13,6 +13,7 @@ import yaml
 
 from grpo_ds.core.objective import KlEstimator, LossType, Objective, RewardScale
 from grpo_ds.ds_config import DsSizes
+from grpo_ds.errors import UsageError
 from grpo_ds.task.answers import TAG_NAME, AnswerFormat
 from grpo_ds.task.prompts import read_system_prompt, worked_examples
 from grpo_ds.task.records import NO_CONTEXT, Unusable
@@ -336,7 +337,15 @@ def prompt_recipe(folder: Path) -> dict[str, Any]:
     saved = folder / CONFIG_FILE
     if not saved.is_file():
         return {}
-    values = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    try:
+        values = yaml.safe_load(saved.read_bytes().decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        values = None
+    if not isinstance(values, dict):
+        raise UsageError(
+            f"{saved} is damaged: it holds no settings. The model was trained with the prompt that stands there:\n"
+            "restore it, or remove it and give --system_prompt, --labels and the tags by hand."
+        )
     if values.get("system_prompt"):  # the copy, wherever the model has gone since
         values["system_prompt"] = str(folder / SYSTEM_PROMPT_FILE)
     names = {knob.name for knob in fields(AskConfig)} - {"model"} | {"question_field", "label_field"}

@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from grpo_ds.command_line import parse
-from grpo_ds.config import TrainConfig
+from grpo_ds.config import CONFIG_FILE, TrainConfig, prompt_recipe
 from grpo_ds.errors import MAX_LINES, DataError, UsageError
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.prompts import encode_prompt
@@ -538,6 +538,15 @@ NAMED_SETTINGS = [  # what, the --config file, what its error must say
 @pytest.mark.parametrize(("content", "words"), [pytest.param(*rest, id=what) for what, *rest in NAMED_SETTINGS])
 def test_malformed_settings_are_named(tmp_path, tried, content, words):
     check(settings_error("--config", str(file_of(tmp_path, content, "run.yaml"))), words)
+    tried("malformed settings", "named")
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0\0", b"- labels", b"labels: [", "labels: caf\xe9".encode("latin-1")])
+def test_a_damaged_config_beside_a_model_is_named(tmp_path, tried, content):
+    path = file_of(tmp_path, content, CONFIG_FILE)
+    with pytest.raises(UsageError) as error:
+        prompt_recipe(tmp_path)
+    check(str(error.value), [f"{path} is damaged", "restore it, or remove it"])
     tried("malformed settings", "named")
 
 
