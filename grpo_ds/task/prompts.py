@@ -168,9 +168,8 @@ def _cut_at_marks(rendered: str, has_context: bool) -> tuple[str, str, str]:
     The space before a mark goes to the user's text: tokenizers join a word with the space before it.
     """
     mark = f" {CONTEXT_MARK}"
-    rest, found_question, after = rendered.rpartition(
-        f" {QUESTION_MARK}"
-    )  # the last: a system prompt may hold any text
+    # The last of each: a system prompt before them may hold any text.
+    rest, found_question, after = rendered.rpartition(f" {QUESTION_MARK}")
     before, found_context, between = rest.rpartition(mark) if has_context else ("", mark, rest)
     if not (found_context and found_question):
         raise UsageError(
