@@ -64,7 +64,7 @@ def read_system_prompt(file: str) -> str:
     if not os.path.isfile(path):
         raise Unusable("is no file with a text in it")
     try:
-        return sound_text(path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n"))
+        return sound_text(path.read_bytes().decode().replace("\r\n", "\n").replace("\r", "\n"))
     except UnicodeDecodeError as error:
         reason = f"is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset {error.start}"
         raise Unusable(reason) from None
