@@ -84,6 +84,10 @@ class AnswerFormat:
         """The text that `parse` reads back."""
         return reasoning.join(self.reasoning_pair) + answer.join(self.answer_pair)
 
+    def reads_back(self, label: str) -> bool:
+        """Whether an answer of this label is read as this label: not with a tag in it, nor a dot more than another."""
+        return self.parse(self.write("word", label)).answer == label
+
     def split(self, completion: str) -> tuple[str, str]:
         """(reasoning, the rest) for people to read; it forgives what the parser does not."""
         opened, closed = self.reasoning_pair
