@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from grpo_ds.bad_numbers import BadSteps, refuse_bad_weights
 from grpo_ds.collector import Collector
 from grpo_ds.config import TrainConfig, write_config
 from grpo_ds.core.packing import PackedRows
@@ -28,6 +29,7 @@ from grpo_ds.memory.plan import GIB, Plan, Where
 from grpo_ds.models.logprob_model import why_not_packed
 from grpo_ds.models.policy import load_tokenizer, save_merged, save_model, trainable_policy
 from grpo_ds.models.reference import Reference, kl_floor, make_reference
+from grpo_ds.preflight import preflight
 from grpo_ds.report.console import Console
 from grpo_ds.report.memory import write as write_memory
 from grpo_ds.report.trackers import make_trackers
@@ -73,6 +75,7 @@ class Trainer:
     ) -> None:
         self.config, self.ds, self.world, self.console = config, ds, world, console
         self.warned: set[str] = set()  # reward functions whose first failure was told
+        self.bad_steps = BadSteps(config.max_bad_steps, world, console.line)
         self.profiler = Profiler(world.device, plan)
         self.tokenizer = load_tokenizer(config.model)
         dtype = torch.bfloat16 if ds.bf16 else torch.float32
@@ -94,6 +97,8 @@ class Trainer:
         """The whole of it; rank 0 writes into `folder`."""
         # A question too long for its budget stops us here.
         self.collector.style.encode(self.tokenizer, [*train, *held_out])
+        if self.config.preflight:
+            self.preflight()
         before = self.evaluate("Before training", held_out)
         if self.world.is_first:
             folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +110,7 @@ class Trainer:
 
     def train(self, questions: list[Question], folder: Path) -> list[float]:
         """num_iterations x num_steps rollouts; returns the mean reward of each."""
-        config, rewards = self.config, []
+        config, rewards, self.bad_steps.folder = self.config, [], folder
         trackers = make_trackers(config.report_to, folder, asdict(config)) if self.world.is_first else []
         started = time.monotonic()
         with self.console.progress("Training", config.total_steps) as advance:
@@ -143,9 +148,9 @@ class Trainer:
             ),
         )
         self.warn(rollout.rewards)
-        tally, old_logprobs = self.update(rollout, None)
+        tally, old_logprobs = self.update(step, rollout, None)
         for _ in range(1, config.mu):
-            more, _ = self.update(rollout, old_logprobs)
+            more, _ = self.update(step, rollout, old_logprobs)
             tally.merge(more)
         if config.dynamic_sampling:
             tally.add("redrawn", redrawn)
@@ -160,9 +165,9 @@ class Trainer:
                 )
                 self.warned.add(name)
 
-    def update(self, rollout: Rollout, old_logprobs: Tensor | None) -> tuple[Tally, Tensor]:
-        """One optimizer step."""
-        return self.attempt(
+    def update(self, step: int, rollout: Rollout, old_logprobs: Tensor | None) -> tuple[Tally, Tensor]:
+        """One optimizer step, or none where a number was not finite."""
+        done = self.attempt(
             "update",
             lambda: update(
                 self.engine,
@@ -174,6 +179,15 @@ class Trainer:
                 objective=self.config.objective,
             ),
         )
+        self.bad_steps.heed(done.bad, step, rollout, old=old_logprobs, policy=done.logprobs)
+        return done.tally, done.logprobs
+
+    def preflight(self) -> None:
+        """What would spoil the run is found before it; nothing is changed."""
+        with self.profiler.phase("preflight"):
+            objective, tokens = self.config.objective, self.limits.tokens
+            preflight(self.engine, self.sampler, self.world, objective=objective, pack_tokens=tokens)
+        self.console.line("Preflight: gradients, log-probs, first ratio, EOS and sampling are what they must be.")
 
     def attempt(self, phase: str, run: Callable[[], Result]) -> Result:
         """`run` as a phase; with --oom_retry again in smaller parts for as long as it runs out of memory."""
@@ -318,6 +332,7 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """The fine-tuned model as an ordinary transformers folder, or its adapter and if asked for the merged model."""
+        refuse_bad_weights(self.engine.model)
         if self.world.is_first:
             with self.profiler.phase("save"):
                 save_model(self.engine.model, folder)

@@ -8,11 +8,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "grpo_ds"
 LAYERS = [
     {"errors", "hub"},
     {"core", "task"},
-    {"config", "command_line", "ds_config", "ds_json", "ds_keys", "machine", "memory", "world"},
+    {"config", "command_line", "ds_config", "ds_json", "ds_keys", "machine", "memory", "versions", "world"},
     {"models", "optim"},
     {"sampling"},
     {"engine", "rollouts", "dynamic_sampling", "collector"},
-    {"update", "evaluation", "inference"},
+    {"update", "bad_numbers", "preflight", "evaluation", "inference"},
     {"report"},
     {"trainer"},
 ]

@@ -2,6 +2,7 @@
 
 import json
 import os
+from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,10 +26,10 @@ class JsonLines:
 
     def log(self, metrics: dict[str, float], *, step: int) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+            file.write(json.dumps({"step": step, **_strict(metrics)}) + "\n")
 
     def finish(self, summary: dict[str, Any]) -> None:
-        (self.path.parent / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        (self.path.parent / "summary.json").write_text(json.dumps(_strict(summary), indent=1) + "\n", encoding="utf-8")
 
 
 class Wandb:
@@ -64,6 +65,11 @@ def make_trackers(report_to: str, folder: Path, config: dict[str, Any]) -> list[
     """The trackers of a run; rank 0 alone makes them."""
     asked = report_to.split(",")
     return [JsonLines(folder), *([Wandb(folder, config)] if "wandb" in asked else [])]
+
+
+def _strict(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN and no infinity: null, as in a step that was skipped for them."""
+    return {name: None if isinstance(v, float) and not isfinite(v) else v for name, v in values.items()}
 
 
 def _text(path: Path) -> str:
