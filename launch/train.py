@@ -23,6 +23,7 @@ from grpo_ds.report.trackers import check_trackers
 from grpo_ds.task.questions import QuestionSet, read_questions, split_questions
 from grpo_ds.task.reward_files import find_reward_functions
 from grpo_ds.task.rewards import WeightedFunctions, ready_made
+from grpo_ds.versions import check_versions
 
 if TYPE_CHECKING:
     from grpo_ds.trainer import Trainer
@@ -35,6 +36,8 @@ def main(argv: list[str]) -> None:
     config = settled.config
     if config.plan:
         return print_plan(settled)
+    if config.preflight:
+        check_versions()
     questions = read_questions(config.data, labels=config.label_names, fields=config.field_names)
     rewards = reward_functions(config, questions)
     train, held_out = split_questions(questions.questions, eval_fraction=config.eval_fraction, seed=config.seed)
