@@ -11,6 +11,7 @@ from grpo_ds.errors import MAX_LINES, NumbersError
 from grpo_ds.models.policy import first_bad_weight
 from grpo_ds.report.trackers import JsonLines
 from tests.layouts import LAYOUTS, assert_untouched, everything, make_engine, rollout_of, take_step
+from tests.test_engine import run_ranks
 
 
 def poison(parameter, value=torch.nan):
@@ -194,3 +195,18 @@ def test_the_updates_of_one_rollout_are_one_bad_step():
 def test_metrics_that_are_not_finite_are_null_in_strict_json(tmp_path):
     JsonLines(tmp_path).log({"kl": float("nan"), "reward": float("-inf"), "loss": 0.5}, step=1)
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "kl": None, "reward": None, "loss": 0.5}
+
+
+@pytest.mark.parametrize("layout", ["offload", "offload, bf16 masters", "on the card", "stage 0"])
+def test_what_one_rank_finds_every_rank_heeds(tiny_folder, tmp_path, layout):
+    """In preflight and in a step, with unequal numbers of backwards; and the run could go on."""
+    run_ranks("number_ranks.py", tiny_folder, tmp_path, layout, ranks=2)
+    one, two = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert one == two
+    assert one["preflight"] == ["", ""]
+    assert "off plain autograd" in one["gradients"] and "top_k 20" in one["generation config"]
+    assert one["bad"][0] == "reference log-prob (completion 3 of question q2)"
+    assert len(one["lines"]) == 2 and "steps 1 to 2" in one["stopped"]
+    rows = json.loads((tmp_path / BAD_BATCH).read_text())["completions"]
+    assert [row["rank"] for row in rows] == [0] * 6 + [1] * 6 and rows[8]["logprobs"]["reference"]["not_finite"] == 1
+    assert one["after"][0] == [] and (one["after"][1] > 0 or layout == "stage 0")
