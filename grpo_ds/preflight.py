@@ -7,6 +7,7 @@ they have prompts and completions of unequal length. Versions are checked before
 Q prompts, G completions each, B = Q * G, C tokens in the longest.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from grpo_ds.core.losses import grpo_loss
 from grpo_ds.core.objective import Objective
 from grpo_ds.engine import Engine, flag_last
 from grpo_ds.errors import PreflightError, one_error
-from grpo_ds.models.logprob_model import PROBE_TOLERANCE, LogprobModel
+from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.models.policy import first_bad_weight
 from grpo_ds.rollouts import MicroBatch, micro_batches
 from grpo_ds.sampling import Completions, Row, Sampler
@@ -33,6 +34,9 @@ GROUP = len(COMPLETIONS) // len(PROMPTS)
 SMALL = 1 << 22  # elements: of a parameter whose gradient is looked at, 16 MiB in fp32
 # Of a gradient's norm: DeepSpeed rounds what it adds up over backwards and ranks to the weights' own precision.
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
+# Of a log-prob, a token on average. smollm2-135m: 3e-6 in fp32, 0.05 in bf16; a wrong mask moves every token.
+LOGPROB_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+LLM_INT8_TOLERANCE = 2.0  # it rounds in training otherwise than in sampling: smollm2-135m by 0.5
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # all that a neutral generation config may say
 REMEDY = (
     "Nothing was trained or written. Install the versions of constraints.txt; --preflight false goes on regardless."
@@ -72,16 +76,20 @@ def preflight(engine: Engine, sampler: Sampler, world: World, *, objective: Obje
 
 def made_up(policy: LogprobModel, sampler: Sampler, world: World, *, objective: Objective, pack_tokens: int) -> Batch:
     """Through the sampler's own masks and the run's own rows and weights; ordinary tokens, EOS where one has ended."""
-    draw, device = Random(world.rank), policy.model.device
+    draw, probe = Random(world.rank), copy.copy(sampler)
     ordinary = [id for id in range(policy.options["vocab_size"]) if id not in sampler.eos_ids]
-    prompts = [torch.tensor(draw.choices(ordinary, k=length), device=device) for length in PROMPTS]
-    rows = [Row(draw.choices(ordinary, k=length)) for length in COMPLETIONS]
+    prompts = [draw.choices(ordinary, k=length) for length in PROMPTS]
+    probe.max_completion_length, probe.full_length, probe.cuda_graphs = max(COMPLETIONS), True, False
+    # Sampled, for the log-probs of tokens nobody would say are mostly rounding in 16 and in 8 bits.
+    said = probe(prompts, group_size=GROUP, temperature=policy.options["temperature"], seed=world.rank).ids.tolist()
+    rows = [Row(ids[:length]) for ids, length in zip(said, COMPLETIONS, strict=True)]
     for row in rows[::GROUP] if sampler.eos_ids else ():
         row.ids[-1], row.ended = sampler.eos_ids[-1], True
-    done = sampler.together(rows)
-    parts = micro_batches(rows_of(policy, prompts), done, 1 if pack_tokens else 0)  # 1: a completion a backward
+    done, tensors = sampler.together(rows), [torch.tensor(prompt, device=policy.model.device) for prompt in prompts]
+    two = GROUP * (max(PROMPTS) + max(COMPLETIONS))  # a group a backward
+    parts = micro_batches(rows_of(policy, tensors), done, two if pack_tokens else 0)
     weights = step_weights(done.mask, [part for _, part in parts], world, objective)
-    return Batch(prompts, done, parts, weights)
+    return Batch(tensors, done, parts, weights)
 
 
 def rows_of(policy: LogprobModel, prompts: Sequence[Tensor]) -> list[Tensor]:
@@ -118,7 +126,8 @@ def ending_problems(batch: Batch, eos_ids: Sequence[int]) -> list[str]:
 def logprob_problems(engine: Engine, batch: Batch) -> list[str]:
     """Packed rows against a row a completion; the policy that trains against the one that samples."""
     policy, done = engine.policy, batch.completions
-    tolerance, problems = PROBE_TOLERANCE[policy.model.dtype], []
+    in_8_bits, problems = getattr(policy.model, "is_loaded_in_8bit", False), []
+    tolerance = LLM_INT8_TOLERANCE if in_8_bits else LOGPROB_TOLERANCE[policy.model.dtype]
     sampled = _logprobs(policy.eval(), batch.parts, done)
     if policy.packs:
         with _padded(policy):
