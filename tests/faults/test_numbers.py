@@ -178,3 +178,18 @@ def test_the_script_ends_in_six_lines_and_exit_code_6(tiny_folder, tmp_path, tri
     written = {file.name for file in (tmp_path / "run").iterdir()}
     assert BAD_BATCH in written and not {"model.safetensors", "summary.json"} & written
     tried(KIND, "run ended by name, batch saved")
+
+
+@pytest.mark.parametrize(("package", "version"), [("deepspeed", "0.18.9"), ("torch", "2.6.0")])
+def test_a_version_known_to_lose_gradients_is_refused_before_a_model_is_loaded(tmp_path, tried, package, version):
+    described = tmp_path / "site" / f"{package}-{version}.dist-info"
+    described.mkdir(parents=True)
+    (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    command = [sys.executable, "launch/train.py", "--data", "sample", "--output_dir", str(tmp_path / "run")]
+    path = os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, env=environment)
+    assert result.returncode == 6 and f"{package} {version}, but >=" in result.stderr
+    assert len(result.stderr.strip().splitlines()) <= MAX_LINES and "Model:" not in result.stdout
+    assert not (tmp_path / "run").exists()
+    tried(KIND, "refused before training")
