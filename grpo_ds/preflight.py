@@ -83,8 +83,9 @@ def made_up(policy: LogprobModel, sampler: Sampler, world: World, *, objective: 
     # Sampled, for the log-probs of tokens nobody would say are mostly rounding in 16 and in 8 bits.
     said = probe(prompts, group_size=GROUP, temperature=policy.options["temperature"], seed=world.rank).ids.tolist()
     rows = [Row(ids[:length]) for ids, length in zip(said, COMPLETIONS, strict=True)]
-    for row in rows[::GROUP] if sampler.eos_ids else ():
-        row.ids[-1], row.ended = sampler.eos_ids[-1], True
+    pad = sampler.tokenizer.pad_token_id
+    for row in rows[::GROUP] if sampler.eos_ids else ():  # where pad ends a turn, too, that is the one to be lost
+        row.ids[-1], row.ended = pad if pad in sampler.eos_ids else sampler.eos_ids[-1], True
     done, tensors = sampler.together(rows), [torch.tensor(prompt, device=policy.model.device) for prompt in prompts]
     two = GROUP * (max(PROMPTS) + max(COMPLETIONS))  # a group a backward
     parts = micro_batches(rows_of(policy, tensors), done, two if pack_tokens else 0)
@@ -149,12 +150,12 @@ def logprob_problems(engine: Engine, batch: Batch) -> list[str]:
 def gradient_problems(engine: Engine, batch: Batch, world: World, *, objective: Objective) -> list[str]:
     """Gradients where the optimizer will find them, of all backwards and ranks, against torch.autograd.grad's."""
     chosen = some_parameters(engine.policy)
-    signs = torch.ones(len(COMPLETIONS), device=batch.weights.device)
-    signs[1::GROUP] = -1  # advantages
+    advantages = torch.ones(len(COMPLETIONS), device=batch.weights.device)
+    advantages[1::GROUP] = -0.5  # not -1: two completions that begin alike must not cancel out
 
     def loss_of(logprobs: Tensor, part: Tensor) -> Tensor:
         old = logprobs.detach()
-        return grpo_loss(logprobs, old, old, signs[part], batch.weights[part], objective).loss
+        return grpo_loss(logprobs, old, old, advantages[part], batch.weights[part], objective).loss
 
     plain = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in chosen.items()}
     engine.policy.train()
