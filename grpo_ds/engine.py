@@ -132,10 +132,8 @@ class Engine:
             zero.reset_cpu_buffers()
             for master in zero.single_partition_of_fp32_groups:
                 master.grad.zero_()  # or a parameter the next step does not reach would keep this one's
-        for kept in (
-            zero.averaged_gradients,
-            zero.all_grad_tensors,
-        ):  # before a first last backward, in the second alone
+        # Until the last backward of a run's first step there are some in the second alone.
+        for kept in (zero.averaged_gradients, zero.all_grad_tensors):
             kept.update(dict.fromkeys(kept))
 
     @property
