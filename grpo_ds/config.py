@@ -200,6 +200,8 @@ class TrainConfig(EvaluateConfig):
     )
     plan: bool = knob(False, "print the memory this run would take, phase by phase, and stop")
     dry_run_worst_case: bool = knob(False, "one step of the longest prompts and completions first; changes nothing")
+    preflight: bool = knob(True, "seconds of checks before the first step: gradients, log-probs, versions")
+    max_bad_steps: int = knob(3, "steps in a row that may be skipped for numbers that are not finite; one more stops")
     oom_retry: bool = knob(False, "on one rank, a phase out of memory is tried again in smaller parts; same results")
     report_to: str = knob("none", "none or wandb; the key comes from WANDB_API_KEY or wandb login, never from here")
 
@@ -229,6 +231,7 @@ class TrainConfig(EvaluateConfig):
                 ),
                 (not self.overlong_penalty >= 0, "overlong_penalty must be 0 or more; it is subtracted"),
                 (self.dynamic_sampling < 0, "dynamic_sampling must be 0 or more"),
+                (self.max_bad_steps < 0, "max_bad_steps must be 0 or more"),
                 (self.learning_rate <= 0, f"learning_rate is {self.learning_rate}; it must be more than 0"),
                 (self.logprob_chunk_mib <= 0, "logprob_chunk_mib must be more than 0"),
                 (self.max_grad_norm < 0, "max_grad_norm must be 0 or more"),

@@ -41,6 +41,16 @@ class CheckpointError(GrpoError):
     exit_code = 4
 
 
+class NumbersError(GrpoError):
+    """Numbers that are not finite, or not what they must be: trying again as it is gives the same."""
+
+    exit_code = 6
+
+
+class PreflightError(NumbersError):
+    """What would spoil the training, found before its first step. Numbers are wrong, so it has their exit code."""
+
+
 class RewardError(GrpoError):
     """A reward function that failed while it judged completions."""
 

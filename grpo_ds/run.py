@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from grpo_ds import snapshot
+from grpo_ds.bad_numbers import refuse_bad_weights
 from grpo_ds.checkpoint import folder_of, renamed_into
 from grpo_ds.config import write_config
 from grpo_ds.errors import BY_CTRL_C, CheckpointError, GrpoError
@@ -18,6 +19,7 @@ from grpo_ds.evaluation import Evaluation, graded
 from grpo_ds.interruption import Interrupted, Stopping, name
 from grpo_ds.memory.phases import OutOfMemory
 from grpo_ds.models.policy import save_merged, save_model
+from grpo_ds.progress import strict
 from grpo_ds.report.memory import write as write_memory
 from grpo_ds.report.trackers import make_trackers
 from grpo_ds.run_status import RunStatus, resume_command
@@ -48,7 +50,7 @@ class Run:
     def __init__(self, trainer: Trainer, train: list[Question], held_out: Sequence[Question], folder: Path) -> None:
         self.trainer, self.questions, self.held_out, self.folder = trainer, train, held_out, folder
         self.config, self.progress, self.console = trainer.config, trainer.progress, trainer.console
-        self.writes = trainer.world.is_first
+        self.writes, trainer.bad_steps.folder = trainer.world.is_first, folder
         self.saved_at: tuple[int, int] | None = None  # steps, and updates on the next one's rollout
         self.status = RunStatus(folder, max_steps=self.config.total_steps, speaks=self.writes)
 
@@ -57,6 +59,8 @@ class Run:
         trainer = self.trainer
         # A question too long for its budget stops us here.
         trainer.collector.style.encode(trainer.tokenizer, [*self.questions, *self.held_out])
+        if self.config.preflight:
+            trainer.preflight()
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_config(self.config, self.folder)
@@ -96,7 +100,7 @@ class Run:
                 step = progress.global_step
                 if self.config.eval_steps and step % self.config.eval_steps == 0 and step < total:
                     metrics |= self.evaluate_on_the_way()
-                progress.log_history.append({"step": step, **metrics})
+                progress.log_history.append({"step": step, **strict(metrics)})
                 for tracker in trackers:
                     tracker.log(metrics, step=step)
                 left = (time.monotonic() - started) / (step - first) * (total - step)
@@ -177,6 +181,7 @@ class Run:
     def save_model(self) -> None:
         """The fine-tuned model as an ordinary transformers folder, or its adapter and if asked for the merged model."""
         trainer, config = self.trainer, self.config
+        refuse_bad_weights(trainer.engine.model)
         if self.writes:
             with trainer.profiler.phase("save"), renamed_into(self.folder) as folder:
                 save_model(trainer.engine.model, folder)

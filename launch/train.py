@@ -28,6 +28,7 @@ from grpo_ds.task.questions import Question, QuestionSet, read_questions, split_
 from grpo_ds.task.reward_files import find_reward_functions
 from grpo_ds.task.rewards import WeightedFunctions, ready_made
 from grpo_ds.terminal import harmless
+from grpo_ds.versions import check_versions
 
 if TYPE_CHECKING:
     from grpo_ds.run import Run
@@ -45,6 +46,8 @@ def train_from(argv: list[str]) -> None:
     config = settled.config
     if config.plan:
         return print_plan(settled)
+    if config.preflight:
+        check_versions()
     questions = read_questions(config.data, labels=config.label_names, fields=config.field_names)
     rewards = reward_functions(config, questions)
     train, held_out = split_questions(questions.questions, eval_fraction=config.eval_fraction, seed=config.seed)

@@ -153,6 +153,15 @@ def save_merged(adapter: Path, folder: Path, *, dtype: torch.dtype, trust_remote
     model.save_pretrained(folder, max_shard_size=SHARD)
 
 
+@torch.no_grad()
+def first_bad_weight(model: torch.nn.Module) -> str | None:
+    """The first parameter that is not finite throughout; None: all are. One read of the weights and no copy of any."""
+    weights = {name: p for name, p in model.named_parameters() if p.is_floating_point() and p.numel()}
+    # All at once at the end: each value asked for is a wait for the card.
+    finite = torch.stack([torch.linalg.vector_norm(p, torch.inf).float() for p in weights.values()]).isfinite()
+    return next((name for name, is_finite in zip(weights, finite.tolist(), strict=True) if not is_finite), None)
+
+
 SHARD = "2GB"  # of a saved model: on its way to the file a shard is in host memory once more
 
 
