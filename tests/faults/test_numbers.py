@@ -13,6 +13,7 @@ from grpo_ds.bad_numbers import BAD_BATCH
 from grpo_ds.errors import MAX_LINES, NumbersError, PreflightError, RewardError
 from grpo_ds.models.policy import first_bad_weight
 from grpo_ds.run import Run
+from grpo_ds.update import step_weights
 from tests.test_training import ROOT, letters_reward, tiny_trainer
 
 KIND = "bad numbers"
@@ -40,6 +41,19 @@ class At:
         return (self.calls in self.steps and self.spoil(rewards)) or rewards
 
 
+class NanReference:
+    """Rewards as they should be; in these steps the reference of `trainer` computes no numbers."""
+
+    def __init__(self, steps):
+        self.steps, self.trainer, self.calls = steps, None, 0
+
+    def __call__(self, completions, **_):
+        self.calls += 1
+        norm = self.trainer.reference.model.model.model.norm.weight.data
+        norm[3] = torch.nan if self.calls in self.steps else 1.0
+        return letters_reward(completions)
+
+
 def metrics_of(folder):
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
@@ -48,17 +62,17 @@ def metrics_of(folder):
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
-def first_too_large(rewards):
-    return [1e300, *rewards[1:]]
-
-
-def test_a_reward_too_large_for_fp32_skips_its_step_and_the_run_goes_on(tiny_folder, tmp_path, tried):
-    trainer, train, held_out, said = make(tiny_folder, At({2}, first_too_large), num_steps=3)
+def test_a_number_that_is_not_finite_skips_its_step_and_the_run_goes_on(tiny_folder, tmp_path, tried):
+    spoiled = NanReference({2})
+    spoiled.trainer, train, held_out, said = make(tiny_folder, spoiled, num_steps=3)
+    trainer = spoiled.trainer
     Run(trainer, train, held_out, tmp_path / "run").whole()
     metrics = metrics_of(tmp_path / "run")
     assert [line["bad_steps"] for line in metrics] == [0, 1, 0]
     assert metrics[1]["loss"] is None and metrics[1]["grad_norm"] is None and metrics[2]["loss"] is not None
-    assert len(said) == 1 and "Step 2 is skipped" in said[0] and "reward (completion 1 of question" in said[0]
+    assert (
+        len(said) == 1 and "Step 2 is skipped" in said[0] and "reference log-prob (completion 1 of question" in said[0]
+    )
     assert first_bad_weight(AutoModelForCausalLM.from_pretrained(tmp_path / "run")) is None
     assert not (tmp_path / "run" / BAD_BATCH).exists()
     trainer.engine.close()
@@ -66,7 +80,9 @@ def test_a_reward_too_large_for_fp32_skips_its_step_and_the_run_goes_on(tiny_fol
 
 
 def test_a_skipped_step_moves_no_weight(tiny_folder, tmp_path, tried):
-    trainer, train, _, _ = make(tiny_folder, At({1}, first_too_large), num_steps=1)
+    spoiled = NanReference({1})
+    spoiled.trainer, train, _, _ = make(tiny_folder, spoiled, num_steps=1)
+    trainer = spoiled.trainer
     before = [p.detach().clone() for p in trainer.engine.model.parameters()]
     Run(trainer, train, [], tmp_path).train()
     assert all(torch.equal(p, q) for p, q in zip(trainer.engine.model.parameters(), before, strict=True))
@@ -85,8 +101,9 @@ def test_a_reward_that_is_not_finite_is_its_functions_fault(tiny_folder, tmp_pat
 
 
 def test_bad_steps_with_good_ones_between_do_not_end_the_run(tiny_folder, tmp_path, tried):
-    spoiled = At({1, 2, 4, 5}, first_too_large)
-    trainer, train, _, said = make(tiny_folder, spoiled, num_steps=6, max_bad_steps=2)
+    spoiled = NanReference({1, 2, 4, 5})
+    spoiled.trainer, train, _, said = make(tiny_folder, spoiled, num_steps=6, max_bad_steps=2)
+    trainer = spoiled.trainer
     Run(trainer, train, [], tmp_path).train()
     assert [line["bad_steps"] for line in metrics_of(tmp_path)] == [1, 1, 0, 1, 1, 0] and len(said) == 4
     trainer.engine.close()
@@ -150,21 +167,20 @@ def test_a_loss_that_overflows_ends_the_run(tiny_folder, tmp_path, tried):
     tried(KIND, "run ended by name, batch saved")
 
 
-def test_a_gradient_that_overflows_ends_the_run(tiny_folder, tmp_path, tried):
-    """Advantages that fp32 holds, and whose gradient's norm it does not."""
-    spoiled = At({1, 2}, lambda rewards: [1e37, *rewards[1:]])
-    trainer, train, _, _ = make(tiny_folder, spoiled, num_steps=9, max_bad_steps=1, scale_rewards="none")
+def test_a_gradient_that_overflows_ends_the_run(tiny_folder, tmp_path, tried, monkeypatch):
+    """A loss that fp32 holds, and whose gradient's norm it does not."""
+    monkeypatch.setattr("grpo_ds.update.step_weights", lambda *of: 1e25 * step_weights(*of))
+    trainer, train, _, _ = make(tiny_folder, num_steps=9, max_bad_steps=1)
     batch = ends_by_name(trainer, train, tmp_path, words="steps 1 to 2", remedy="smaller rewards")
     assert batch["bad"][0].startswith("gradient (model.")
     tried(KIND, "run ended by name, batch saved")
 
 
 def test_the_script_ends_in_six_lines_and_exit_code_6(tiny_folder, tmp_path, tried):
-    (tmp_path / "huge.py").write_text(
-        "def huge(completions, **_):\n    return [10.0 ** (300 + len(completions))] * len(completions)\n"
-    )
+    (tmp_path / "row.py").write_text("def row(completions, **_):\n    return list(range(len(completions)))\n")
     flags = {
-        "model": tiny_folder, "data": "sample", "reward_funcs": f"{tmp_path / 'huge.py'}:huge", "max_bad_steps": 1,
+        "model": tiny_folder, "data": "sample", "reward_funcs": f"{tmp_path / 'row.py'}:row", "max_bad_steps": 1,
+        "learning_rate": 1e38,
         "max_prompt_length": 700, "max_completion_length": 4, "num_generations": 2, "eval_limit": 2, "num_steps": 9,
         "output_dir": tmp_path / "run",
     }  # fmt: skip
@@ -174,14 +190,14 @@ def test_the_script_ends_in_six_lines_and_exit_code_6(tiny_folder, tmp_path, tri
     assert result.returncode == 6, result.stderr[-2000:]
     message = result.stderr[result.stderr.index("Error: ") :].strip()
     assert len(message.splitlines()) <= MAX_LINES and "Traceback" not in result.stderr
-    assert "steps 1 to 2" in message and "too large for fp32" in message
-    assert "Preflight:" in result.stdout and "Step 2 is skipped (2 in a row, of at most 1)" in result.stdout
+    assert "steps 2 to 3" in message and "lower --learning_rate" in message
+    assert "Preflight:" in result.stdout and "Step 3 is skipped (2 in a row, of at most 1)" in result.stdout
     written = {file.name for file in (tmp_path / "run").iterdir()}
     assert BAD_BATCH in written and not {"model.safetensors", "summary.json"} & written
     tried(KIND, "run ended by name, batch saved")
 
 
-@pytest.mark.parametrize(("package", "version"), [("deepspeed", "0.18.9"), ("torch", "2.6.0")])
+@pytest.mark.parametrize(("package", "version"), [("deepspeed", "0.18.9"), ("transformers", "4.57.0")])
 def test_a_version_known_to_lose_gradients_is_refused_before_a_model_is_loaded(tmp_path, tried, package, version):
     described = tmp_path / "site" / f"{package}-{version}.dist-info"
     described.mkdir(parents=True)
