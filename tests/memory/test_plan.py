@@ -118,6 +118,30 @@ def test_on_the_cpu_all_of_it_is_in_ram(ds_from):
     assert both == 0
 
 
+@pytest.mark.parametrize("name", ["zero2", "zero2_lowram", "zero2_gpu"])
+@pytest.mark.parametrize("changes", [{}, {"reference": "bf16"}, {"beta": 0.0}, {"lora_r": 16}])
+def test_a_run_that_fits_can_be_resumed(ds_from, name, changes):
+    """A checkpoint's pages leave where memory is short; what must stay is no more than training takes."""
+    plan = make_plan(SHAPE, replace(CONFIG, **changes), ds_from(name))
+    resume = phase(plan, "resume")
+    assert resume.host["mapped file"] > 0 or name == "zero2_gpu"
+    for where in ("gpu", "host"):
+        assert resume.needed_on(where) <= max(p.needed_on(where) for p in plan.phases if p is not resume)
+
+
+SIZES_ON_DISK = [  # JSON, changes, bytes a parameter: masters, moments, (residual,) weights, reference
+    ("zero2", {}, 4 + 2.03 + 2 + 1.03),
+    ("zero2_lowram", {}, 2 + 2.03 + 2 + 2 + 1.03),
+    ("zero2", {"beta": 0.0}, 4 + 2.03 + 2),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "expected"), SIZES_ON_DISK)
+def test_the_size_of_a_checkpoint(ds_from, name, changes, expected):
+    plan = make_plan(SHAPE, replace(CONFIG, **changes), ds_from(name))
+    assert plan.checkpoint / SHAPE.parameters == pytest.approx(expected, abs=0.02)
+
+
 def test_no_reference_takes_nothing(ds_from):
     plan = make_plan(SHAPE, replace(CONFIG, beta=0.0), ds_from())
     assert not any("reference" in p.gpu | p.host for p in plan.phases)
