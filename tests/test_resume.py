@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from grpo_ds import snapshot, world
 from grpo_ds.checkpoint import found_in, to_resume
 from grpo_ds.config import TrainConfig
 from grpo_ds.ds_config import DsSizes, resolve_ds_config
+from grpo_ds.evaluation import graded
 from grpo_ds.interruption import Interrupted
 from grpo_ds.report.console import Console
 from grpo_ds.run import Run
@@ -122,3 +124,25 @@ def test_interrupted_anywhere_and_resumed_it_is_the_same_run(straight, tiny_fold
         assert again == metrics, f"interrupted at safe point {when} of {points}"
         assert all(torch.equal(state[name], weight) for name, weight in weights.items())
         assert len(found_in(folder)) == 1
+
+
+def test_a_checkpoint_is_a_model_folder_and_the_best_one_is_kept(tiny_folder, tmp_path, monkeypatch):
+    changes = {"eval_steps": 1, "save_steps": 1, "save_total_limit": 1}
+    monkeypatch.setitem(KINDS, "evaluated on the way", (changes, "ds_configs/zero2.json", False))
+    run = make_run(tiny_folder, "evaluated on the way", tmp_path / "run")
+    answers = iter([None, "no", None, None, None])  # before, after each step but the last, at the end
+
+    def planted(when, questions):
+        texts = [
+            f"<reasoning>r</reasoning>\n<answer>{answer}</answer>" if answer else "" for answer in [next(answers)] * 2
+        ]
+        return graded(texts, [replace(question, label="no") for question in questions], run.trainer.collector.style)
+
+    monkeypatch.setattr(run.trainer, "evaluate", planted)
+    metrics, state = finish(run)
+    assert [line.get("eval/accuracy") for line in metrics] == [1.0, 0.0, 0.0, None]
+    assert run.progress.best_global_step == 1
+    assert [folder.name for folder in found_in(tmp_path / "run")] == ["checkpoint-4", "checkpoint-1"]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-4", dtype=torch.float32)
+    weights = {f"model.{name}": weight for name, weight in saved.named_parameters()}
+    assert all(torch.equal(weight, state[name]) for name, weight in weights.items())
