@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
     config = settled.config
     questions = read_questions(config.data, labels=config.label_names, fields=config.field_names)
     train, _ = split_questions(questions.questions, eval_fraction=config.eval_fraction, seed=config.seed)
-    folder = output_folder(settled)
+    folder = output_folder(config)
 
     lines = [f"Profiling {config.model} ({settled.choice.why}) under {config.ds}"]
     run = make_run(settled, reward_functions(config, questions), lines, train, [], folder)

@@ -52,7 +52,7 @@ def train_from(argv: list[str]) -> None:
     rewards = reward_functions(config, questions)
     train, held_out = split_questions(questions.questions, eval_fraction=config.eval_fraction, seed=config.seed)
     held_out = held_out[: config.eval_limit]
-    folder = output_folder(settled)
+    folder = output_folder(config, settled.resume_from)
     this_run = identity(train, held_out, settled.job.ds, ranks())
     if settled.resume_from:
         check_identity(Progress.read(settled.resume_from).identity, this_run, settled.resume_from)
@@ -194,9 +194,8 @@ def print_plan(settled: Settled) -> None:
     console.print(Text(harmless(in_a_line(settled.job, settled.plan, settled.gpu_gib, settled.ram_gib))))
 
 
-def output_folder(settled: Settled) -> Path:
-    """Where the run is written; one that holds anything is never written over, but a run may be gone on with."""
-    config, origin = settled.config, settled.resume_from
+def output_folder(config: TrainConfig, origin: Path | None = None) -> Path:
+    """Where the run is written; one that holds anything is never written over, but the run of a checkpoint goes on."""
     if origin and (not config.output_dir or Path(config.output_dir).resolve() == origin.parent.resolve()):
         return origin.parent
     named = f"{Path(config.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -234,7 +233,7 @@ def checkpoint_lines(settled: Settled) -> list[str]:
     if not config.save_steps:
         return []
     kept = config.save_total_limit or -(-config.total_steps // config.save_steps)
-    folder = output_folder(settled)
+    folder = output_folder(config, settled.resume_from)
     free = disk_usage(next(path for path in (folder, *folder.resolve().parents) if path.is_dir())).free / GIB
     line = f"Checkpoints: every {config.save_steps} steps and at the end, {size:.1f} GiB each, {kept} kept"
     short = (
