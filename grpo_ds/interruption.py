@@ -84,10 +84,10 @@ def exit_code(number: int) -> int:
 
 @contextmanager
 def obeyed_at_once() -> Iterator[None]:
-    """Before there is anything to save, a signal ends the process with its exit code and no traceback."""
+    """Where there is nothing to save, a signal ends the process with its exit code and no traceback."""
 
     def leave(number: int, _: FrameType | None) -> None:
-        raise Interrupted(f"{name(number)} before the first step: nothing was trained, nothing is lost.", number)
+        raise Interrupted(f"{name(number)}: stopped; there was nothing to save at this point.", number)
 
     before = {number: signal.signal(number, leave) for number in SIGNALS}
     try:

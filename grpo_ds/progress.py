@@ -23,6 +23,7 @@ class Progress:
     global_step: int = 0  # rollouts done with
     log_history: list[dict[str, Any]] = field(default_factory=list)  # a step's metrics each, evaluations beside them
     reference_step: int | None = None  # for which the reference was last looked at
+    kl_floor: float | None = None  # of the reference to the policy it was made from
     before: list[str] | None = None  # the held-out answers before training
     best_metric: float | None = None  # of the evaluations along the way
     best_global_step: int | None = None

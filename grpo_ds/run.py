@@ -13,7 +13,7 @@ import torch
 from grpo_ds import snapshot
 from grpo_ds.checkpoint import folder_of
 from grpo_ds.config import write_config
-from grpo_ds.errors import CheckpointError, GrpoError
+from grpo_ds.errors import BY_CTRL_C, CheckpointError, GrpoError
 from grpo_ds.evaluation import Evaluation, graded
 from grpo_ds.interruption import Interrupted, Stopping, name
 from grpo_ds.memory.phases import OutOfMemory
@@ -60,17 +60,18 @@ class Run:
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_config(self.config, self.folder)
-        try:
-            with trainer.interruption.noted():
+        with trainer.interruption.noted():  # also while what is left is saved
+            try:
                 return self._in_order()
-        except Stopping:
-            raise self._stopped() from None
-        except GrpoError as error:
-            self._failed(error)
-            raise
-        except BaseException as error:
-            self.status.write("failed", exit_code=1, message=f"{type(error).__name__}: {error}")
-            raise
+            except Stopping:
+                raise self._stopped() from None
+            except GrpoError as error:
+                self._failed(error)
+                raise
+            except BaseException as error:
+                code = BY_CTRL_C if isinstance(error, KeyboardInterrupt) else 1
+                self.status.write("failed", exit_code=code, message=f"{type(error).__name__}: {error}".strip(": "))
+                raise
 
     def _in_order(self) -> Outcome:
         trainer, progress = self.trainer, self.progress

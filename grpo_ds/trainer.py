@@ -209,7 +209,7 @@ class Trainer:
         with self.profiler.phase("reference"):
             self.reference = make_reference(self.engine.policy, self.config.reference_kind)
         with self.profiler.phase("floor"):
-            floor = self.measure_floor(self.reference, questions)
+            floor = self.progress.kl_floor = self.measure_floor(self.reference, questions)
         starts = "there, not at 0" if floor else "at 0"
         self.console.line(
             f"Reference: {self.config.reference_kind}, {self.reference.bytes() / 2**20:.0f} MiB; its KL to the policy "

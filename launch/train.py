@@ -14,6 +14,7 @@ from grpo_ds.command_line import parse
 from grpo_ds.config import TrainConfig
 from grpo_ds.ds_config import DsConfig, resolve_ds_config
 from grpo_ds.errors import UsageError, run_script
+from grpo_ds.interruption import obeyed_at_once
 from grpo_ds.machine import cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.memory.plan import Plan, Where
 from grpo_ds.memory.select import Job, fitted
@@ -33,6 +34,11 @@ PLAN_WIDTH = 120  # columns where the output is no terminal
 
 
 def main(argv: list[str]) -> None:
+    with obeyed_at_once():  # until the run itself takes signals, and after it
+        train_from(argv)
+
+
+def train_from(argv: list[str]) -> None:
     settled = settle(argv)
     config = settled.config
     if config.plan:
