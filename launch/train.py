@@ -23,6 +23,7 @@ from grpo_ds.models.presets import Choice, choose_model, lora_recipe
 from grpo_ds.progress import Progress, check_identity, identity
 from grpo_ds.report.trackers import check_trackers
 from grpo_ds.resumption import find_checkpoint, flags_of, refuse_other_flags
+from grpo_ds.run_folder import check_writable
 from grpo_ds.task.questions import Question, QuestionSet, read_questions, split_questions
 from grpo_ds.task.reward_files import find_reward_functions
 from grpo_ds.task.rewards import WeightedFunctions, ready_made
@@ -190,6 +191,7 @@ def output_folder(settled: Settled) -> Path:
     """Where the run is written; one that holds anything is never written over, but a run may be gone on with."""
     config, origin = settled.config, settled.resume_from
     if origin and (not config.output_dir or Path(config.output_dir).resolve() == origin.parent.resolve()):
+        check_writable(origin.parent)
         return origin.parent
     named = f"{Path(config.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.output_dir) if config.output_dir else Path("outputs") / named
@@ -198,6 +200,7 @@ def output_folder(settled: Settled) -> Path:
             f"--output_dir {folder} already holds files, and a run is never written over.\n"
             "Name another folder, or remove this one."
         )
+    check_writable(folder)
     return folder
 
 
