@@ -4,7 +4,6 @@ Python tells audit hooks of every file it opens, makes, renames or removes. Writ
 safetensors' own affair: `no_file_over` stops them there.
 """
 
-import errno
 import os
 import resource
 import signal
