@@ -128,16 +128,18 @@ class Trainer:
         done. Raises Stopping where any was asked to stop."""
         self.sampler.poll = self.interruption.check
         try:
-            result, signum = self.world.together(lambda: _unless_stopping(run), signum=self.interruption.signum)
+            noted = lambda: self.interruption.signum  # noqa: E731  asked after `run`, in which it may have come
+            result, signum = self.world.together(lambda: _unless_stopping(run), signum=noted)
         finally:
             self.sampler.poll = lambda: None
-        self.interruption.signum = self.interruption.signum or signum
-        self.interruption.check()
+        if signum:  # what all ranks know of: one that came since then waits for the next time
+            self.interruption.signum = self.interruption.signum or signum
+            raise Stopping
         return cast(Result, result)
 
     def safe_point(self) -> None:
         """Where a run that was asked to stop ends."""
-        self.together(lambda: None)
+        self.together(self.interruption.check)
 
     def warn(self, rewards: Rewards) -> None:
         """Tell each reward function's first failure that --on_reward_error zero passed over."""
