@@ -207,7 +207,7 @@ class Trainer:
         """A frozen copy of the policy as it is now, and the KL it starts from."""
         if not self.config.beta:
             return
-        self.reference = None  # the old one's memory goes before the new one comes
+        self.reference = self.progress.reference_step = None  # the old one's memory goes before the new one comes
         with self.profiler.phase("reference"):
             self.reference = make_reference(self.engine.policy, self.config.reference_kind)
         with self.profiler.phase("floor"):

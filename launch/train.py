@@ -22,7 +22,7 @@ from grpo_ds.memory.shape import adapter_base, shape_of
 from grpo_ds.models.presets import Choice, choose_model, lora_recipe
 from grpo_ds.progress import Progress, check_identity, identity
 from grpo_ds.report.trackers import check_trackers
-from grpo_ds.resumption import find_checkpoint, flags_of, refuse_other_flags
+from grpo_ds.resumption import check_complete, find_checkpoint, flags_of, refuse_other_flags
 from grpo_ds.run_folder import check_writable
 from grpo_ds.task.questions import Question, QuestionSet, read_questions, split_questions
 from grpo_ds.task.reward_files import find_reward_functions
@@ -51,7 +51,9 @@ def train_from(argv: list[str]) -> None:
     folder = output_folder(settled)
     this_run = identity(train, held_out, settled.job.ds, ranks())
     if settled.resume_from:
-        check_identity(Progress.read(settled.resume_from).identity, this_run, settled.resume_from)
+        progress = Progress.read(settled.resume_from)
+        check_identity(progress.identity, this_run, settled.resume_from)
+        check_complete(settled.resume_from, progress, config, ranks())
     check_trackers(config.report_to)
 
     lines = first_lines(settled, questions, len(train), len(held_out))

@@ -29,6 +29,16 @@ def warm() -> Iterator[Callable[..., Any]]:
         yield lambda function, *arguments: process.submit(apart, function, *arguments).result()
 
 
+@pytest.fixture(scope="session")
+def straight(warm, tiny_folder, tmp_path_factory) -> Path:
+    """The folder of a run that nothing happened to."""
+    from tests.faults.launched import flags, train_to_the_end
+
+    folder = tmp_path_factory.mktemp("straight")
+    warm(train_to_the_end, flags(tiny_folder, folder / "run"), folder / "log")
+    return folder / "run"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):

@@ -72,7 +72,7 @@ def ends_as(metrics: list, weights: dict, model: Path, kind: str, there: Path) -
 def test_interrupted_at_safe_points_of_every_kind_of_run_it_resumes_bit_by_bit(
     kind, warm, tiny_folder, tmp_path, tried
 ):
-    points = warm(interrupted_at_safe_points, tiny_folder, tmp_path, kind, 1 if kind == ALL else 13)
+    points = warm(interrupted_at_safe_points, tiny_folder, tmp_path, kind, 1 if kind == ALL else 10)
     assert points >= (40 if kind == ALL else 4)
     for _ in range(points):
         tried("interrupted at a safe point", "resumed bit by bit")
@@ -116,11 +116,6 @@ def signal_at(phase: str, count: int, number: int) -> None:
     Profiler.phase = watched
 
 
-def straight_run(model: Path, folder: Path) -> None:
-    ended = train(flags(model, folder), folder.with_name("straight log"))
-    assert ended.code == 0, ended.err
-
-
 def signalled(model: Path, folder: Path, straight: Path, moment: tuple) -> None:
     phase, count, number, step = moment
     run = folder / "run"
@@ -137,13 +132,6 @@ def signalled(model: Path, folder: Path, straight: Path, moment: tuple) -> None:
     resumed = train(stopped.resume_words, folder / "log")
     assert resumed.code == 0, resumed.err
     assert same(result(run), result(straight)) and status(run)["state"] == "done"
-
-
-@pytest.fixture(scope="module")
-def straight(warm, tiny_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("straight") / "run"
-    warm(straight_run, tiny_folder, folder)
-    return folder
 
 
 @pytest.mark.parametrize("moment", MOMENTS, ids=str)

@@ -14,11 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.faults.launched import flags, result, same, status, train
+from tests.faults.launched import flags, result, same, status, train_to_the_end
 from tests.test_training import ROOT
 
 PATIENCE = 120.0  # seconds; a busy machine needs half a minute to load a model
-REWARD = f"{ROOT}/tests/data/fault_rewards.py:faulty"
 STEPS = 7
 
 
@@ -58,24 +57,15 @@ def is_alive(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
-@pytest.fixture(scope="module")
-def straight(warm, tiny_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("straight")
-    warm(run_straight, tiny_folder, folder)
-    return folder / "run"
+@pytest.fixture
+def whole(warm, tiny_folder, tmp_path):
+    """The run that nothing happened to."""
+    words = flags(tiny_folder, tmp_path / "whole", num_steps=STEPS)
+    warm(train_to_the_end, words, tmp_path)
+    return tmp_path / "whole"
 
 
-def run_straight(model: Path, folder: Path) -> None:
-    ended = train(flags(model, folder / "run", num_steps=STEPS, save_steps=1, reward_funcs=REWARD), folder)
-    assert ended.code == 0, ended.err
-
-
-def run_on(words: list[str], folder: Path) -> None:
-    ended = train(words, folder)
-    assert ended.code == 0, ended.err
-
-
-def test_one_run_through_five_deaths_under_the_launcher(straight, warm, tiny_folder, tmp_path, tried):
+def test_one_run_through_five_deaths_under_the_launcher(whole, warm, tiny_folder, tmp_path, tried):
     run = tmp_path / "run"
     auto = ["launch/train.py", "--resume_from_checkpoint", "auto", "--output_dir", str(run)]
 
@@ -84,9 +74,7 @@ def test_one_run_through_five_deaths_under_the_launcher(straight, warm, tiny_fol
         assert (now["state"], now["exit_code"], now["step"]) == ("stopped", 75, step), now
         assert f"checkpoint-{step}" in now["resume"]
 
-    first = Launched(
-        ["launch/train.py", *flags(tiny_folder, run, num_steps=STEPS, save_steps=1, reward_funcs=REWARD)], tmp_path
-    )
+    first = Launched(["launch/train.py", *flags(tiny_folder, run, num_steps=STEPS, save_steps=1)], tmp_path)
     first.train.send_signal(signal.SIGUSR1)
     first.noticed()
     assert first.end() == 75
@@ -125,8 +113,8 @@ def test_one_run_through_five_deaths_under_the_launcher(straight, warm, tiny_fol
     assert (status(run)["state"], status(run)["exit_code"], status(run)["step"]) == ("stopped", 130, 5)
     tried("signal under deepspeed", "exit code passed on")
 
-    warm(run_on, auto[1:], tmp_path)
-    assert same(result(run), result(straight))
+    warm(train_to_the_end, auto[1:], tmp_path)
+    assert same(result(run), result(whole))
     assert len((run / "metrics.jsonl").read_text().splitlines()) == STEPS
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()] == list(range(1, STEPS + 1))
     tried("kill -9 of all processes", "in the end the same run bit by bit")
