@@ -17,6 +17,8 @@ def faulty(completions, **_):
         raise KeyError("a column that was never there")
     if fault == "hangs":
         time.sleep(600)
+    if fault == "ends the process":
+        raise SystemExit(3)
     if fault == "waits":  # until the test has done what it wants to do at this moment
         waiting = Path(os.environ["FAULT_FILE"])
         waiting.touch()

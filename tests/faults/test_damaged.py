@@ -167,10 +167,10 @@ OTHERS = {
     "no checkpoints": (all_gone, [], 4, ["holds no checkpoint", "nothing can be resumed"]),
     "no optimizer shard": (partial(without, "*optim_states.pt"), [], 4, ["optim_states.pt"]),
     "no model shard": (partial(without, "*model_states.pt"), [], 4, ["model_states.pt"]),
-    "no state of the rank": (partial(without, "rank0.pt"), [], 4, ["rank0.pt"]),
+    "no state of the rank": (partial(without, "rank0.pt"), [], 4, ["rank*.pt"]),
     "no trainer_state.json": (partial(without, "trainer_state.json"), [], 4, ["trainer_state.json"]),
     "no grpo_config.yaml": (partial(without, "grpo_config.yaml"), [], 4, ["grpo_config.yaml"]),
-    "no weights": (partial(without, "model.safetensors"), [], 4, ["model.safetensors"]),
+    "no weights": (partial(without, "model.safetensors"), [], 4, ["*.safetensors"]),
     "no reference": (partial(without, "reference.pt"), [], 4, ["reference.pt"]),
 }
 
