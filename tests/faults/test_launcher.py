@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from grpo_ds.world import _free_port
 from tests.faults.launched import flags, result, same, status, train_to_the_end
 from tests.test_training import ROOT
 
@@ -27,12 +28,14 @@ class Launched:
     def __init__(self, words: list[str], folder: Path) -> None:
         self.waiting, self.log = folder / "waiting", folder / "log.txt"
         environment = {"FAULT": "waits", "FAULT_AT": "2", "FAULT_FILE": str(self.waiting)}
-        command = [str(Path(sys.executable).with_name("deepspeed")), *words]
+        launcher = str(Path(sys.executable).with_name("deepspeed"))
+        command = [launcher, "--master_port", str(_free_port()), *words]  # its own may be another run's
         with self.log.open("w") as log:
             self.runner = subprocess.Popen(
                 command, cwd=ROOT, env={**os.environ, **environment}, stdout=log, stderr=log, start_new_session=True
             )
-        self.until(self.waiting.exists, "it waits")
+        self.until(lambda: self.waiting.exists() or self.runner.poll() is not None, "it waits")
+        assert self.runner.poll() is None, self.log.read_text()[-3000:]
         self.launch, self.train = psutil.Process(self.runner.pid).children(recursive=True)[:2]
         assert "deepspeed.launcher.launch" in self.launch.cmdline() and "launch/train.py" in self.train.cmdline()
 
@@ -89,7 +92,7 @@ def test_one_run_through_five_deaths_under_the_launcher(whole, warm, tiny_folder
         process.send_signal(signal.SIGKILL)
     second.waiting.unlink()
     second.end()
-    assert status(run)["state"] == "training" and not psutil.pid_exists(status(run)["pid"])
+    assert status(run)["state"] == "training" and status(run)["pid"] == second.train.pid
     tried("kill -9 of all processes", "resumed")
 
     third = Launched(auto, tmp_path)
