@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from grpo_ds.errors import CheckpointError
@@ -152,6 +152,21 @@ def tidy(run: Path) -> None:
                 path.rename(path.with_suffix(""))
         elif first and path.suffix in (PARTIAL, REPLACED, DELETED) and NAME.fullmatch(path.stem):
             shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def renamed_into(folder: Path) -> Iterator[Path]:
+    """A folder to write into, whose files and folders then take the place of those of the same name in `folder`."""
+    partial = folder / f"model{PARTIAL}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    for path in sorted(partial.iterdir()):
+        target = folder / path.name
+        if path.is_dir():
+            shutil.rmtree(target, ignore_errors=True)
+        path.replace(target)
+    partial.rmdir()
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -5,10 +5,15 @@ Nothing heavy is imported here: --help and a mistyped flag are answered at once.
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import pairwise
+from math import isfinite
+from pathlib import Path
 from typing import Any, Generic, TypeVar, get_args
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from grpo_ds.config import AskConfig, ReferenceKind
@@ -17,6 +22,7 @@ from grpo_ds.errors import UsageError, one_error
 from grpo_ds.task.scoring import OnRewardError
 
 ConfigType = TypeVar("ConfigType", bound=AskConfig)
+SECRET = re.compile(r"[\w-]*(api_?key|token|secret|passw(or)?d)|([\w-]*[_-])?key", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -41,15 +47,18 @@ def parse(
     recipe: defaults that suit the model. extra: flags of one script alone, name -> meaning, strings.
     """
     names = {knob.name for knob in fields(config_type)}
+    _check_secrets(argv, names | set(extra or {}))
     parser = _parser(config_type, about, {k: v for k, v in (recipe or {}).items() if k in names}, extra or {})
     _check_names(argv, {*names, *(extra or {}), "config", "local_rank", "help"})
+    for file in _config_files(argv):
+        _check_file(file)
     try:
         values = parser.parse_args(argv).as_dict()
         typed = parser.parse_args(argv, defaults=False).as_dict()
     except (ArgumentError, ValueError, OSError) as error:
         raise UsageError(_shortened(str(error), names)) from None
     config = config_type(**{name: values[name] for name in names})
-    if problems := config.problems():
+    if problems := [*_not_finite(config), *config.problems()]:
         raise one_error(UsageError, "These settings cannot work:", problems)
     return Parsed(config, frozenset(typed) & names, {name: values[name] for name in extra or {}})
 
@@ -67,6 +76,25 @@ def _parser(config_type: type, about: str, recipe: dict[str, Any], extra: dict[s
     return parser
 
 
+def _check_secrets(argv: list[str], known: set[str]) -> None:
+    """A key among the arguments stands in every process list, and is refused without being repeated."""
+    named = [word.partition("=")[0] for word in argv if word.startswith("--") or "=" in word]
+    secrets = [
+        name[:40]
+        for name in named
+        if SECRET.fullmatch(name.lstrip("-"))
+        and not difflib.get_close_matches(
+            name.lstrip("-").replace("-", "_"), known, cutoff=0.9
+        )  # a known flag mistyped
+    ]
+    if secrets:
+        raise UsageError(
+            f"{', '.join(secrets)}: keys and tokens are not taken as arguments, which every user here can read.\n"
+            "Take this one for known and replace it. Set the new one in the environment (WANDB_API_KEY, HF_TOKEN),\n"
+            "or let the tools keep it: `wandb login`, `hf auth login`."
+        )
+
+
 def _check_names(argv: list[str], known: set[str]) -> None:
     """A mistyped flag names the nearest real one; all of them in one error."""
     given = [word[2:].split("=")[0] for word in argv if word.startswith("--") and len(word) > 2]
@@ -77,6 +105,36 @@ def _check_names(argv: list[str], known: set[str]) -> None:
             problems.append(f"--{name}: did you mean --{close[0]}?" if close else f"--{name} is no flag of this script")
     if problems:
         raise one_error(UsageError, "Unknown flags:", problems, "--help lists them all.")
+
+
+def _config_files(argv: list[str]) -> list[str]:
+    followers = [value for word, value in pairwise(argv) if word == "--config"]
+    return [*followers, *(word.partition("=")[2] for word in argv if word.startswith("--config="))]
+
+
+def _check_file(file: str) -> None:
+    """What the YAML reader lets pass or tells without the file's name; what else is wrong it tells itself."""
+    try:
+        root = yaml.compose(Path(file).read_bytes().decode("utf-8-sig"), Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        raise UsageError(f"--config {file} is not UTF-8 text: {byte}.\nSave it as UTF-8, unpacked.") from None
+    except RecursionError:
+        raise UsageError(f"--config {file} is nested too deeply; settings stand one a line: num_steps: 40") from None
+    except (OSError, ValueError, yaml.YAMLError):
+        return
+    if not isinstance(root, yaml.MappingNode):
+        raise UsageError(f"--config {file} holds no settings; they stand one a line: num_steps: 40")
+    counts = Counter(str(name.value) for name, _ in root.value)
+    if twice := [f"{name} stands there {count} times; keep one" for name, count in counts.items() if count > 1]:
+        raise one_error(UsageError, f"--config {file}:", twice)
+
+
+def _not_finite(config: AskConfig) -> list[str]:
+    """Numbers that no bound holds back: every comparison with NaN is false."""
+    values = {knob.name: getattr(config, knob.name) for knob in fields(config)}
+    numbers = {name: value for name, value in values.items() if isinstance(value, float)}
+    return [f"{name} is {value}; it must be a number" for name, value in numbers.items() if not isfinite(value)]
 
 
 def _shortened(message: str, known: set[str]) -> str:

@@ -13,9 +13,10 @@ import yaml
 
 from grpo_ds.core.objective import KlEstimator, LossType, Objective, RewardScale
 from grpo_ds.ds_config import DsSizes
+from grpo_ds.errors import UsageError
 from grpo_ds.task.answers import TAG_NAME, AnswerFormat
-from grpo_ds.task.prompts import worked_examples
-from grpo_ds.task.records import NO_CONTEXT
+from grpo_ds.task.prompts import read_system_prompt, worked_examples
+from grpo_ds.task.records import NO_CONTEXT, Unusable
 from grpo_ds.task.reward_files import reward_problems
 from grpo_ds.task.rewards import READY_MADE
 from grpo_ds.task.scoring import OnRewardError
@@ -37,6 +38,7 @@ class AskConfig:
     """Which model, and how questions are put to it."""
 
     model: str = knob("auto", "preset (qwen2.5-0.5b, -1.5b, -3b, -7b, smollm2-135m), hub id or folder; auto: what fits")
+    trust_remote_code: bool = knob(False, "run the Python code that a model brings along, with all your rights")
     labels: str = knob("yes,no", "answers allowed, comma-separated; add maybe to keep PubMedQA's maybe questions")
     context_field: str | None = knob(
         None, f"a record's field with the context; {NO_CONTEXT}: it has none; default: found"
@@ -59,15 +61,15 @@ class AskConfig:
 
     @property
     def system_prompt_text(self) -> str:
-        """What the file holds; "" where there is no file, or no text in it."""
-        path = Path(self.system_prompt or "").expanduser()
-        return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+        """What the file holds, "" where none is named; `problems` has told whether it can be read."""
+        return read_system_prompt(self.system_prompt) if self.system_prompt is not None else ""
 
     def problems(self) -> list[str]:
         """Everything about these values that cannot work, a line each."""
         different = {label.casefold() for label in self.label_names}
         tags = {"reasoning_tag": self.reasoning_tag, "answer_tag": self.answer_tag}
         examples = len(worked_examples(self.answer_format))
+        misread, fault = self._misread_labels(), self._system_prompt_fault()
         few_shot = f"few_shot is {self.few_shot}; of the yes/no ones {examples} fit labels {self.labels}: --few_shot 0"
         return [
             message
@@ -79,16 +81,27 @@ class AskConfig:
                     for name, tag in tags.items()
                 ),
                 (len(set(tags.values())) == 1, "reasoning_tag and answer_tag must differ"),
-                (
-                    self.system_prompt is not None and not self.system_prompt_text,
-                    f"system_prompt is {self.system_prompt}, which is no file with a text in it",
-                ),
+                (bool(misread), f"labels: no answer is read as {misread}; mind full stops and tags"),
+                (bool(fault), f"system_prompt is {self.system_prompt}, which {fault}"),
                 (not 0 <= self.few_shot <= examples, few_shot),
                 (self.max_prompt_length < 1, "max_prompt_length must be 1 or more"),
                 (self.max_completion_length < 1, "max_completion_length must be 1 or more"),
             )
             if wrong
         ]
+
+    def _system_prompt_fault(self) -> str:
+        try:
+            return self.system_prompt_text and ""
+        except Unusable as fault:
+            return str(fault)
+
+    def _misread_labels(self) -> str:
+        """Labels that the answer contract cannot tell apart; tags that are none, or one, have a line of their own."""
+        tags = {self.reasoning_tag, self.answer_tag}
+        if len(tags) < 2 or not all(map(TAG_NAME.fullmatch, tags)):
+            return ""
+        return ", ".join(repr(label) for label in self.label_names if not self.answer_format.reads_back(label))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +131,10 @@ class EvaluateConfig(AskConfig):
                 (
                     not 0 < self.eval_fraction <= 1,
                     f"eval_fraction is {self.eval_fraction}; a share lies between 0 and 1",
+                ),
+                (
+                    len(set(self.field_names.values())) < len(self.field_names),
+                    "question_field, context_field and label_field must name different fields",
                 ),
                 (self.eval_limit is not None and self.eval_limit < 1, "eval_limit must be 1 or more"),
                 ((self.generation_batch_size or 1) < 1, "generation_batch_size must be 1 or more"),
@@ -183,6 +200,8 @@ class TrainConfig(EvaluateConfig):
     )
     plan: bool = knob(False, "print the memory this run would take, phase by phase, and stop")
     dry_run_worst_case: bool = knob(False, "one step of the longest prompts and completions first; changes nothing")
+    preflight: bool = knob(True, "seconds of checks before the first step: gradients, log-probs, versions")
+    max_bad_steps: int = knob(3, "steps in a row that may be skipped for numbers that are not finite; one more stops")
     oom_retry: bool = knob(False, "on one rank, a phase out of memory is tried again in smaller parts; same results")
     report_to: str = knob("none", "none or wandb; the key comes from WANDB_API_KEY or wandb login, never from here")
 
@@ -212,6 +231,7 @@ class TrainConfig(EvaluateConfig):
                 ),
                 (not self.overlong_penalty >= 0, "overlong_penalty must be 0 or more; it is subtracted"),
                 (self.dynamic_sampling < 0, "dynamic_sampling must be 0 or more"),
+                (self.max_bad_steps < 0, "max_bad_steps must be 0 or more"),
                 (self.learning_rate <= 0, f"learning_rate is {self.learning_rate}; it must be more than 0"),
                 (self.logprob_chunk_mib <= 0, "logprob_chunk_mib must be more than 0"),
                 (self.max_grad_norm < 0, "max_grad_norm must be 0 or more"),
@@ -344,8 +364,24 @@ def prompt_recipe(folder: Path) -> dict[str, Any]:
     saved = folder / CONFIG_FILE
     if not saved.is_file():
         return {}
-    values = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    try:
+        values = yaml.safe_load(saved.read_bytes().decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        values = None
+    if not isinstance(values, dict):
+        raise UsageError(
+            f"{saved} is damaged: it holds no settings. The model was trained with the prompt that stands there:\n"
+            "restore it, or remove it and give --system_prompt, --labels and the tags by hand."
+        )
     if values.get("system_prompt"):  # the copy, wherever the model has gone since
         values["system_prompt"] = str(folder / SYSTEM_PROMPT_FILE)
-    names = {knob.name for knob in fields(AskConfig)} - {"model"} | {"question_field", "label_field"}
-    return {name: values[name] for name in names if name in values}
+    # Whose code may run here is for the person to say, not for a file that came with a model.
+    names = {knob.name for knob in fields(AskConfig)} - {"model", "trust_remote_code"}
+    names |= {"question_field", "label_field"}
+    found = {name: values[name] for name in names if name in values}
+    numbers = [knob.name for knob in fields(AskConfig) if isinstance(knob.default, int)]
+    if wrong := [name for name in numbers if not isinstance(found.get(name, 0), int)]:
+        raise UsageError(
+            f"{saved}: {wrong[0]} is {found[wrong[0]]!r}, which is no number. Mend it, or remove the file."
+        )
+    return found

@@ -103,6 +103,8 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("compile.deepcompile", bool, "cannot sum gradients over ranks, which token weights need: remove it"),
     ("prescale_gradients", bool, "has no effect on summed gradients: remove it"),
     ("gradient_predivide_factor", lambda value: value != 1, "has no effect on summed gradients: remove it"),
+    ("wandb.enabled", bool, "sends figures away whatever --report_to says: remove it, and use --report_to wandb"),
+    ("comet.enabled", bool, "sends figures away whatever --report_to says: remove it"),
     ("optimizer.params.max_grad_norm", lambda value: True, 'belongs at the top level as "gradient_clipping"'),
     ("zero_optimization.offload_optimizer.ratio", lambda value: value != 1, "exists in ZeRO stage 3 only: remove it"),
     ("zero_optimization.offload_optimizer.super_offload", bool, "exists in ZeRO stage 3 only: remove it"),

@@ -28,9 +28,12 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import safe_get_full_grad
 from deepspeed.utils.tensor_fragment import fragment_address
 
 Item = TypeVar("Item")
@@ -82,6 +85,21 @@ class Engine:
         self._engine.step()
         return float(self._engine.get_global_grad_norm() or 0.0)
 
+    def gradient_norms(self) -> dict[str, float]:
+        """Between the last backward and step(): the norm of each parameter's gradient, of what this rank keeps of it.
+
+        One that is not finite is of a gradient that step() must not take. DeepSpeed finds that out too late, inside
+        its step, and not in every layout.
+        """
+        norms = dict(_norms(self._engine))
+        values = torch.stack([norm.float() for norm in norms.values()]).tolist() if norms else []
+        return dict(zip(norms, values, strict=True))
+
+    def gradient(self, parameter: Tensor) -> Tensor:
+        """Between the last backward and step(): of all ranks together, from where step() will take it. Every rank
+        calls it."""
+        return safe_get_full_grad(parameter)
+
     def rehearse(self, micro_batches: Iterable[PackedRows]) -> None:
         """A whole step, before the first, with gradients of 0 at a learning rate of 0: uses memory, changes nothing."""
         inner, scheduler = self._engine.optimizer, self._engine.lr_scheduler
@@ -103,19 +121,26 @@ class Engine:
     def abandon(self) -> None:
         """Forget the gradients of this step, also of a backward that failed half-way; the next step starts clean."""
         zero = self._engine.optimizer
+        self._engine.zero_grad()
         zero.zero_grad(set_to_none=True)
+        if isinstance(zero, ZeROOptimizer):
+            zero._backward_active_depth = 0
+            zero.clear_backward_seen_flag()
+        if not isinstance(zero, DeepSpeedZeroOptimizer):  # stage 0: there are no gradients elsewhere
+            return
         for bucket in zero.ipg_buckets.values():
             bucket.clear()
         zero.extra_large_param_to_reduce.clear()
         zero._release_ipg_buffers()
         zero.params_already_reduced[:] = [False] * len(zero.params_already_reduced)
-        zero._backward_active_depth = 0
-        zero.clear_backward_seen_flag()
         zero.micro_step_id = -1
         if self._offload:
             zero.reset_cpu_buffers()
-        for group in zero.averaged_gradients:
-            zero.averaged_gradients[group] = zero.all_grad_tensors[group] = None
+            for master in zero.single_partition_of_fp32_groups:
+                master.grad.zero_()  # or a parameter the next step does not reach would keep this one's
+        # Until the last backward of a run's first step there are some in the second alone.
+        for kept in (zero.averaged_gradients, zero.all_grad_tensors):
+            kept.update(dict.fromkeys(kept))
 
     @property
     def model(self) -> PreTrainedModel:
@@ -157,6 +182,26 @@ class Engine:
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
         self._engine.destroy()
+
+
+def _norms(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """Name and norm of each gradient that the next step will take, wherever this layout keeps it, read once."""
+    zero, names = engine.optimizer, engine.param_names
+    if not isinstance(zero, DeepSpeedZeroOptimizer):  # in the parameters, or beside them in fp32
+        for parameter, name in names.items():
+            beside = getattr(parameter, "_hp_grad", None)
+            if (gradient := parameter.grad if beside is None else beside) is not None:
+                yield name, torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        return
+    for group, parameters in enumerate(zero.params_in_partition):
+        if zero.cpu_offload:  # taken as each gradient left for the host
+            known = zero.norm_for_param_grads
+            keys = [(parameter, zero.get_param_id(parameter)) for parameter in parameters]
+            yield from ((names[parameter], known[key]) for parameter, key in keys if key in known)
+            continue
+        gradients = [part for part in zero.averaged_gradients[group] if not getattr(part, "_zero_padding", False)]
+        for parameter, gradient in zip(parameters, gradients, strict=False):  # a rank may own none, and holds a zero
+            yield names[parameter], torch.linalg.vector_norm(gradient, dtype=torch.float32)
 
 
 class _SafeFiles(TorchCheckpointEngine):

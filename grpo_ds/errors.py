@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from grpo_ds.terminal import harmless
+
 BY_CTRL_C, PREEMPTED = 130, 75  # exit codes of a run that was asked to stop; 75 is sysexits' "try again"
 MAX_LINES = 6  # what still reads at a glance in a terminal full of launcher output
 
@@ -39,6 +41,16 @@ class CheckpointError(GrpoError):
     exit_code = 4
 
 
+class NumbersError(GrpoError):
+    """Numbers that are not finite, or not what they must be: trying again as it is gives the same."""
+
+    exit_code = 6
+
+
+class PreflightError(NumbersError):
+    """What would spoil the training, found before its first step. Numbers are wrong, so it has their exit code."""
+
+
 class RewardError(GrpoError):
     """A reward function that failed while it judged completions."""
 
@@ -61,7 +73,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except GrpoError as error:
         rank = os.environ.get("RANK", "0")
         message = f"{error.opening}{error}" if rank == "0" else f"[rank {rank}] {str(error).splitlines()[0]}"
-        print(message, file=sys.stderr, flush=True)
+        print(harmless(message), file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr, flush=True)

@@ -11,8 +11,10 @@ from grpo_ds.sampling import Sampler
 def load_for_asking(config: AskConfig, *, bf16: bool) -> tuple[Sampler, PromptStyle]:
     """The model on the GPU if there is one, and how it is to be asked."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = load_tokenizer(config.model)
-    model = load_policy(config.model, dtype=torch.bfloat16 if bf16 else torch.float32, checkpointing=False)
+    trust = config.trust_remote_code
+    tokenizer = load_tokenizer(config.model, trust_remote_code=trust)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    model = load_policy(config.model, dtype=dtype, checkpointing=False, trust_remote_code=trust)
     model.to(device).eval()  # type: ignore[arg-type]  # transformers hides the signature of .to
     stop = config.answer_format.stop
     sampler = Sampler(model, tokenizer, max_completion_length=config.max_completion_length, stop=stop)

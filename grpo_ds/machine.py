@@ -1,9 +1,28 @@
 """What this machine has, found out without importing torch, which takes seconds."""
 
 import os
+import re
 import shutil
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from grpo_ds.errors import UsageError
+
+OLDEST_TORCH = (2, 10)  # until then a crafted file could run code under weights_only as well (CVE-2026-24747)
+
+
+def check_torch() -> None:
+    """Raises UsageError for a torch that cannot be trusted to read weights; without any, its import will say so."""
+    try:
+        installed = version("torch")
+    except PackageNotFoundError:
+        return
+    if tuple(map(int, re.findall(r"\d+", installed)[:2])) < OLDEST_TORCH:
+        raise UsageError(
+            f"torch {installed} is installed, and up to 2.9 a file of weights can be made to run code on reading.\n"
+            'Install 2.10 or newer: pip install "torch>=2.10", or `make install` for the versions tested here.'
+        )
 
 
 def gpu_memory_gib() -> float | None:

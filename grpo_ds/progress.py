@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,13 +28,14 @@ class Progress:
     before: list[str] | None = None  # the held-out answers before training
     best_metric: float | None = None  # of the evaluations along the way
     best_global_step: int | None = None
+    bad_steps: list[int] = field(default_factory=list)  # in a row, skipped up to here
     limits: dict[str, float] = field(default_factory=dict)  # what --oom_retry has made smaller
     trackers: dict[str, str] = field(default_factory=dict)  # what a tracker calls this run
 
     @property
     def rewards(self) -> list[float]:
         """Mean reward of each step."""
-        return [line["reward"] for line in self.log_history if "reward" in line]
+        return [math.nan if line["reward"] is None else line["reward"] for line in self.log_history]
 
     def write(self, folder: Path) -> None:
         (folder / STATE_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
@@ -67,6 +69,11 @@ def check_identity(saved: Mapping[str, str], now: Mapping[str, str], checkpoint:
             "Give it what it was made with, "
             f"or train on from its weights in a run of their own:\n--model {checkpoint} --output_dir ANOTHER"
         )
+
+
+def strict(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN and no infinity: null, as in a step that was skipped for them."""
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
 
 
 def _digest(value: Any) -> str:

@@ -19,7 +19,7 @@ MAY_CHANGE = {
     *("data", "ds", "eval_limit", "system_prompt", "output_dir", "num_steps", "save_steps", "save_total_limit"),
     *("eval_steps", "resume_from_checkpoint", "plan", "dry_run_worst_case", "oom_retry", "report_to", "merge_adapter"),
     *("generation_batch_size", "pack_tokens", "logprob_chunk_mib", "gradient_checkpointing", "cuda_graphs"),
-    *("reward_timeout", "on_reward_error"),
+    *("reward_timeout", "on_reward_error", "trust_remote_code"),
 }
 
 
@@ -36,12 +36,16 @@ def flags_of(checkpoint: Path) -> dict[str, Any]:
     file = checkpoint / CONFIG_FILE
     try:
         saved = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise CheckpointError(f"{file} cannot be read ({type(error).__name__}).") from None
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{file} holds no settings.")
     if saved.get("system_prompt"):  # the run's copy, which stays when checkpoints go
         copies = [folder / SYSTEM_PROMPT_FILE for folder in (checkpoint.parent, checkpoint)]
         saved["system_prompt"] = str(next((copy for copy in copies if copy.is_file()), copies[0]))
-    known = {knob.name for knob in fields(TrainConfig)} - {"resume_from_checkpoint", "plan", "output_dir"}
+    # Whose code may run here is for the person to say, not for a file.
+    others = {"resume_from_checkpoint", "plan", "output_dir", "trust_remote_code"}
+    known = {knob.name for knob in fields(TrainConfig)} - others
     return {name: value for name, value in saved.items() if name in known}
 
 

@@ -43,7 +43,14 @@ class PromptStyle:
         """What the model said, a prefilled <reasoning> put back in front: what rewards and graders read."""
         opening = self.answer_format.opening * self.prefill
         rows = zip(completions.ids, completions.mask, strict=True)
-        return [opening + str(tokenizer.decode(ids[mask], skip_special_tokens=True)) for ids, mask in rows]
+        return [opening + _said(tokenizer, ids[mask]) for ids, mask in rows]
+
+
+def _said(tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, " C"]) -> str:
+    """A completion's text without the EOS it ends in. Any other control token stays: left out, it could stand in the
+    middle of an answer and be paid for."""
+    ends_in_control = len(ids) > 0 and not tokenizer.decode(ids[-1:], skip_special_tokens=True)
+    return str(tokenizer.decode(ids[:-1] if ends_in_control else ids, skip_special_tokens=False))
 
 
 @lru_cache(maxsize=20_000)  # a run checks all prompts before its first step, and asks each again every epoch

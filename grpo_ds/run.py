@@ -12,13 +12,15 @@ import torch
 from safetensors import SafetensorError
 
 from grpo_ds import snapshot
-from grpo_ds.checkpoint import folder_of
+from grpo_ds.bad_numbers import refuse_bad_weights
+from grpo_ds.checkpoint import folder_of, renamed_into
 from grpo_ds.config import write_config
 from grpo_ds.errors import BY_CTRL_C, CheckpointError, GrpoError
 from grpo_ds.evaluation import Evaluation, graded
 from grpo_ds.interruption import Interrupted, Stopping, name
 from grpo_ds.memory.phases import OutOfMemory
 from grpo_ds.models.policy import save_merged, save_model
+from grpo_ds.progress import strict
 from grpo_ds.report.memory import write as write_memory
 from grpo_ds.report.trackers import make_trackers
 from grpo_ds.run_folder import cannot_be_written, release, take
@@ -50,7 +52,7 @@ class Run:
     def __init__(self, trainer: Trainer, train: list[Question], held_out: Sequence[Question], folder: Path) -> None:
         self.trainer, self.questions, self.held_out, self.folder = trainer, train, held_out, folder
         self.config, self.progress, self.console = trainer.config, trainer.progress, trainer.console
-        self.writes = trainer.world.is_first
+        self.writes, trainer.bad_steps.folder = trainer.world.is_first, folder
         self.saved_at: tuple[int, int] | None = None  # steps, and updates on the next one's rollout
         self.status = RunStatus(folder, max_steps=self.config.total_steps, speaks=self.writes)
 
@@ -59,6 +61,8 @@ class Run:
         trainer = self.trainer
         # A question too long for its budget stops us here.
         trainer.collector.style.encode(trainer.tokenizer, [*self.questions, *self.held_out])
+        if self.config.preflight:
+            trainer.preflight()
         with trainer.interruption.noted():  # also while what is left is saved
             self._begin()
             try:
@@ -107,7 +111,7 @@ class Run:
                 step = progress.global_step
                 if self.config.eval_steps and step % self.config.eval_steps == 0 and step < total:
                     metrics |= self.evaluate_on_the_way()
-                progress.log_history.append({"step": step, **metrics})
+                progress.log_history.append({"step": step, **strict(metrics)})
                 for tracker in trackers:
                     tracker.log(metrics, step=step)
                 left = (time.monotonic() - started) / (step - first) * (total - step)
@@ -177,7 +181,8 @@ class Run:
             snapshot.write(trainer, self.folder)
             self.saved_at = moment
         checkpoint = folder_of(self.folder, moment[0])
-        return {"checkpoint": str(checkpoint), "resume": resume_command(checkpoint)}
+        command = resume_command(checkpoint, trust_remote_code=self.config.trust_remote_code)
+        return {"checkpoint": str(checkpoint), "resume": command}
 
     def _is_sound(self, error: GrpoError) -> bool:
         """Whether weights and moments belong together after this error, on every rank, and none is saved yet."""
@@ -190,22 +195,23 @@ class Run:
 
     def save_model(self) -> None:
         """The fine-tuned model as an ordinary transformers folder, or its adapter and if asked for the merged model."""
+        refuse_bad_weights(self.trainer.engine.model)
         if self.writes:
             try:
-                with self.trainer.profiler.phase("save"):
-                    self._write_model()
+                with self.trainer.profiler.phase("save"), renamed_into(self.folder) as folder:
+                    self._write_model(folder)
             except (OSError, RuntimeError, SafetensorError) as error:
                 reason = str(error).splitlines()[0][:160]
                 raise CheckpointError(f"The model could not be written to {self.folder}: {reason}") from error
         self.trainer.world.wait()
 
-    def _write_model(self) -> None:
-        trainer, folder, config = self.trainer, self.folder, self.config
+    def _write_model(self, folder: Path) -> None:
+        trainer, config = self.trainer, self.config
         save_model(trainer.engine.model, folder)
         trainer.tokenizer.save_pretrained(folder)
         if config.merge_adapter:
-            dtype = torch.bfloat16 if trainer.ds.bf16 else torch.float32
-            save_merged(folder, folder / MERGED, dtype=dtype)
+            dtype, trust = torch.bfloat16 if trainer.ds.bf16 else torch.float32, config.trust_remote_code
+            save_merged(folder, folder / MERGED, dtype=dtype, trust_remote_code=trust)
             trainer.tokenizer.save_pretrained(folder / MERGED)
             write_config(config, folder / MERGED)  # how the model wants to be asked
         self.progress.write(folder)

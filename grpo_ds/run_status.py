@@ -6,7 +6,6 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from grpo_ds.checkpoint import write_whole
@@ -35,8 +34,9 @@ class RunStatus:
             self.told = True
 
 
-def resume_command(checkpoint: Path, script: str = sys.argv[0], argv: Sequence[str] = tuple(sys.argv[1:])) -> str:
+def resume_command(checkpoint: Path, *, trust_remote_code: bool = False) -> str:
     """What a person types to go on from there, with the launcher this process was started by."""
+    script, *argv = sys.argv
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if any(word.startswith("--local_rank") for word in argv):
         launcher = ["deepspeed", *(["--num_gpus", str(ranks)] if ranks > 1 else [])]
@@ -44,4 +44,5 @@ def resume_command(checkpoint: Path, script: str = sys.argv[0], argv: Sequence[s
         launcher = ["torchrun", "--nproc_per_node", str(ranks)]
     else:
         launcher = ["python"]
-    return shlex.join([*launcher, os.path.relpath(script), "--resume_from_checkpoint", str(checkpoint)])
+    trust = ["--trust_remote_code"] if trust_remote_code else []  # a checkpoint's own flags do not say it
+    return shlex.join([*launcher, os.path.relpath(script), "--resume_from_checkpoint", str(checkpoint), *trust])

@@ -98,7 +98,7 @@ class Sampler:
                 rows = self._sample([prompts[q] for q in some], group_size, draws[some].flatten(0, 1), temperature)
                 groups |= {q: rows[i * group_size : (i + 1) * group_size] for i, q in enumerate(some)}
                 advance(len(some))
-        return self._together([row for q in range(len(prompts)) for row in groups[q]])
+        return self.together([row for q in range(len(prompts)) for row in groups[q]])
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
@@ -157,8 +157,8 @@ class Sampler:
             return ids[-1] in self.eos_ids
         return self.stop in self.tokenizer.decode(ids[-len(self.stop) - SPARE :], skip_special_tokens=False)
 
-    def _together(self, rows: list[Row]) -> Completions:
-        """Masked by where each row ended. Not by `ids != pad`: pad may be EOS, which must be trained."""
+    def together(self, rows: list[Row]) -> Completions:
+        """As one batch, masked by where each row ended. Not by `ids != pad`: pad may be EOS, which must be trained."""
         device, width = self.model.device, max(len(row.ids) for row in rows)
         pad = self.tokenizer.pad_token_id
         return Completions(

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from grpo_ds import checkpoint, rank_state
+from grpo_ds.bad_numbers import refuse_bad_weights
 from grpo_ds.config import write_config
 from grpo_ds.errors import CheckpointError, GrpoError
 from grpo_ds.models.policy import save_model
@@ -30,9 +31,10 @@ REFERENCE_FILE = "reference.pt"
 def write(trainer: Trainer, run: Path) -> Path:
     """checkpoint-N in the folder of the run; every rank calls it.
 
-    Raises CheckpointError, with what was there before untouched.
+    Raises CheckpointError, or NumbersError for weights that are not finite, with what was there before untouched.
     """
     step, world = trainer.progress.global_step, trainer.world
+    refuse_bad_weights(trainer.engine.model)
     partial = checkpoint.partial_of(run, step)
     try:
         with trainer.profiler.phase("save"):
@@ -64,7 +66,7 @@ def _write_shared(trainer: Trainer, folder: Path) -> None:
     write_config(trainer.config, folder)
     if trainer.reference:
         torch.save(trainer.reference.state(), folder / REFERENCE_FILE)
-    trainer.progress.limits = asdict(trainer.limits)
+    trainer.progress.limits, trainer.progress.bad_steps = asdict(trainer.limits), trainer.bad_steps.in_a_row
     trainer.progress.write(folder)
 
 
@@ -77,7 +79,7 @@ def read(trainer: Trainer, folder: Path) -> None:
             trainer.reference = make_reference(trainer.engine.policy, trainer.config.reference_kind)
             trainer.reference.load_state(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
         trainer.in_hand = rank_state.read(folder, trainer.world.rank, trainer.world.device)
-    trainer.progress = progress
+    trainer.progress, trainer.bad_steps.in_a_row = progress, progress.bad_steps
     progress.max_steps = trainer.config.total_steps
     for name, value in progress.limits.items():
         setattr(trainer.limits, name, value)

@@ -14,6 +14,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
+from grpo_ds.bad_numbers import BadSteps
 from grpo_ds.collector import Collector
 from grpo_ds.config import TrainConfig
 from grpo_ds.core.packing import PackedRows
@@ -29,6 +30,7 @@ from grpo_ds.memory.plan import GIB, Plan, Where
 from grpo_ds.models.logprob_model import why_not_packed
 from grpo_ds.models.policy import load_tokenizer, trainable_policy
 from grpo_ds.models.reference import Reference, kl_floor, make_reference
+from grpo_ds.preflight import preflight
 from grpo_ds.progress import Progress
 from grpo_ds.report.console import Console
 from grpo_ds.rollouts import Rollout, StepInHand, judge, micro_batches, sample
@@ -62,8 +64,9 @@ class Trainer:
         self.progress = Progress(config.total_steps)
         self.interruption = Interruption()
         self.warned: set[str] = set()  # reward functions whose first failure was told
+        self.bad_steps = BadSteps(config.max_bad_steps, world, console.line)
         self.profiler = Profiler(world.device, plan)
-        self.tokenizer = load_tokenizer(config.model)
+        self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         dtype = torch.bfloat16 if ds.bf16 else torch.float32
         source = replace(config, model=str(weights)) if weights else config
         with self.profiler.phase("load"):
@@ -88,7 +91,7 @@ class Trainer:
             if step == 0 and self.config.dry_run_worst_case:
                 self.rehearse()
             metrics = self.step(step, questions)
-            self.progress.global_step, self.in_hand = step + 1, None
+            self.progress.global_step = step + 1
             yield metrics
 
     def step(self, step: int, questions: list[Question]) -> dict[str, float]:
@@ -98,11 +101,12 @@ class Trainer:
             self.in_hand = self.rollout(step, questions)
         now = self.in_hand
         while now.updates < self.config.mu:
-            now.count(*self.update(now.rollout, now.old_logprobs))
+            now.count(*self.update(step, now.rollout, now.old_logprobs))
             if now.updates < self.config.mu:
                 self.safe_point()
         if self.config.dynamic_sampling:
             now.tally.add("redrawn", now.redrawn)
+        self.in_hand = None
         return self.metrics(now.rollout, now.tally, first_span)
 
     def rollout(self, step: int, questions: list[Question]) -> StepInHand:
@@ -150,9 +154,9 @@ class Trainer:
                 )
                 self.warned.add(name)
 
-    def update(self, rollout: Rollout, old_logprobs: Tensor | None) -> tuple[Tally, Tensor]:
-        """One optimizer step."""
-        return self.attempt(
+    def update(self, step: int, rollout: Rollout, old_logprobs: Tensor | None) -> tuple[Tally, Tensor]:
+        """One optimizer step, or none where a number was not finite."""
+        done = self.attempt(
             "update",
             lambda: update(
                 self.engine,
@@ -164,6 +168,15 @@ class Trainer:
                 objective=self.config.objective,
             ),
         )
+        self.bad_steps.heed(done.bad, step, rollout, old=old_logprobs, policy=done.logprobs)
+        return done.tally, done.logprobs
+
+    def preflight(self) -> None:
+        """What would spoil the run is found before it; nothing is changed."""
+        with self.profiler.phase("preflight"):
+            objective, tokens = self.config.objective, self.limits.tokens
+            preflight(self.engine, self.sampler, self.world, objective=objective, pack_tokens=tokens)
+        self.console.line("Preflight: gradients, log-probs, first ratio, EOS and sampling are what they must be.")
 
     def attempt(self, phase: str, run: Callable[[], Result]) -> Result:
         """`run` as a phase; with --oom_retry again in smaller parts for as long as it runs out of memory."""

@@ -6,11 +6,13 @@ nothing are not computed; the weights of the others stay what they were.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from grpo_ds.bad_numbers import find_bad
 from grpo_ds.core.losses import grpo_loss, token_weights
 from grpo_ds.core.objective import Objective
 from grpo_ds.core.tally import Tally
@@ -18,6 +20,15 @@ from grpo_ds.engine import Engine, flag_last
 from grpo_ds.memory.phases import Profiler
 from grpo_ds.rollouts import Rollout
 from grpo_ds.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class Updated:
+    """What became of an update."""
+
+    tally: Tally  # for all ranks' to be summed
+    logprobs: Float[Tensor, "B C"]  # the policy's before the step
+    bad: list[str]  # what was not finite on any rank, the cause first; then the step was not taken
 
 
 def update(
@@ -29,8 +40,8 @@ def update(
     pack_tokens: int,
     world: World,
     objective: Objective,
-) -> tuple[Tally, Float[Tensor, "B C"]]:
-    """What happened, for all ranks' tallies to be summed, and the log-probs before the step.
+) -> Updated:
+    """One step of all ranks, or of none where a number on any of them is not finite.
 
     old_logprobs: of the policy that sampled; None when that is the policy itself, whose own are then the old ones.
     """
@@ -66,11 +77,18 @@ def update(
         tally.add("clip_ratio/low", terms.low.sum(), tokens)
         tally.add("clip_ratio/high", terms.high.sum(), tokens)
         tally.add("clip_fraction", terms.clipped.sum(), tokens)
+    bad: list[str] = []
     with profiler.phase("step"):
         # Where there is nothing to learn, momentum and weight decay must not move the weights either.
-        tally.add("grad_norm", engine.step() if backwards else 0.0)
+        if backwards:
+            # Only now, for a rank that left half-way would leave the others waiting in a backward.
+            bad = find_bad(engine, rollout, old_logprobs, logprobs, step_loss, world)
+            if bad:
+                engine.abandon()
+        tally.add("grad_norm", float("nan") if bad else engine.step() if backwards else 0.0)
+    tally.add("bad_steps", bool(bad))
     tally.add("loss", step_loss * world.size)  # a rank holds its share of the sum; the mean over ranks is the whole
-    return tally, logprobs
+    return Updated(tally, logprobs, bad)
 
 
 def contributing(rollout: Rollout, objective: Objective) -> list[int]:

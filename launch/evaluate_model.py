@@ -7,7 +7,7 @@ from dataclasses import asdict
 from grpo_ds.command_line import parse
 from grpo_ds.config import EvaluateConfig
 from grpo_ds.errors import run_script
-from grpo_ds.machine import cpu_has_bf16, gpu_memory_gib, ram_gib
+from grpo_ds.machine import check_torch, cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.models.presets import choose_model
 from grpo_ds.task.questions import read_questions, split_questions
 
@@ -15,6 +15,7 @@ ROWS_AT_ONCE = 16
 
 
 def main(argv: list[str]) -> None:
+    check_torch()
     asked = parse(EvaluateConfig, argv, about=__doc__).config.model
     gpu_gib = gpu_memory_gib()
     choice = choose_model(asked, gpu_gib=gpu_gib, ram_gib=ram_gib())

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from grpo_ds.command_line import Parsed, parse
 from grpo_ds.config import TrainConfig, knob
@@ -25,6 +26,7 @@ from grpo_ds.memory.select import Candidate, best, candidates, remedies, usable
 from grpo_ds.memory.shape import shape_of
 from grpo_ds.models.presets import EMBEDDED, PRESETS
 from grpo_ds.report.plan import components
+from grpo_ds.terminal import harmless
 
 WIDTH = 130  # columns where the output is no terminal
 MEMORIES: tuple[Where, ...] = ("gpu", "host")
@@ -55,7 +57,14 @@ def main(argv: list[str]) -> None:
     found = [
         candidate
         for model in models
-        for candidate in candidates(shape_of(model), asked.config, ds_files, references, gpu_gib=gpu, ram_gib=ram)
+        for candidate in candidates(
+            shape_of(model, trust_remote_code=asked.config.trust_remote_code),
+            asked.config,
+            ds_files,
+            references,
+            gpu_gib=gpu,
+            ram_gib=ram,
+        )
     ]
     chosen = best(found)
     if asked.config.json:
@@ -68,7 +77,7 @@ def main(argv: list[str]) -> None:
             console.print(
                 components(shown.plan, f"{shown.job.shape.name}, {shown.ds_file}, reference {shown.reference}", where)
             )
-    console.print(advice(found, chosen, typed_flags(asked), gpu, ram), markup=False)
+    console.print(Text(harmless(advice(found, chosen, typed_flags(asked), gpu, ram))))
 
 
 def resolved(asked: Parsed[SelectConfig], *, on_gpu: bool) -> dict[str, DsConfig]:
@@ -106,7 +115,7 @@ def overview(found: list[Candidate], gpu: float, ram: float) -> Table:
         names = candidate.job.shape.name, Path(candidate.ds_file).name, candidate.reference
         answer = "fits" if candidate.fits else "no"
         last = after is None or after.job.shape != candidate.job.shape
-        table.add_row(*names, *cells, answer, end_section=last)
+        table.add_row(*(Text(harmless(cell)) for cell in (*names, *cells, answer)), end_section=last)
     return table
 
 

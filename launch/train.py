@@ -8,6 +8,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shutil import disk_usage
 from typing import TYPE_CHECKING, Any
 
 from grpo_ds.command_line import parse
@@ -15,8 +16,8 @@ from grpo_ds.config import TrainConfig
 from grpo_ds.ds_config import DsConfig, resolve_ds_config
 from grpo_ds.errors import UsageError, run_script
 from grpo_ds.interruption import obeyed_at_once
-from grpo_ds.machine import cpu_has_bf16, gpu_memory_gib, ram_gib
-from grpo_ds.memory.plan import Plan, Where
+from grpo_ds.machine import check_torch, cpu_has_bf16, gpu_memory_gib, ram_gib
+from grpo_ds.memory.plan import GIB, Plan, Where
 from grpo_ds.memory.select import Job, fitted
 from grpo_ds.memory.shape import adapter_base, shape_of
 from grpo_ds.models.presets import Choice, choose_model, lora_recipe
@@ -27,6 +28,8 @@ from grpo_ds.run_folder import check_writable
 from grpo_ds.task.questions import Question, QuestionSet, read_questions, split_questions
 from grpo_ds.task.reward_files import find_reward_functions
 from grpo_ds.task.rewards import WeightedFunctions, ready_made
+from grpo_ds.terminal import harmless
+from grpo_ds.versions import check_versions
 
 if TYPE_CHECKING:
     from grpo_ds.run import Run
@@ -44,6 +47,8 @@ def train_from(argv: list[str]) -> None:
     config = settled.config
     if config.plan:
         return print_plan(settled)
+    if config.preflight:
+        check_versions()
     questions = read_questions(config.data, labels=config.label_names, fields=config.field_names)
     rewards = reward_functions(config, questions)
     train, held_out = split_questions(questions.questions, eval_fraction=config.eval_fraction, seed=config.seed)
@@ -130,6 +135,7 @@ class Settled:
 
 def settle(argv: list[str]) -> Settled:
     """Everything that can be known before anything heavy is loaded."""
+    check_torch()
     asked = parse(TrainConfig, argv, about=__doc__)
     origin, told, saved = None, list[str](), dict[str, Any]()
     if asked.config.resume_from_checkpoint:
@@ -153,7 +159,8 @@ def settle(argv: list[str]) -> Settled:
             "Name the merged model of that run (--merge_adapter writes one into its folder merged), or --lora_r 0,\n"
             "which merges the adapter on loading and trains all parameters."
         )
-    shape, longest = shape_of(config.model), config.max_prompt_length + config.max_completion_length
+    shape = shape_of(config.model, trust_remote_code=config.trust_remote_code)
+    longest = config.max_prompt_length + config.max_completion_length
     if shape.positions and longest > shape.positions:
         raise UsageError(
             f"--model {config.model} has learned {shape.positions} positions, and --max_prompt_length "
@@ -179,6 +186,7 @@ def ranks() -> int:
 def print_plan(settled: Settled) -> None:
     """--plan: what each phase takes, and whether it fits."""
     from rich.console import Console
+    from rich.text import Text
 
     from grpo_ds.report.plan import components, in_a_line
 
@@ -186,7 +194,7 @@ def print_plan(settled: Settled) -> None:
     places: tuple[Where, ...] = ("gpu", "host") if settled.gpu_gib else ("host",)
     for where in places:
         console.print(components(settled.plan, f"{settled.config.model}, {settled.config.ds}", where))
-    console.print(in_a_line(settled.job, settled.plan, settled.gpu_gib, settled.ram_gib), markup=False)
+    console.print(Text(harmless(in_a_line(settled.job, settled.plan, settled.gpu_gib, settled.ram_gib))))
 
 
 def output_folder(settled: Settled) -> Path:
@@ -197,7 +205,7 @@ def output_folder(settled: Settled) -> Path:
         return origin.parent
     named = f"{Path(config.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.output_dir) if config.output_dir else Path("outputs") / named
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):  # a link to nowhere is no folder
         raise UsageError(
             f"--output_dir {folder} already holds files, and a run is never written over.\n"
             "Name another folder, or remove this one."
@@ -221,7 +229,23 @@ def first_lines(settled: Settled, questions: QuestionSet, train: int, held_out: 
         f"Plan: {config.total_steps} steps of {per_step} {config.max_completion_length} tokens; "
         f"learning rate {ds.learning_rate:g}, beta {config.beta:g}, seed {config.seed}",
         in_a_line(settled.job, settled.plan, settled.gpu_gib, settled.ram_gib),
+        *checkpoint_lines(settled),
     ]
+
+
+def checkpoint_lines(settled: Settled) -> list[str]:
+    """How large checkpoints are, and whether the disk has room for them."""
+    config, size = settled.config, settled.plan.checkpoint / GIB
+    if not config.save_steps:
+        return []
+    kept = config.save_total_limit or -(-config.total_steps // config.save_steps)
+    folder = output_folder(settled)
+    free = disk_usage(next(path for path in (folder, *folder.resolve().parents) if path.is_dir())).free / GIB
+    line = f"Checkpoints: every {config.save_steps} steps and at the end, {size:.1f} GiB each, {kept} kept"
+    short = (
+        f"Warning: with one being written they take {(kept + 1) * size:.1f} GiB, and {free:.1f} are free in {folder}."
+    )
+    return [line, short] if (kept + 1) * size > free else [line]
 
 
 def adapter_line(settled: Settled) -> str:

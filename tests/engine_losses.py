@@ -39,7 +39,7 @@ def main(folder: str, out: str, pack_tokens: int) -> None:
         )
         # Any log-probs will do as old ones: ratios other than 1 in a first step, before moments are rounded.
         options = {"pack_tokens": pack_tokens, "world": here, "objective": objective}
-        tally, _ = update(engine, rollout, Profiler(here.device), old_logprobs=rollout.ref_logprobs, **options)
+        tally = update(engine, rollout, Profiler(here.device), old_logprobs=rollout.ref_logprobs, **options).tally
         metrics = tally.means(here.sum(tally.as_tensor()))
         done[loss_type] = {"weights": {k: v.clone() for k, v in model.state_dict().items()}, "metrics": metrics}
         engine.close()

@@ -81,9 +81,9 @@ def main(folder: str, out: str, steps: int, pack_tokens: int, mu: int, rehearse:
         tally, old = Tally(), None
         for _ in range(mu):
             options = {"old_logprobs": old, "pack_tokens": pack_tokens, "world": here}
-            more, logprobs = update(engine, rollout, profiler, **options, objective=objective)
-            tally.merge(more)
-            old = logprobs if old is None else old
+            done = update(engine, rollout, profiler, **options, objective=objective)
+            tally.merge(done.tally)
+            old = done.logprobs if old is None else old
         history.append(tally.means(here.sum(tally.as_tensor())))
     if flat == QUESTIONS:  # a last update, of which nothing is left
         options = {"old_logprobs": None, "pack_tokens": pack_tokens, "world": here}

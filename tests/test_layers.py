@@ -6,14 +6,14 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "grpo_ds"
 # From the ground up; a module imports from lower layers and from its own.
 LAYERS = [
-    {"errors", "hub"},
+    {"errors", "hub", "terminal"},
     {"core", "task"},
-    {"config", "command_line", "ds_config", "ds_json", "ds_keys", "machine", "memory", "world"},
+    {"config", "command_line", "ds_config", "ds_json", "ds_keys", "machine", "memory", "versions", "world"},
     {"checkpoint", "interruption", "progress", "resumption", "run_folder", "run_status"},
     {"models", "optim"},
     {"sampling"},
     {"engine", "rollouts", "dynamic_sampling", "collector"},
-    {"update", "evaluation", "inference", "rank_state"},
+    {"update", "bad_numbers", "preflight", "evaluation", "inference", "rank_state"},
     {"report"},
     {"trainer", "snapshot", "run"},
 ]

@@ -75,7 +75,7 @@ def test_the_first_eos_is_trained_and_nothing_after_it(sampler, tiny_model, toke
     eos = tokenizer.eos_token_id
     assert [ends(sampler, row) for row in ([1, 2, eos, 0], [eos, 3], [1, 2, 3])] == [3, 1, 0]
     rows = [Row([1, 2, eos], True), Row([eos], True), Row([1, 2, 3, 4, 5])]
-    completions = sampler._together(rows)
+    completions = sampler.together(rows)
     assert completions.mask.int().tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]
     assert completions.ended.tolist() == [True, True, False]  # the third ran into the length limit
 

@@ -20,7 +20,8 @@ Device = Literal["cuda", "cpu"]
 Bytes = Counter[str]  # component -> bytes; adding two adds what they share and drops what is empty
 Moment = tuple[Bytes, Bytes]  # what is alive at once, on the card and on the host
 GIB = 2**30
-PHASES = ("load", "initialise", "evaluate", "sample", "reference", "update", "step", "save")
+PHASES = ("load", "initialise", "evaluate", "sample", "reference", "update", "step", "save", "resume")
+MAPPED = "mapped file"  # resident while it is read, and dropped by the system wherever memory is short
 
 # Measured by benchmarks/plan_check.py: Python, torch, transformers, deepspeed, threads; 0.4 GiB before the first step.
 PROCESS = int(0.55 * GIB)
@@ -57,25 +58,30 @@ class PhasePlan:
     def bytes_on(self, where: Where) -> int:
         return self.gpu_bytes if where == "gpu" else self.host_bytes
 
+    def needed_on(self, where: Where) -> int:
+        """What has to fit: all but a file's pages."""
+        return self.bytes_on(where) - (self.host.get(MAPPED, 0) if where == "host" else 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A run's phases in the order in which they first come."""
 
     phases: tuple[PhasePlan, ...]
+    checkpoint: int = 0  # bytes of one on the disk
 
     def binding(self, where: Where) -> PhasePlan:
         """The phase that decides whether the run fits there."""
-        return max(self.phases, key=lambda phase: phase.bytes_on(where))
+        return max(self.phases, key=lambda phase: phase.needed_on(where))
 
     def peak(self, where: Where) -> int:
-        return self.binding(where).bytes_on(where)
+        return self.binding(where).needed_on(where)
 
 
 def make_plan(shape: ModelShape, config: TrainConfig, ds: DsConfig, *, device: Device = "cuda") -> Plan:
     """What training this shape takes. `device` "cpu": no card, so all of it is in RAM."""
     run = _Run(shape, config, ds, device)
-    return Plan(tuple(_phase(name, getattr(run, name)(), device) for name in PHASES))
+    return Plan(tuple(_phase(name, getattr(run, name)(), device) for name in PHASES), run.checkpoint_bytes())
 
 
 def _phase(name: str, moments: list[Moment], device: Device) -> PhasePlan:
@@ -158,7 +164,7 @@ class _Run:
         """from_pretrained maps a bf16 file: bf16 weights are its pages, not read yet; fp32 ones are converted here."""
         if self.config.base_bits < 16:  # quantised tensor by tensor, on the card where there is one
             return [(Bytes({"weights": self.weights, **self.widened}), self.process)]
-        converted = {"weights": self.weights, "mapped file": self.shape.parameters * 2} if self.w == 4 else {}
+        converted = {"weights": self.weights, MAPPED: self.shape.parameters * 2} if self.w == 4 else {}
         return [(Bytes(), self.process + Bytes(converted))]
 
     def initialise(self) -> list[Moment]:
@@ -241,3 +247,20 @@ class _Run:
         shard = min(self.trained * self.w, SHARD) * self.on_gpu
         merged = self.shape.parameters * self.w * self.config.merge_adapter
         return [self._during({}, {"shard on its way": shard, "merged model": merged})]
+
+    def resume(self) -> list[Moment]:
+        """DeepSpeed's file (masters, moments) is mapped and copied into place; the reference comes after it."""
+        gpu, host = self.resident()
+        kept = Bytes({MAPPED: self.saved_states()})
+        for memory in (gpu, host):
+            del memory["reference"]
+        return [(gpu, host + kept), self._during({}, {MAPPED: self.reference_bytes() if self.config.beta else 0})]
+
+    def saved_states(self) -> int:
+        """DeepSpeed's shards."""
+        states = self.optimizer()
+        return sum(states[name] for name in ("master weights", "moments", "residual"))
+
+    def checkpoint_bytes(self) -> int:
+        """The shards, the trained weights as a model folder, and the reference."""
+        return self.saved_states() + self.trained * self.w + (self.reference_bytes() if self.config.beta else 0)

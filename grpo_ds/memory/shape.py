@@ -113,14 +113,17 @@ PRESET_CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def shape_of(model: str) -> ModelShape:
-    """Of a preset, a folder with a config.json or a hub id. Raises UsageError when there is no config to read."""
+def shape_of(model: str, *, trust_remote_code: bool = False) -> ModelShape:
+    """Of a preset, a folder with a config.json or a hub id. Raises UsageError when there is no config to read.
+
+    trust_remote_code: code that the model brings may be run to build it.
+    """
     config = PRESET_CONFIGS.get(model) or read_config(model)
     family = FAMILIES.get(config.get("model_type", ""))
     try:
-        return family(model, config) if family else meta_shape(model, config)
+        return family(model, config) if family else meta_shape(model, config, trust_remote_code=trust_remote_code)
     except KeyError:  # a key left to its class default
-        return meta_shape(model, config)
+        return meta_shape(model, config, trust_remote_code=trust_remote_code)
 
 
 def read_config(model: str) -> dict[str, Any]:
@@ -214,16 +217,29 @@ FAMILIES = {
 }
 
 
-def meta_shape(name: str, config: Mapping[str, Any]) -> ModelShape:
-    """Any causal LM transformers knows, built without weights."""
+def brings_code(model: str) -> UsageError:
+    """The refusal of a model that transformers does not know by itself."""
+    return UsageError(
+        f"The model {model} brings Python code of its own, which would run here with all your rights.\n"
+        "If you have read it and trust it: --trust_remote_code. Otherwise name a model that transformers knows itself."
+    )
+
+
+def meta_shape(name: str, config: Mapping[str, Any], *, trust_remote_code: bool = False) -> ModelShape:
+    """Any causal LM transformers knows or, where it is trusted, the model's own code; built without weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        made = AutoConfig.for_model(**config)
+        if "AutoConfig" in config.get("auto_map", {}):
+            made = AutoConfig.from_pretrained(adapter_base(name) or name, trust_remote_code=trust_remote_code)
+        else:
+            made = AutoConfig.for_model(**config)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(made)
+            model = AutoModelForCausalLM.from_config(made, trust_remote_code=trust_remote_code)
     except (KeyError, TypeError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise brings_code(name) from None
         reason = (str(error).splitlines() or [""])[0][:150]
         raise UsageError(f"--model {name}: transformers builds no causal LM from its config.json: {reason}") from None
     parameters = list(model.parameters())  # a tied head once

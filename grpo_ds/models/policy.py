@@ -1,10 +1,13 @@
 """The policy: a causal LM and its tokenizer, from a preset, a folder or the hub."""
 
+import os
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from huggingface_hub import constants
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
@@ -12,13 +15,15 @@ from transformers.utils import logging as transformers_logging
 from grpo_ds.config import TrainConfig
 from grpo_ds.errors import UsageError
 from grpo_ds.hub import knock
-from grpo_ds.memory.shape import adapter_base
+from grpo_ds.memory.shape import adapter_base, brings_code
 from grpo_ds.models.embedded import embedded_folder
 from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.models.lora import add_adapter, merged, quantization
 from grpo_ds.models.presets import EMBEDDED, PRESETS
 from grpo_ds.task.prompts import ensure_chat_template
 
+# For a hub model without safetensors transformers would ask a service on the hub to convert it, in our user's name.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 transformers_logging.disable_progress_bar()  # our own lines and bars say what is going on
 
 
@@ -35,20 +40,24 @@ def model_source(name: str) -> str:
     return (PRESETS[name].hub_id or name) if name in PRESETS else name
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer, with a plain chat template where the model brings none and a pad token in any case."""
     with _named_errors(name):
-        tokenizer = AutoTokenizer.from_pretrained(model_source(name))
+        tokenizer = AutoTokenizer.from_pretrained(model_source(name), trust_remote_code=trust_remote_code)
+    _check_template_names(name, tokenizer.chat_template)
     ensure_chat_template(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks, never ids, say what counts: EOS may double as pad
     return tokenizer
 
 
-def load_policy(name: str, *, dtype: torch.dtype, checkpointing: bool, bits: int = 16) -> PreTrainedModel:
+def load_policy(
+    name: str, *, dtype: torch.dtype, checkpointing: bool, bits: int = 16, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The model on the CPU, without dropout and with a neutral generation config; an adapter's folder is merged.
 
-    bits: 4 or 8 quantises the linear layers, on the card where there is one.
+    bits: 4 or 8 quantises the linear layers, on the card where there is one. trust_remote_code: run Python files of
+    the model's own. Its weights are safetensors, or else a .bin that transformers reads with weights_only.
 
     Dropout would make the ratio of the first update differ from 1. The model's own generation config
     (Qwen ships top_k 20, top_p 0.8, repetition_penalty 1.1) would sample from another distribution than
@@ -57,13 +66,17 @@ def load_policy(name: str, *, dtype: torch.dtype, checkpointing: bool, bits: int
     adapter_on = adapter_base(name)
     source = model_source(adapter_on or name)
     with _named_errors(adapter_on or name):
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         for key, value in config.to_dict().items():
             if ("dropout" in key or key.endswith("_pdrop")) and isinstance(value, float):
                 setattr(config, key, 0.0)
         # SDPA where the architecture has it, which is transformers' own choice.
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, quantization_config=quantization(bits, dtype)
+            source,
+            config=config,
+            dtype=dtype,
+            quantization_config=quantization(bits, dtype),
+            trust_remote_code=trust_remote_code,
         )
     if adapter_on:
         with _named_errors(name):
@@ -81,7 +94,11 @@ def load_policy(name: str, *, dtype: torch.dtype, checkpointing: bool, bits: int
 def trainable_policy(config: TrainConfig, *, dtype: torch.dtype, known_ids: int) -> LogprobModel:
     """The policy a run trains, with an adapter if one is asked for. known_ids: of the tokenizer."""
     model = load_policy(
-        config.model, dtype=dtype, checkpointing=config.gradient_checkpointing is not False, bits=config.base_bits
+        config.model,
+        dtype=dtype,
+        checkpointing=config.gradient_checkpointing is not False,
+        bits=config.base_bits,
+        trust_remote_code=config.trust_remote_code,
     )
     if config.lora_r:
         source = model_source(config.model)
@@ -100,10 +117,18 @@ def trainable_policy(config: TrainConfig, *, dtype: torch.dtype, known_ids: int)
 
 @contextmanager
 def _named_errors(name: str):
-    """Turn what transformers raises for a wrong name or an unreachable hub into one clear error."""
+    """Turn what transformers raises for a wrong name, an unreachable hub or files it will not read into one clear
+    error."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except UnpicklingError as error:
+        raise UsageError(
+            f"The model {name} has a file of weights that holds more than weights, so it was not read.\n"
+            "Such a file can run code. Use the model's safetensors files, or another model."
+        ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise brings_code(name) from error
         where = "folder" if Path(name).is_dir() else "model"
         first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UsageError(
@@ -113,9 +138,28 @@ def _named_errors(name: str):
         ) from error
 
 
-def save_merged(adapter: Path, folder: Path, *, dtype: torch.dtype) -> None:
+def _check_template_names(name: str, templates: str | dict[str, str] | None) -> None:
+    """A chat template's name becomes a file's when the tokenizer is saved: a path is refused before training."""
+    if isinstance(templates, dict) and (paths := [key for key in templates if Path(key).name != key]):
+        raise UsageError(
+            f"The tokenizer of {name} names a chat template {paths[0][:80]!r}, a path out of the output folder.\n"
+            "Mend chat_template in its tokenizer_config.json, or use another model."
+        )
+
+
+def save_merged(adapter: Path, folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
     """The adapter's base, read again in `dtype` whatever it was trained in, and the adapter as one ordinary model."""
-    load_policy(str(adapter), dtype=dtype, checkpointing=False).save_pretrained(folder, max_shard_size=SHARD)
+    model = load_policy(str(adapter), dtype=dtype, checkpointing=False, trust_remote_code=trust_remote_code)
+    model.save_pretrained(folder, max_shard_size=SHARD)
+
+
+@torch.no_grad()
+def first_bad_weight(model: torch.nn.Module) -> str | None:
+    """The first parameter that is not finite throughout; None: all are. One read of the weights and no copy of any."""
+    weights = {name: p for name, p in model.named_parameters() if p.is_floating_point() and p.numel()}
+    # All at once at the end: each value asked for is a wait for the card.
+    finite = torch.stack([torch.linalg.vector_norm(p, torch.inf).float() for p in weights.values()]).isfinite()
+    return next((name for name, is_finite in zip(weights, finite.tolist(), strict=True) if not is_finite), None)
 
 
 SHARD = "2GB"  # of a saved model: on its way to the file a shard is in host memory once more

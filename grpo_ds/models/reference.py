@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from grpo_ds.core.losses import kl_k3
@@ -121,7 +121,8 @@ def _rebuilt(policy: PreTrainedModel, replace: Callable[[Any], nn.Module]) -> Pr
     """
     with init_empty_weights():
         kind = policy.config._attn_implementation
-        model = AutoModelForCausalLM.from_config(policy.config, dtype=policy.dtype, attn_implementation=kind)
+        # Of the policy's own class: AutoModel would ask again whether a model's own code is trusted.
+        model = type(policy)._from_config(policy.config, dtype=policy.dtype, attn_implementation=kind)
     replaced: dict[int, nn.Module] = {}  # by the address of the weight, so that a tied head is made once
     for name, source in policy.named_modules():
         if not isinstance(source, nn.Linear | nn.Embedding | Conv1D):

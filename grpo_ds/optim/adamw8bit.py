@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from grpo_ds.errors import GrpoError, UsageError
+from grpo_ds.errors import NumbersError, UsageError
 from grpo_ds.optim import native, slices
 from grpo_ds.optim.slices import BLOCK
 
@@ -26,7 +26,7 @@ Rounding = Literal["nearest", "residual", "stochastic"]
 _BNB_WRAPPER = "__bnb_optimizer_quant_state__"  # bitsandbytes nests the exact keys under this one for FSDP
 
 
-class NonFiniteGradient(GrpoError):
+class NonFiniteGradient(NumbersError):
     """A step that was refused: nothing has changed. `element` indexes the flat tensor."""
 
     def __init__(self, name: str, element: int, value: float):

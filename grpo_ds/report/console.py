@@ -15,6 +15,7 @@ from grpo_ds.report.memory import Comparison, compare, diagnosis
 from grpo_ds.report.plan import PLACES
 from grpo_ds.task.grading import Grades, mcnemar
 from grpo_ds.task.questions import Question
+from grpo_ds.terminal import harmless
 
 PHASES = ("sample", "reference", "update", "step")  # of a training step
 PLAIN_WIDTH = 160  # columns of a log file: one step stays one line
@@ -28,7 +29,8 @@ class Console:
         self._is_live = self._rich.is_terminal
 
     def line(self, text: str) -> None:
-        self._rich.print(Text(text))
+        """A Text and not a str: [red] in a model's name or answer is no markup."""
+        self._rich.print(Text(harmless(text)))
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -85,7 +87,7 @@ class Console:
         for column in ("", "before", "after"):
             table.add_column(column, justify="left" if not column else "right")
         for name, show in _rows(before.grades):
-            table.add_row(name, show(before.grades), show(after.grades))
+            table.add_row(Text(harmless(name)), show(before.grades), show(after.grades))
         width = None if self._is_live else PLAIN_WIDTH
         self._rich.print(table, width=width)
         correct = [[a == q.label for a, q in zip(e.answers, questions, strict=True)] for e in (before, after)]

@@ -1,16 +1,18 @@
 """A memory plan as a person reads it. No torch here: a plan is printed before anything heavy is loaded."""
 
 from rich.table import Table
+from rich.text import Text
 
 from grpo_ds.memory.plan import GIB, Plan, Where
 from grpo_ds.memory.select import Job, fits, remedies
+from grpo_ds.terminal import harmless
 
 PLACES: dict[Where, str] = {"gpu": "card", "host": "host"}
 
 
 def components(plan: Plan, title: str, where: Where) -> Table:
     """What each phase consists of, in GiB."""
-    table = Table(title=f"{title}: GiB on the {PLACES[where]}", title_justify="left")
+    table = Table(title=Text(harmless(f"{title}: GiB on the {PLACES[where]}")), title_justify="left")
     table.add_column("component")
     parts = [phase.gpu if where == "gpu" else phase.host for phase in plan.phases]
     for phase in plan.phases:
@@ -25,8 +27,8 @@ def components(plan: Plan, title: str, where: Where) -> Table:
 def in_a_line(job: Job, plan: Plan, gpu_gib: float | None, ram_gib: float) -> str:
     """Peaks, the phases that make them, whether they fit this machine, and what would make them."""
     host, gpu = plan.binding("host"), plan.binding("gpu")
-    card = f"{gpu.gpu_bytes / GIB:.1f} of {gpu_gib:.1f} GiB on the card ({gpu.name}), " if gpu_gib else ""
-    line = f"Memory plan: {card}{host.host_bytes / GIB:.1f} of {ram_gib:.1f} GiB of RAM ({host.name})"
+    card = f"{gpu.needed_on('gpu') / GIB:.1f} of {gpu_gib:.1f} GiB on the card ({gpu.name}), " if gpu_gib else ""
+    line = f"Memory plan: {card}{host.needed_on('host') / GIB:.1f} of {ram_gib:.1f} GiB of RAM ({host.name})"
     if fits(plan, gpu_gib or 0.0, ram_gib):
         return line
     changes = " and ".join(remedy.change for remedy in remedies(job, gpu_gib or 0.0, ram_gib))

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from grpo_ds.checkpoint import write_whole
 from grpo_ds.config import TrainConfig
 from grpo_ds.errors import UsageError
-from grpo_ds.progress import Progress
+from grpo_ds.progress import Progress, strict
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -35,11 +35,13 @@ class JsonLines:
 
     def log(self, metrics: dict[str, float], *, step: int) -> None:
         with self._going_on(), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+            file.write(json.dumps({"step": step, **strict(metrics)}) + "\n")
 
     def finish(self, summary: dict[str, Any]) -> None:
         with self._going_on():
-            (self.path.parent / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+            (self.path.parent / "summary.json").write_text(
+                json.dumps(strict(summary), indent=1) + "\n", encoding="utf-8"
+            )
 
     @contextmanager
     def _going_on(self) -> Iterator[None]:

@@ -5,12 +5,15 @@ around two marks, cut there, and only its own pieces are tokenised with control 
 tokenised as text and put in between. Shortening then is dropping tokens of the context, with no re-rendering.
 """
 
+import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from grpo_ds.errors import DataError, UsageError
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.questions import Question
+from grpo_ds.task.records import Unusable, sound_text
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n\n{% endfor %}"
@@ -19,6 +22,9 @@ DEFAULT_CHAT_TEMPLATE = (
 # Private-use characters, which no chat template has reason to hold or to strip.
 CONTEXT_MARK = "\ue000context\ue001"
 QUESTION_MARK = "\ue000question\ue001"
+# Characters, twice Qwen's 128 spaces. What of a context lies further back than this for every token is cut anyway, and
+# tokenising 10 MB takes half a minute and 1.5 GB.
+LONGEST_TOKEN = 256
 
 WORKED_EXAMPLES = (
     (
@@ -49,7 +55,21 @@ class EncodedPrompt:
     """A prompt ready to be continued by the model."""
 
     ids: list[int]  # at most max_prompt_length
-    text_tokens_dropped: int  # tokens cut from the front of the context
+    text_tokens_dropped: int  # tokens cut from the front of the context, or of as much of it as could matter
+
+
+def read_system_prompt(file: str) -> str:
+    """The text of --system_prompt, read and checked like a text of --data. Raises Unusable, which says what it is."""
+    path = Path(os.path.expanduser(file))
+    if not os.path.isfile(path):
+        raise Unusable("is no file with a text in it")
+    try:
+        return sound_text(path.read_bytes().decode().replace("\r\n", "\n").replace("\r", "\n"))
+    except UnicodeDecodeError as error:
+        reason = f"is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        raise Unusable(reason) from None
+    except OSError as error:
+        raise Unusable(f"cannot be read: {error.strerror or error}") from None
 
 
 def worked_examples(answer_format: AnswerFormat) -> list[tuple[Question, str]]:
@@ -99,7 +119,8 @@ def encode_prompt(
     messages = build_messages(marked, answer_format=answer_format, few_shot=few_shot, system_prompt=system_prompt)
     before, between, after = _cut_at_marks(_render(tokenizer, messages), bool(question.context))
     head = _template_ids(tokenizer, before)
-    context = _text_ids(tokenizer, f" {question.context}") if question.context else []
+    reach = (max_prompt_length + 1) * LONGEST_TOKEN
+    context = _text_ids(tokenizer, f" {question.context}"[-reach:]) if question.context else []
     middle = _template_ids(tokenizer, between) + _text_ids(tokenizer, f" {question.text}")
     tail = _template_ids(tokenizer, after + answer_format.opening * prefill)
     fixed = len(head) + len(middle) + len(tail)
@@ -147,8 +168,9 @@ def _cut_at_marks(rendered: str, has_context: bool) -> tuple[str, str, str]:
     The space before a mark goes to the user's text: tokenizers join a word with the space before it.
     """
     mark = f" {CONTEXT_MARK}"
-    before, found_context, rest = rendered.partition(mark) if has_context else ("", mark, rendered)
-    between, found_question, after = rest.partition(f" {QUESTION_MARK}")
+    # The last of each: a system prompt before them may hold any text.
+    rest, found_question, after = rendered.rpartition(f" {QUESTION_MARK}")
+    before, found_context, between = rest.rpartition(mark) if has_context else ("", mark, rest)
     if not (found_context and found_question):
         raise UsageError(
             "The tokenizer's chat template does not repeat the last user turn as it stands, so no question can be put "

@@ -5,7 +5,7 @@ and a resumed run asks what the unbroken one would have asked.
 """
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import ChainMap, Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -148,7 +148,8 @@ def _check_all(
     for place, record in source.records:
         fields, wrong = check_record(record, known_labels=known_labels, names=names)
         if isinstance(record, dict) and not wrong:
-            placed.append((place, _question(fields, {**columns, **record})))
+            # A view of the two: with a field of its own in every record, copies would fill the memory.
+            placed.append((place, _question(fields, ChainMap(record, columns))))
         else:
             problems.append(f"{place}: {', '.join(wrong)}" if isinstance(record, dict) else f"{place} {wrong[0]}")
     return [question for _, question in placed], [*problems, *_duplicates(placed)]
@@ -169,15 +170,19 @@ def _accepted(labels: Sequence[str], fields: Mapping[str, str]) -> str:
 def _duplicates(placed: Sequence[tuple[str, Question]]) -> Iterator[str]:
     """A record twice would weigh double, and could be trained on and held out at once."""
     by_id: dict[str, str] = {}
-    by_content: dict[tuple[str, str], str] = {}
+    by_content: dict[tuple[str, str], tuple[str, str]] = {}
     for place, question in placed:
         content = (question.text, question.context)
         if content in by_content:
-            yield f"{place}: same question and context as {by_content[content]}; remove one"
+            first, label = by_content[content]
+            conflict = (
+                "" if label == question.label else f", but its answer is {clip(label)}, not {clip(question.label)}"
+            )
+            yield f"{place}: same question and context as {first}{conflict}; remove one"
         elif question.id in by_id:
             yield f"{place}: id {clip(question.id)} is taken by {by_id[question.id]}; ids must differ"
         by_id.setdefault(question.id, place)
-        by_content.setdefault(content, place)
+        by_content.setdefault(content, (place, question.label))
 
 
 def _none_left(name: str, labels: Sequence[str], left_out: dict[str, int]) -> DataError:

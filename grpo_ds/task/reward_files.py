@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
@@ -51,7 +52,7 @@ def find_reward_functions(
     for word, weight in zip(words, _weights(reward_weights, words), strict=True):
         path, _, name = word.rpartition(":")
         try:
-            function = _from_file(Path(path.strip()).expanduser(), name.strip()) if path else ready_made[name]
+            function = _from_file(Path(os.path.expanduser(path.strip())), name.strip()) if path else ready_made[name]
             _check_call(function, columns)
         except _Unusable as problem:
             problems.append(f"{word}: {problem}")
@@ -89,7 +90,7 @@ def _weights(reward_weights: str | None, words: Sequence[str]) -> list[float]:
 
 
 def _from_file(path: Path, name: str) -> RewardFunction:
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file it has an answer for a name too long for any file
         raise _Unusable(f"there is no file {path} (in {Path.cwd()})")
     function = getattr(_module(path.resolve()), name, None)
     if not callable(function):

@@ -6,7 +6,6 @@ field has in the record, all lists of length B with a group's record repeated G 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 from grpo_ds.task.answers import AnswerFormat
 
@@ -54,6 +53,15 @@ def _repetition(words: list[str]) -> float:
     return len(set(ngrams)) / len(ngrams) - 1 if ngrams else 0.0
 
 
+def _with_options(function: RewardFunction, **options: object) -> RewardFunction:
+    """The function with these options, whatever the records' fields are called: partial's would give way to them."""
+
+    def reward(**columns: object) -> Sequence[float | None]:
+        return function(**{**columns, **options})
+
+    return reward
+
+
 def ready_made(
     *,
     answer_format: AnswerFormat,
@@ -63,8 +71,8 @@ def ready_made(
 ) -> dict[str, RewardFunction]:
     """Every function of READY_MADE by name."""
     return {
-        "correctness": partial(correctness, answer_format=answer_format, reward=correctness_reward),
-        "format": partial(tag_pairs, answer_format=answer_format, reward=format_reward),
-        "length_penalty": partial(length_penalty, full_length=CHARACTERS_PER_TOKEN * max_completion_length),
+        "correctness": _with_options(correctness, answer_format=answer_format, reward=correctness_reward),
+        "format": _with_options(tag_pairs, answer_format=answer_format, reward=format_reward),
+        "length_penalty": _with_options(length_penalty, full_length=CHARACTERS_PER_TOKEN * max_completion_length),
         "repetition_penalty": repetition_penalty,
     }

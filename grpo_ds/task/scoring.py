@@ -6,9 +6,10 @@ line of its file, and then either ends the run or counts as "does not apply" for
 
 import signal
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from math import isfinite
 from numbers import Real
 from pathlib import Path
@@ -22,6 +23,7 @@ OnRewardError = Literal["stop", "zero"]
 Batch = Mapping[str, Sequence[Any]]  # what a reward function is called with: name -> list of length B
 REMEDY = "Mend it, or go on without its rewards where it fails: --on_reward_error zero."
 CLIP = 80  # characters of a completion or of a line of code that an error repeats
+LARGEST = 1e15  # of a reward: float32 holds the squares of a group's, which its deviation adds up
 LONGEST_REASON = 160  # characters of an exception's own message
 
 
@@ -69,14 +71,14 @@ def score(
     errors: dict[str, str] = {}
     for name, (function, weight) in functions.items():
         try:
-            values = _call(function, batch, timeout)
+            values = _weighted(_call(function, batch, timeout), weight)
         except _Faulty as fault:
             errors[name] = f"The reward function '{name}' {fault}"
             if on_error == "stop":
                 rows = fault.rows or _rows_at_fault(function, batch, timeout)
                 raise RewardError(f"{errors[name]}\n{_place(rows, batch)}\n{REMEDY}") from None
             values = [None] * len(completions)
-        by_name[name] = [None if value is None else weight * float(value) for value in values]
+        by_name[name] = values
     total = [sum(column[i] or 0.0 for column in by_name.values()) for i in range(len(completions))]
     return Rewards(total, by_name, errors)
 
@@ -107,6 +109,16 @@ def in_a_line(error: BaseException, file: str | None = None) -> str:
     return f"{reason} ({Path(within[-1].filename).name}, line {within[-1].lineno}: {(within[-1].line or '')[:CLIP]})"
 
 
+def _weighted(values: Sequence[float | None], weight: float) -> list[float | None]:
+    rewards = [None if value is None else weight * float(value) for value in values]
+    for row, reward in enumerate(rewards):
+        if reward is not None and not abs(reward) <= LARGEST:
+            raise _Faulty(
+                f"returned {_shown(values[row])}, with its weight {reward:g}; {LARGEST:g} is the most.", [row]
+            )
+    return rewards
+
+
 def _call(function: RewardFunction, batch: Batch, timeout: float) -> list[float | None]:
     """What the function returned, if it is one finite number or None a completion."""
     try:
@@ -115,28 +127,39 @@ def _call(function: RewardFunction, batch: Batch, timeout: float) -> list[float 
     except _TimedOut:
         everything = range(len(batch["completions"]))
         raise _Faulty(f"took longer than the {timeout:g} seconds of --reward_timeout.", everything) from None
-    if len(values) != len(batch["completions"]):
-        raise _Faulty(f"returned {len(values)} values for {len(batch['completions'])} completions, not one for each.")
+    count = len(batch["completions"])
+    if len(values) != count:
+        told = f"more than {count}" if len(values) > count else len(values)
+        raise _Faulty(f"returned {told} values for {count} completions, not one for each.")
     for row, value in enumerate(values):
         if value is not None and not _is_finite(value):
-            raise _Faulty(f"returned {repr(value)[:CLIP]}; it must return finite numbers, or None.", [row])
+            raise _Faulty(f"returned {_shown(value)}; it must return finite numbers, or None.", [row])
     return values
 
 
 def _returned(function: RewardFunction, batch: Batch) -> list[Any]:
     try:
         returned = function(**{name: list(column) for name, column in batch.items()})  # its own, to change as it likes
-        if isinstance(returned, Iterable):
-            return list(returned)
+        # Of a set the order is lost, of a mapping the values would be, and bytes would pass for numbers.
+        if isinstance(returned, Iterable) and not isinstance(returned, str | bytes | bytearray | Mapping | Set):
+            return list(islice(returned, len(batch["completions"]) + 1))  # a generator may have no end
     except (Exception, SystemExit) as error:  # whatever a user's function raises is theirs to read
         raise _Faulty(f"raised {in_a_line(error)}") from None
-    raise _Faulty(f"returned {repr(returned)[:CLIP]}, not a list of one number for each completion.")
+    raise _Faulty(f"returned {_shown(returned)}, not a list of one number for each completion.")
+
+
+def _shown(value: object) -> str:
+    """A value as an error repeats it; an integer of 5,000 digits has no repr, and a user's class may have none."""
+    try:
+        return " ".join(repr(value).split())[:CLIP]
+    except Exception:  # whatever a user's class raises
+        return f"a {type(value).__name__}"
 
 
 def _is_finite(value: object) -> bool:
     try:
         return isinstance(value, Real) and isfinite(value)
-    except OverflowError:  # an int beyond all floats
+    except (ArithmeticError, TypeError, ValueError):  # an int beyond all floats, a number that is none after all
         return False
 
 

@@ -6,14 +6,15 @@ What a file holds is told by its content, never by its name: a JSON list, PubMed
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from grpo_ds.errors import DataError
 from grpo_ds.hub import knock
-from grpo_ds.task.records import REQUIRED_NAMES, clip, describe
+from grpo_ds.task.records import BROKEN, REQUIRED_NAMES, clip, describe
 
 SAMPLE = "sample"
 GOLDEN_FILE = "golden_dataset_pubmedqa_qwen2.5_pro_test_500.json"  # the default where it lies in the working folder
@@ -21,6 +22,20 @@ HUB_CONFIGS = {"qiaojin/pubmedqa": "pqa_labeled"}
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".yaml", ".gz", ".zip"}
 OTHERWISE = f"Use a file (--data FILE.json), the packaged records (--data {SAMPLE}) or a hub id (qiaojin/PubMedQA)."
+FOREIGN = {  # how files begin that are no UTF-8 text -> what they are, what to do
+    b"\xff\xfe\0\0": ("text in UTF-32", "Save it as UTF-8 (for instance: iconv -f UTF-32 -t UTF-8)."),
+    b"\xff\xfe": ("text in UTF-16", "Save it as UTF-8 (for instance: iconv -f UTF-16 -t UTF-8)."),
+    b"\xfe\xff": ("text in UTF-16", "Save it as UTF-8 (for instance: iconv -f UTF-16 -t UTF-8)."),
+    b"\x1f\x8b": ("a gzip archive", "Unpack it first."),
+    b"BZh": ("a bzip2 archive", "Unpack it first."),
+    b"\xfd7zXZ": ("an xz archive", "Unpack it first."),
+    b"\x28\xb5\x2f\xfd": ("a zstd archive", "Unpack it first."),
+    b"PK\x03\x04": ("a zip archive or an office document", "Unpack it first, or export it as JSON."),
+    b"PAR1": ("a Parquet table", "Export it as JSON first."),
+    b"ARROW1": ("an Arrow table", "Export it as JSON first."),
+    b"SQLite format 3": ("an SQLite database", "Export it as JSON first."),
+    b"%PDF-": ("a PDF document", "Export it as JSON first."),
+}
 ACCEPTED = (
     'Records: {"question": "...", "context": "...", "ground_truth": "yes" or "no"},'
     " as a JSON list, one a line, or in PubMedQA's own form."
@@ -42,6 +57,8 @@ def open_source(data: str | None) -> Source:
         data = GOLDEN_FILE if os.path.exists(GOLDEN_FILE) else SAMPLE
     if data == SAMPLE:
         return parse_file(SAMPLE, resources.files("grpo_ds.task").joinpath("sample.json").read_bytes())
+    if BROKEN.search(data) or len(data.splitlines()) > 1:  # the config written beside the model could not name it
+        raise DataError(f"--data {data!r} holds a broken character or a line break: rename the file.\n{OTHERWISE}")
     path = os.path.expanduser(data)
     if os.path.exists(path):
         return parse_file(data, _read_bytes(path))
@@ -55,7 +72,7 @@ def parse_file(name: str, content: bytes) -> Source:
     text = _decode(name, content)
     if not text.strip():
         raise DataError(f"{name} is empty.\n{ACCEPTED}")
-    repeated: list[str] = []
+    repeated: list[tuple[dict, str]] = []
     try:
         value = _loads(text, repeated)
     except json.JSONDecodeError as error:
@@ -64,7 +81,8 @@ def parse_file(name: str, content: bytes) -> Source:
         raise DataError(f"{name} is not valid JSON: {_where(error)}.\nMend it there. {ACCEPTED}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{name} cannot be read as JSON: {_reason(error)}.\n{ACCEPTED}") from None
-    return Source(name, tuple(_numbered(name, value)), tuple(_repetitions("the file", repeated)))
+    records = tuple(_numbered(name, value))
+    return Source(name, records, tuple(_repetitions(records, repeated)))
 
 
 def _is_hub_id(data: str) -> bool:
@@ -75,6 +93,10 @@ def _is_hub_id(data: str) -> bool:
 def _read_bytes(path: str) -> bytes:
     if os.path.isdir(path):
         raise DataError(f"{path} is a folder. Give the data file in it: --data {os.path.join(path, 'FILE.json')}.")
+    if not os.path.isfile(path):
+        raise DataError(
+            f"{path} is a pipe or a device, which every rank and every later evaluation would find empty.\n{OTHERWISE}"
+        )
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -82,8 +104,17 @@ def _read_bytes(path: str) -> bytes:
 
 
 def _decode(name: str, content: bytes) -> str:
+    """The text, its lines ended by line feeds: JSON has carriage returns between values alone."""
+    for beginning, (kind, remedy) in FOREIGN.items():
+        if content.startswith(beginning):
+            raise DataError(f"{name} is not UTF-8 text: it begins like {kind}.\n{remedy}")
+    if b"\0" in content:
+        raise DataError(
+            f"{name} is not UTF-8 text: NUL byte at offset {content.index(0)}, as in UTF-16 and in binary files.\n"
+            "Save it as UTF-8 (for instance: iconv -f UTF-16LE -t UTF-8)."
+        )
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{name} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset {error.start}.\n"
@@ -91,14 +122,14 @@ def _decode(name: str, content: bytes) -> str:
         ) from None
 
 
-def _loads(text: str, repeated: list[str]) -> object:
+def _loads(text: str, repeated: list[tuple[dict, str]]) -> object:
     """json.loads that also notes the names standing twice in one object, of which JSON keeps the last alone."""
 
     def note_repeated(pairs: list[tuple[str, object]]) -> dict[str, object]:
         as_dict = dict(pairs)
         if len(as_dict) < len(pairs):
-            names = [name for name, _ in pairs]
-            repeated.extend(name for name in as_dict if names.count(name) > 1)
+            counts = Counter(name for name, _ in pairs)
+            repeated.extend((as_dict, name) for name in as_dict if counts[name] > 1)
         return as_dict
 
     return json.loads(text, object_pairs_hook=note_repeated)
@@ -108,7 +139,9 @@ def _numbered(name: str, value: object) -> Iterator[tuple[str, object]]:
     """(place, record) of a whole JSON value: a list, PubMedQA's mapping, or one record alone."""
     if isinstance(value, dict) and REQUIRED_NAMES.isdisjoint(value) and not _is_flat(value):
         for number, (key, record) in enumerate(value.items(), start=1):
-            yield f"record {number} ({clip(key)})", {"id": key, **record} if isinstance(record, dict) else record
+            if isinstance(record, dict):
+                record.setdefault("id", key)
+            yield f"record {number} ({clip(key)})", record
     elif isinstance(value, list | dict):
         for number, record in enumerate(value if isinstance(value, list) else [value], start=1):
             yield f"record {number}", record
@@ -122,9 +155,11 @@ def _is_flat(value: dict) -> bool:
 
 
 def _looks_like_lines(text: str) -> bool:
-    # Most lines of a JSONL file open an object; in an indented JSON file few do.
+    # Half of a JSONL file's lines or more open an object; in an indented JSON file few do. A list is never lines.
+    if text.lstrip().startswith("["):
+        return False
     lines = [line for line in text.split("\n") if line.strip()]
-    return sum(line.startswith("{") for line in lines) > len(lines) / 2
+    return sum(line.startswith("{") for line in lines) >= len(lines) / 2
 
 
 def _parse_lines(name: str, text: str) -> Source:
@@ -133,17 +168,31 @@ def _parse_lines(name: str, text: str) -> Source:
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand in a text
         if not line.strip():
             continue
-        repeated: list[str] = []
+        repeated: list[tuple[dict, str]] = []
         try:
             records.append((f"line {number}", _loads(line, repeated)))
         except (ValueError, RecursionError) as error:
             problems.append(f"line {number}: broken JSON, {_reason(error)}")
-        problems.extend(_repetitions(f"line {number}", repeated))
+            continue
+        problems.extend(_repetitions(records[-1:], repeated))
     return Source(name, tuple(records), tuple(problems))
 
 
-def _repetitions(place: str, repeated: list[str]) -> list[str]:
-    return [f"{place}: {clip(name)} stands twice in one object; keep one" for name in repeated]
+def _repetitions(records: Sequence[tuple[str, object]], repeated: list[tuple[dict, str]]) -> list[str]:
+    """Each name that stands twice, with the record it stands in; outside of all it is a key of the file's mapping."""
+    places = {id(part): place for place, record in records for part in _objects(record)} if repeated else {}
+    return [
+        f"{places.get(id(part), 'the file')}: {clip(name)} stands twice in one object; keep one"
+        for part, name in repeated
+    ]
+
+
+def _objects(value: object) -> Iterator[object]:
+    """A JSON value and all within it."""
+    waiting = [value]
+    while waiting:
+        yield (part := waiting.pop())
+        waiting += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
 
 
 def _where(error: json.JSONDecodeError) -> str:

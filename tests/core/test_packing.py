@@ -117,3 +117,41 @@ def test_every_counted_token_is_predicted_by_the_token_before_it(groups):
         assert segments[source[:length]].tolist() == [PROMPT] + [b % 3 + 1] * (length - 1)
     real = sum(p for p, _ in groups) + sum(sum(lengths) - len(lengths) for _, lengths in groups)
     assert (rows.segments != PADDING).sum() == real  # the prompt once, nothing twice
+
+
+def unpacked(rows):
+    """(prompt, completion) of each row's segments, read off ids, segments and targets alone."""
+    found, b = [], 0
+    for row, (ids, segments) in enumerate(zip(rows.input_ids, rows.segments, strict=True)):
+        for k in range(1, _completions_in(rows, row) + 1):
+            completion = torch.cat([ids[segments == k], rows.targets[b][rows.mask[b]][-1:]])  # the last is no input
+            found.append((ids[segments == PROMPT].tolist(), completion.tolist()))
+            b += 1
+    return found
+
+
+def _completions_in(rows, row):
+    width = rows.input_ids.shape[1]
+    return int((rows.sources[:, 0] // width == row).sum())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 6), min_size=4, max_size=4)), min_size=1, max_size=5),
+    st.integers(0, 60),
+)
+def test_what_is_packed_is_unpacked_again_whatever_the_lengths_and_the_budget(groups, budget):
+    prompts, ids, mask = make_groups([p for p, _ in groups], [lengths for _, lengths in groups])
+    order, found = [], []
+    for batch in filled(prompts, mask, budget):
+        rows = pack(batch, prompts, ids, mask, pad_id=0)
+        alone_too_long = len(batch) == len(batch[0].completions) == 1
+        assert not budget or alone_too_long or rows.input_ids.numel() <= budget
+        part = [b for row in batch for b in row.completions]
+        order, found = order + part, found + unpacked(rows)
+        for b, sources in zip(part, rows.sources, strict=True):
+            length = int(mask[b].sum())  # token t of the answer stands t places behind the prompt, and so is predicted
+            first = len(prompts[b // 4]) - 1
+            assert rows.position_ids.flatten()[sources[:length]].tolist() == list(range(first, first + length))
+    assert sorted(order) == list(range(len(ids)))
+    assert found == [(prompts[b // 4].tolist(), ids[b][mask[b]].tolist()) for b in order]

@@ -21,7 +21,7 @@ SCRIPT = "launch/train.py"
 FLAGS = {
     "ds": "ds_configs/zero2.json", "data": "sample", "num_steps": 3, "num_generations": 3, "batch_size": 2,
     "max_prompt_length": 480, "max_completion_length": 6, "learning_rate": 5e-3, "beta": 0.1, "eval_limit": 2,
-    "save_steps": 0, "reward_funcs": f"{ROOT}/tests/data/fault_rewards.py:faulty",
+    "save_steps": 0, "preflight": "false", "reward_funcs": f"{ROOT}/tests/data/fault_rewards.py:faulty",
 }  # fmt: skip
 
 

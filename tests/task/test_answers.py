@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_ds.task.answers import AnswerFormat
+from grpo_ds.task.answers import TAG_NAME, AnswerFormat
 
 LABELS = ("yes", "no")
 FORMAT = AnswerFormat(LABELS)
@@ -57,6 +57,10 @@ NO_ANSWERS = [
     ("<REASONING>a</REASONING><ANSWER>yes</ANSWER>", "tags are lower-case"),
     ("< reasoning >a</ reasoning ><answer>yes</answer>", "and have no spaces"),
     ("<reasoning>a<reasoning><answer>yes<answer>", "opened where it should close"),
+    ("<reasoning>a <ANSWER>no</ANSWER></reasoning><answer>yes</answer>", "a look-alike is a second answer"),
+    ('<reasoning>a <answer id="1"></reasoning><answer>yes</answer>', "with an attribute as well"),
+    ("<reasoning>a <|im_end|></reasoning><answer>yes</answer>", "another turn begins"),
+    ("<reasoning>a</reasoning><answer>ye\u017f</answer>", "case folding alone would take the long s"),
 ]
 
 PAIRS = [
@@ -156,6 +160,52 @@ def _naively_well_formed(text):
     answer, closed, after = rest.partition("</answer>")
     words = any(word in reasoning for word in ("yes", "because"))
     return bool(closed and words) and answer.strip() == "yes" and not (before + between + after).strip()
+
+
+ANY_TEXT = st.lists(
+    st.sampled_from(["<reasoning>", "</reasoning>", "<answer>", "</answer>", "<", "/", ">", "yes", "no", ".", " "])
+    | st.text(st.characters(), max_size=5)  # half surrogate pairs too
+).map("".join)
+
+
+@settings(deadline=None)  # the cores are shared
+@given(ANY_TEXT)
+def test_any_text_is_read_and_an_answer_found_is_found_again(text):
+    parsed = FORMAT.parse(text)
+    assert parsed.answer in (None, *LABELS)
+    if parsed.well_formed:
+        assert FORMAT.parse(FORMAT.write(FORMAT.split(text)[0], parsed.answer)) == parsed
+
+
+@settings(deadline=None, max_examples=20)  # the cores are shared
+@given(ANY_TEXT.filter(bool))
+def test_a_very_long_completion_is_read_all_the_same(text):
+    # 400,000 characters of anything repeated: work that grew with their square would not end.
+    long = text * (400_000 // len(text))
+    assert FORMAT.parse(long).answer is None
+    assert FORMAT.parse(FORMAT.write(f"word {long.replace('<', '')}", "no")).answer == "no"
+
+
+LABEL = st.text(st.characters(exclude_characters="<"), min_size=1, max_size=8).map(str.strip)
+SETS_OF_LABELS = st.lists(
+    LABEL.filter(lambda label: label and not label.endswith(".")), min_size=2, max_size=5, unique_by=str.casefold
+).map(tuple)
+TAGS = st.lists(st.from_regex(TAG_NAME, fullmatch=True), min_size=2, max_size=2, unique=True)
+
+
+@settings(deadline=None)  # the cores are shared
+@given(SETS_OF_LABELS, TAGS, st.data())
+def test_any_labels_are_read_back_in_any_tags(labels, tags, data):
+    style = AnswerFormat(labels, *tags)
+    label = data.draw(st.sampled_from(labels))
+    said = data.draw(st.sampled_from(["{}", " {}\n", "{}.", "{} ."])).format(label)
+    assert style.parse(style.write("word", said)).answer == label
+    assert style.reads_back(label)
+
+
+@pytest.mark.parametrize(("labels", "lost"), [(("yes", "yes."), "yes."), (("a</answer>", "b"), "a</answer>")])
+def test_a_label_that_would_be_read_as_another_or_not_at_all_is_known(labels, lost):
+    assert [label for label in labels if not AnswerFormat(labels).reads_back(label)] == [lost]
 
 
 def test_reasoning_and_answer_are_told_apart_for_display():

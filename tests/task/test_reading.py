@@ -4,10 +4,13 @@ import json
 import urllib.error
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from grpo_ds import hub
 from grpo_ds.errors import MAX_LINES, DataError
 from grpo_ds.task.questions import Question, read_questions
+from grpo_ds.task.records import BROKEN, REQUIRED_NAMES, check_record
 from grpo_ds.task.sources import GOLDEN_FILE, Source, rows_to_source
 
 GOOD = {"id": "1", "question": "Is it?", "context": "It is.", "ground_truth": "yes"}
@@ -50,7 +53,7 @@ FORMS = [
     ([but(ground_truth=" YES\n"), but(OTHER, ground_truth="No")], "labels in any case"),
     ([but(question=" Is it? "), OTHER], "space around"),
     ([but(id=1), but(OTHER, id=2)], "numbers as ids"),
-    ([but(final_decision="no", year=float("nan")), OTHER], "fields that nobody reads may hold anything"),
+    ([but(exp="no", year=float("nan")), OTHER], "fields that nobody reads may hold anything"),
 ]
 
 
@@ -233,8 +236,8 @@ BAD = [  # content, what the error must say
         '[{"question": "caf\u00e9"}]'.encode("latin-1"),
         ["is not UTF-8 text: byte 0xe9 at offset 18", "Save it as UTF-8"],
     ),
-    (json.dumps([GOOD]).encode("utf-16"), ["is not UTF-8 text: byte 0xff at offset 0"]),
-    (b"\x1f\x8b\x08", ["is not UTF-8 text: byte 0x8b"]),
+    (json.dumps([GOOD]).encode("utf-16"), ["is not UTF-8 text: it begins like text in UTF-16", "iconv -f UTF-16"]),
+    (b"\x1f\x8b\x08", ["is not UTF-8 text: it begins like a gzip archive", "Unpack it first"]),
     ([but(ground_truth="maybe")], ["no record labelled yes or no, only 1 maybe", "--labels yes,no,maybe"]),
 ]
 
@@ -259,7 +262,7 @@ def test_all_bad_records_are_counted_and_the_first_are_shown(read):
     assert more == "  ... and 17 more" and remedy.startswith('Records: {"question"')
 
 
-MISSING = ["no.json", "folder/no.jsonl", "./no", "no", "a/b/c", "/no/where.json", "", "x" * 5000, "no\0.json"]
+MISSING = ["no.json", "folder/no.jsonl", "./no", "no", "a/b/c", "/no/where.json", "", "x" * 5000]
 
 
 @pytest.mark.parametrize("data", MISSING)
@@ -319,3 +322,67 @@ def test_a_hub_data_set_is_loaded_with_its_config_and_read(monkeypatch):
 
 def test_a_source_is_checked_whoever_made_it():
     assert rows_to_source("table", [{"a": 1}]) == Source("table", (("record 1", {"a": 1}),))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),  # half pairs too
+    lambda parts: st.lists(parts, max_size=3) | st.dictionaries(st.text(max_size=4), parts, max_size=3),
+    max_leaves=6,
+)
+NEARLY = st.sampled_from(["yes", "No ", "maybe", "1", "Is it?", ["It", "is."], {"contexts": ["It", "is."]}, " ", 7])
+NAMES = sorted({*REQUIRED_NAMES, "id", "pubid", "year"})
+RECORDS = st.dictionaries(st.sampled_from(NAMES), NEARLY | JSON) | st.fixed_dictionaries(
+    {"question": NEARLY | JSON, "context": NEARLY | JSON, "ground_truth": NEARLY}, optional={"id": JSON}
+)
+
+
+@settings(deadline=None)  # the cores are shared
+@given(RECORDS | JSON)
+def test_any_record_is_sound_or_told_what_is_wrong(record):
+    fields, problems = check_record(record, known_labels=("yes", "no", "maybe"))
+    assert all(len(problem.splitlines()) == 1 and len(problem) < 200 for problem in problems)
+    if not problems:
+        assert {"text", "context", "label"} <= set(fields) <= {"text", "context", "label", "id"}
+        assert fields["label"] in ("yes", "no", "maybe")
+        for value in fields.values():
+            assert value == value.strip() != "" and not BROKEN.search(value) and value.encode()
+
+
+def questions_or_error(path):
+    """What comes of a file: questions, no two alike, or an error as errors should be."""
+    try:
+        questions = read_questions(str(path)).questions
+    except DataError as error:
+        assert path.name in str(error) and len(str(error).splitlines()) <= MAX_LINES
+        return None
+    assert len({question.id for question in questions}) == len(questions) > 0
+    return questions
+
+
+@pytest.fixture(scope="module")
+def any_file(tmp_path_factory):
+    return tmp_path_factory.mktemp("any") / "data.json"
+
+
+@settings(deadline=None)  # the cores are shared
+@given(value=st.lists(RECORDS, max_size=4) | st.dictionaries(st.text(max_size=4), RECORDS, max_size=3) | JSON)
+def test_any_json_comes_to_questions_or_to_an_error_of_six_lines(any_file, value):
+    any_file.write_text(json.dumps(value))
+    questions_or_error(any_file)
+
+
+@settings(deadline=None)  # the cores are shared
+@given(
+    content=st.binary(max_size=40) | st.text(st.sampled_from('[]{}":,\\ \r\n0ue\ufeff'), max_size=20).map(str.encode)
+)
+def test_any_bytes_come_to_an_error_of_six_lines(any_file, content):
+    any_file.write_bytes(content)
+    assert questions_or_error(any_file) is None
+
+
+@settings(deadline=None)  # the cores are shared
+@given(place=st.integers(0, 200), byte=st.binary(max_size=2), cut=st.integers(0, 3))
+def test_a_sound_file_with_any_small_damage_never_crashes(any_file, place, byte, cut):
+    sound = json.dumps([GOOD, OTHER]).encode()
+    any_file.write_bytes(sound[:place] + byte + sound[place + cut :])
+    questions_or_error(any_file)

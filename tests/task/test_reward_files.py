@@ -66,6 +66,12 @@ def test_a_file_that_cannot_be_used_is_named_with_the_reason(tmp_path, source, n
     assert len(message.splitlines()) <= MAX_LINES
 
 
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/rewards.py", "x" * 300 + ".py", "a\0.py", "."])
+def test_a_path_that_no_file_can_have_is_named_like_a_missing_one(path):
+    with pytest.raises(UsageError, match="there is no file"):
+        find(f"{path}:f")
+
+
 def test_a_file_may_use_dataclasses_and_what_lies_beside_it(tmp_path):
     (tmp_path / "beside_the_rewards.py").write_text("WORTH = 7.0")
     (tmp_path / "uses.py").write_text(

@@ -1,6 +1,7 @@
 """Rewards: what each completion earns, and from which function."""
 
 import contextlib
+import itertools
 import re
 import signal
 import time
@@ -13,7 +14,7 @@ from grpo_ds.errors import MAX_LINES, RewardError
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.questions import Question
 from grpo_ds.task.rewards import READY_MADE, length_penalty, ready_made, repetition_penalty
-from grpo_ds.task.scoring import score
+from grpo_ds.task.scoring import LARGEST, score
 
 FORMAT = AnswerFormat(("yes", "no"))
 YES_QUESTION = Question(id="1", text="Is it?", context="It is.", label="yes", columns={"year": 1999})
@@ -149,6 +150,11 @@ def generates(completions, **_):
         yield 1 / 0
 
 
+class Unshowable:
+    def __repr__(self):
+        raise ValueError
+
+
 def too_few_for_record_2(completions, label, **_):
     return [0.0] * label.count("yes")
 
@@ -166,6 +172,15 @@ FAULTS = [
     (lambda **_: ["1", 1.0], ["returned '1'", "Record 1"]),
     (lambda **_: [10**400, 1.0], ["returned 1000", "Record 1"]),
     (lambda **_: [1.0, []], ["returned []", "Record 2"]),
+    (lambda **_: {0: 1.0, 1: 0.0}, ["returned {0: 1.0, 1: 0.0}, not a list"]),  # its keys would pass for rewards
+    (lambda **_: {1.0, 0.5}, ["not a list"]),  # of a set nobody knows which is whose
+    (lambda **_: b"no", ["returned b'no', not a list"]),  # bytes are numbers to Python
+    (lambda **_: "10", ["returned '10', not a list"]),
+    (lambda **_: itertools.count(), ["returned more than 2 values for 2 completions"]),  # endless
+    (lambda **_: [10**5000, 1.0], ["returned a int; it must", "Record 1"]),  # no repr either
+    (lambda **_: [Unshowable(), 1.0], ["returned a Unshowable; it must", "Record 1"]),
+    (lambda **_: [1.0, 2j], ["returned 2j", "Record 2"]),
+    (lambda **_: [0.0, -1e30], ["returned -1e+30, with its weight -1e+30; 1e+15 is the most", "Record 2"]),
 ]
 
 
@@ -185,6 +200,39 @@ def test_or_its_rewards_are_left_out_and_the_others_stand(function):
     rewards = score(["yes", EARNINGS[0][0]], [NO_QUESTION, YES_QUESTION], functions=functions, on_error="zero")
     assert rewards.by_name["mine"] == [None, None] and rewards.total == [0.0, 2.4]
     assert list(rewards.errors) == ["mine"] and "'mine'" in rewards.errors["mine"]
+
+
+def test_a_records_fields_are_no_options_of_the_ready_made():
+    functions = ready_made(answer_format=FORMAT, correctness_reward=2.0)
+    named_alike = Question("1", "Q?", "C.", "yes", columns={"reward": 9, "answer_format": "free", "full_length": 1})
+    chosen = {name: (functions[name], 1.0) for name in READY_MADE}
+    asked = {"completions": [EARNINGS[0][0]], "functions": chosen}
+    assert score(questions=[named_alike], **asked) == score(questions=[YES_QUESTION], **asked)
+
+
+RETURNED = st.none() | st.booleans() | st.floats() | st.integers() | st.fractions() | st.text(max_size=3) | st.binary()
+RETURNED |= st.integers(10**300, 10**320) | st.lists(st.floats(), max_size=2)
+
+
+@settings(deadline=None)  # the cores are shared
+@given(
+    st.one_of(st.lists(RETURNED | st.floats(-1, 1), max_size=4), RETURNED, st.dictionaries(st.floats(), st.floats())),
+    st.floats(allow_nan=False, allow_infinity=False),
+)
+def test_whatever_is_returned_comes_to_finite_rewards_or_to_an_error_of_six_lines(returned, weight):
+    questions = [YES_QUESTION, NO_QUESTION, YES_QUESTION]
+    asked = {"completions": ["a", "b", "c"], "questions": questions}
+    functions = {"mine": (lambda **_: returned, weight)}
+    left_out = score(**asked, functions=functions, on_error="zero")
+    try:
+        rewards = score(**asked, functions=functions)
+    except RewardError as error:
+        assert len(str(error).splitlines()) <= MAX_LINES and "'mine'" in str(error)
+        assert left_out.total == [0.0] * 3 and list(left_out.errors) == ["mine"]
+    else:
+        assert rewards == left_out and not rewards.errors
+        assert rewards.total == [weight * float(value or 0) for value in returned]
+        assert all(abs(reward) <= LARGEST for reward in rewards.total)
 
 
 def sleeps(**_):
