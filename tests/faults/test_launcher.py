@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -23,7 +24,7 @@ STEPS = 7
 
 
 class Launched:
-    """`deepspeed launch/train.py`, waiting in the reward function of the second step that it makes."""
+    """`deepspeed launch/train.py`, which will wait in the reward function of the second step that it makes."""
 
     def __init__(self, words: list[str], folder: Path) -> None:
         self.waiting, self.log = folder / "waiting", folder / "log.txt"
@@ -34,10 +35,19 @@ class Launched:
             self.runner = subprocess.Popen(
                 command, cwd=ROOT, env={**os.environ, **environment}, stdout=log, stderr=log, start_new_session=True
             )
-        self.until(lambda: self.waiting.exists() or self.runner.poll() is not None, "it waits")
+        self.found: dict[str, psutil.Process] = {}
+        self.until(self.begun, "it begins")
+        self.launch, self.train = self.found["launch"], self.found["train"]
+
+    def begun(self) -> bool:
+        """Whether both processes that the runner leads to are there."""
         assert self.runner.poll() is None, self.log.read_text()[-3000:]
-        self.launch, self.train = psutil.Process(self.runner.pid).children(recursive=True)[:2]
-        assert "deepspeed.launcher.launch" in self.launch.cmdline() and "launch/train.py" in self.train.cmdline()
+        for process in psutil.Process(self.runner.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                words = process.cmdline()
+                if "launch/train.py" in words:
+                    self.found.setdefault("launch" if "deepspeed.launcher.launch" in words else "train", process)
+        return len(self.found) == 2
 
     def until(self, condition: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + PATIENCE
@@ -54,6 +64,12 @@ class Launched:
         """The exit code of the launcher, once nothing is left of it and of what it started."""
         self.until(lambda: not any(map(is_alive, (self.launch, self.train))), "all are gone")
         return self.runner.wait(PATIENCE)
+
+
+def waiting(words: list[str], folder: Path) -> Launched:
+    launched = Launched(words, folder)
+    launched.until(lambda: launched.begun() and launched.waiting.exists(), "it waits")
+    return launched
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -77,7 +93,7 @@ def test_one_run_through_five_deaths_under_the_launcher(whole, warm, tiny_folder
         assert (now["state"], now["exit_code"], now["step"]) == ("stopped", 75, step), now
         assert f"checkpoint-{step}" in now["resume"]
 
-    first = Launched(["launch/train.py", *flags(tiny_folder, run, num_steps=STEPS, save_steps=1)], tmp_path)
+    first = waiting(["launch/train.py", *flags(tiny_folder, run, num_steps=STEPS, save_steps=1)], tmp_path)
     first.train.send_signal(signal.SIGUSR1)
     first.noticed()
     assert first.end() == 75
@@ -87,7 +103,7 @@ def test_one_run_through_five_deaths_under_the_launcher(whole, warm, tiny_folder
     command = shlex.split(
         next(line for line in first.log.read_text().splitlines() if "Go on with: " in line).partition(": deepspeed ")[2]
     )
-    second = Launched(command, tmp_path)
+    second = waiting(command, tmp_path)
     for process in (second.runner, second.launch, second.train):
         process.send_signal(signal.SIGKILL)
     second.waiting.unlink()
@@ -95,21 +111,21 @@ def test_one_run_through_five_deaths_under_the_launcher(whole, warm, tiny_folder
     assert status(run)["state"] == "training" and status(run)["pid"] == second.train.pid
     tried("kill -9 of all processes", "resumed")
 
-    third = Launched(auto, tmp_path)
+    third = waiting(auto, tmp_path)
     third.runner.kill()
     third.noticed()
     third.end()
     stopped(3)
     tried("kill -9 of the launcher", "saved, no orphan")
 
-    fourth = Launched(auto, tmp_path)
+    fourth = waiting(auto, tmp_path)
     fourth.launch.kill()
     fourth.noticed()
     fourth.end()
     stopped(4)
     tried("kill -9 of the launcher", "saved, no orphan")
 
-    fifth = Launched(auto, tmp_path)
+    fifth = waiting(auto, tmp_path)
     os.killpg(fifth.runner.pid, signal.SIGINT)  # Ctrl-C in a terminal goes to all of them
     fifth.noticed()
     assert fifth.end() in (130, -signal.SIGINT)
@@ -121,3 +137,13 @@ def test_one_run_through_five_deaths_under_the_launcher(whole, warm, tiny_folder
     assert len((run / "metrics.jsonl").read_text().splitlines()) == STEPS
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()] == list(range(1, STEPS + 1))
     tried("kill -9 of all processes", "in the end the same run bit by bit")
+
+
+def test_a_launcher_killed_while_the_model_is_loaded_leaves_no_orphan(tiny_folder, tmp_path, tried):
+    run = tmp_path / "run"
+    launched = Launched(["launch/train.py", *flags(tiny_folder, run)], tmp_path)
+    launched.until(lambda: "Plan: " in launched.log.read_text(), "it says what it will do")
+    launched.launch.kill()
+    launched.end()
+    assert "nothing to save" in launched.log.read_text() and not run.exists()
+    tried("kill -9 of the launcher", "stopped, no orphan")
