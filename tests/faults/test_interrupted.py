@@ -72,8 +72,8 @@ def ends_as(metrics: list, weights: dict, model: Path, kind: str, there: Path) -
 def test_interrupted_at_safe_points_of_every_kind_of_run_it_resumes_bit_by_bit(
     kind, warm, tiny_folder, tmp_path, tried
 ):
-    points = warm(interrupted_at_safe_points, tiny_folder, tmp_path, kind, 1 if kind == ALL else 10)
-    assert points >= (40 if kind == ALL else 4)
+    points = warm(interrupted_at_safe_points, tiny_folder, tmp_path, kind, 1 if kind == ALL else 14)
+    assert points >= (40 if kind == ALL else 3)
     for _ in range(points):
         tried("interrupted at a safe point", "resumed bit by bit")
 
