@@ -108,15 +108,12 @@ def to_resume(asked: str, run: Path | None) -> tuple[Path, list[str]]:
     Raises CheckpointError where there is none: a run that was to be resumed never starts from the beginning.
     """
     named = None if asked == "auto" else Path(asked).expanduser()
-    if named and step_of(named) >= 0:
-        if not named.is_dir():
-            raise CheckpointError(f"--resume_from_checkpoint {asked}: there is no such folder.{_others(named.parent)}")
-        run = named.parent
-    elif named:
-        run = named
+    run = run_of(asked, run)
     if run is None:
         raise CheckpointError("--resume_from_checkpoint auto needs to know the run: add --output_dir FOLDER.")
     tidy(run)
+    if named and not named.is_dir():
+        raise CheckpointError(f"--resume_from_checkpoint {asked}: there is no such folder.{_others(run)}")
     newest = step_of(named) if named and step_of(named) >= 0 else math.inf
     candidates = [checkpoint for checkpoint in found_in(run) if step_of(checkpoint) <= newest]
     told: list[str] = []
@@ -127,6 +124,14 @@ def to_resume(asked: str, run: Path | None) -> tuple[Path, list[str]]:
     none = f"{run} holds no checkpoint" if not told else "No whole checkpoint is left"
     start = "To start from the beginning, leave --resume_from_checkpoint out and name another --output_dir."
     raise CheckpointError("\n".join([f"{none}, so nothing can be resumed.", *told[:3], start]))
+
+
+def run_of(asked: str, run: Path | None) -> Path | None:
+    """The folder in which --resume_from_checkpoint is looked for; `run` is --output_dir."""
+    if asked == "auto":
+        return run
+    named = Path(asked).expanduser()
+    return named.parent if step_of(named) >= 0 else named
 
 
 def rotate(run: Path, limit: int | None, best: int | None) -> None:
@@ -140,13 +145,12 @@ def rotate(run: Path, limit: int | None, best: int | None) -> None:
 
 def tidy(run: Path) -> None:
     """Finish or undo what a run that died left half done."""
-    if not run.is_dir():
-        return
+    first = os.environ.get("RANK", "0") == "0"  # the others look at files that this one may be writing
     for path in sorted(run.glob("checkpoint-*")):
         if path.suffix == REPLACED and not path.with_suffix("").exists():
-            with suppress(FileNotFoundError):  # another rank was quicker
+            with suppress(OSError):  # another rank was quicker, or nothing can be written here
                 path.rename(path.with_suffix(""))
-        elif path.suffix in (PARTIAL, REPLACED, DELETED) and NAME.fullmatch(path.stem):
+        elif first and path.suffix in (PARTIAL, REPLACED, DELETED) and NAME.fullmatch(path.stem):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -177,7 +181,7 @@ def write_whole(file: Path, text: str) -> None:
 
 def _delete(folder: Path) -> None:
     """Not called a checkpoint any more before the first of its files goes."""
-    if folder.exists():
+    with suppress(OSError):  # what cannot be deleted is in nobody's way
         going = folder if folder.suffix == REPLACED else folder.rename(folder.with_suffix(DELETED))
         shutil.rmtree(going, ignore_errors=True)
 

@@ -93,6 +93,11 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("zero_optimization.cpu_offload", bool, 'is deprecated: write "offload_optimizer": {"device": "cpu"}'),
     ("zero_optimization.cpu_offload_param", bool, "exists in ZeRO stage 3 only: remove it"),
     ("zero_optimization.cpu_offload_use_pin_memory", bool, 'is deprecated: write "pin_memory" in "offload_optimizer"'),
+    (
+        "zero_optimization.elastic_checkpoint",
+        bool,
+        "saves 8-bit moments as if they were as long as the weights, and loads them wrongly: remove it",
+    ),
     ("zero_optimization.legacy_stage1", bool, "was removed from DeepSpeed: remove it"),
     ("zero_optimization.zenflow", bool, "cannot sum gradients over ranks, which token weights need: remove it"),
     ("compile.deepcompile", bool, "cannot sum gradients over ranks, which token weights need: remove it"),

@@ -54,12 +54,10 @@ class Interruption:
     def noted(self) -> Iterator[None]:
         """Signals are noted instead of obeyed; and the launcher's death is one. In the main thread only."""
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        over = threading.Event()
-        threading.Thread(target=_watch, args=(_launchers(), over), daemon=True).start()
         try:
-            yield
+            with _launcher_watched():
+                yield
         finally:
-            over.set()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -91,7 +89,8 @@ def obeyed_at_once() -> Iterator[None]:
 
     before = {number: signal.signal(number, leave) for number in SIGNALS}
     try:
-        yield
+        with _launcher_watched():  # it may die while a model is loaded, too
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -109,6 +108,16 @@ def _launchers() -> list[psutil.Process]:
             break
         found.append(parent)
     return found
+
+
+@contextmanager
+def _launcher_watched() -> Iterator[None]:
+    over = threading.Event()
+    threading.Thread(target=_watch, args=(_launchers(), over), daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def _watch(launchers: list[psutil.Process], over: threading.Event) -> None:

@@ -61,7 +61,7 @@ def _plain(step: StepInHand) -> dict[str, Any]:
     rollout = step.rollout
     done, rewards = rollout.completions, rollout.rewards
     return {
-        "questions": [asdict(question) for question in rollout.questions],
+        "questions": [{**asdict(question), "columns": dict(question.columns)} for question in rollout.questions],
         "prompts": rollout.prompts,
         "completions": [done.ids, done.mask, done.ended],
         "texts": rollout.texts,

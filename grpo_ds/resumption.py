@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, and with which flags. Nothing heavy: it is known before a model is loaded."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -7,9 +8,11 @@ from typing import Any
 
 import yaml
 
-from grpo_ds.checkpoint import to_resume
+from grpo_ds.checkpoint import run_of, to_resume
 from grpo_ds.config import CONFIG_FILE, SYSTEM_PROMPT_FILE, TrainConfig
 from grpo_ds.errors import CheckpointError, one_error
+from grpo_ds.progress import Progress
+from grpo_ds.run_folder import take
 
 # Flags that decide no number of a run, or are compared by what they lead to (progress.py: data, ds).
 MAY_CHANGE = {
@@ -22,8 +25,10 @@ MAY_CHANGE = {
 
 def find_checkpoint(config: TrainConfig) -> tuple[Path, list[str]]:
     """What --resume_from_checkpoint means, verified, and what to tell. Raises CheckpointError."""
-    run = Path(config.output_dir).expanduser() if config.output_dir else None
-    return to_resume(str(config.resume_from_checkpoint), run)
+    run, asked = Path(config.output_dir).expanduser() if config.output_dir else None, str(config.resume_from_checkpoint)
+    if os.environ.get("RANK", "0") == "0" and (there := run_of(asked, run)) and there.is_dir():
+        take(there)
+    return to_resume(asked, run)
 
 
 def flags_of(checkpoint: Path) -> dict[str, Any]:
@@ -58,4 +63,21 @@ def refuse_other_flags(config: TrainConfig, saved: Mapping[str, Any], checkpoint
             f"{checkpoint} cannot be resumed with other settings:",
             changed,
             f"Leave them out, or train on from its weights: --model {checkpoint} --output_dir ANOTHER",
+        )
+
+
+def check_complete(checkpoint: Path, progress: Progress, config: TrainConfig, ranks: int) -> None:
+    """Raises CheckpointError where something was never saved that a resume would have to do without."""
+    shards = f"global_step{progress.global_step}"
+    wanted = {
+        "*.safetensors": 1,
+        "rank*.pt": ranks,
+        f"{shards}/*model_states.pt": 1,
+        f"{shards}/*optim_states.pt": ranks,
+        "reference.pt": int(config.beta > 0 and progress.reference_step is not None),
+    }
+    if lacking := [name for name, count in wanted.items() if len(list(checkpoint.glob(name))) < count]:
+        raise CheckpointError(
+            f"{checkpoint} lacks {', '.join(lacking)}, so it cannot be resumed; name an older one of the run.\n"
+            f"To train on from its weights alone: --model {checkpoint} --output_dir ANOTHER"
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from grpo_ds import snapshot
 from grpo_ds.bad_numbers import refuse_bad_weights
@@ -22,6 +23,7 @@ from grpo_ds.models.policy import save_merged, save_model
 from grpo_ds.progress import strict
 from grpo_ds.report.memory import write as write_memory
 from grpo_ds.report.trackers import make_trackers
+from grpo_ds.run_folder import cannot_be_written, release, take
 from grpo_ds.run_status import RunStatus, resume_command
 from grpo_ds.task.questions import Question
 from grpo_ds.trainer import Trainer
@@ -61,10 +63,8 @@ class Run:
         trainer.collector.style.encode(trainer.tokenizer, [*self.questions, *self.held_out])
         if self.config.preflight:
             trainer.preflight()
-        if self.writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_config(self.config, self.folder)
         with trainer.interruption.noted():  # also while what is left is saved
+            self._begin()
             try:
                 return self._in_order()
             except Stopping:
@@ -76,6 +76,17 @@ class Run:
                 code = BY_CTRL_C if isinstance(error, KeyboardInterrupt) else 1
                 self.status.write("failed", exit_code=code, message=f"{type(error).__name__}: {error}".strip(": "))
                 raise
+            finally:
+                release(self.folder)
+
+    def _begin(self) -> None:
+        if not self.writes:
+            return
+        take(self.folder)
+        try:
+            write_config(self.config, self.folder)
+        except OSError as error:
+            raise cannot_be_written(self.folder, error) from None
 
     def _in_order(self) -> Outcome:
         trainer, progress = self.trainer, self.progress
@@ -138,7 +149,11 @@ class Run:
     def _stopped(self) -> Interrupted:
         """A signal came: everything is saved, and how to go on is said."""
         signum, step = self.trainer.interruption.signum, self.progress.global_step
-        where = self._save()
+        try:
+            where = self._save()
+        except GrpoError as error:
+            self.status.write("failed", exit_code=error.exit_code, message=str(error), step=step)
+            raise
         stopped = Interrupted(
             f"{name(signum)}: stopped at step {step} of {self.config.total_steps}, saved in {where['checkpoint']}.\n"
             f"Go on with: {where['resume']}",
@@ -171,7 +186,7 @@ class Run:
 
     def _is_sound(self, error: GrpoError) -> bool:
         """Whether weights and moments belong together after this error, on every rank, and none is saved yet."""
-        half_done = isinstance(error, OutOfMemory) and error.phase in ("step", "save", "resume")
+        half_done = isinstance(error, OutOfMemory) and error.phase in ("sync", "step", "save", "resume")
         if half_done or isinstance(error, CheckpointError) or self.progress.global_step == 0:
             return False
         if isinstance(error, OutOfMemory) and error.phase == "update":
@@ -180,20 +195,26 @@ class Run:
 
     def save_model(self) -> None:
         """The fine-tuned model as an ordinary transformers folder, or its adapter and if asked for the merged model."""
-        trainer, config = self.trainer, self.config
-        refuse_bad_weights(trainer.engine.model)
+        refuse_bad_weights(self.trainer.engine.model)
         if self.writes:
-            with trainer.profiler.phase("save"), renamed_into(self.folder) as folder:
-                save_model(trainer.engine.model, folder)
-                trainer.tokenizer.save_pretrained(folder)
-                if config.merge_adapter:
-                    dtype = torch.bfloat16 if trainer.ds.bf16 else torch.float32
-                    trust = config.trust_remote_code
-                    save_merged(folder, folder / MERGED, dtype=dtype, trust_remote_code=trust)
-                    trainer.tokenizer.save_pretrained(folder / MERGED)
-                    write_config(config, folder / MERGED)  # how the model wants to be asked
-                self.progress.write(folder)
-        trainer.world.wait()
+            try:
+                with self.trainer.profiler.phase("save"), renamed_into(self.folder) as folder:
+                    self._write_model(folder)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                reason = str(error).splitlines()[0][:160]
+                raise CheckpointError(f"The model could not be written to {self.folder}: {reason}") from error
+        self.trainer.world.wait()
+
+    def _write_model(self, folder: Path) -> None:
+        trainer, config = self.trainer, self.config
+        save_model(trainer.engine.model, folder)
+        trainer.tokenizer.save_pretrained(folder)
+        if config.merge_adapter:
+            dtype, trust = torch.bfloat16 if trainer.ds.bf16 else torch.float32, config.trust_remote_code
+            save_merged(folder, folder / MERGED, dtype=dtype, trust_remote_code=trust)
+            trainer.tokenizer.save_pretrained(folder / MERGED)
+            write_config(config, folder / MERGED)  # how the model wants to be asked
+        self.progress.write(folder)
 
     def report_memory(self) -> None:
         """The table of phases, and memory.json and memory.svg in the folder."""

@@ -17,7 +17,7 @@ class RunStatus:
     """Written by rank 0 whenever something changes; a run killed outright leaves "running" and a pid that is gone."""
 
     def __init__(self, folder: Path, *, max_steps: int, speaks: bool = True) -> None:
-        self.folder, self.speaks = folder, speaks
+        self.folder, self.speaks, self.told = folder, speaks, False
         self.facts: dict[str, object] = {"max_steps": max_steps, "pid": os.getpid(), "host": socket.gethostname()}
 
     def write(self, state: str, **facts: object) -> None:
@@ -29,7 +29,9 @@ class RunStatus:
         try:
             write_whole(self.folder / STATUS_FILE, json.dumps(line, indent=1) + "\n")
         except OSError as error:  # a full disk must not end what it cannot describe
-            print(f"Warning: {STATUS_FILE} could not be written ({error.strerror}).", file=sys.stderr)
+            if not self.told:
+                print(f"Warning: {STATUS_FILE} could not be written ({error.strerror}).", file=sys.stderr)
+            self.told = True
 
 
 def resume_command(checkpoint: Path, *, trust_remote_code: bool = False) -> str:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from grpo_ds import checkpoint, rank_state
 from grpo_ds.bad_numbers import refuse_bad_weights
 from grpo_ds.config import write_config
-from grpo_ds.errors import CheckpointError
+from grpo_ds.errors import CheckpointError, GrpoError
 from grpo_ds.models.policy import save_model
 from grpo_ds.models.reference import make_reference
 from grpo_ds.progress import Progress
@@ -51,6 +51,9 @@ def write(trainer: Trainer, run: Path) -> Path:
     except (OSError, RuntimeError, SafetensorError) as error:
         checkpoint.remove(partial)
         raise CheckpointError(checkpoint.why_not_written(run, step, error)) from error
+    except GrpoError:  # out of memory
+        checkpoint.remove(partial)
+        raise
     if world.is_first:
         checkpoint.rotate(run, trainer.config.save_total_limit, trainer.progress.best_global_step)
     return checkpoint.folder_of(run, step)

@@ -132,16 +132,18 @@ class Trainer:
         done. Raises Stopping where any was asked to stop."""
         self.sampler.poll = self.interruption.check
         try:
-            result, signum = self.world.together(lambda: _unless_stopping(run), signum=self.interruption.signum)
+            noted = lambda: self.interruption.signum  # noqa: E731  asked after `run`, in which it may have come
+            result, signum = self.world.together(lambda: _unless_stopping(run), signum=noted)
         finally:
             self.sampler.poll = lambda: None
-        self.interruption.signum = self.interruption.signum or signum
-        self.interruption.check()
+        if signum:  # what all ranks know of: one that came since then waits for the next time
+            self.interruption.signum = self.interruption.signum or signum
+            raise Stopping
         return cast(Result, result)
 
     def safe_point(self) -> None:
         """Where a run that was asked to stop ends."""
-        self.together(lambda: None)
+        self.together(self.interruption.check)
 
     def warn(self, rewards: Rewards) -> None:
         """Tell each reward function's first failure that --on_reward_error zero passed over."""
@@ -218,7 +220,7 @@ class Trainer:
         """A frozen copy of the policy as it is now, and the KL it starts from."""
         if not self.config.beta:
             return
-        self.reference = None  # the old one's memory goes before the new one comes
+        self.reference = self.progress.reference_step = None  # the old one's memory goes before the new one comes
         with self.profiler.phase("reference"):
             self.reference = make_reference(self.engine.policy, self.config.reference_kind)
         with self.profiler.phase("floor"):
@@ -234,7 +236,7 @@ class Trainer:
         alpha = self.config.ref_model_mixup_alpha
         if alpha == 1 or self.reference is None:
             return self.make_reference(questions)
-        with self.profiler.phase("reference"):
+        with self.profiler.phase("sync"):  # unlike a reference half made, one half mixed is of no use
             self.reference.mix(self.engine.policy, alpha)
 
     def choose_rows(self) -> None:

@@ -51,8 +51,8 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def together(self, run: Callable[[], Result], *, signum: int = 0) -> tuple[Result, int]:
-        """`run` on this rank, which waits for no other in it; and the first signal any rank has got by then.
+    def together(self, run: Callable[[], Result], *, signum: Callable[[], int] = lambda: 0) -> tuple[Result, int]:
+        """`run` on this rank, which waits for no other in it; and a signal that any rank has got by its end, or 0.
 
         Where it fails with a GrpoError on one rank it does on all, and none is left waiting.
         """
@@ -61,7 +61,7 @@ class World:
             result = run()
         except GrpoError as error:
             own = error
-        others = self.gather((signum, own and (own.exit_code, str(own))))
+        others = self.gather((signum(), own and (own.exit_code, str(own))))
         failed = next((failure for _, failure in others if failure), None)
         if failed is not None:
             everywhere = own or GrpoError(failed[1])

@@ -23,7 +23,8 @@ from grpo_ds.memory.shape import adapter_base, shape_of
 from grpo_ds.models.presets import Choice, choose_model, lora_recipe
 from grpo_ds.progress import Progress, check_identity, identity
 from grpo_ds.report.trackers import check_trackers
-from grpo_ds.resumption import find_checkpoint, flags_of, refuse_other_flags
+from grpo_ds.resumption import check_complete, find_checkpoint, flags_of, refuse_other_flags
+from grpo_ds.run_folder import check_writable
 from grpo_ds.task.questions import Question, QuestionSet, read_questions, split_questions
 from grpo_ds.task.reward_files import find_reward_functions
 from grpo_ds.task.rewards import WeightedFunctions, ready_made
@@ -55,7 +56,9 @@ def train_from(argv: list[str]) -> None:
     folder = output_folder(config, settled.resume_from)
     this_run = identity(train, held_out, settled.job.ds, ranks())
     if settled.resume_from:
-        check_identity(Progress.read(settled.resume_from).identity, this_run, settled.resume_from)
+        progress = Progress.read(settled.resume_from)
+        check_identity(progress.identity, this_run, settled.resume_from)
+        check_complete(settled.resume_from, progress, config, ranks())
     check_trackers(config.report_to)
 
     lines = first_lines(settled, questions, len(train), len(held_out))
@@ -197,6 +200,7 @@ def print_plan(settled: Settled) -> None:
 def output_folder(config: TrainConfig, origin: Path | None = None) -> Path:
     """Where the run is written; one that holds anything is never written over, but the run of a checkpoint goes on."""
     if origin and (not config.output_dir or Path(config.output_dir).resolve() == origin.parent.resolve()):
+        check_writable(origin.parent)
         return origin.parent
     named = f"{Path(config.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.output_dir) if config.output_dir else Path("outputs") / named
@@ -205,6 +209,7 @@ def output_folder(config: TrainConfig, origin: Path | None = None) -> Path:
             f"--output_dir {folder} already holds files, and a run is never written over.\n"
             "Name another folder, or remove this one."
         )
+    check_writable(folder)
     return folder
 
 

@@ -9,7 +9,7 @@ LAYERS = [
     {"errors", "hub", "terminal"},
     {"core", "task"},
     {"config", "command_line", "ds_config", "ds_json", "ds_keys", "machine", "memory", "versions", "world"},
-    {"checkpoint", "interruption", "progress", "resumption", "run_status"},
+    {"checkpoint", "interruption", "progress", "resumption", "run_folder", "run_status"},
     {"models", "optim"},
     {"sampling"},
     {"engine", "rollouts", "dynamic_sampling", "collector"},

@@ -128,10 +128,11 @@ class Profiler:
         place = "the card" if where == "gpu" else "host memory"
         planned = {phase.name: phase.bytes_on(where) for phase in self.plan.phases} if self.plan else {}
         plan = f"{planned[name] / GIB:.1f} GiB were planned for it" if name in planned else "no plan covers this phase"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]  # Python's own MemoryError says nothing
         first, second = RELIEF.get((name, where), RELIEF[("update", where)])
         return (
             f"Out of memory on {place} in phase '{name}': {self.uses()[name].peak(where) / GIB:.1f} GiB were in use, "
-            f"{plan}.\n{str(error).splitlines()[0][:200]}\n"
+            f"{plan}.\n{reason[:200]}\n"
             f"What helps most here: {first}, then {second}.\n"
             "`python launch/select_model.py` shows what fits this machine."
         )

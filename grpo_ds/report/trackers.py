@@ -2,7 +2,9 @@
 
 import json
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,16 +28,30 @@ class JsonLines:
     """One JSON object a step, on disk before the next step begins; of a resumed run the steps before first."""
 
     def __init__(self, folder: Path, history: Sequence[dict[str, Any]] = ()) -> None:
-        self.path = folder / METRICS_FILE
+        self.path, self._told = folder / METRICS_FILE, False
         if self.path.exists() or history:
-            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in history))
+            with self._going_on():
+                write_whole(self.path, "".join(json.dumps(line) + "\n" for line in history))
 
     def log(self, metrics: dict[str, float], *, step: int) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with self._going_on(), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **strict(metrics)}) + "\n")
 
     def finish(self, summary: dict[str, Any]) -> None:
-        (self.path.parent / "summary.json").write_text(json.dumps(strict(summary), indent=1) + "\n", encoding="utf-8")
+        with self._going_on():
+            (self.path.parent / "summary.json").write_text(
+                json.dumps(strict(summary), indent=1) + "\n", encoding="utf-8"
+            )
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """A full disk ends no run: every line is in the next checkpoint too."""
+        try:
+            yield
+        except OSError as error:
+            if not self._told:
+                print(f"Warning: {self.path} could not be written ({error.strerror}).", file=sys.stderr)
+            self._told = True
 
 
 class Wandb:

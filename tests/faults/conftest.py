@@ -1,10 +1,13 @@
 """Faults, tried: what is counted here stands in one table at the end of `make test-faults`."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.faults.forks import apart, warm_process
 
 COUNTS: dict[str, Counter[str]] = defaultdict(Counter)
 
@@ -17,6 +20,23 @@ def tried() -> Callable[[str, str], None]:
         COUNTS[kind][outcome] += 1
 
     return count
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Callable[..., Any]]:
+    """warm(function, *arguments): in a fork of a process with everything loaded and nothing begun."""
+    with warm_process() as process:
+        yield lambda function, *arguments: process.submit(apart, function, *arguments).result()
+
+
+@pytest.fixture(scope="session")
+def straight(warm, tiny_folder, tmp_path_factory) -> Path:
+    """The folder of a run that nothing happened to."""
+    from tests.faults.launched import flags, train_to_the_end
+
+    folder = tmp_path_factory.mktemp("straight")
+    warm(train_to_the_end, flags(tiny_folder, folder / "run"), folder / "log")
+    return folder / "run"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

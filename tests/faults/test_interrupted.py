@@ -1,0 +1,207 @@
+"""Asked to stop, at any moment and by anyone: it stops, saved, and what is resumed is the run that was not stopped."""
+
+import os
+import signal
+import socket
+import traceback
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo_ds.checkpoint import found_in, to_resume
+from grpo_ds.interruption import Interrupted
+from grpo_ds.memory.phases import Profiler
+from tests.faults.forks import fork, join_made_up_ranks
+from tests.faults.launched import Ended, flags, result, same, status, train
+from tests.test_resume import KINDS, finish, make_run
+
+ALL = "offload, int8 reference"
+
+
+# --- at every safe point -----------------------------------------------------------------------------------
+
+
+def interrupted_at_safe_points(model: Path, folder: Path, kind: str, every: int) -> int:
+    """At how many points of a run copies of it were stopped, each of which ended, resumed, like the run itself."""
+    join_made_up_ranks()
+    run = make_run(model, kind, folder / "straight")
+    check, passed, stopped = run.trainer.interruption.check, 0, list[Path]()
+
+    def stopping_copies() -> None:
+        nonlocal passed
+        passed += 1
+        if passed % every == 0 and not run.trainer.interruption.signum:
+            there = folder / str(passed)
+            if pid := os.fork():
+                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                assert code == 75, f"exit code {code} at point {passed}"
+                stopped.append(there)
+            else:
+                run.folder = run.status.folder = there
+                run.trainer.interruption.signum = signal.SIGTERM
+        check()
+
+    run.trainer.interruption.check = stopping_copies  # type: ignore[method-assign]
+    original = os.getpid()
+    try:
+        metrics, weights = finish(run)
+    except Interrupted as end:
+        os._exit(end.exit_code)
+    finally:
+        if os.getpid() != original:
+            traceback.print_exc()
+            os._exit(1)
+    for there in stopped:
+        code, told = fork(partial(ends_as, metrics, weights, model, kind, there))
+        assert code == 0, f"stopped at point {there.name} of {passed}: {told}"
+    return len(stopped)
+
+
+def ends_as(metrics: list, weights: dict, model: Path, kind: str, there: Path) -> None:
+    origin, told = to_resume("auto", there)
+    assert not told and len(found_in(there)) == 1
+    again, state = finish(make_run(model, kind, there, origin))
+    assert again == metrics
+    assert all(torch.equal(state[name], weight) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_interrupted_at_safe_points_of_every_kind_of_run_it_resumes_bit_by_bit(
+    kind, warm, tiny_folder, tmp_path, tried
+):
+    points = warm(interrupted_at_safe_points, tiny_folder, tmp_path, kind, 1 if kind == ALL else 14)
+    assert points >= (40 if kind == ALL else 3)
+    for _ in range(points):
+        tried("interrupted at a safe point", "resumed bit by bit")
+
+
+# --- by signals --------------------------------------------------------------------------------------------
+
+# Where: entering a phase for the n-th time. None: there is nothing to save yet.
+MOMENTS = [
+    ("load", 1, signal.SIGTERM, None),
+    ("load", 1, signal.SIGINT, None),
+    ("initialise", 1, signal.SIGUSR1, None),
+    ("evaluate", 1, signal.SIGUSR1, 0),
+    ("floor", 1, signal.SIGINT, 0),
+    ("sample", 2, signal.SIGTERM, 1),
+    ("sample", 3, signal.SIGINT, 2),
+    ("sample", 2, signal.SIGUSR1, 1),
+    ("reference", 3, signal.SIGTERM, 2),  # the first is the making of the reference
+    ("update", 2, signal.SIGINT, 2),
+    ("step", 1, signal.SIGUSR1, 1),
+    ("save", 1, signal.SIGTERM, 2),  # finished before anything else
+    ("evaluate", 2, signal.SIGINT, 3),
+]
+CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
+
+
+def signal_at(phase: str, count: int, number: int) -> None:
+    """From here on this process gets a signal as it enters that phase for that time, as the system would send it."""
+    entered, enter = 0, Profiler.phase
+
+    @contextmanager
+    def watched(self, name):
+        nonlocal entered
+        with enter(self, name):
+            if name == phase:
+                entered += 1
+                if entered == count:
+                    os.kill(os.getpid(), number)
+            yield
+
+    Profiler.phase = watched
+
+
+def signalled(model: Path, folder: Path, straight: Path, moment: tuple) -> None:
+    phase, count, number, step = moment
+    run = folder / "run"
+    words = flags(model, run, save_steps=2 if phase == "save" else 0)
+    stopped = train(words, folder / "log", partial(signal_at, phase, count, number))
+    assert stopped.code == CODES[number], stopped.err
+    assert "Traceback" not in stopped.err
+    if step is None:
+        assert "nothing to save" in stopped.err and not run.exists()
+        return
+    now = status(run)
+    assert (now["state"], now["exit_code"], now["step"]) == ("stopped", stopped.code, step)
+    assert len(found_in(run)) == 1
+    resumed = train(stopped.resume_words, folder / "log")
+    assert resumed.code == 0, resumed.err
+    assert same(result(run), result(straight)) and status(run)["state"] == "done"
+
+
+@pytest.mark.parametrize("moment", MOMENTS, ids=str)
+def test_a_signal_in_any_phase_ends_with_its_code_and_a_command_that_works(
+    moment, straight, warm, tiny_folder, tmp_path, tried
+):
+    warm(signalled, tiny_folder, tmp_path, straight, moment)
+    tried("signal in a phase", "nothing to save" if moment[-1] is None else "saved and resumed bit by bit")
+
+
+def signalled_at_the_end(model: Path, folder: Path) -> None:
+    """While the finished model is written there is nothing left to stop; resumed, it is finished again."""
+    run = folder / "run"
+    ended = train(
+        flags(model, run, num_steps=1, save_steps=1), folder / "log", partial(signal_at, "save", 2, signal.SIGTERM)
+    )
+    assert ended.code == 0, ended.err
+    assert status(run)["state"] == "done"
+    before = result(run)
+    moved = run.rename(folder / "moved")
+    again = train(["--resume_from_checkpoint", "auto", "--output_dir", os.path.relpath(moved)], folder / "log")
+    assert again.code == 0 and same(result(moved), before), again.err
+
+
+def test_a_finished_run_can_be_moved_and_resumed_and_is_finished_again(warm, tiny_folder, tmp_path, tried):
+    warm(signalled_at_the_end, tiny_folder, tmp_path)
+    tried("signal in a phase", "too late to stop anything")
+
+
+# --- two ranks ---------------------------------------------------------------------------------------------
+
+
+def in_two_ranks(words: list[str], log: Path, before=lambda: None) -> tuple[Ended, Ended]:
+    """launch/train.py as a launcher starts it twice; `before` in the second one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+
+    def rank(number: int) -> None:
+        os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        if number:
+            before()
+
+    if not (pid := os.fork()):
+        code = 70
+        try:
+            code = train(words, log / "1", partial(rank, 1)).code
+        finally:
+            os._exit(code)
+    first = train(words, log / "0", partial(rank, 0))
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return first, Ended(code, *((log / "1" / name).read_text() for name in ("out", "err")))
+
+
+def one_of_two_signalled(model: Path, folder: Path) -> None:
+    straight, run = folder / "straight", folder / "run"
+    whole = in_two_ranks(flags(model, straight), folder / "log")
+    assert [ended.code for ended in whole] == [0, 0], whole[0].err + whole[1].err
+    stopped = in_two_ranks(flags(model, run), folder / "log", partial(signal_at, "sample", 2, signal.SIGTERM))
+    assert [ended.code for ended in stopped] == [75, 75], stopped[0].err + stopped[1].err
+    assert status(run)["step"] == 1 and len(found_in(run)) == 1
+    words = stopped[0].resume_words
+    resumed = in_two_ranks(words, folder / "log")
+    assert [ended.code for ended in resumed] == [0, 0], resumed[0].err + resumed[1].err
+    assert same(result(run), result(straight))
+    alone = train(["--resume_from_checkpoint", str(found_in(run)[0])], folder / "log")
+    assert alone.code == 4 and "the number of ranks" in alone.err
+
+
+def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_step(warm, tiny_folder, tmp_path, tried):
+    warm(one_of_two_signalled, tiny_folder, tmp_path)
+    tried("signal in a phase", "stopped both ranks")
