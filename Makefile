@@ -24,7 +24,7 @@ test: install ## run the tests (about 10 minutes on two cores)
 	$(BIN)/python -m pytest -q -m 'not faults' $(ARGS)
 
 test-faults: install ## kill it, fill its disk, damage its files, feed it nonsense; ends in a table of counts
-	$(BIN)/python -m pytest -q -m faults $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/faults $(ARGS)
 
 test-gpu: install ## run the tests that need a GPU, on this machine's card
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)

@@ -134,11 +134,14 @@ def run_of(asked: str, run: Path | None) -> Path | None:
     return named.parent if step_of(named) >= 0 else named
 
 
-def rotate(run: Path, limit: int | None, best: int | None) -> None:
-    """Delete all but the newest `limit` checkpoints and the best one."""
+def rotate(run: Path, limit: int | None, *, newest: int, best: int | None) -> None:
+    """Delete all but `limit` checkpoints up to step `newest`, the one just written, and the best one.
+
+    Later ones, of a run that was resumed before them, are damaged or will be written again.
+    """
     if limit is None:
         return
-    for old in found_in(run)[limit:]:
+    for old in [checkpoint for checkpoint in found_in(run) if step_of(checkpoint) <= newest][limit:]:
         if step_of(old) != best:
             _delete(old)
 

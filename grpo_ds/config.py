@@ -25,6 +25,7 @@ ReferenceKind = Literal["auto", "int8", "llm.int8", "bf16", "bf16-cpu"]
 MAX_TIMEOUT = 1e6  # seconds, twelve days: an alarm cannot be set to more than an int holds
 TRACKERS = ("none", "wandb")
 CONFIG_FILE = "grpo_config.yaml"  # written beside the model: how it was made and how it wants to be asked
+OF_ONE_RUN = ("output_dir", "resume_from_checkpoint", "plan")  # another run has its own
 SYSTEM_PROMPT_FILE = "system_prompt.txt"  # likewise, a copy of --system_prompt
 
 
@@ -352,7 +353,7 @@ class TrainConfig(EvaluateConfig):
 
 def write_config(config: AskConfig, folder: Path) -> None:
     """The resolved config as YAML; `--config` reads it back, for a run into a folder of its own."""
-    values = {knob.name: getattr(config, knob.name) for knob in fields(config) if knob.name != "output_dir"}
+    values = {knob.name: getattr(config, knob.name) for knob in fields(config) if knob.name not in OF_ONE_RUN}
     if config.system_prompt:
         values["system_prompt"] = str(folder / SYSTEM_PROMPT_FILE)
         (folder / SYSTEM_PROMPT_FILE).write_text(f"{config.system_prompt_text}\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from grpo_ds.core.packing import PackedRows
 from grpo_ds.ds_config import DsConfig
-from grpo_ds.errors import GrpoError
+from grpo_ds.errors import CheckpointError, GrpoError
 from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.optim.adamw8bit import build_optimizer
 
@@ -168,12 +168,12 @@ class Engine:
     def load_checkpoint(self, folder: Path, tag: str) -> None:
         """What save_checkpoint wrote; every rank calls it, with a whole model's saved weights in the policy already.
 
-        Raises GrpoError where DeepSpeed would go on without.
+        Raises CheckpointError where DeepSpeed would go on without.
         """
         weights = _keep_as_they_are if self._trains_all else _load_trained
         found, _ = self._engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=weights)
         if found is None:
-            raise GrpoError(f"{folder / tag} holds no DeepSpeed checkpoint of this run; nothing was loaded.")
+            raise CheckpointError(f"{folder / tag} holds no DeepSpeed checkpoint of this run; nothing was loaded.")
 
     @property
     def _trains_all(self) -> bool:
@@ -224,7 +224,7 @@ def _load_trained(src: dict[str, Tensor], dst: torch.nn.Module) -> None:
     """An adapter's weights alone: its base is not in the checkpoint, and bitsandbytes loads no quantised one."""
     trained = {name: parameter for name, parameter in dst.named_parameters() if parameter.requires_grad}
     if missing := trained.keys() - src.keys():
-        raise GrpoError(f"The checkpoint lacks {len(missing)} weights of this adapter, such as {min(missing)}.")
+        raise CheckpointError(f"The checkpoint lacks {len(missing)} weights of this adapter, such as {min(missing)}.")
     for name, parameter in trained.items():
         parameter.data.copy_(src[name])
 

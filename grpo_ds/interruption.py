@@ -82,18 +82,25 @@ def exit_code(number: int) -> int:
 
 @contextmanager
 def obeyed_at_once() -> Iterator[None]:
-    """Where there is nothing to save, a signal ends the process with its exit code and no traceback."""
+    """Where there is nothing to save, a signal ends the process with its exit code and no traceback.
+
+    At once: an exception raised in the middle of an import would be taken for a failed import by some library. After
+    it signals are ignored, for the process is about to end with an exit code that a second one must not replace.
+    """
 
     def leave(number: int, _: FrameType | None) -> None:
-        raise Interrupted(f"{name(number)}: stopped; there was nothing to save at this point.", number)
+        if os.environ.get("RANK", "0") == "0":
+            os.write(sys.stderr.fileno(), f"{name(number)}: stopped; there was nothing to save here.\n".encode())
+        os._exit(exit_code(number))
 
-    before = {number: signal.signal(number, leave) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, leave)
     try:
         with _launcher_watched():  # it may die while a model is loaded, too
             yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _launchers() -> list[psutil.Process]:

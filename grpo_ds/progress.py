@@ -22,7 +22,7 @@ class Progress:
     max_steps: int
     identity: dict[str, str] = field(default_factory=dict)  # what a resumed run must have in common with this one
     global_step: int = 0  # rollouts done with
-    log_history: list[dict[str, Any]] = field(default_factory=list)  # a step's metrics each, evaluations beside them
+    log_history: list[dict[str, Any]] = field(default_factory=list)  # a line a step, and one an evaluation on the way
     reference_step: int | None = None  # for which the reference was last looked at
     kl_floor: float | None = None  # of the reference to the policy it was made from
     before: list[str] | None = None  # the held-out answers before training
@@ -35,7 +35,8 @@ class Progress:
     @property
     def rewards(self) -> list[float]:
         """Mean reward of each step."""
-        return [math.nan if line["reward"] is None else line["reward"] for line in self.log_history]
+        found = [line["reward"] for line in self.log_history if "reward" in line]
+        return [math.nan if reward is None else reward for reward in found]
 
     def write(self, folder: Path) -> None:
         (folder / STATE_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
@@ -51,10 +52,13 @@ class Progress:
             ) from None
 
 
-def identity(train: Sequence[Question], held_out: Sequence[Question], ds: DsConfig, ranks: int) -> dict[str, str]:
+def identity(
+    train: Sequence[Question], held_out: Sequence[Question], system_prompt: str, ds: DsConfig, ranks: int
+) -> dict[str, str]:
     """Digests of what decides the numbers of a run, beside its flags."""
     return {
         "the questions": _digest([[q.id, q.text, q.context, q.label] for q in (*train, *held_out)]),
+        "the system prompt": _digest(system_prompt),
         "the DeepSpeed JSON": _digest({**ds.engine, "optimizer": asdict(ds.optimizer), "rounding": ds.rounding}),
         "the number of ranks": str(ranks),
     }

@@ -5,7 +5,7 @@ Plain tensors, numbers and texts, so that they are read back without pickle's po
 
 import random
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def _plain(step: StepInHand) -> dict[str, Any]:
     rollout = step.rollout
     done, rewards = rollout.completions, rollout.rewards
     return {
-        "questions": [{**asdict(question), "columns": dict(question.columns)} for question in rollout.questions],
+        "questions": [asdict(replace(question, columns={})) for question in rollout.questions],  # rewards have had them
         "prompts": rollout.prompts,
         "completions": [done.ids, done.mask, done.ended],
         "texts": rollout.texts,

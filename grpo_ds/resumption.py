@@ -10,24 +10,28 @@ import yaml
 
 from grpo_ds.checkpoint import run_of, to_resume
 from grpo_ds.config import CONFIG_FILE, SYSTEM_PROMPT_FILE, TrainConfig
+from grpo_ds.ds_config import DsConfig
 from grpo_ds.errors import CheckpointError, one_error
 from grpo_ds.progress import Progress
 from grpo_ds.run_folder import take
 
-# Flags that decide no number of a run, or are compared by what they lead to (progress.py: data, ds).
+# Flags that decide no number of a run, or are compared by what they lead to (progress.py: data, ds, prompt).
 MAY_CHANGE = {
     *("data", "ds", "eval_limit", "system_prompt", "output_dir", "num_steps", "save_steps", "save_total_limit"),
     *("eval_steps", "resume_from_checkpoint", "plan", "dry_run_worst_case", "oom_retry", "report_to", "merge_adapter"),
     *("generation_batch_size", "pack_tokens", "logprob_chunk_mib", "gradient_checkpointing", "cuda_graphs"),
-    *("reward_timeout", "on_reward_error", "trust_remote_code"),
+    *("reward_timeout", "on_reward_error", "trust_remote_code", "preflight", "max_bad_steps"),
 }
 
 
 def find_checkpoint(config: TrainConfig) -> tuple[Path, list[str]]:
     """What --resume_from_checkpoint means, verified, and what to tell. Raises CheckpointError."""
     run, asked = Path(config.output_dir).expanduser() if config.output_dir else None, str(config.resume_from_checkpoint)
-    if os.environ.get("RANK", "0") == "0" and (there := run_of(asked, run)) and there.is_dir():
-        take(there)
+    there = run_of(asked, run)
+    first = os.environ.get("RANK", "0") == "0"
+    if there is not None and there.is_dir() and first and not config.plan:
+        if run is None or run.resolve() == there.resolve():  # and not a branch of it into another folder
+            take(there)
     return to_resume(asked, run)
 
 
@@ -66,14 +70,14 @@ def refuse_other_flags(config: TrainConfig, saved: Mapping[str, Any], checkpoint
         )
 
 
-def check_complete(checkpoint: Path, progress: Progress, config: TrainConfig, ranks: int) -> None:
+def check_complete(checkpoint: Path, progress: Progress, config: TrainConfig, ds: DsConfig, ranks: int) -> None:
     """Raises CheckpointError where something was never saved that a resume would have to do without."""
     shards = f"global_step{progress.global_step}"
     wanted = {
         "*.safetensors": 1,
         "rank*.pt": ranks,
         f"{shards}/*model_states.pt": 1,
-        f"{shards}/*optim_states.pt": ranks,
+        f"{shards}/*optim_states.pt": ranks if ds.zero_stage else 0,
         "reference.pt": int(config.beta > 0 and progress.reference_step is not None),
     }
     if lacking := [name for name, count in wanted.items() if len(list(checkpoint.glob(name))) < count]:

@@ -15,20 +15,21 @@ from grpo_ds import snapshot
 from grpo_ds.bad_numbers import refuse_bad_weights
 from grpo_ds.checkpoint import folder_of, renamed_into
 from grpo_ds.config import write_config
-from grpo_ds.errors import BY_CTRL_C, CheckpointError, GrpoError
+from grpo_ds.errors import BY_CTRL_C, CheckpointError, GrpoError, NumbersError
 from grpo_ds.evaluation import Evaluation, graded
 from grpo_ds.interruption import Interrupted, Stopping, name
 from grpo_ds.memory.phases import OutOfMemory
 from grpo_ds.models.policy import save_merged, save_model
 from grpo_ds.progress import strict
 from grpo_ds.report.memory import write as write_memory
-from grpo_ds.report.trackers import make_trackers
+from grpo_ds.report.trackers import Tracker, make_trackers
 from grpo_ds.run_folder import cannot_be_written, release, take
 from grpo_ds.run_status import RunStatus, resume_command
 from grpo_ds.task.questions import Question
 from grpo_ds.trainer import Trainer
 from grpo_ds.world import stop
 
+EVAL_ACCURACY = "eval/accuracy"  # a line of its own in metrics.jsonl
 MERGED = "merged"  # in the run's folder: an adapter beside a whole model would be loaded on top of it
 
 
@@ -53,6 +54,7 @@ class Run:
         self.trainer, self.questions, self.held_out, self.folder = trainer, train, held_out, folder
         self.config, self.progress, self.console = trainer.config, trainer.progress, trainer.console
         self.writes, trainer.bad_steps.folder = trainer.world.is_first, folder
+        self.best = self.progress.best_metric, self.progress.best_global_step
         self.saved_at: tuple[int, int] | None = None  # steps, and updates on the next one's rollout
         self.status = RunStatus(folder, max_steps=self.config.total_steps, speaks=self.writes)
 
@@ -107,43 +109,50 @@ class Run:
         started, first = time.monotonic(), progress.global_step
         with self.console.progress("Training", total) as advance:
             advance(first)
+            self.evaluate_if_due(trackers)  # the run before was stopped in it
             for metrics in trainer.steps(self.questions):
                 step = progress.global_step
-                if self.config.eval_steps and step % self.config.eval_steps == 0 and step < total:
-                    metrics |= self.evaluate_on_the_way()
-                progress.log_history.append({"step": step, **strict(metrics)})
-                for tracker in trackers:
-                    tracker.log(metrics, step=step)
+                self.log(metrics, trackers)
                 left = (time.monotonic() - started) / (step - first) * (total - step)
                 self.console.step(metrics, step=step, total=total, seconds_left=left)
                 advance(1)
                 self.status.write("training", step=step)
                 trainer.safe_point()
+                self.evaluate_if_due(trackers)
                 if self.config.saves_at(step):
                     self.save_checkpoint()
         for tracker in trackers:
             tracker.finish({"reward_first": progress.rewards[0], "reward_last": progress.rewards[-1]})
         return progress.rewards
 
-    def evaluate_on_the_way(self) -> dict[str, float]:
-        """The held-out questions between two steps; the best of those that are saved is remembered."""
-        progress, saved = self.progress, self.config.saves_at(self.progress.global_step)
-        grades = self.trainer.evaluate(f"After step {progress.global_step}", self.held_out).grades
-        if saved and (progress.best_metric is None or grades.accuracy > progress.best_metric):
-            progress.best_metric, progress.best_global_step = grades.accuracy, progress.global_step
-        return {
-            "eval/accuracy": grades.accuracy,
-            "eval/macro_f1": grades.macro_f1,
-            "eval/well_formed": grades.well_formed,
-        }
+    def log(self, metrics: dict[str, float], trackers: Sequence[Tracker]) -> None:
+        """Into the history that checkpoints keep, and wherever --report_to says."""
+        step = self.progress.global_step
+        self.progress.log_history.append({"step": step, **strict(metrics)})
+        for tracker in trackers:
+            tracker.log(metrics, step=step)
+
+    def evaluate_if_due(self, trackers: Sequence[Tracker]) -> None:
+        """The held-out questions between two steps, once; the best of those that are saved is remembered."""
+        progress, every, step = self.progress, self.config.eval_steps, self.progress.global_step
+        done = any(EVAL_ACCURACY in line for line in progress.log_history if line["step"] == step)
+        if not every or not step or step % every or step == self.config.total_steps or done:
+            return
+        grades = self.trainer.evaluate(f"After step {step}", self.held_out).grades
+        if self.config.saves_at(step) and (progress.best_metric is None or grades.accuracy > progress.best_metric):
+            progress.best_metric, progress.best_global_step = grades.accuracy, step
+        shares = {EVAL_ACCURACY: grades.accuracy, "eval/macro_f1": grades.macro_f1}
+        self.log({**shares, "eval/well_formed": grades.well_formed}, trackers)
 
     def save_checkpoint(self) -> None:
         """At its time. Where it cannot be written the run goes on: the last one is whole, and stopping loses more."""
         try:
             self.status.write("training", **self._save())
+            self.best = self.progress.best_metric, self.progress.best_global_step
         except CheckpointError as error:
             if self.trainer.world.size > 1:
                 raise
+            self.progress.best_metric, self.progress.best_global_step = self.best  # of those that were saved
             self.console.line(f"Warning: {error}\nTraining goes on; the next one is tried at its time.")
 
     def _stopped(self) -> Interrupted:
@@ -168,7 +177,11 @@ class Run:
         if self._is_sound(error):
             try:
                 where = self._save()
-                self.console.line(f"Saved up to step {step}. Go on with: {where['resume']}")
+                further = f"Go on with: {where['resume']}"
+                if isinstance(error, NumbersError):  # the same numbers would come again
+                    where.pop("resume")
+                    further = f"To train on from there with other settings: --model {where['checkpoint']}"
+                self.console.line(f"Saved up to step {step}. {further}")
             except GrpoError as second:
                 self.console.line(f"Nothing more could be saved: {str(second).splitlines()[0]}")
         self.status.write("failed", exit_code=error.exit_code, message=str(error), step=step, **where)
@@ -201,7 +214,7 @@ class Run:
                 with self.trainer.profiler.phase("save"), renamed_into(self.folder) as folder:
                     self._write_model(folder)
             except (OSError, RuntimeError, SafetensorError) as error:
-                reason = str(error).splitlines()[0][:160]
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
                 raise CheckpointError(f"The model could not be written to {self.folder}: {reason}") from error
         self.trainer.world.wait()
 

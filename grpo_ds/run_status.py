@@ -14,7 +14,7 @@ STATUS_FILE = "run_status.json"
 
 
 class RunStatus:
-    """Written by rank 0 whenever something changes; a run killed outright leaves "running" and a pid that is gone."""
+    """Written by rank 0 whenever something changes; a run killed outright leaves "training" and a pid that is gone."""
 
     def __init__(self, folder: Path, *, max_steps: int, speaks: bool = True) -> None:
         self.folder, self.speaks, self.told = folder, speaks, False
@@ -39,7 +39,7 @@ def resume_command(checkpoint: Path, *, trust_remote_code: bool = False) -> str:
     script, *argv = sys.argv
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if any(word.startswith("--local_rank") for word in argv):
-        launcher = ["deepspeed", *(["--num_gpus", str(ranks)] if ranks > 1 else [])]
+        launcher = ["deepspeed", "--num_gpus", str(ranks)]
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = ["torchrun", "--nproc_per_node", str(ranks)]
     else:

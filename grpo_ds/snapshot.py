@@ -10,7 +10,6 @@ checkpoint-N/
     MANIFEST.json           every file's size and SHA-256 (checkpoint.py)
 """
 
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -45,6 +44,7 @@ def write(trainer: Trainer, run: Path) -> Path:
             rank_state.write(partial, world.rank, trainer.in_hand)
             world.wait()
             if world.is_first:
+                _look_for_all_ranks(partial, world.size)
                 _write_shared(trainer, partial)
                 checkpoint.finish(partial)
             world.wait()
@@ -55,8 +55,14 @@ def write(trainer: Trainer, run: Path) -> Path:
         checkpoint.remove(partial)
         raise
     if world.is_first:
-        checkpoint.rotate(run, trainer.config.save_total_limit, trainer.progress.best_global_step)
+        checkpoint.rotate(run, trainer.config.save_total_limit, newest=step, best=trainer.progress.best_global_step)
     return checkpoint.folder_of(run, step)
+
+
+def _look_for_all_ranks(partial: Path, ranks: int) -> None:
+    missing = [rank for rank in range(ranks) if not rank_state.file_of(partial, rank).is_file()]
+    if missing:
+        raise OSError(f"what rank {missing[0]} wrote is not there; all machines need one shared folder")
 
 
 def _write_shared(trainer: Trainer, folder: Path) -> None:
@@ -66,7 +72,8 @@ def _write_shared(trainer: Trainer, folder: Path) -> None:
     write_config(trainer.config, folder)
     if trainer.reference:
         torch.save(trainer.reference.state(), folder / REFERENCE_FILE)
-    trainer.progress.limits, trainer.progress.bad_steps = asdict(trainer.limits), trainer.bad_steps.in_a_row
+    trainer.progress.limits = trainer.limits.halved(trainer.config)
+    trainer.progress.bad_steps = trainer.bad_steps.in_a_row
     trainer.progress.write(folder)
 
 
@@ -82,7 +89,7 @@ def read(trainer: Trainer, folder: Path) -> None:
     trainer.progress, trainer.bad_steps.in_a_row = progress, progress.bad_steps
     progress.max_steps = trainer.config.total_steps
     for name, value in progress.limits.items():
-        setattr(trainer.limits, name, value)
+        setattr(trainer.limits, name, min(value, getattr(trainer.limits, name)))
     trainer.apply_limits()
 
 

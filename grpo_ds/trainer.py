@@ -88,7 +88,7 @@ class Trainer:
         """num_iterations x num_steps rollouts, from where the run stands; the metrics of each."""
         for step in range(self.progress.global_step, self.config.total_steps):
             self.refresh_reference(step, questions)
-            if step == 0 and self.config.dry_run_worst_case:
+            if step == 0 and self.in_hand is None and self.config.dry_run_worst_case:
                 self.rehearse()
             metrics = self.step(step, questions)
             self.progress.global_step = step + 1

@@ -8,7 +8,7 @@ Takes every flag of train.py. Nothing is evaluated and no model is saved; memory
 
 from train import make_run, output_folder, reward_functions, settle
 
-from grpo_ds.errors import run_script
+from grpo_ds.errors import UsageError, run_script
 from grpo_ds.task.questions import read_questions, split_questions
 
 STEPS = "2"  # where --num_steps is not given: the first step makes the moments, the second finds them
@@ -16,7 +16,9 @@ STEPS = "2"  # where --num_steps is not given: the first step makes the moments,
 
 def main(argv: list[str]) -> None:
     defaults = [] if any(word.startswith("--num_steps") for word in argv) else ["--num_steps", STEPS]
-    settled = settle([*argv, *defaults, "--dry_run_worst_case", "--save_steps", "0"])
+    settled = settle([*argv, *defaults, "--dry_run_worst_case", *("--save_steps", "0"), *("--eval_steps", "0")])
+    if settled.resume_from:
+        raise UsageError("A profile begins at the first step: leave --resume_from_checkpoint out.")
     config = settled.config
     questions = read_questions(config.data, labels=config.label_names, fields=config.field_names)
     train, _ = split_questions(questions.questions, eval_fraction=config.eval_fraction, seed=config.seed)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from grpo_ds.command_line import parse
 from grpo_ds.config import TrainConfig
 from grpo_ds.ds_config import DsConfig, resolve_ds_config
-from grpo_ds.errors import UsageError, run_script
+from grpo_ds.errors import CheckpointError, UsageError, run_script
 from grpo_ds.interruption import obeyed_at_once
 from grpo_ds.machine import check_torch, cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.memory.plan import GIB, Plan, Where
@@ -54,11 +54,11 @@ def train_from(argv: list[str]) -> None:
     train, held_out = split_questions(questions.questions, eval_fraction=config.eval_fraction, seed=config.seed)
     held_out = held_out[: config.eval_limit]
     folder = output_folder(config, settled.resume_from)
-    this_run = identity(train, held_out, settled.job.ds, ranks())
+    this_run = identity(train, held_out, config.system_prompt_text, settled.job.ds, ranks())
     if settled.resume_from:
         progress = Progress.read(settled.resume_from)
         check_identity(progress.identity, this_run, settled.resume_from)
-        check_complete(settled.resume_from, progress, config, ranks())
+        check_complete(settled.resume_from, progress, config, settled.job.ds, ranks())
     check_trackers(config.report_to)
 
     lines = first_lines(settled, questions, len(train), len(held_out))
@@ -109,12 +109,19 @@ def make_run(
     console = Console(speaks=here.is_first)
     for line in lines:
         console.line(line)
-    origin = settled.resume_from
+    # Ranks name their folders by their own clocks, and look at a file system that one of them may be changing.
+    folder, origin = here.gather(folder)[0], settled.resume_from
+    if any(other != origin for other in here.gather(origin)):
+        raise CheckpointError(
+            "The ranks do not see the same checkpoints; all of them need one shared folder. Try again."
+        )
     # A whole model's weights come from the checkpoint; an adapter's stand in the engine's state, upon the same base.
     weights = None if config.lora_r else origin
     trainer = Trainer(config, settled.job.ds, here, console, rewards, settled.plan, weights=weights)
     if origin:
         snapshot.read(trainer, origin)
+        if origin.parent.resolve() != folder.resolve():
+            trainer.progress.trackers.clear()  # a branch of that run, and not that run
         console.line(f"Going on from {origin}, step {trainer.progress.global_step} of {config.total_steps}")
     return Run(trainer, train, held_out, folder)
 

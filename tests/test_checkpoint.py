@@ -86,9 +86,16 @@ def test_auto_without_a_folder_asks_for_it():
 def test_the_newest_and_the_best_are_kept(tmp_path, limit, best, left):
     for step in (5, 10, 15, 20):
         make(tmp_path, step)
-    files.rotate(tmp_path, limit, best)
+    files.rotate(tmp_path, limit, newest=20, best=best)
     kept = [files.step_of(path) for path in files.found_in(tmp_path)]
     assert len(kept) == left and kept[0] == 20 and (best is None or best in kept)
+
+
+def test_what_was_just_written_is_not_deleted_for_later_ones(tmp_path):
+    for step in (80, 85, 90, 100):
+        make(tmp_path, step)
+    files.rotate(tmp_path, 1, newest=85, best=None)
+    assert [files.step_of(path) for path in files.found_in(tmp_path)] == [100, 90, 85]
 
 
 def test_what_died_half_way_is_finished_or_undone(tmp_path):

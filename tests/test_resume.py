@@ -39,6 +39,7 @@ KINDS = {
     ),
     "llm.int8 reference": ({"reference": "llm.int8"}, "ds_configs/zero2.json", False),
     "no reference, dynamic sampling": ({"beta": 0.0, "dynamic_sampling": 2, "mu": 3}, "ds_configs/zero2.json", False),
+    "evaluated on the way": ({"eval_steps": 1}, "ds_configs/zero2.json", False),
 }
 
 
@@ -73,14 +74,18 @@ def finish(run: Run) -> tuple[list[dict], dict[str, torch.Tensor]]:
     return lines, state
 
 
-def stop_at(run: Run, when: int) -> Interrupted | None:
-    """Run until the `when`-th safe point, and be told to stop there; None where the run ends before."""
+def stop_at(run: Run, when: int | None = None) -> Interrupted | None:
+    """Run until the `when`-th safe point, and be told to stop there; None where the run ends before.
+
+    when: None stands for the first safe point between two updates on a rollout.
+    """
     passed, check = 0, run.trainer.interruption.check
 
     def counting() -> None:
         nonlocal passed
         passed += 1
-        if passed == when:
+        in_hand = run.trainer.in_hand
+        if passed == when or (when is None and in_hand and in_hand.updates):
             run.trainer.interruption.signum = signal.SIGTERM
         check()
 
@@ -114,7 +119,7 @@ def test_interrupted_anywhere_and_resumed_it_is_the_same_run(straight, tiny_fold
     kind, metrics, weights, points = straight
     # Before training, while sampling, between the updates on a rollout, between steps, between iterations.
     # tests/faults/test_interrupted.py tries many more of these points.
-    for when in (points // 3, points * 3 // 4):
+    for when in (points // 3, None, points * 3 // 4):
         folder = tmp_path / str(when)
         stopped = stop_at(make_run(tiny_folder, kind, folder), when)
         assert stopped is not None and stopped.exit_code == 75
@@ -128,8 +133,8 @@ def test_interrupted_anywhere_and_resumed_it_is_the_same_run(straight, tiny_fold
 
 def test_a_checkpoint_is_a_model_folder_and_the_best_one_is_kept(tiny_folder, tmp_path, monkeypatch):
     changes = {"eval_steps": 1, "save_steps": 1, "save_total_limit": 1}
-    monkeypatch.setitem(KINDS, "evaluated on the way", (changes, "ds_configs/zero2.json", False))
-    run = make_run(tiny_folder, "evaluated on the way", tmp_path / "run")
+    monkeypatch.setitem(KINDS, "kept", (changes, "ds_configs/zero2.json", False))
+    run = make_run(tiny_folder, "kept", tmp_path / "run")
     answers = iter([None, "no", None, None, None])  # before, after each step but the last, at the end
 
     def planted(when, questions):
@@ -140,7 +145,8 @@ def test_a_checkpoint_is_a_model_folder_and_the_best_one_is_kept(tiny_folder, tm
 
     monkeypatch.setattr(run.trainer, "evaluate", planted)
     metrics, state = finish(run)
-    assert [line.get("eval/accuracy") for line in metrics] == [1.0, 0.0, 0.0, None]
+    accuracies = [(line["step"], line["eval/accuracy"]) for line in metrics if "eval/accuracy" in line]
+    assert accuracies == [(1, 1.0), (2, 0.0), (3, 0.0)] and len(run.progress.rewards) == 4
     assert run.progress.best_global_step == 1
     assert [folder.name for folder in found_in(tmp_path / "run")] == ["checkpoint-4", "checkpoint-1"]
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-4", dtype=torch.float32)

@@ -1,6 +1,6 @@
 """How much a phase computes at once: what --oom_retry makes smaller. Results do not depend on it."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from grpo_ds.config import TrainConfig
 
@@ -29,6 +29,11 @@ class Limits:
             least_rows=generations,
             least_tokens=config.longest,
         )
+
+    def halved(self, config: TrainConfig) -> dict[str, float]:
+        """What is smaller by now than `config` asks for."""
+        asked = asdict(Limits.of(config))
+        return {name: value for name, value in asdict(self).items() if value != asked[name]}
 
     def halve(self, phase: str) -> str | None:
         """Half of what makes that phase large, said in words; None when there is nothing left to halve."""

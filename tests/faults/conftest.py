@@ -45,6 +45,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("faults")
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (worker := getattr(session.config, "workeroutput", None)) is not None:  # one process of several
+        worker["tried"] = {kind: dict(outcomes) for kind, outcomes in COUNTS.items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for kind, outcomes in getattr(node, "workeroutput", {}).get("tried", {}).items():
+        COUNTS[kind].update(outcomes)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not COUNTS:
         return
