@@ -29,9 +29,9 @@ def find_checkpoint(config: TrainConfig) -> tuple[Path, list[str]]:
     run, asked = Path(config.output_dir).expanduser() if config.output_dir else None, str(config.resume_from_checkpoint)
     there = run_of(asked, run)
     first = os.environ.get("RANK", "0") == "0"
-    if there is not None and there.is_dir() and first and not config.plan:
-        if run is None or run.resolve() == there.resolve():  # and not a branch of it into another folder
-            take(there)
+    branches = run is not None and there is not None and run.resolve() != there.resolve()  # into another folder
+    if there is not None and there.is_dir() and first and not branches and not config.plan:
+        take(there)
     return to_resume(asked, run)
 
 
