@@ -30,6 +30,8 @@ REAL_DATA = SHARED_DATA / "pubmedqa_labeled_yesno.json"
 def launch(*launcher: str, **flags: object) -> str:
     """launch/train.py as a user starts it; what it printed."""
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    if Path(launcher[0]).name == "deepspeed":  # its own port may be another run's
+        launcher = (*launcher, "--master_port", str(world._free_port()))
     result = subprocess.run(
         [*launcher, "launch/train.py", *words],
         cwd=ROOT,
