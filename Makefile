@@ -20,7 +20,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 train: install ## fine-tune the model that fits this machine (ARGS="--num_steps 40" adds flags)
 	$(BIN)/deepspeed launch/train.py --ds ds_configs/zero2.json $(ARGS)
 
-test: install ## run the tests (about 10 minutes on two cores)
+test: install ## run the tests (minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not faults' $(ARGS)
 
 test-faults: install ## kill it, fill its disk, damage its files, feed it nonsense; ends in a table of counts
