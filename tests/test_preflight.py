@@ -217,7 +217,7 @@ def test_several_at_once_and_builds_of_a_right_version_pass(monkeypatch):
     with pytest.raises(PreflightError) as error:
         versions.check_versions()
     assert "torch 2.7.1+cu126" in str(error.value) and "bitsandbytes 0.45.0" in str(error.value)
-    installed(monkeypatch, torch="2.8.0+cu128", bitsandbytes="0.51.0.dev0", deepspeed="0.20.0rc1")
+    installed(monkeypatch, torch="2.11.0+cu128", bitsandbytes="0.51.0.dev0", deepspeed="0.20.0rc1")
     versions.check_versions()
 
 
