@@ -36,6 +36,10 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_full_grad
 from deepspeed.utils.tensor_fragment import fragment_address
 
+# An all-reduce for inference on CPUs, which is never called here. DeepSpeed compiles it on the first run, 45 seconds
+# under a lock file that a run killed meanwhile leaves behind: every later run would wait for it without end.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 Item = TypeVar("Item")
 DEEPSPEED_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]  # in its checkpoints, beside tensors and numbers
 

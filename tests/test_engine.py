@@ -226,3 +226,12 @@ def test_an_unknown_deepspeed_is_refused_before_anything_is_exchanged():
 
     with pytest.raises(GrpoError, match=r"pip install deepspeed=="):
         _check_insides(SimpleNamespace(optimizer=SimpleNamespace()), bf16_masters=False)
+
+
+def test_a_lock_that_a_killed_run_left_keeps_nobody_waiting():
+    """DeepSpeed would compile an operation under it that is never called here."""
+    from deepspeed.comm.torch import build_shm_op
+
+    import grpo_ds.engine  # noqa: F401
+
+    assert build_shm_op() is None
