@@ -26,9 +26,9 @@ STEPS = 7
 class Launched:
     """`deepspeed launch/train.py`, which will wait in the reward function of the second step that it makes."""
 
-    def __init__(self, words: list[str], folder: Path) -> None:
+    def __init__(self, words: list[str], folder: Path, fault: str = "waits") -> None:
         self.waiting, self.log = folder / "waiting", folder / "log.txt"
-        environment = {"FAULT": "waits", "FAULT_AT": "2", "FAULT_FILE": str(self.waiting)}
+        environment = {"FAULT": fault, "FAULT_AT": "2", "FAULT_FILE": str(self.waiting)}
         launcher = str(Path(sys.executable).with_name("deepspeed"))
         command = [launcher, "--master_port", str(_free_port()), *words]  # its own may be another run's
         with self.log.open("w") as log:
@@ -140,8 +140,9 @@ def test_one_run_through_five_deaths_under_the_launcher(whole, warm, tiny_folder
 
 
 def test_a_launcher_killed_while_the_model_is_loaded_leaves_no_orphan(tiny_folder, tmp_path, tried):
-    run = tmp_path / "run"
-    launched = Launched(["launch/train.py", *flags(tiny_folder, run)], tmp_path)
+    run, no_end_in_sight = tmp_path / "run", 100_000  # steps, on a machine that loads quicker than it looks around
+    words = ["launch/train.py", *flags(tiny_folder, run, num_steps=no_end_in_sight)]
+    launched = Launched(words, tmp_path, fault="none")
     launched.until(lambda: "Plan: " in launched.log.read_text(), "it says what it will do")
     launched.launch.kill()
     launched.end()
