@@ -204,6 +204,7 @@ class TrainConfig(EvaluateConfig):
     preflight: bool = knob(True, "seconds of checks before the first step: gradients, log-probs, versions")
     max_bad_steps: int = knob(3, "steps in a row that may be skipped for numbers that are not finite; one more stops")
     oom_retry: bool = knob(False, "on one rank, a phase out of memory is tried again in smaller parts; same results")
+    log_completions: bool = knob(False, "every completion with its rewards to completions.jsonl and the trackers")
     report_to: str = knob("none", "none or wandb; the key comes from WANDB_API_KEY or wandb login, never from here")
 
     def problems(self) -> list[str]:

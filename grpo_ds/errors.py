@@ -1,6 +1,6 @@
 """Errors a person can cause or meet: a message of at most six lines and an exit code, no traceback.
 
-`launch/` prints the message of a GrpoError to stderr and exits with its code; anything else is our bug
+A command prints the message of a GrpoError to stderr and exits with its code; anything else is our bug
 and keeps its traceback. `one_error` gathers all that is wrong into one error, because fixing five
 mistakes in five runs is four runs too many.
 """

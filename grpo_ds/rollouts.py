@@ -6,6 +6,7 @@ Q questions on this rank, G completions each, B = Q * G.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -94,9 +95,14 @@ class Rollout(Groups):
     counted: Bool[Tensor, "B C"]  # the completions' mask, less the truncated ones if these are masked
     ref_logprobs: Float[Tensor, "B C"]  # 0 without a reference
 
-    def count_into(self, tally: Tally) -> None:
-        """What is logged of it: rewards, lengths, and how often a group was of one mind."""
+    def count_into(self, tally: Tally, answer_format: AnswerFormat) -> None:
+        """What is logged of it: rewards, right answers, lengths, and how often a group was of one mind."""
         count, total = len(self.texts), torch.tensor(self.rewards.total)
+        size = count // len(self.questions)
+        right = [
+            answer_format.parse(text).answer == self.questions[i // size].label for i, text in enumerate(self.texts)
+        ]
+        tally.add("accuracy", sum(right), count)
         tally.add("reward", sum(self.rewards.total), count)
         for name, values in self.rewards.by_name.items():
             tally.add_all({f"rewards/{name}": [value for value in values if value is not None]})
@@ -105,6 +111,21 @@ class Rollout(Groups):
         tally.add("frac_reward_zero_std", len(self.equal()), len(spread))
         tally.add("completion_length", self.completions.lengths().double().sum(), count)
         tally.add("ended", self.completions.ended.sum(), count)
+
+    def table(self) -> list[dict[str, Any]]:
+        """What was written, a row a completion, for people."""
+        size = len(self.texts) // len(self.questions)
+        return [
+            {
+                "question": self.questions[row // size].text,
+                "label": self.questions[row // size].label,
+                "completion": text,
+                "reward": self.rewards.total[row],
+                **{f"rewards/{name}": values[row] for name, values in self.rewards.by_name.items()},
+                "advantage": float(self.advantages[row]),
+            }
+            for row, text in enumerate(self.texts)
+        ]
 
     def micro_batches(self, pack_tokens: int = 0, *, only: Sequence[int] | None = None) -> list[MicroBatch]:
         """Packed rows of at most `pack_tokens` tokens (0: all in one), and which of the B completions they hold."""

@@ -6,7 +6,9 @@ However it ends (done, a signal, an error), what was learned is in the folder an
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +23,7 @@ from grpo_ds.interruption import Interrupted, Stopping, name
 from grpo_ds.memory.phases import OutOfMemory
 from grpo_ds.models.policy import save_merged, save_model
 from grpo_ds.progress import strict
+from grpo_ds.report import environment, held_out
 from grpo_ds.report.memory import write as write_memory
 from grpo_ds.report.trackers import Tracker, make_trackers
 from grpo_ds.run_folder import cannot_be_written, release, take
@@ -46,6 +49,11 @@ class Outcome:
         size = max(1, len(self.rewards) // 4)
         return sum(self.rewards[:size]) / size, sum(self.rewards[-size:]) / size
 
+    def summary(self, questions: Sequence[Question]) -> dict[str, Any]:
+        """What trackers keep of the whole run."""
+        rewards = {"steps": len(self.rewards), "reward_first": self.rewards[0], "reward_last": self.rewards[-1]}
+        return {**rewards, **held_out.grades(questions, {"before": self.before, "after": self.after})}
+
 
 class Run:
     """A trainer, its questions, and the folder into which rank 0 writes."""
@@ -56,6 +64,7 @@ class Run:
         self.writes, trainer.bad_steps.folder = trainer.world.is_first, folder
         self.best = self.progress.best_metric, self.progress.best_global_step
         self.saved_at: tuple[int, int] | None = None  # steps, and updates on the next one's rollout
+        self.trackers: list[Tracker] = []
         self.status = RunStatus(folder, max_steps=self.config.total_steps, speaks=self.writes)
 
     def whole(self) -> Outcome:
@@ -87,6 +96,7 @@ class Run:
         take(self.folder)
         try:
             write_config(self.config, self.folder)
+            environment.write(self.folder, ranks=self.trainer.world.size)
         except OSError as error:
             raise cannot_be_written(self.folder, error) from None
 
@@ -95,44 +105,63 @@ class Run:
         self.status.write("evaluating", step=progress.global_step)
         if progress.before is None:
             progress.before = trainer.evaluate("Before training", self.held_out).texts
+        before = graded(progress.before, self.held_out, trainer.collector.style)
+        self.tell_answers({"before": before})
         rewards = self.train()
         self.status.write("evaluating", step=progress.global_step)
         after = trainer.evaluate("After training", self.held_out)
+        self.tell_answers({"before": before, "after": after})
+        outcome = Outcome(rewards, before, after)
         self.save_model()
+        for tracker in self.trackers:
+            tracker.finish(outcome.summary(self.held_out))
         self.status.write("done", exit_code=0)
-        return Outcome(rewards, graded(progress.before, self.held_out, trainer.collector.style), after)
+        return outcome
 
     def train(self) -> list[float]:
         """All steps that are left, each logged, and saved where it is time; the mean reward of every step."""
         trainer, progress, total = self.trainer, self.progress, self.config.total_steps
-        trackers = make_trackers(self.config, self.folder, progress) if self.writes else []
+        self.trackers = make_trackers(self.config, self.folder, progress) if self.writes else []
         started, first = time.monotonic(), progress.global_step
         with self.console.progress("Training", total) as advance:
             advance(first)
-            self.evaluate_if_due(trackers)  # the run before was stopped in it
+            self.evaluate_if_due()  # the run before was stopped in it
             for metrics in trainer.steps(self.questions):
                 step = progress.global_step
-                self.log(metrics, trackers)
+                self.log(metrics)
+                self.log_completions(step)
                 left = (time.monotonic() - started) / (step - first) * (total - step)
                 self.console.step(metrics, step=step, total=total, seconds_left=left)
                 advance(1)
                 self.status.write("training", step=step)
                 trainer.safe_point()
-                self.evaluate_if_due(trackers)
+                self.evaluate_if_due()
                 if self.config.saves_at(step):
                     self.save_checkpoint()
-        for tracker in trackers:
-            tracker.finish({"reward_first": progress.rewards[0], "reward_last": progress.rewards[-1]})
         return progress.rewards
 
-    def log(self, metrics: dict[str, float], trackers: Sequence[Tracker]) -> None:
+    def log(self, metrics: dict[str, float]) -> None:
         """Into the history that checkpoints keep, and wherever --report_to says."""
         step = self.progress.global_step
         self.progress.log_history.append({"step": step, **strict(metrics)})
-        for tracker in trackers:
+        for tracker in self.trackers:
             tracker.log(metrics, step=step)
 
-    def evaluate_if_due(self, trackers: Sequence[Tracker]) -> None:
+    def log_completions(self, step: int) -> None:
+        for tracker in self.trackers if self.config.log_completions else ():
+            tracker.completions(self.trainer.completions, step=step)
+
+    def tell_answers(self, evaluations: dict[str, Evaluation]) -> None:
+        """held_out.json. Rewards are for the end: a function of the user's own may count how often it is called."""
+        if self.writes:
+            over = "after" in evaluations
+            score = partial(self.trainer.collector.score, on_error="zero") if over else None
+            try:
+                held_out.write(self.folder, self.held_out, evaluations, score)
+            except OSError as error:
+                self.console.line(f"Warning: {held_out.HELD_OUT_FILE} could not be written ({error.strerror}).")
+
+    def evaluate_if_due(self) -> None:
         """The held-out questions between two steps, once; the best of those that are saved is remembered."""
         progress, every, step = self.progress, self.config.eval_steps, self.progress.global_step
         done = any(EVAL_ACCURACY in line for line in progress.log_history if line["step"] == step)
@@ -142,7 +171,7 @@ class Run:
         if self.config.saves_at(step) and (progress.best_metric is None or grades.accuracy > progress.best_metric):
             progress.best_metric, progress.best_global_step = grades.accuracy, step
         shares = {EVAL_ACCURACY: grades.accuracy, "eval/macro_f1": grades.macro_f1}
-        self.log({**shares, "eval/well_formed": grades.well_formed}, trackers)
+        self.log({**shares, "eval/well_formed": grades.well_formed})
 
     def save_checkpoint(self) -> None:
         """At its time. Where it cannot be written the run goes on: the last one is whole, and stopping loses more."""

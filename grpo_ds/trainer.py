@@ -9,7 +9,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -79,6 +79,7 @@ class Trainer:
         self.sampler = Sampler(policy.model, self.tokenizer, max_completion_length=length, stop=stop_at)
         self.reference: Reference | None = None
         self.in_hand: StepInHand | None = None  # a rollout between two of its mu updates
+        self.completions: list[dict[str, Any]] = []  # of the last step on this rank, for people
         self.sampler.cuda_graphs = config.cuda_graphs
         self.collector = Collector(config, world, self.sampler, prompt_style(config), reward_functions)
         self.limits = Limits.of(config)
@@ -100,6 +101,9 @@ class Trainer:
         if self.in_hand is None:
             self.in_hand = self.rollout(step, questions)
         now = self.in_hand
+        self.completions = now.rollout.table()
+        if step == 0 and not now.updates:
+            self.console.samples(self.completions)
         while now.updates < self.config.mu:
             now.count(*self.update(step, now.rollout, now.old_logprobs))
             if now.updates < self.config.mu:
@@ -305,7 +309,7 @@ class Trainer:
 
     def metrics(self, rollout: Rollout, tally: Tally, first_span: int) -> dict[str, float]:
         """The step over all ranks, as logged."""
-        rollout.count_into(tally)
+        rollout.count_into(tally, self.config.answer_format)
         if self.config.on_reward_error == "zero":
             tally.add("reward_errors", len(rollout.rewards.errors) * self.world.size)  # of all ranks, not their mean
         uses = self.profiler.uses(first_span).values()
@@ -317,7 +321,14 @@ class Trainer:
         memory = {"memory/ram_gib": self.profiler.peak("host") / GIB}
         if self.world.device.type == "cuda":
             memory["memory/gpu_peak_gib"] = self.profiler.peak("gpu") / GIB
-        return {**means, "tokens_per_second": tokens / seconds, "learning_rate": self.engine.learning_rate, **memory}
+        floor = {} if self.progress.kl_floor is None else {"kl_floor": self.progress.kl_floor}
+        return {
+            **means,
+            **floor,
+            "tokens_per_second": tokens / seconds,
+            "learning_rate": self.engine.learning_rate,
+            **memory,
+        }
 
 
 def _unless_stopping(run: Callable[[], Result]) -> Result | None:

@@ -60,12 +60,12 @@ def test_cuda_graphs_sample_what_single_kernels_do(tiny_model, tokenizer, monkey
 
 
 FULL_CARD = """
-import sys, torch
-sys.path.insert(0, "launch")
-import train
+import torch
+from grpo_ds.commands.train import main
+from grpo_ds.errors import run_script
 total = torch.cuda.get_device_properties(0).total_memory
 torch.cuda.set_per_process_memory_fraction(60 * 2**20 / total)  # the tiny model fits, its long rows do not
-train.run_script(train.main)
+run_script(main)
 """
 
 

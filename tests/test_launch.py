@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from grpo_ds.command_line import parse
+from grpo_ds.commands.train import settle
 from grpo_ds.config import CONFIG_FILE, EvaluateConfig, TrainConfig, prompt_recipe, write_config
 from grpo_ds.ds_config import resolve_ds_config
 from grpo_ds.errors import MAX_LINES, UsageError
@@ -16,9 +17,6 @@ from grpo_ds.memory.select import Job, fits
 from grpo_ds.memory.shape import shape_of
 from grpo_ds.models.presets import EMBEDDED, PRESETS, choose_model
 from grpo_ds.task.answers import AnswerFormat
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
-from train import settle
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = {"question": "Does it work?", "context": "It worked.", "ground_truth": "yes"}
@@ -172,15 +170,12 @@ def test_the_written_config_makes_the_same_run_in_a_folder_of_its_own(tmp_path):
 
 
 def test_numbers_that_the_json_decides_are_written_as_the_run_uses_them(tmp_path, monkeypatch):
-    sys.path.insert(0, str(ROOT / "launch"))
-    import train
-
     monkeypatch.chdir(ROOT)
     value = json.loads((ROOT / "ds_configs/zero2.json").read_text())
     value["optimizer"]["params"]["lr"] = 5e-6
     ds = ["--ds", str(json_file(tmp_path, value, "ds.json")), "--model", EMBEDDED]
-    write_config(train.settle(ds).config, tmp_path)
-    again = train.settle(["--config", str(tmp_path / CONFIG_FILE)])
+    write_config(settle(ds).config, tmp_path)
+    again = settle(["--config", str(tmp_path / CONFIG_FILE)])
     assert again.config.learning_rate == again.job.ds.learning_rate == 5e-6
 
 
@@ -217,8 +212,8 @@ def check(result, code, words):
 def test_the_door_loads_nothing_heavy():
     """Arguments, data and JSON are checked before torch and its kind are imported."""
     code = (
-        "import sys; sys.argv = ['train.py']; sys.path.insert(0, 'launch'); import train; "
-        "from grpo_ds.task.questions import read_questions; train.settle([]); read_questions('sample'); "
+        "import sys; sys.argv = ['train.py']; from grpo_ds.commands.train import settle; "
+        "from grpo_ds.task.questions import read_questions; settle([]); read_questions('sample'); "
         "print([m for m in ('torch', 'transformers', 'deepspeed', 'datasets', 'numpy') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

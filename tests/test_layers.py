@@ -16,6 +16,7 @@ LAYERS = [
     {"update", "bad_numbers", "preflight", "evaluation", "inference", "rank_state"},
     {"report"},
     {"trainer", "snapshot", "run"},
+    {"commands"},
 ]
 OWNERS = {
     "deepspeed": {"engine"},
@@ -23,7 +24,7 @@ OWNERS = {
     "bitsandbytes": {"optim", "models"},
     "peft": {"models"},
     "wandb": {"report"},
-    "rich": {"report"},
+    "rich": {"report", "commands"},
     "matplotlib": {"report"},
     "psutil": {"interruption"},
     "jsonargparse": {"command_line"},

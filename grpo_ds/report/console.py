@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -11,6 +12,7 @@ from rich.text import Text
 from grpo_ds.evaluation import Evaluation
 from grpo_ds.memory.phases import Profiler
 from grpo_ds.memory.plan import GIB, Where
+from grpo_ds.report.held_out import right
 from grpo_ds.report.memory import Comparison, compare, diagnosis
 from grpo_ds.report.plan import PLACES
 from grpo_ds.task.grading import Grades, mcnemar
@@ -18,6 +20,7 @@ from grpo_ds.task.questions import Question
 from grpo_ds.terminal import harmless
 
 PHASES = ("sample", "reference", "update", "step")  # of a training step
+SAMPLES = 4
 PLAIN_WIDTH = 160  # columns of a log file: one step stays one line
 
 
@@ -60,6 +63,18 @@ class Console:
             f"loss {metrics['loss']:+.4f}  left {_clock(seconds_left)}"
         )
 
+    def samples(self, rows: Sequence[dict[str, Any]]) -> None:
+        """The first completions, scored, before any update."""
+        self.line(f"The first {min(len(rows), SAMPLES)} completions, before any update:")
+        for row in rows[:SAMPLES]:
+            earned = " ".join(
+                f"{name.removeprefix('rewards/')} {value:.2f}"
+                for name, value in row.items()
+                if name.startswith("rewards/") and value is not None
+            )
+            self.line(f"  {row['question']} ({row['label']})\n    {' '.join(row['completion'].split())}")
+            self.line(f"    reward {row['reward']:.2f} ({earned})")
+
     def memory(self, profiler: Profiler) -> None:
         """Each phase's peak beside its plan, on the card and on the host, and what binds."""
         uses = list(profiler.uses().values())
@@ -90,10 +105,9 @@ class Console:
             table.add_row(Text(harmless(name)), show(before.grades), show(after.grades))
         width = None if self._is_live else PLAIN_WIDTH
         self._rich.print(table, width=width)
-        correct = [[a == q.label for a, q in zip(e.answers, questions, strict=True)] for e in (before, after)]
         self.line(
             f"Always answering the commonest label scores {before.grades.majority_baseline:.1%}.  "
-            f"McNemar p = {mcnemar(*correct):.3f}"
+            f"McNemar p = {mcnemar(right(before, questions), right(after, questions)):.3f}"
         )
         if after.grades.collapsed:
             self.line("Warning: nearly all answers are one class; accuracy then says little (see macro-F1).")

@@ -15,12 +15,15 @@ from grpo_ds.errors import UsageError
 from grpo_ds.progress import Progress, strict
 
 METRICS_FILE = "metrics.jsonl"
+COMPLETIONS_FILE = "completions.jsonl"
+SUMMARY_FILE = "summary.json"
 
 
 class Tracker(Protocol):
-    """Hears of every step, and of the end."""
+    """Hears of every step, with --log_completions of what was written in it, and of the end."""
 
     def log(self, metrics: dict[str, float], *, step: int) -> None: ...
+    def completions(self, rows: Sequence[dict[str, Any]], *, step: int) -> None: ...
     def finish(self, summary: dict[str, Any]) -> None: ...
 
 
@@ -28,20 +31,30 @@ class JsonLines:
     """One JSON object a step, on disk before the next step begins; of a resumed run the steps before first."""
 
     def __init__(self, folder: Path, history: Sequence[dict[str, Any]] = ()) -> None:
-        self.path, self._told = folder / METRICS_FILE, False
+        self.path, self.texts, self._told = folder / METRICS_FILE, folder / COMPLETIONS_FILE, False
         if self.path.exists() or history:
             with self._going_on():
                 write_whole(self.path, "".join(json.dumps(line) + "\n" for line in history))
+                self._forget_after(max((line["step"] for line in history), default=0))
 
     def log(self, metrics: dict[str, float], *, step: int) -> None:
         with self._going_on(), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **strict(metrics)}) + "\n")
 
+    def completions(self, rows: Sequence[dict[str, Any]], *, step: int) -> None:
+        with self._going_on(), self.texts.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, **strict(row)}) + "\n" for row in rows)
+
     def finish(self, summary: dict[str, Any]) -> None:
         with self._going_on():
-            (self.path.parent / "summary.json").write_text(
-                json.dumps(strict(summary), indent=1) + "\n", encoding="utf-8"
-            )
+            text = json.dumps(strict(summary), indent=1) + "\n"
+            (self.path.parent / SUMMARY_FILE).write_text(text, encoding="utf-8")
+
+    def _forget_after(self, step: int) -> None:
+        """Of the completions of steps that a resumed run makes again."""
+        if self.texts.exists():
+            kept = [line for line in self.texts.open(encoding="utf-8") if json.loads(line)["step"] <= step]
+            write_whole(self.texts, "".join(kept))
 
     @contextmanager
     def _going_on(self) -> Iterator[None]:
@@ -74,6 +87,13 @@ class Wandb:
 
     def log(self, metrics: dict[str, float], *, step: int) -> None:
         self._run.log(metrics, step=step)
+
+    def completions(self, rows: Sequence[dict[str, Any]], *, step: int) -> None:
+        import wandb
+
+        columns: list[Any] = ["step", *rows[0]]
+        data: list[Any] = [[step, *row.values()] for row in rows]
+        self._run.log({"completions": wandb.Table(columns=columns, data=data)}, step=step)
 
     def finish(self, summary: dict[str, Any]) -> None:
         self._run.summary.update(summary)

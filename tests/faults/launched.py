@@ -59,10 +59,9 @@ def _train(words: list[str], log: Path, before: Callable[[], None]) -> None:
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(log / name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), descriptor)
     os.chdir(ROOT)
-    sys.path.insert(0, str(ROOT / "launch"))
     sys.argv = [SCRIPT, *words]
     resume_command.__defaults__ = (SCRIPT, tuple(words))  # which it took from sys.argv when it was imported
-    from train import main
+    from grpo_ds.commands.train import main
 
     before()
     run_script(main)

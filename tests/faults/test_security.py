@@ -24,6 +24,8 @@ from safetensors.torch import load_file
 
 from grpo_ds import inference, machine
 from grpo_ds.command_line import parse
+from grpo_ds.commands import ask
+from grpo_ds.commands.train import output_folder, settle
 from grpo_ds.config import CONFIG_FILE, TrainConfig, prompt_recipe
 from grpo_ds.ds_config import resolve_ds_config
 from grpo_ds.errors import MAX_LINES, UsageError, run_script
@@ -37,10 +39,6 @@ from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.grading import grade
 from grpo_ds.task.questions import Question
 from grpo_ds.terminal import harmless
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
-import ask
-from train import output_folder, settle
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALLEST = [

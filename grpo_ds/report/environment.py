@@ -1,0 +1,47 @@
+"""environment.json: what a run was made with: versions, machine, command. No environment variable is in it."""
+
+import json
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo_ds.checkpoint import write_whole
+from grpo_ds.machine import ram_gib
+
+ENVIRONMENT_FILE = "environment.json"
+PACKAGES = ("grpo_ds", "torch", "transformers", "deepspeed", "bitsandbytes", "peft", "accelerate", "datasets")
+
+
+def write(folder: Path, *, ranks: int) -> None:
+    """Overwrites that of the run before, if this one goes on with it."""
+    write_whole(folder / ENVIRONMENT_FILE, json.dumps(environment(ranks), indent=1) + "\n")
+
+
+def environment(ranks: int) -> dict[str, Any]:
+    cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "ram_gib": round(ram_gib(), 1),
+        "gpus": [f"{card.name}, {card.total_memory / 2**30:.1f} GiB" for card in cards],
+        "ranks": ranks,
+        "command": sys.argv,  # which holds no key: command_line.py refuses them
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
