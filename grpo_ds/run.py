@@ -123,8 +123,7 @@ class Run:
         trainer, progress, total = self.trainer, self.progress, self.config.total_steps
         self.trackers = make_trackers(self.config, self.folder, progress) if self.writes else []
         started, first = time.monotonic(), progress.global_step
-        with self.console.progress("Training", total) as advance:
-            advance(first)
+        with self.console.training(total, progress.log_history, lambda: trainer.profiler.doing):
             self.evaluate_if_due()  # the run before was stopped in it
             for metrics in trainer.steps(self.questions):
                 step = progress.global_step
@@ -132,7 +131,6 @@ class Run:
                 self.log_completions(step)
                 left = (time.monotonic() - started) / (step - first) * (total - step)
                 self.console.step(metrics, step=step, total=total, seconds_left=left)
-                advance(1)
                 self.status.write("training", step=step)
                 trainer.safe_point()
                 self.evaluate_if_due()

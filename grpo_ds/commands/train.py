@@ -108,6 +108,7 @@ def make_run(
     console = Console(speaks=here.is_first)
     for line in lines:
         console.line(line)
+    console.plan(settled.plan, settled.gpu_gib, settled.ram_gib)
     # Ranks name their folders by their own clocks, and look at a file system that one of them may be changing.
     folder, origin = here.gather(folder)[0], settled.resume_from
     if any(other != origin for other in here.gather(origin)):

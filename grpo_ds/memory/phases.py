@@ -88,6 +88,11 @@ class Profiler:
             self._cut()
             self._open.pop()
 
+    @property
+    def doing(self) -> str:
+        """The phase that is open, "" between two."""
+        return next(iter(self._open[-1:]), "")
+
     def uses(self, first: int = 0) -> dict[str, PhaseUse]:
         """Each phase since span number `first`, in the order of their beginnings."""
         spans: dict[str, list[Span]] = {}

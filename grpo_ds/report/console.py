@@ -1,26 +1,31 @@
-"""What a person reads while a run goes on: rank 0 alone speaks, in plain lines when not at a terminal."""
+"""What a person reads of a run: rank 0 alone speaks, in plain lines when not at a terminal."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console as RichConsole
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from grpo_ds.evaluation import Evaluation
 from grpo_ds.memory.phases import Profiler
-from grpo_ds.memory.plan import GIB, Where
+from grpo_ds.memory.plan import GIB, Plan, Where
 from grpo_ds.report.held_out import right
+from grpo_ds.report.live import LOSS_NOTE, PHASES, History, LiveView, clock, memory_line
 from grpo_ds.report.memory import Comparison, compare, diagnosis
-from grpo_ds.report.plan import PLACES
+from grpo_ds.report.plan import PLACES, phases
 from grpo_ds.task.grading import Grades, mcnemar
 from grpo_ds.task.questions import Question
 from grpo_ds.terminal import harmless
 
-PHASES = ("sample", "reference", "update", "step")  # of a training step
 SAMPLES = 4
+STALE_NOTE = (
+    "Freed memory is kept for the next step, so a phase shows what larger ones before it have left; "
+    "launch/profile_memory.py measures each alone."
+)
 PLAIN_WIDTH = 160  # columns of a log file: one step stays one line
 
 
@@ -30,6 +35,7 @@ class Console:
     def __init__(self, *, speaks: bool = True) -> None:
         self._rich = RichConsole(quiet=not speaks, highlight=False, soft_wrap=True)
         self._is_live = self._rich.is_terminal
+        self._view: LiveView | None = None
 
     def line(self, text: str) -> None:
         """A Text and not a str: [red] in a model's name or answer is no markup."""
@@ -38,14 +44,37 @@ class Console:
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
         """A bar with time left at a terminal, nothing otherwise; yields `advance(by)`."""
+        if self._view:  # two live displays would draw over each other
+            bars, task = self._view.bars, self._view.bars.add_task(what, total=total, left="")
+            try:
+                yield lambda by: bars.advance(task, by)
+            finally:
+                bars.remove_task(task)
+            return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         left = (TextColumn("left"), TimeRemainingColumn())
         with Progress(*columns, *left, console=self._rich, transient=True, disable=not self._is_live) as bar:
             task = bar.add_task(what, total=total)
             yield lambda by: bar.advance(task, by)
 
+    @contextmanager
+    def training(self, total: int, history: History, doing: Callable[[], str]) -> Iterator[None]:
+        """The live view at a terminal, which stays as it last was; a line a step otherwise."""
+        self.line(LOSS_NOTE)
+        if not self._is_live:
+            yield
+            return
+        self._view = LiveView(total, history, doing)
+        try:
+            with Live(self._view, console=self._rich, refresh_per_second=1):
+                yield
+        finally:
+            self._view = None
+
     def step(self, metrics: dict[str, float], *, step: int, total: int, seconds_left: float) -> None:
-        """One line a step: rewards first, loss last, for the loss of a first update is always near 0."""
+        """One line a step, or none at a terminal: rewards first, loss last."""
+        if self._view:
+            return self._view.advance_to(step, seconds_left)
         rewards = " ".join(
             f"{name.removeprefix('rewards/')} {value:.2f}"
             for name, value in metrics.items()
@@ -53,15 +82,17 @@ class Console:
         )
         # A step resumed between its updates was sampled by the run before.
         seconds = " ".join(f"{phase} {metrics.get(f'seconds/{phase}', 0):.1f}" for phase in PHASES)
-        memory = f"RAM {metrics['memory/ram_gib']:.1f}G"
-        if "memory/gpu_peak_gib" in metrics:
-            memory += f" GPU {metrics['memory/gpu_peak_gib']:.1f}G"
+        floor = f" (floor {metrics['kl_floor']:.4f})" if metrics.get("kl_floor") else ""
         self.line(
             f"step {step:>{len(str(total))}}/{total}  reward {metrics['reward']:.2f} ({rewards})  "
-            f"kl {metrics['kl']:.4f}  length {metrics['completion_length']:.0f}  "
-            f"{metrics['tokens_per_second']:.0f} tok/s  {seconds} s  {memory}  "
-            f"loss {metrics['loss']:+.4f}  left {_clock(seconds_left)}"
+            f"right {metrics['accuracy']:.0%}  kl {metrics['kl']:.4f}{floor}  "
+            f"length {metrics['completion_length']:.0f}  {metrics['tokens_per_second']:.0f} tok/s  {seconds} s  "
+            f"{memory_line(metrics)}  loss {metrics['loss']:+.4f}  left {clock(seconds_left)}"
         )
+
+    def plan(self, plan: Plan, gpu_gib: float | None, ram_gib: float) -> None:
+        """What each phase will take, a row a memory."""
+        self._rich.print(phases(plan, gpu_gib, ram_gib), width=None if self._is_live else PLAIN_WIDTH)
 
     def samples(self, rows: Sequence[dict[str, Any]]) -> None:
         """The first completions, scored, before any update."""
@@ -95,6 +126,8 @@ class Console:
             self.line(f"torch held {reserved / GIB:.2f} GiB of the card and {pinned / GIB:.2f} GiB of pinned memory.")
         for where in places:
             self.line(diagnosis(compared[where], profiler.plan, where))
+        if not profiler.exact and "gpu" not in places:
+            self.line(STALE_NOTE)
 
     def before_and_after(self, before: Evaluation, after: Evaluation, questions: Sequence[Question]) -> None:
         """The held-out questions before and after training, with what chance and a constant answer would give."""
@@ -127,8 +160,3 @@ def _rows(grades: Grades) -> list[tuple[str, Callable[[Grades], str]]]:
         *recalls,
         ("well-formed", lambda g: f"{g.well_formed:.1%}"),
     ]
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"

@@ -24,6 +24,20 @@ def components(plan: Plan, title: str, where: Where) -> Table:
     return table
 
 
+def phases(plan: Plan, gpu_gib: float | None, ram_gib: float) -> Table:
+    """What each phase takes of each memory, and how much there is."""
+    table = Table(title="Planned memory, GiB at the peak of each phase", title_justify="left")
+    table.add_column("")
+    for phase in plan.phases:
+        table.add_column(phase.name, justify="right")
+    table.add_column("there is", justify="right")
+    sizes: dict[Where, float] = {"gpu": gpu_gib, "host": ram_gib} if gpu_gib else {"host": ram_gib}
+    for where, size in sizes.items():
+        cells = [f"{phase.bytes_on(where) / GIB:.2f}" for phase in plan.phases]
+        table.add_row(PLACES[where], *cells, f"{size:.1f}")
+    return table
+
+
 def in_a_line(job: Job, plan: Plan, gpu_gib: float | None, ram_gib: float) -> str:
     """Peaks, the phases that make them, whether they fit this machine, and what would make them."""
     host, gpu = plan.binding("host"), plan.binding("gpu")
