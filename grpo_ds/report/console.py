@@ -26,7 +26,6 @@ STALE_NOTE = (
     "Freed memory is kept for the next step, so a phase shows what larger ones before it have left; "
     "launch/profile_memory.py measures each alone."
 )
-PLAIN_WIDTH = 160  # columns of a log file: one step stays one line
 
 
 class Console:
@@ -92,7 +91,7 @@ class Console:
 
     def plan(self, plan: Plan, gpu_gib: float | None, ram_gib: float) -> None:
         """What each phase will take, a row a memory."""
-        self._rich.print(phases(plan, gpu_gib, ram_gib), width=None if self._is_live else PLAIN_WIDTH)
+        self._rich.print(phases(plan, gpu_gib, ram_gib))
 
     def samples(self, rows: Sequence[dict[str, Any]]) -> None:
         """The first completions, scored, before any update."""
@@ -120,7 +119,7 @@ class Console:
         for i, use in enumerate(uses):
             cells = [cell for where in places for cell in _memory_cells(compared[where][i])]
             table.add_row(use.phase, f"{use.seconds:.1f}", *cells)
-        self._rich.print(table, width=None if self._is_live else PLAIN_WIDTH)
+        self._rich.print(table)
         if "gpu" in places:
             reserved, pinned = max(use.gpu_reserved for use in uses), max(use.pinned for use in uses)
             self.line(f"torch held {reserved / GIB:.2f} GiB of the card and {pinned / GIB:.2f} GiB of pinned memory.")
@@ -136,8 +135,7 @@ class Console:
             table.add_column(column, justify="left" if not column else "right")
         for name, show in _rows(before.grades):
             table.add_row(Text(harmless(name)), show(before.grades), show(after.grades))
-        width = None if self._is_live else PLAIN_WIDTH
-        self._rich.print(table, width=width)
+        self._rich.print(table)
         self.line(
             f"Always answering the commonest label scores {before.grades.majority_baseline:.1%}.  "
             f"McNemar p = {mcnemar(right(before, questions), right(after, questions)):.3f}"

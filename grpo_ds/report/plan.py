@@ -26,15 +26,13 @@ def components(plan: Plan, title: str, where: Where) -> Table:
 
 def phases(plan: Plan, gpu_gib: float | None, ram_gib: float) -> Table:
     """What each phase takes of each memory, and how much there is."""
-    table = Table(title="Planned memory, GiB at the peak of each phase", title_justify="left")
-    table.add_column("")
-    for phase in plan.phases:
-        table.add_column(phase.name, justify="right")
-    table.add_column("there is", justify="right")
     sizes: dict[Where, float] = {"gpu": gpu_gib, "host": ram_gib} if gpu_gib else {"host": ram_gib}
+    table = Table(title="Planned memory, GiB at the peak of each phase", title_justify="left", show_footer=True)
+    table.add_column("", footer="there is")
     for where, size in sizes.items():
-        cells = [f"{phase.bytes_on(where) / GIB:.2f}" for phase in plan.phases]
-        table.add_row(PLACES[where], *cells, f"{size:.1f}")
+        table.add_column(PLACES[where], footer=f"{size:.1f}", justify="right")
+    for phase in plan.phases:
+        table.add_row(phase.name, *(f"{phase.bytes_on(where) / GIB:.2f}" for where in sizes))
     return table
 
 
