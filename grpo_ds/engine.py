@@ -3,6 +3,7 @@
 Why raw DeepSpeed and not accelerate's plugin: docs/decisions/0001-raw-deepspeed.md.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -54,6 +55,7 @@ class Engine:
 
     def __init__(self, policy: LogprobModel, config: DsConfig, *, seed: int = 0) -> None:
         parameters = [p for p in policy.parameters() if p.requires_grad]
+        logging.getLogger("DeepSpeed").addFilter(_but_of_our_optimizer)
         self._engine, *_ = deepspeed.initialize(
             model=policy,
             model_parameters=parameters,
@@ -242,6 +244,11 @@ def flag_last(items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
         waiting = item
     if waiting is not None:
         yield waiting, True
+
+
+def _but_of_our_optimizer(record: logging.LogRecord) -> bool:
+    """DeepSpeed warns of any optimizer it does not bring; ours is tested, and "proceed with caution" alarms people."""
+    return "untested optimizer" not in record.getMessage()
 
 
 def _client_optimizer(parameters: Sequence[Tensor], config: DsConfig) -> torch.optim.Optimizer | None:
