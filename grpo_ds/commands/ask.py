@@ -37,9 +37,9 @@ HOW = "Give --question and --context, or --file FILE (-: standard input), or nei
 class QuestionConfig(AskConfig):
     """What is asked, beside whom and how."""
 
-    question: str | None = knob(None, "a question that one of the labels answers")
-    context: str | None = knob(None, "the text to answer it from")
-    file: str | None = knob(None, "JSON or JSONL with questions, labels not needed; -: standard input")
+    question: str = knob("", "a question that one of the labels answers")
+    context: str = knob("", "the text to answer it from")
+    file: str = knob("", "JSON or JSONL with questions, labels not needed; -: standard input")
     interactive: bool = knob(False, "type questions one after another; default: at a terminal, where none is given")
     json: bool = knob(False, "print an object a line: id, question, reasoning, answer, text; label and right if known")
 
@@ -123,10 +123,10 @@ def given_questions(config: QuestionConfig) -> list[Question]:
     return [Question(id="asked", text=texts["question"], context=texts["context"], label="")]
 
 
-def sound(name: str, text: str | None) -> str:
+def sound(name: str, text: str) -> str:
     """The text, checked like a record's. Raises Unusable, which names it."""
     try:
-        return sound_text(text or "")
+        return sound_text(text)
     except Unusable as fault:
         raise Unusable(f"{name} {fault}") from None
 
