@@ -271,7 +271,7 @@ class Terminal:
     """launch/ask.py in a terminal of its own, from which Ctrl-C and Ctrl-D arrive as they do from a keyboard."""
 
     def __init__(self, *words: str) -> None:
-        self.seen = ""
+        self.seen, self.ended = "", False
         self.pid, self.keys = pty.fork()
         if not self.pid:
             os.chdir(ROOT)
@@ -303,12 +303,13 @@ class Terminal:
             if not piece:
                 break
             shown += piece
+        self.ended = True
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), self.seen + shown
 
     def close(self) -> None:
-        with_pid = f"/proc/{self.pid}"
-        if os.path.exists(with_pid):
+        if not self.ended:
             os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
         os.close(self.keys)
 
 

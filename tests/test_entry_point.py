@@ -2,6 +2,7 @@
 
 import configparser
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -150,6 +151,24 @@ def test_the_module_is_the_same_door():
         cwd=ROOT, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert result.returncode == 2 and "did you mean --num_steps" in result.stderr
+
+
+def test_the_launcher_takes_the_module_from_any_folder(tiny_folder, tmp_path):
+    from grpo_ds import world  # torch, which the rest here does without
+
+    flags = {
+        "model": tiny_folder, "data": "sample", "output_dir": "run", "num_steps": 1, "num_generations": 2,
+        "max_prompt_length": 700, "max_completion_length": 4, "eval_limit": 2, "preflight": "false",
+    }  # fmt: skip
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(world._free_port()), "--module"]
+    result = subprocess.run(
+        [*launcher, "grpo_ds", "train", *words],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert "Ask it: python -m grpo_ds ask --model run" in result.stdout
+    assert (tmp_path / "run" / "model.safetensors").exists()
 
 
 # The shipped DeepSpeed JSONs.

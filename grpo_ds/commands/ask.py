@@ -91,20 +91,24 @@ def main(argv: list[str]) -> None:
     choice = choose_model(asked.model, gpu_gib=gpu_gib, ram_gib=ram_gib())
     config = parse(QuestionConfig, [*argv, "--model", choice.model], about=__doc__, recipe=choice.recipe).config
     questions = [] if config.typed_at_terminal else given_questions(config)
-
-    from grpo_ds.inference import load_for_asking  # from here on heavy libraries are loaded
-
-    with redirect_stdout(sys.stderr):  # whatever libraries have to say
-        sampler, style = load_for_asking(config, bf16=gpu_gib is not None or cpu_has_bf16())
+    sampler, style = loaded(config, bf16=gpu_gib is not None or cpu_has_bf16())
     show = show_as(config)
     try:
         if config.typed_at_terminal:
-            print(f"Model: {harmless(config.model)} ({choice.why})", file=sys.stderr)
+            print(harmless(f"Model: {config.model} ({choice.why})"), file=sys.stderr)
             return converse(lambda question: show(*answers(sampler, style, [question])), config)
         for answered in answers(sampler, style, questions):
             show(answered)
     except BrokenPipeError:  # `| head` has seen enough; Python would still flush on its way out
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def loaded(config: QuestionConfig, *, bf16: bool) -> "tuple[Sampler, PromptStyle]":
+    """The model; from here on heavy libraries are loaded, and what they have to say is no answer."""
+    with redirect_stdout(sys.stderr):
+        from grpo_ds.inference import load_for_asking
+
+        return load_for_asking(config, bf16=bf16)
 
 
 def given_questions(config: QuestionConfig) -> list[Question]:
