@@ -268,14 +268,14 @@ def test_a_question_that_is_too_long_is_told_before_any_is_answered(tiny_folder,
 
 
 class Terminal:
-    """launch/ask.py in a terminal of its own, from which Ctrl-C and Ctrl-D arrive as they do from a keyboard."""
+    """Python in a terminal of its own, from which Ctrl-C and Ctrl-D arrive as they do from a keyboard."""
 
     def __init__(self, *words: str) -> None:
         self.seen, self.ended = "", False
         self.pid, self.keys = pty.fork()
         if not self.pid:
             os.chdir(ROOT)
-            os.execv(sys.executable, [sys.executable, "launch/ask.py", *words])
+            os.execve(sys.executable, [sys.executable, *words], {**os.environ, "TERM": "xterm", "PYTHONPATH": "."})
 
     def waits_at(self, prompt: str) -> str:
         """What was shown since the last prompt."""
@@ -326,8 +326,25 @@ def terminal():
         one.close()
 
 
+CONVERSATION = """
+from grpo_ds.commands.ask import QuestionConfig, converse
+converse(lambda question: print("arrived:", len(question.text), repr(question.context)), QuestionConfig())
+"""
+
+
+def test_what_is_pasted_arrives_whole(terminal):
+    keyboard = terminal("-c", CONVERSATION)
+    keyboard.waits_at("Question: ")
+    keyboard.types("x" * 5000 + "\n")  # a terminal's own line ends at 4096
+    keyboard.waits_at("Context: ")
+    keyboard.types("\x1b[200~Of 20 patients,\n\n9 did.\x1b[201~\n")  # as terminals mark a paste
+    keyboard.waits_at("Context: ")
+    keyboard.types("\n")
+    assert "arrived: 5000 'Of 20 patients,\\n\\n9 did.'" in keyboard.waits_at("Question: ")
+
+
 def test_questions_are_typed_one_after_another_until_ctrl_d(tiny_folder, terminal):
-    keyboard = terminal("--model", tiny_folder, "--max_completion_length", "6")
+    keyboard = terminal("launch/ask.py", "--model", tiny_folder, "--max_completion_length", "6")
     assert "An empty line ends a context" in keyboard.waits_at("Question: ")
     for _ in range(2):
         keyboard.types("Does it help?\n")
@@ -353,7 +370,7 @@ def test_questions_are_typed_one_after_another_until_ctrl_d(tiny_folder, termina
 
 
 def test_an_empty_question_leaves_and_a_model_without_contexts_asks_for_none(quizzed, terminal):
-    keyboard = terminal("--model", quizzed)
+    keyboard = terminal("launch/ask.py", "--model", quizzed)
     assert "ends a context" not in keyboard.waits_at("Question: ")
     keyboard.types("What is 1 + 1?\n")
     assert "Answer:" in keyboard.waits_at("Question: ")
@@ -362,7 +379,7 @@ def test_an_empty_question_leaves_and_a_model_without_contexts_asks_for_none(qui
 
 
 def test_ctrl_c_leaves_cleanly(tiny_folder, terminal):
-    keyboard = terminal("--model", tiny_folder)
+    keyboard = terminal("launch/ask.py", "--model", tiny_folder)
     keyboard.waits_at("Question: ")
     keyboard.types("Does it\x03")
     code, last = keyboard.ends()
