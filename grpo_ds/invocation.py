@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+LOCAL_RANK = "--local_rank="  # the deepspeed launcher puts it before all other words
 SCRIPTS = {  # command -> its script in launch/
     "train": "train.py",
     "eval": "evaluate_model.py",
@@ -36,16 +37,21 @@ def command(name: str, *, launcher: str = "python") -> str:
     return f"{entry()} {name}" if entry() else f"{launcher} launch/{SCRIPTS[name]}"
 
 
-def alone() -> list[str]:
-    """The words that start this command again, without its flags."""
+def started() -> list[str]:
+    """The words that start this command again, its launcher's among them and its flags not."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if any(word.startswith(LOCAL_RANK) for word in sys.argv):
+        return ["deepspeed", "--num_gpus", ranks, *_launched("--module")]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return ["torchrun", "--nproc_per_node", ranks, *_launched("-m")]
     return [*entry().split(), _name()] if entry() else ["python", os.path.relpath(sys.argv[0])]
 
 
-def under_a_launcher(module_flag: str) -> list[str]:
-    """The same, as a launcher takes them."""
+def _launched(module_flag: str) -> list[str]:
+    """What a launcher is given to start."""
     return [module_flag, "grpo_ds", _name()] if entry() else [os.path.relpath(sys.argv[0])]
 
 
 def _name() -> str:
-    """The command that was typed; the deepspeed launcher puts a flag of its own in front of it."""
-    return next((word for word in sys.argv[1:] if not word.startswith("--local_rank")), "")
+    """The command that was typed."""
+    return next((word for word in sys.argv[1:] if not word.startswith(LOCAL_RANK)), "")

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from grpo_ds.checkpoint import write_whole
-from grpo_ds.invocation import alone, under_a_launcher
+from grpo_ds.invocation import started
 
 STATUS_FILE = "run_status.json"
 
@@ -37,12 +37,5 @@ class RunStatus:
 
 def resume_command(checkpoint: Path, *, trust_remote_code: bool = False) -> str:
     """What a person types to go on from there, with the launcher this process was started by."""
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    if any(word.startswith("--local_rank") for word in sys.argv):
-        words = ["deepspeed", "--num_gpus", ranks, *under_a_launcher("--module")]
-    elif "TORCHELASTIC_RUN_ID" in os.environ:
-        words = ["torchrun", "--nproc_per_node", ranks, *under_a_launcher("-m")]
-    else:
-        words = alone()
     trust = ["--trust_remote_code"] if trust_remote_code else []  # a checkpoint's own flags do not say it
-    return shlex.join([*words, "--resume_from_checkpoint", str(checkpoint), *trust])
+    return shlex.join([*started(), "--resume_from_checkpoint", str(checkpoint), *trust])

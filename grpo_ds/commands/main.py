@@ -4,6 +4,7 @@ import difflib
 from importlib import import_module, metadata
 
 from grpo_ds.errors import UsageError, run_script
+from grpo_ds.invocation import LOCAL_RANK
 
 COMMANDS = {  # name -> its module, what it does
     "train": ("train", "fine-tune a model by GRPO"),
@@ -29,7 +30,7 @@ def main() -> None:
 
 
 def dispatch(argv: list[str]) -> None:
-    ours = [word for word in argv if word.startswith("--local_rank=")]  # the deepspeed launcher puts it first
+    ours = [word for word in argv if word.startswith(LOCAL_RANK)]
     name, *rest = [word for word in argv if word not in ours] or ["--help"]
     if name in ("-h", "--help", "help"):
         print(usage())
