@@ -5,6 +5,7 @@ Nothing heavy is imported here: --help and a mistyped flag are answered at once.
 
 import difflib
 import re
+from argparse import SUPPRESS
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -19,6 +20,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from grpo_ds.config import AskConfig, ReferenceKind
 from grpo_ds.core.objective import KlEstimator, LossType, RewardScale
 from grpo_ds.errors import UsageError, one_error
+from grpo_ds.invocation import program
 from grpo_ds.task.scoring import OnRewardError
 
 ConfigType = TypeVar("ConfigType", bound=AskConfig)
@@ -31,7 +33,6 @@ class Parsed(Generic[ConfigType]):
 
     config: ConfigType
     typed: frozenset[str]  # names given by the person, not by a default or a recipe
-    extra: dict[str, str | None]  # the script's own flags
 
 
 def parse(
@@ -40,16 +41,15 @@ def parse(
     *,
     about: str,
     recipe: Mapping[str, Any] | None = None,
-    extra: dict[str, str] | None = None,
 ) -> Parsed[ConfigType]:
     """argv -> a checked config. Raises UsageError, one for all that is wrong.
 
-    recipe: defaults that suit the model. extra: flags of one script alone, name -> meaning, strings.
+    recipe: defaults that suit the model.
     """
     names = {knob.name for knob in fields(config_type)}
-    _check_secrets(argv, names | set(extra or {}))
-    parser = _parser(config_type, about, {k: v for k, v in (recipe or {}).items() if k in names}, extra or {})
-    _check_names(argv, {*names, *(extra or {}), "config", "local_rank", "help"})
+    _check_secrets(argv, names)
+    parser = _parser(config_type, about, {k: v for k, v in (recipe or {}).items() if k in names})
+    _check_names(argv, {*names, "config", "local_rank", "help"})
     for file in _config_files(argv):
         _check_file(file)
     try:
@@ -60,15 +60,15 @@ def parse(
     config = config_type(**{name: values[name] for name in names})
     if problems := [*_not_finite(config), *config.problems()]:
         raise one_error(UsageError, "These settings cannot work:", problems)
-    return Parsed(config, frozenset(typed) & names, {name: values[name] for name in extra or {}})
+    return Parsed(config, frozenset(typed) & names)
 
 
-def _parser(config_type: type, about: str, recipe: dict[str, Any], extra: dict[str, str]) -> ArgumentParser:
-    parser = ArgumentParser(description=about, exit_on_error=False, allow_abbrev=False, default_env=False)
+def _parser(config_type: type, about: str, recipe: dict[str, Any]) -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=program(), description=about, exit_on_error=False, allow_abbrev=False, default_env=False
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of the flags below")
-    parser.add_argument("--local_rank", type=int, default=0, help="==SUPPRESS==")  # the deepspeed launcher adds it
-    for name, meaning in extra.items():
-        parser.add_argument(f"--{name}", type=str | None, default=None, help=meaning)
+    parser.add_argument("--local_rank", type=int, default=0, help=SUPPRESS)  # the deepspeed launcher adds it
     for knob in fields(config_type):
         default = recipe.get(knob.name, knob.default)
         switch: dict[str, Any] = {"nargs": "?", "const": True} if knob.type in (bool, bool | None) else {}

@@ -44,6 +44,8 @@ class AskConfig:
     context_field: str | None = knob(
         None, f"a record's field with the context; {NO_CONTEXT}: it has none; default: found"
     )
+    question_field: str | None = knob(None, "a record's field with the question; default: found, as PubMedQA names it")
+    label_field: str | None = knob(None, "a record's field with the right answer; default: found, as PubMedQA names it")
     system_prompt: str | None = knob(None, "text file, used as it stands; default: our own, which asks for the form")
     reasoning_tag: str = knob("reasoning", "the tag around the reasoning")
     answer_tag: str = knob("answer", "the tag around the answer; closing it ends a completion")
@@ -55,6 +57,12 @@ class AskConfig:
     @property
     def label_names(self) -> tuple[str, ...]:
         return tuple(label.strip() for label in self.labels.split(","))
+
+    @property
+    def field_names(self) -> dict[str, str]:
+        """Which of a record's fields are its question, context and label, where that was said."""
+        names = {"question": self.question_field, "context": self.context_field, "label": self.label_field}
+        return {field: name for field, name in names.items() if name}
 
     @property
     def answer_format(self) -> AnswerFormat:
@@ -82,6 +90,10 @@ class AskConfig:
                     for name, tag in tags.items()
                 ),
                 (len(set(tags.values())) == 1, "reasoning_tag and answer_tag must differ"),
+                (
+                    len(set(self.field_names.values())) < len(self.field_names),
+                    "question_field, context_field and label_field must name different fields",
+                ),
                 (bool(misread), f"labels: no answer is read as {misread}; mind full stops and tags"),
                 (bool(fault), f"system_prompt is {self.system_prompt}, which {fault}"),
                 (not 0 <= self.few_shot <= examples, few_shot),
@@ -110,20 +122,12 @@ class EvaluateConfig(AskConfig):
     """The questions, and which of them are held out."""
 
     data: str | None = knob(None, "JSON/JSONL file, hub id or sample; default: the golden 500 if here, else sample")
-    question_field: str | None = knob(None, "a record's field with the question; default: found, as PubMedQA names it")
-    label_field: str | None = knob(None, "a record's field with the right answer; default: found, as PubMedQA names it")
     eval_fraction: float = knob(0.2, "share of the questions held out for evaluation, by class")
     eval_limit: int | None = knob(None, "evaluate on this many held-out questions at most; default: all")
     generation_batch_size: int | None = knob(
         None, "completions sampled at once, in training and evaluation; default: what costs no memory on top"
     )
     seed: int = knob(0, "decides the split, the order of questions and every draw")
-
-    @property
-    def field_names(self) -> dict[str, str]:
-        """Which of a record's fields are its question, context and label, where that was said."""
-        names = {"question": self.question_field, "context": self.context_field, "label": self.label_field}
-        return {field: name for field, name in names.items() if name}
 
     def problems(self) -> list[str]:
         return super().problems() + [
@@ -132,10 +136,6 @@ class EvaluateConfig(AskConfig):
                 (
                     not 0 < self.eval_fraction <= 1,
                     f"eval_fraction is {self.eval_fraction}; a share lies between 0 and 1",
-                ),
-                (
-                    len(set(self.field_names.values())) < len(self.field_names),
-                    "question_field, context_field and label_field must name different fields",
                 ),
                 (self.eval_limit is not None and self.eval_limit < 1, "eval_limit must be 1 or more"),
                 ((self.generation_batch_size or 1) < 1, "generation_batch_size must be 1 or more"),
@@ -379,7 +379,6 @@ def prompt_recipe(folder: Path) -> dict[str, Any]:
         values["system_prompt"] = str(folder / SYSTEM_PROMPT_FILE)
     # Whose code may run here is for the person to say, not for a file that came with a model.
     names = {knob.name for knob in fields(AskConfig)} - {"model", "trust_remote_code"}
-    names |= {"question_field", "label_field"}
     found = {name: values[name] for name in names if name in values}
     numbers = [knob.name for knob in fields(AskConfig) if isinstance(knob.default, int)]
     if wrong := [name for name in numbers if not isinstance(found.get(name, 0), int)]:

@@ -14,6 +14,7 @@ SHIPPED = Path(__file__).resolve().parents[1] / "ds_configs"
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file; duplicate keys, NaN and comments are errors with a place."""
+    path = here_or_shipped(path)
     if not path.is_file():
         raise UsageError(no_such_file(path))
     try:
@@ -35,12 +36,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return config
 
 
+def here_or_shipped(path: Path) -> Path:
+    """ds_configs/NAME.json means the shipped one in a folder that has none of that name: grpo-ds runs anywhere."""
+    shipped = SHIPPED / path.name
+    named_so = path.parent == Path(SHIPPED.name)
+    return shipped if named_so and shipped.is_file() and not path.exists() else path
+
+
 def no_such_file(path: Path) -> str:
     shipped = sorted(f"{SHIPPED.name}/{file.name}" for file in SHIPPED.glob("*.json"))
     what = "is a folder, not a JSON file" if path.is_dir() else "does not exist"
-    return (
-        f"--ds {path}: {what}. Shipped: {', '.join(shipped) or 'none found'}; {SHIPPED.name}/README.md explains them."
-    )
+    named = ", ".join(shipped) or "none here, as they come with a checkout of the project"
+    return f"--ds {path}: {what}. Shipped: {named}; {SHIPPED.name}/README.md explains them."
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from grpo_ds.checkpoint import write_whole
+from grpo_ds.invocation import started
 
 STATUS_FILE = "run_status.json"
 
@@ -36,13 +37,5 @@ class RunStatus:
 
 def resume_command(checkpoint: Path, *, trust_remote_code: bool = False) -> str:
     """What a person types to go on from there, with the launcher this process was started by."""
-    script, *argv = sys.argv
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if any(word.startswith("--local_rank") for word in argv):
-        launcher = ["deepspeed", "--num_gpus", str(ranks)]
-    elif "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = ["torchrun", "--nproc_per_node", str(ranks)]
-    else:
-        launcher = ["python"]
     trust = ["--trust_remote_code"] if trust_remote_code else []  # a checkpoint's own flags do not say it
-    return shlex.join([*launcher, os.path.relpath(script), "--resume_from_checkpoint", str(checkpoint), *trust])
+    return shlex.join([*started(), "--resume_from_checkpoint", str(checkpoint), *trust])

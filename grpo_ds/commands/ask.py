@@ -1,40 +1,196 @@
-"""Ask a model one question: --model DIR --question TEXT --context TEXT."""
+"""Ask a model: --question and --context, a --file of them, or neither, to type one after another at a terminal.
+
+Answers are greedy, and a model trained here is asked as it was trained. They alone go to stdout, so that --json can
+be piped.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from grpo_ds.command_line import parse
-from grpo_ds.config import AskConfig
-from grpo_ds.errors import UsageError, one_error
+from grpo_ds.commands.evaluate import ROWS_AT_ONCE
+from grpo_ds.config import AskConfig, knob
+from grpo_ds.errors import DataError, UsageError, one_error
 from grpo_ds.machine import check_torch, cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.models.presets import choose_model
-from grpo_ds.task.questions import Question
+from grpo_ds.task.questions import Question, unanswered_questions
 from grpo_ds.task.records import NO_CONTEXT, Unusable, sound_text
+from grpo_ds.task.sources import Source, parse_file
 from grpo_ds.terminal import harmless
 
-TEXTS = {"question": "a question that one of the labels answers", "context": "the text to answer it from"}
+if TYPE_CHECKING:
+    from grpo_ds.rollouts import PromptStyle
+    from grpo_ds.sampling import Sampler
+
+STDIN = "-"
+WAYS = ("question", "file", "interactive")
+HOW = "Give --question and --context, or --file FILE (-: standard input), or neither at a terminal."
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionConfig(AskConfig):
+    """What is asked, beside whom and how."""
+
+    question: str = knob("", "a question that one of the labels answers")
+    context: str = knob("", "the text to answer it from")
+    file: str = knob("", "JSON or JSONL with questions, labels not needed; -: standard input")
+    interactive: bool = knob(False, "type questions one after another; default: at a terminal, where none is given")
+    json: bool = knob(False, "print an object a line: id, question, reasoning, answer, text; label and right if known")
+
+    def problems(self) -> list[str]:
+        ways = [name for name in WAYS if getattr(self, name)]
+        stray = bool(self.context) and ways not in ([], ["question"])
+        return super().problems() + [
+            message
+            for wrong, message in (
+                (len(ways) > 1, f"{' and '.join(ways)} exclude each other"),
+                (stray, "context belongs to question; a file's records hold their own"),
+            )
+            if wrong
+        ]
+
+    @property
+    def typed_at_terminal(self) -> bool:
+        nothing = not (self.question or self.context or self.file)
+        return self.interactive or (nothing and sys.stdin.isatty())
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A question and what the model said to it."""
+
+    question: Question
+    text: str  # the whole completion
+    reasoning: str
+    rest: str  # what follows the reasoning
+    answer: str | None  # a label; None where the completion is not in the asked form
+
+    def as_text(self) -> str:
+        answer = self.answer or f"none in the asked form; the model wrote {self.rest!r}"
+        label = f" (the label: {self.question.label})" if self.question.label else ""
+        return harmless(f"Reasoning: {self.reasoning}\nAnswer: {answer}{label}")
+
+    def as_json(self) -> str:
+        """On one line of ASCII, which no terminal obeys."""
+        question = self.question
+        known = {"label": question.label, "right": self.answer == question.label} if question.label else {}
+        found = {"reasoning": self.reasoning, "answer": self.answer, "text": self.text}
+        return json.dumps({"id": question.id, "question": question.text, **found, **known})
 
 
 def main(argv: list[str]) -> None:
     check_torch()
-    first = parse(AskConfig, argv, about=__doc__, extra=TEXTS)
+    asked = parse(QuestionConfig, argv, about=__doc__).config
     gpu_gib = gpu_memory_gib()
-    choice = choose_model(first.config.model, gpu_gib=gpu_gib, ram_gib=ram_gib())
-    config = parse(AskConfig, [*argv, "--model", choice.model], about=__doc__, recipe=choice.recipe, extra=TEXTS).config
-    needed = TEXTS if config.context_field != NO_CONTEXT else ["question"]
-    texts, problems = dict.fromkeys(TEXTS, ""), []
-    for name in [name for name in TEXTS if name in needed or first.extra[name]]:
-        try:
-            texts[name] = sound_text(first.extra[name] or "")
-        except Unusable as fault:
-            problems.append(f"--{name} {fault}")
+    choice = choose_model(asked.model, gpu_gib=gpu_gib, ram_gib=ram_gib())
+    config = parse(QuestionConfig, [*argv, "--model", choice.model], about=__doc__, recipe=choice.recipe).config
+    questions = [] if config.typed_at_terminal else given_questions(config)
+    sampler, style = loaded(config, bf16=gpu_gib is not None or cpu_has_bf16())
+    show = show_as(config)
+    try:
+        if config.typed_at_terminal:
+            print(harmless(f"Model: {config.model} ({choice.why})"), file=sys.stderr)
+            return converse(lambda question: show(*answers(sampler, style, [question])), config)
+        for answered in answers(sampler, style, questions):
+            show(answered)
+    except BrokenPipeError:  # `| head` has seen enough; Python would still flush on its way out
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def loaded(config: QuestionConfig, *, bf16: bool) -> "tuple[Sampler, PromptStyle]":
+    """The model; from here on heavy libraries are loaded, and what they have to say is no answer."""
+    with redirect_stdout(sys.stderr):
+        from grpo_ds.inference import load_for_asking
+
+        return load_for_asking(config, bf16=bf16)
+
+
+def given_questions(config: QuestionConfig) -> list[Question]:
+    """Those of the file, or the one of the flags."""
+    if config.file:
+        return unanswered_questions(opened(config.file), labels=config.label_names, fields=config.field_names)
+    texts, problems = {"question": "", "context": ""}, []
+    for name, text in (("question", config.question), ("context", config.context)):
+        if text or name == "question" or config.context_field != NO_CONTEXT:
+            try:
+                texts[name] = sound(f"--{name}", text)
+            except Unusable as fault:
+                problems.append(str(fault))
     if problems:
-        raise one_error(UsageError, "Nothing to answer:", problems)
+        raise one_error(UsageError, "Nothing to answer:", problems, HOW)
+    return [Question(id="asked", text=texts["question"], context=texts["context"], label="")]
 
-    from grpo_ds.inference import load_for_asking  # from here on heavy libraries are loaded
 
-    sampler, style = load_for_asking(config, bf16=gpu_gib is not None or cpu_has_bf16())
-    question = Question(id="asked", text=texts["question"], context=texts["context"], label="")
-    completions = sampler(style.encode(sampler.tokenizer, [question]), group_size=1, temperature=0.0)
-    text = style.texts(sampler.tokenizer, completions)[0]
-    answer = style.answer_format.parse(text).answer
-    reasoning, rest = style.answer_format.split(text)
-    answered = answer or f"none in the asked form; the model wrote {rest!r}"
-    print(harmless(f"Reasoning: {reasoning}\nAnswer: {answered}"))
+def sound(name: str, text: str) -> str:
+    """The text, checked like a record's. Raises Unusable, which names it."""
+    try:
+        return sound_text(text)
+    except Unusable as fault:
+        raise Unusable(f"{name} {fault}") from None
+
+
+def opened(file: str) -> Source:
+    """A file or a pipe, read once."""
+    try:
+        content = sys.stdin.buffer.read() if file == STDIN else Path(file).expanduser().read_bytes()
+    except OSError as error:
+        raise DataError(f"--file {file} cannot be read: {error.strerror or error} (in {os.getcwd()}).") from None
+    return parse_file("standard input" if file == STDIN else file, content)
+
+
+def answers(sampler: "Sampler", style: "PromptStyle", questions: Sequence[Question]) -> Iterator[Answered]:
+    """An answer a question, in their order, as soon as its batch is done."""
+    style.encode(sampler.tokenizer, questions)  # one that is too long is told before any is answered
+    for first in range(0, len(questions), ROWS_AT_ONCE):
+        some = questions[first : first + ROWS_AT_ONCE]
+        completions = sampler(style.encode(sampler.tokenizer, some), group_size=1, temperature=0.0)
+        for question, text in zip(some, style.texts(sampler.tokenizer, completions), strict=True):
+            form = style.answer_format
+            yield Answered(question, text, *form.split(text), form.parse(text).answer)
+
+
+def show_as(config: QuestionConfig) -> Callable[[Answered], None]:
+    """Prints an answer: as JSON, or as text, with its question where that is not on the screen already."""
+
+    def show(answered: Answered) -> None:
+        question = answered.question
+        heading = harmless(f"{question.id}: {question.text}\n") if config.file else ""
+        print(answered.as_json() if config.json else f"{heading}{answered.as_text()}", flush=True)
+        if not config.json and not config.question:
+            print(flush=True)
+
+    return show
+
+
+def converse(answer: Callable[[Question], None], config: QuestionConfig) -> None:
+    """Question after question; what cannot be asked is said, and the next one awaited."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        with suppress(ImportError):
+            import readline  # noqa: F401  input() then takes lines of more than the terminal's 4096 bytes
+    with_context = config.context_field != NO_CONTEXT
+    print(f"{'An empty line ends a context; a' if with_context else 'A'}n empty question leaves.", file=sys.stderr)
+    while text := line("Question: "):
+        lines = iter(lambda: line("Context: "), "") if with_context else ()
+        try:
+            context = sound("The context", "\n".join(lines)) if with_context else ""
+            answer(Question("asked", sound("The question", text), context, ""))
+        except (Unusable, DataError) as fault:
+            print(harmless(str(fault)), file=sys.stderr)
+
+
+def line(prompt: str) -> str:
+    """A line from the terminal, "" at Ctrl-D; the prompt stays out of a pipe that takes the answers."""
+    try:
+        if sys.stdout.isatty():
+            return input(prompt).strip()
+        print(prompt, end="", file=sys.stderr, flush=True)
+        return input().strip()
+    except EOFError:
+        print(file=sys.stderr)
+        return ""

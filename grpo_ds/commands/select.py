@@ -83,7 +83,7 @@ def resolved(asked: Parsed[SelectConfig], *, on_gpu: bool) -> dict[str, DsConfig
     """The DeepSpeed JSON that was typed, or for a card every one that is shipped, filled from the flags."""
     config = asked.config
     sizes = config.ds_sizes(bf16=on_gpu or cpu_has_bf16())
-    files = {config.ds: Path(config.ds) if "ds" in asked.typed else SHIPPED.parent / config.ds}
+    files = {config.ds: Path(config.ds)}
     if on_gpu and "ds" not in asked.typed:
         # First the optimizer on the card, where it fits: no step on the CPU. Then fp32 masters before split ones.
         shipped = sorted(SHIPPED.glob("*.json"), key=lambda file: ("lowram" in file.name, "gpu" not in file.name))

@@ -15,6 +15,7 @@ from grpo_ds.config import TrainConfig
 from grpo_ds.ds_config import DsConfig, resolve_ds_config
 from grpo_ds.errors import CheckpointError, UsageError
 from grpo_ds.interruption import obeyed_at_once
+from grpo_ds.invocation import command
 from grpo_ds.machine import check_torch, cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.memory.plan import GIB, Plan, Where
 from grpo_ds.memory.select import Job, fitted
@@ -68,9 +69,7 @@ def train_from(argv: list[str]) -> None:
     say = run.console
     say.before_and_after(outcome.before, outcome.after, held_out)
     say.line("Mean reward: {:.2f} in the first quarter of the steps, {:.2f} in the last.".format(*outcome.quarters()))
-    say.line(
-        f"Model, metrics.jsonl, memory.svg: {folder}\nAsk it: python launch/ask.py --model {folder} --question ..."
-    )
+    say.line(f"Model, metrics.jsonl, memory.svg: {folder}\nAsk it: {command('ask')} --model {folder}")
     run.close()
 
 

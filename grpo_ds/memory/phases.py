@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from grpo_ds.errors import GrpoError
+from grpo_ds.invocation import command
 from grpo_ds.memory.plan import GIB, Plan, Where
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -139,7 +140,7 @@ class Profiler:
             f"Out of memory on {place} in phase '{name}': {self.uses()[name].peak(where) / GIB:.1f} GiB were in use, "
             f"{plan}.\n{reason[:200]}\n"
             f"What helps most here: {first}, then {second}.\n"
-            "`python launch/select_model.py` shows what fits this machine."
+            f"`{command('select')}` shows what fits this machine."
         )
 
 

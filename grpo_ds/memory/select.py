@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from grpo_ds import invocation
 from grpo_ds.config import TrainConfig
 from grpo_ds.ds_config import SMALL_BUCKET, DsConfig, OptimizerSpec
 from grpo_ds.memory.plan import CUDA_CONTEXT, GIB, Device, Plan, Where, make_plan
@@ -198,7 +199,8 @@ class Candidate:
     def command(self, typed: str = "") -> str:
         """The command line that runs it."""
         flags = {"none": " --beta 0", "int8": "", "adapter": ""}.get(self.reference, f" --reference {self.reference}")
-        return f"deepspeed launch/train.py --model {self.job.shape.name} --ds {self.ds_file}{flags}{typed}"
+        train = invocation.command("train", launcher="deepspeed")
+        return f"{train} --model {self.job.shape.name} --ds {self.ds_file}{flags}{typed}"
 
 
 def candidates(

@@ -3,6 +3,7 @@
 from rich.table import Table
 from rich.text import Text
 
+from grpo_ds.invocation import command
 from grpo_ds.memory.plan import GIB, Plan, Where
 from grpo_ds.memory.select import Job, fits, remedies
 from grpo_ds.terminal import harmless
@@ -44,5 +45,5 @@ def in_a_line(job: Job, plan: Plan, gpu_gib: float | None, ram_gib: float) -> st
     if fits(plan, gpu_gib or 0.0, ram_gib):
         return line
     changes = " and ".join(remedy.change for remedy in remedies(job, gpu_gib or 0.0, ram_gib))
-    cure = f"it would with {changes}" if changes else "`python launch/select_model.py` shows what does"
+    cure = f"it would with {changes}" if changes else f"`{command('select')}` shows what does"
     return f"{line}\nWarning: by this plan the run does not fit; {cure}."

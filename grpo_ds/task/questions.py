@@ -49,20 +49,21 @@ def read_questions(
     fields: which of a record's fields are its "question", "context" and "label"; those not named are found.
     """
     source = open_source(data)
-    # PubMedQA's other answers are left out where its answers are asked for; to other labels they are mistakes.
-    asks_pubmedqa = {label.casefold() for label in labels} <= set(PUBMEDQA_LABELS)
-    others = [label for label in PUBMEDQA_LABELS if label not in map(str.casefold, labels)] if asks_pubmedqa else []
-    found, problems = _check_all(source, (*labels, *others), fields or {})
-    if problems:
-        headline = (
-            f"{source.name}: {_counted(len(problems), 'problem')} ({_counted(len(source.records), 'record')} read):"
-        )
-        raise one_error(DataError, headline, problems, _accepted(labels, fields or {}))
+    found = _sound_questions(source, labels, fields or {})
     kept = tuple(question for question in found if question.label in labels)
     left_out = dict(Counter(question.label for question in found if question.label not in labels))
     if not kept:
         raise _none_left(source.name, labels, left_out)
     return QuestionSet(kept, _summary(source.name, kept, labels, left_out), left_out)
+
+
+def unanswered_questions(
+    source: Source, *, labels: tuple[str, ...] = ("yes", "no"), fields: Mapping[str, str] | None = None
+) -> list[Question]:
+    """The questions of a source that is only to be answered: a record without a label has "" for one."""
+    if found := _sound_questions(source, labels, fields or {}, label_needed=False):
+        return found
+    raise _none_left(source.name, labels, {})
 
 
 def split_questions(
@@ -139,14 +140,31 @@ def _fewest_to_split(fraction: Fraction) -> int:
     return max(ceil(1 / (2 * fraction)), floor(1 / (2 * (1 - fraction))) + 1)
 
 
+def _sound_questions(
+    source: Source, labels: tuple[str, ...], fields: Mapping[str, str], *, label_needed: bool = True
+) -> list[Question]:
+    """A question a record, or one DataError that names every bad record."""
+    # PubMedQA's other answers are left out where its answers are asked for; to other labels they are mistakes.
+    asks_pubmedqa = {label.casefold() for label in labels} <= set(PUBMEDQA_LABELS)
+    others = [label for label in PUBMEDQA_LABELS if label not in map(str.casefold, labels)] if asks_pubmedqa else []
+    found, problems = _check_all(source, (*labels, *others), fields, label_needed)
+    if problems:
+        headline = (
+            f"{source.name}: {_counted(len(problems), 'problem')} ({_counted(len(source.records), 'record')} read):"
+        )
+        without = "" if label_needed else " Labels may be missing."
+        raise one_error(DataError, headline, problems, _accepted(labels, fields) + without)
+    return found
+
+
 def _check_all(
-    source: Source, known_labels: tuple[str, ...], names: Mapping[str, str]
+    source: Source, known_labels: tuple[str, ...], names: Mapping[str, str], label_needed: bool
 ) -> tuple[list[Question], list[str]]:
     """Every sound record as a question, and every problem of the others with its place."""
     placed, problems = [], list(source.problems)
     columns = {name: None for _, record in source.records if isinstance(record, dict) for name in record}
     for place, record in source.records:
-        fields, wrong = check_record(record, known_labels=known_labels, names=names)
+        fields, wrong = check_record(record, known_labels=known_labels, names=names, label_needed=label_needed)
         if isinstance(record, dict) and not wrong:
             # A view of the two: with a field of its own in every record, copies would fill the memory.
             placed.append((place, _question(fields, ChainMap(record, columns))))
@@ -157,7 +175,7 @@ def _check_all(
 
 def _question(fields: dict[str, str], columns: Mapping[str, Any]) -> Question:
     content = f"{fields['text']}\n{fields['context']}".encode()
-    return Question(**{"id": hashlib.sha256(content).hexdigest()[:12], **fields}, columns=columns)
+    return Question(**{"id": hashlib.sha256(content).hexdigest()[:12], "label": "", **fields}, columns=columns)
 
 
 def _accepted(labels: Sequence[str], fields: Mapping[str, str]) -> str:

@@ -39,7 +39,11 @@ class Unusable(Exception):
 
 
 def check_record(
-    record: object, *, known_labels: Collection[str], names: Mapping[str, str] | None = None
+    record: object,
+    *,
+    known_labels: Collection[str],
+    names: Mapping[str, str] | None = None,
+    label_needed: bool = True,
 ) -> tuple[dict[str, str], list[str]]:
     """(fields, problems): text, context, label and, where the record has one, id; a problem names its field.
 
@@ -55,9 +59,9 @@ def check_record(
         ("id", form.id, _id),
     ]
     fields: dict[str, str] = {"context": ""} if form.context == NO_CONTEXT else {}
-    problems = []
+    problems, optional = [], {"id"} if label_needed else {"id", "label"}
     for field, name, check in checks:
-        if field in fields or (name not in record and field == "id"):
+        if field in fields or (name not in record and field in optional):
             continue
         try:
             fields[field] = check(_present(record, name))
