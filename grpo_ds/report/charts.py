@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 WIDTH, HEIGHT = 420, 220  # of the viewBox, and about the pixels that a page gives it
-FONT = 13
+FONT = 14
 SERIES = 6  # colours that page.css has
 MUTED, RULE = "#fe00f1", "#fe00f2"
 DASHES = ("-", (0, (6, 2.5)), (0, (1.5, 2)), (0, (6, 2, 1.5, 2)), (0, (10, 3)), (0, (3, 2)))
@@ -50,7 +50,7 @@ def line_chart(name: str, lines: Sequence[Line], *, level: float | None = None, 
         for line in lines:
             look = {"color": colour(line.number), "zorder": 3}
             if line.points:
-                axes.plot(*zip(*line.points, strict=True), ".", markersize=3, alpha=FAINT, markeredgewidth=0, **look)
+                axes.plot(*zip(*line.points, strict=True), "o", markersize=3, alpha=FAINT, markeredgewidth=0, **look)
             marker = "o" if len(line.line) <= 30 else None  # a single step has no line
             style = DASHES[line.number % len(DASHES)]
             axes.plot(

@@ -17,7 +17,7 @@ LONGEST_MEAN = 51  # steps
 MOST_DOTS = 150  # of a line; of a longer run a dot is a mean
 MOST_BARS = 60
 PHASES = {"sample": 0, "reference": 1, "update": 2, "step": 3, "evaluate": 4}  # and their colours
-OTHER_PHASES = 5  # their colour
+OTHERS = 5  # the colour of all other phases
 
 Show = Callable[[float], str]
 
@@ -66,6 +66,7 @@ def curves(run: RunFiles) -> list[Chart]:
         _lines(run.steps, "length", "Completion length", {"completion_length": "tokens, mean"}, lambda v: f"{v:.0f}"),
         _lines(run.steps, "entropy", "Entropy of a token", {"entropy": "nats, mean"}, lambda v: f"{v:.2f}"),
         _lines(run.steps, "shares", "Shares of a step", shares, _percent, percent=True),
+        _lines(run.steps, "gradients", "Gradient norm", {"grad_norm": "before clipping"}, lambda v: f"{v:.2f}"),
         seconds(run),
     ]
     return [chart for chart in made if chart]
@@ -100,7 +101,7 @@ def seconds(run: RunFiles) -> Chart | None:
     """Phases on top of each other, each as high as it is long."""
     steps = run.steps
     names = [name for name in _names(steps) if name.startswith("seconds/")]
-    names.sort(key=lambda name: PHASES.get(name.removeprefix("seconds/"), OTHER_PHASES))
+    names.sort(key=lambda name: PHASES.get(name.removeprefix("seconds/"), OTHERS))
     if not names:
         return None
     size = math.ceil(len(steps) / MOST_BARS)
@@ -111,7 +112,7 @@ def seconds(run: RunFiles) -> Chart | None:
     areas, legends = [], []
     for i, name in enumerate(names):
         phase = name.removeprefix("seconds/")
-        number_ = PHASES.get(phase, OTHER_PHASES)
+        number_ = PHASES.get(phase, OTHERS)
         below = tops[i - 1] if i else [0.0] * len(parts)
         areas.append(Area(edges, below, tops[i], number_))
         whole = sum(number(row.get(name)) or 0.0 for row in steps)
@@ -178,7 +179,7 @@ def _caption(steps: list[Row], metrics: list[str]) -> str:
     """What a line is, and what is missing in it."""
     size, dot = window(len(steps)), math.ceil(len(steps) / MOST_DOTS)
     dots = "single steps" if dot == 1 else f"means of {dot} steps"
-    said = [f"Line: mean of {size} steps, fewer at the ends; dots: {dots}." if size > 1 else "By step."]
+    said = [f"Line: mean of {size} steps, fewer at the ends; dots: {dots}." if size > 1 else "By step, not smoothed."]
     missing = sum(any(m in row and number(row[m]) is None for m in metrics) for row in steps)
     if missing:
         said.append(f"{missing} {'step' if missing == 1 else 'steps'} without a finite number left out.")
@@ -187,7 +188,8 @@ def _caption(steps: list[Row], metrics: list[str]) -> str:
 
 def _ends(line: Sequence[tuple[float, float]], show: Show) -> str:
     values = [value for _, value in line if math.isfinite(value)]
-    return show(values[0]) if len(values) == 1 else f"{show(values[0])} → {show(values[-1])}"
+    first, last = show(values[0]), show(values[-1])
+    return first if first == last else f"{first} → {last}"
 
 
 def _names(steps: list[Row]) -> list[str]:

@@ -1,16 +1,20 @@
 """memory.json on the page: each phase's peak beside its plan, and the peaks over time."""
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from grpo_ds.memory.plan import GIB, Where
 from grpo_ds.report.charts import Area, area_chart
-from grpo_ds.report.curves import OTHER_PHASES, PHASES, Chart, Legend
+from grpo_ds.report.curves import OTHERS, PHASES, Chart, Legend
 from grpo_ds.report.run_files import Row, RunFiles, mapping, number, rows, text
 
-BINS = 240  # columns of the timeline
+# Columns of the timeline: of a short run one shows one phase, of a long one the phases of several steps, for at sizes
+# between the two chance would decide which phases a column holds.
+MOST_APART, EACH_APART = 120, 240
+MOST_TOGETHER, SPANS_TOGETHER = 60, 12
+UNITS = {"hours": 3600, "minutes": 60, "seconds": 1}
 PLACES: dict[Where, str] = {"gpu": "card", "host": "RAM"}
 
 
@@ -30,6 +34,21 @@ class PhaseBar:
 
     def percent(self, gib: float) -> str:
         return f"{100 * gib / self.longest:.1f}" if self.longest else "0"
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """An uninterrupted stretch of a phase."""
+
+    phase: str
+    start: float
+    end: float
+    peaks: dict[Where, float]  # GiB
+
+    @property
+    def number(self) -> int:
+        """Of its colour."""
+        return PHASES.get(self.phase, OTHERS)
 
 
 def phase_bars(run: RunFiles) -> dict[str, list[PhaseBar]]:
@@ -68,40 +87,49 @@ def _planned(memory: Row, where: Where) -> dict[str, float]:
 
 
 def _timeline(memory: Row, where: Where) -> Chart | None:
-    """The highest peak of each of many equal stretches of time, in the colour of its phase."""
-    spans = [span for span in rows(memory.get("spans", [])) if (number(span.get("seconds")) or 0) > 0]
-    end = max((number(span["start"] + span["seconds"]) or 0.0 for span in spans), default=0.0)
+    """Peaks in equal stretches of time, a band for each colour."""
+    spans = [span for span in map(_span, rows(memory.get("spans", []))) if span.end > span.start >= 0]
+    end = max((span.end for span in spans), default=0.0)
     if not end:
         return None
-    highest = _highest(spans, where, end)
-    unit, divisor = next(choice for choice in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if end > 3 * choice[1] or choice[1] == 1)
-    edges = [i * end / BINS / divisor for i in range(BINS + 1)]
-    phases = sorted({phase for _, phase in highest if phase}, key=_colour)
-    areas, none = [], [0.0] * BINS
-    for number_ in dict.fromkeys(map(_colour, phases)):
-        heights = [size if phase and _colour(phase) == number_ else 0.0 for size, phase in highest]
-        areas.append(Area(edges, none, heights, number_))
-    legends = [Legend(text(phase), _colour(phase), "area") for phase in phases if phase in PHASES]
-    others = [text(phase) for phase in phases if phase not in PHASES]
-    legends += [Legend(", ".join(others), OTHER_PHASES, "area")] if others else []
-    plan = max(_planned(memory, where).values(), default=None)
-    legends += [Legend("largest peak planned", 0, "plan", f"{plan:.2f}")] if plan else []
-    caption = f"By {unit} since the start: the highest peak of every {end / BINS:.2g} seconds, in the colour of its phase."
+    bins = EACH_APART if len(spans) <= MOST_APART else min(MOST_TOGETHER, len(spans) // SPANS_TOGETHER)
+    highest = [_highest(part, where) for part in _binned(spans, end, bins)]
+    unit, length = next((name, length) for name, length in UNITS.items() if end > 3 * length or length == 1)
+    edges = [i * end / bins / length for i in range(bins + 1)]
+    numbers = sorted({number_ for peaks in highest for number_ in peaks})
+    planned = _planned(memory, where)
+    plan = max((planned[span.phase] for span in spans if span.phase in planned), default=None)
+    areas = [Area(edges, *zip(*(_band(peaks, of) for peaks in highest), strict=True), of) for of in numbers]
     drawing = area_chart(f"memory-{where}", areas, level=plan, by_step=False)
+    legends = [Legend(", ".join(dict.fromkeys(s.phase for s in spans if s.number == of)), of, "area") for of in numbers]
+    legends += [Legend("largest peak planned", 0, "plan", f"{plan:.2f}")] if plan else []
+    caption = f"By {unit}. Each colour ends at the highest peak of its phase in every {end / bins:.2g} seconds."
     return Chart(f"Memory over time: {PLACES[where]}, GiB", Markup(drawing), legends, caption)
 
 
-def _highest(spans: list[Row], where: Where, end: float) -> list[tuple[float, str]]:
-    """(GiB, phase) of the highest peak in each of BINS stretches of the time until `end`."""
-    found = [(0.0, "")] * BINS
+def _span(row: Row) -> "_Span":
+    peaks = {where: (number(row.get(f"{where}_peak")) or 0.0) / GIB for where in PLACES}
+    start = number(row["start"]) or 0.0
+    return _Span(text(row["phase"]), start, start + (number(row["seconds"]) or 0.0), peaks)
+
+
+def _binned(spans: list["_Span"], end: float, bins: int) -> list[list["_Span"]]:
+    """The spans that touch each of `bins` equal stretches of the time until `end`."""
+    found: list[list[_Span]] = [[] for _ in range(bins)]
     for span in spans:
-        first = int(span["start"] / end * BINS)
-        last = min(BINS - 1, int((span["start"] + span["seconds"]) / end * BINS))
-        peak_here = (number(span.get(f"{where}_peak")) or 0.0) / GIB, str(span["phase"])
-        for i in range(max(0, first), last + 1):
-            found[i] = max(found[i], peak_here)
+        for i in range(int(span.start / end * bins), min(bins, math.ceil(span.end / end * bins))):
+            found[i].append(span)
     return found
 
 
-def _colour(phase: str) -> int:
-    return PHASES.get(phase, OTHER_PHASES)
+def _highest(spans: list["_Span"], where: Where) -> dict[int, float]:
+    """The highest peak of each colour."""
+    return {of: max(span.peaks[where] for span in spans if span.number == of) for of in {span.number for span in spans}}
+
+
+def _band(peaks: dict[int, float], of: int) -> tuple[float, float]:
+    """From the next lower peak of another colour up to its own."""
+    if of not in peaks:
+        return 0.0, 0.0
+    mine = peaks[of], of
+    return max((peak for number_, peak in peaks.items() if (peak, number_) < mine), default=0.0), peaks[of]

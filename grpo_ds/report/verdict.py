@@ -43,7 +43,8 @@ def verdict(run: RunFiles) -> str:
     if after:
         return f"{_change('Well-formed answers', before, after, 'well_formed')}. {_accuracy(run, before, after)}"
     rewards = quarters(run)
-    reward = f" The mean reward went from {rewards[0]:.2f} to {rewards[1]:.2f} so far." if rewards else ""
+    reward = " The mean reward was {:.2f} in the first quarter of the steps and {:.2f} in the last."
+    reward = reward.format(*rewards) if rewards else ""
     if before:
         constant = f"always giving the commonest label: {percent(before['majority_baseline'])}"
         right = f"{percent(before['accuracy'])} of {before['count']} held-out questions were answered right"
@@ -107,7 +108,8 @@ def _accuracy(run: RunFiles, before: Row, after: Row) -> str:
         chance = f"; McNemar {shown}: {'more than' if p < SIGNIFICANT else 'a change that could be'} chance"
     beside = "above" if low > baseline else "below" if high < baseline else "not told apart from"
     constant = f"{beside} the {percent(baseline)} of always giving the commonest label"
-    return f"{_change('Accuracy', before, after, 'accuracy')} of {after['count']} held-out questions ({sure}{chance}), {constant}."
+    change, count = _change("Accuracy", before, after, "accuracy"), after["count"]
+    return f"{change} of {count} held-out questions ({sure}{chance}), {constant}."
 
 
 def _change(what: str, before: Row, after: Row, name: str) -> str:
