@@ -86,7 +86,8 @@ def accuracy(run: RunFiles) -> Chart | None:
     legends = [legend for _, legend in made]
     if level is not None:
         legends.append(Legend("always the commonest held-out label", 0, "level", _percent(level)))
-    return Chart("Accuracy", Markup(drawing), legends, _caption(run.steps, ["accuracy"]))
+    more = " Held-out: single evaluations." if held_out else ""
+    return Chart("Accuracy", Markup(drawing), legends, _caption(run.steps, ["accuracy"]) + more)
 
 
 def kl(run: RunFiles) -> Chart | None:

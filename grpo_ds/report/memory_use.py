@@ -37,6 +37,17 @@ class PhaseBar:
 
 
 @dataclass(frozen=True, slots=True)
+class Bands:
+    """Peaks in equal stretches of time, a band for each colour, before they are drawn."""
+
+    where: Where
+    areas: list[Area]
+    legends: list[Legend]
+    plan: float | None  # GiB, of the largest phase
+    caption: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Span:
     """An uninterrupted stretch of a phase."""
 
@@ -68,9 +79,19 @@ def peak(memory: Row, where: Where) -> float:
     return max((number(row.get(f"{where}_peak")) or 0.0 for row in rows(memory["measured"])), default=0.0) / GIB
 
 
-def timelines(run: RunFiles) -> list[Chart]:
+def bands(run: RunFiles) -> list[Bands]:
     """One for each memory."""
-    return [chart for where in places(run.memory) if (chart := _timeline(run.memory, where))]
+    return [found for where in places(run.memory) if (found := _bands(run.memory, where))]
+
+
+def timelines(run: RunFiles) -> list[Chart]:
+    """The bands, drawn."""
+    made = []
+    for found in bands(run):
+        drawing = area_chart(f"memory-{found.where}", found.areas, level=found.plan, by_step=False)
+        title = f"Memory over time: {PLACES[found.where]}, GiB"
+        made.append(Chart(title, Markup(drawing), found.legends, found.caption))
+    return made
 
 
 def _bars(memory: Row, where: Where) -> list[PhaseBar]:
@@ -86,8 +107,8 @@ def _planned(memory: Row, where: Where) -> dict[str, float]:
     return {phase: sum(number(size) or 0.0 for size in part.values()) / GIB for phase, part in parts.items() if part}
 
 
-def _timeline(memory: Row, where: Where) -> Chart | None:
-    """Peaks in equal stretches of time, a band for each colour."""
+def _bands(memory: Row, where: Where) -> Bands | None:
+    """Nothing where no time was measured."""
     spans = [span for span in map(_span, rows(memory.get("spans", []))) if span.end > span.start >= 0]
     end = max((span.end for span in spans), default=0.0)
     if not end:
@@ -96,15 +117,14 @@ def _timeline(memory: Row, where: Where) -> Chart | None:
     highest = [_highest(part, where) for part in _binned(spans, end, bins)]
     unit, length = next((name, length) for name, length in UNITS.items() if end > 3 * length or length == 1)
     edges = [i * end / bins / length for i in range(bins + 1)]
-    numbers = sorted({number_ for peaks in highest for number_ in peaks})
+    numbers = sorted({of for peaks in highest for of in peaks})
+    areas = [Area(edges, *zip(*(_band(peaks, of) for peaks in highest), strict=True), of) for of in numbers]
     planned = _planned(memory, where)
     plan = max((planned[span.phase] for span in spans if span.phase in planned), default=None)
-    areas = [Area(edges, *zip(*(_band(peaks, of) for peaks in highest), strict=True), of) for of in numbers]
-    drawing = area_chart(f"memory-{where}", areas, level=plan, by_step=False)
     legends = [Legend(", ".join(dict.fromkeys(s.phase for s in spans if s.number == of)), of, "area") for of in numbers]
     legends += [Legend("largest peak planned", 0, "plan", f"{plan:.2f}")] if plan else []
     caption = f"By {unit}. Each colour ends at the highest peak of its phase in every {end / bins:.2g} seconds."
-    return Chart(f"Memory over time: {PLACES[where]}, GiB", Markup(drawing), legends, caption)
+    return Bands(where, areas, legends, plan, caption)
 
 
 def _span(row: Row) -> "_Span":

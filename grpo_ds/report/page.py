@@ -126,7 +126,7 @@ def _drop_what_is_wrong(run: RunFiles) -> None:
             HELD_OUT_FILE,
             [verdict.verdict, verdict.collapsed, verdict.grades_table, answers.pairs, curves.held_out_accuracy],
         ),
-        "memory": (MEMORY_FILE, [memory_use.phase_bars, memory_use.timelines]),
+        "memory": (MEMORY_FILE, [memory_use.phase_bars, memory_use.bands]),
         "completions": (COMPLETIONS_FILE, [answers.samples]),
         "environment": (ENVIRONMENT_FILE, [machine, versions, command]),
         "config": (CONFIG_FILE, [settings]),

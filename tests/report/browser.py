@@ -20,6 +20,12 @@ FLAGS = (
 WITH_PIPES = (
     "import os, sys; r, w = map(int, sys.argv[1:3]); os.dup2(r, 3); os.dup2(w, 4); os.execvp(sys.argv[3], sys.argv[3:])"
 )
+COMPLAINTS = {
+    "Log.entryAdded",
+    "Runtime.exceptionThrown",
+    "Runtime.consoleAPICalled",
+    "Page.javascriptDialogOpening",
+}
 MEASURES = """(() => {
   const wide = document.documentElement.clientWidth, text = document.querySelector('.charts svg text');
   return {

@@ -122,13 +122,9 @@ def remembered(folder: Path, steps: int) -> None:
     """memory.json, of a machine with a card."""
     sizes = {"load": 1.3, "evaluate": 5.9, "sample": 4.1, "reference": 4.6, "update": 6.2, "step": 3.0, "save": 3.1}
     order = ["load", "evaluate", *["sample", "reference", "update", "step"] * steps, "evaluate", "save"]
-    plan = Plan(
-        tuple(
-            PhasePlan(name, {"weights": int(GIB * size)}, {"process": int(GIB * 0.9 * size)})
-            for name, size in sizes.items()
-        )
-    )
-    profiler = Profiler(torch.device("cpu"), plan)
+    on_card, on_host = ({name: int(of * GIB * size) for name, size in sizes.items()} for of in (1, 0.9))
+    phases = [PhasePlan(name, {"weights": on_card[name]}, {"process": on_host[name]}) for name in sizes]
+    profiler = Profiler(torch.device("cpu"), Plan(tuple(phases)))
     for i, name in enumerate(order):
         peak = int(sizes[name] * GIB)
         profiler.spans.append(Span(name, 5.0 * i, 4.8, peak, peak // 2, 0, int(peak * 1.1), peak))
