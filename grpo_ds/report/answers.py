@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from grpo_ds.report.run_files import Row, RunFiles, mapping, number, rows, text
+from grpo_ds.report.run_files import Row, RunFiles, mapping, name, number, rows, text
 
 MOST_PAIRS = 30
 MOST_OF_A_KIND = 10  # gained and lost are both to be seen
@@ -71,12 +71,12 @@ def samples(run: RunFiles) -> list[Sampled]:
 
 def _pair(row: Row) -> Pair:
     after = _held_out(mapping(row["after"]), row["label"]) if "after" in row else None
-    return Pair(text(row["question"]), text(row["label"]), _held_out(mapping(row["before"]), row["label"]), after)
+    return Pair(text(row["question"]), name(row["label"]), _held_out(mapping(row["before"]), row["label"]), after)
 
 
 def _held_out(row: Row, label: str) -> Answer:
     right, answer = row["answer"] == label, row["answer"]
-    verdict = "right" if right else "wrong: no answer in the asked form" if answer is None else f"wrong: {text(answer)}"
+    verdict = "right" if right else "wrong: no answer in the asked form" if answer is None else f"wrong: {name(answer)}"
     by_name = mapping(row.get("rewards", {}))
     return Answer(text(row["text"]), right, verdict, _earned(row.get("reward"), by_name) if "reward" in row else [])
 
@@ -86,15 +86,15 @@ def _sampled(step: int, found: Sequence[Row]) -> Sampled:
 
 
 def _sample(row: Row) -> tuple[str, str, Answer]:
-    by_name = {name.removeprefix("rewards/"): value for name, value in row.items() if name.startswith("rewards/")}
+    by_name = {key.removeprefix("rewards/"): value for key, value in row.items() if key.startswith("rewards/")}
     earned = _earned(row.get("reward"), by_name)
     if (advantage := number(row.get("advantage"))) is not None:
         earned.append(("advantage", f"{advantage:+.2f}"))
-    return text(row["question"]), text(row["label"]), Answer(text(row["completion"]), None, "", earned)
+    return text(row["question"]), name(row["label"]), Answer(text(row["completion"]), None, "", earned)
 
 
 def _earned(total: object, by_name: Row) -> list[tuple[str, str]]:
-    return [(text(name), _value(value)) for name, value in {"reward": total, **by_name}.items()]
+    return [(name(reward), _value(value)) for reward, value in {"reward": total, **by_name}.items()]
 
 
 def _value(value: object) -> str:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from grpo_ds.report import charts
 from grpo_ds.report.charts import Area, Line
-from grpo_ds.report.run_files import Row, RunFiles, mapping, number, text
+from grpo_ds.report.run_files import Row, RunFiles, mapping, name, number
 
 FEW = 20  # steps up to which every one is drawn as it is
 LONGEST_MEAN = 51  # steps
@@ -50,10 +50,10 @@ class Chart:
 
 def curves(run: RunFiles) -> list[Chart]:
     """In the order in which a person asks."""
-    by_name = [name for name in _names(run.steps) if name.startswith("rewards/")]
+    by_name = [metric for metric in _names(run.steps) if metric.startswith("rewards/")]
     few = by_name[: charts.SERIES - 1]
     more = f" {len(by_name) - len(few)} more rewards are not drawn." if len(by_name) > len(few) else ""
-    rewards = {"reward": "total", **{name: name.removeprefix("rewards/") for name in few}}
+    rewards = {"reward": "total", **{metric: metric.removeprefix("rewards/") for metric in few}}
     shares = {
         "ended": "completions that ended by themselves",
         "frac_reward_zero_std": "groups with equal rewards",
@@ -101,23 +101,23 @@ def kl(run: RunFiles) -> Chart | None:
 def seconds(run: RunFiles) -> Chart | None:
     """Phases on top of each other, each as high as it is long."""
     steps = run.steps
-    names = [name for name in _names(steps) if name.startswith("seconds/")]
-    names.sort(key=lambda name: PHASES.get(name.removeprefix("seconds/"), OTHERS))
+    names = [metric for metric in _names(steps) if metric.startswith("seconds/")]
+    names.sort(key=lambda metric: PHASES.get(metric.removeprefix("seconds/"), OTHERS))
     if not names:
         return None
     size = math.ceil(len(steps) / MOST_BARS)
     parts = [steps[i : i + size] for i in range(0, len(steps), size)]
-    heights = [[_mean([number(row.get(name)) or 0.0 for row in part]) for part in parts] for name in names]
+    heights = [[_mean([number(row.get(metric)) or 0.0 for row in part]) for part in parts] for metric in names]
     tops = list(accumulate(heights, lambda below, more: [a + b for a, b in zip(below, more, strict=True)]))
     edges = [part[0]["step"] - 0.5 for part in parts] + [steps[-1]["step"] + 0.5]
     areas, legends = [], []
-    for i, name in enumerate(names):
-        phase = name.removeprefix("seconds/")
+    for i, metric in enumerate(names):
+        phase = metric.removeprefix("seconds/")
         number_ = PHASES.get(phase, OTHERS)
         below = tops[i - 1] if i else [0.0] * len(parts)
         areas.append(Area(edges, below, tops[i], number_))
-        whole = sum(number(row.get(name)) or 0.0 for row in steps)
-        legends.append(Legend(text(phase), number_, "area", f"{whole / len(steps):.1f}"))
+        whole = sum(number(row.get(metric)) or 0.0 for row in steps)
+        legends.append(Legend(name(phase), number_, "area", f"{whole / len(steps):.1f}"))
     caption = "Beside each phase its mean. By step" + (f", means of {size}." if size > 1 else ".")
     return Chart("Seconds a step", Markup(charts.area_chart("seconds", areas)), legends, caption)
 
@@ -136,24 +136,31 @@ def _grades(run: RunFiles, when: str = "before") -> Row:
 
 
 def _lines(
-    steps: list[Row], name: str, title: str, named: dict[str, str], show: Show, *, percent: bool = False, more: str = ""
+    steps: list[Row],
+    drawn_as: str,
+    title: str,
+    named: dict[str, str],
+    show: Show,
+    *,
+    percent: bool = False,
+    more: str = "",
 ) -> Chart | None:
     made = _lines_of(steps, named, show)
     if not made:
         return None
-    drawing = charts.line_chart(name, [line for line, _ in made], percent=percent)
+    drawing = charts.line_chart(drawn_as, [line for line, _ in made], percent=percent)
     return Chart(title, Markup(drawing), [legend for _, legend in made], _caption(steps, list(named)) + more)
 
 
 def _lines_of(steps: list[Row], named: dict[str, str], show: Show) -> list[tuple[Line, Legend]]:
     """A line for each metric that was measured, with its legend."""
     made = []
-    for i, (metric, name) in enumerate(named.items()):
+    for i, (metric, called) in enumerate(named.items()):
         values = [(row["step"], _or_nan(row.get(metric))) for row in steps if metric in row]
         if any(math.isfinite(value) for _, value in values):
             line = smoothed(values, window(len(values)))
             dots = thinned(values) if len(values) > FEW else []
-            made.append((Line(line, dots, i), Legend(text(name), i, "line", _ends(line, show))))
+            made.append((Line(line, dots, i), Legend(name(called), i, "line", _ends(line, show))))
     return made
 
 
@@ -194,7 +201,7 @@ def _ends(line: Sequence[tuple[float, float]], show: Show) -> str:
 
 
 def _names(steps: list[Row]) -> list[str]:
-    return list(dict.fromkeys(name for row in steps for name in row))
+    return list(dict.fromkeys(metric for row in steps for metric in row))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -8,7 +8,7 @@ from markupsafe import Markup
 from grpo_ds.memory.plan import GIB, Where
 from grpo_ds.report.charts import Area, area_chart
 from grpo_ds.report.curves import OTHERS, PHASES, Chart, Legend
-from grpo_ds.report.run_files import Row, RunFiles, mapping, number, rows, text
+from grpo_ds.report.run_files import Row, RunFiles, mapping, name, number, rows
 
 # Columns of the timeline: of a short run one shows one phase, of a long one the phases of several steps, for at sizes
 # between the two chance would decide which phases a column holds.
@@ -96,7 +96,7 @@ def timelines(run: RunFiles) -> list[Chart]:
 
 def _bars(memory: Row, where: Where) -> list[PhaseBar]:
     planned = _planned(memory, where)
-    found = [(text(row["phase"]), (number(row.get(f"{where}_peak")) or 0.0) / GIB) for row in rows(memory["measured"])]
+    found = [(name(row["phase"]), (number(row.get(f"{where}_peak")) or 0.0) / GIB) for row in rows(memory["measured"])]
     longest = max([size for _, size in found] + [planned.get(phase, 0.0) for phase, _ in found], default=0.0)
     return [PhaseBar(phase, size, planned.get(phase), longest) for phase, size in found]
 
@@ -115,7 +115,7 @@ def _bands(memory: Row, where: Where) -> Bands | None:
         return None
     bins = EACH_APART if len(spans) <= MOST_APART else min(MOST_TOGETHER, len(spans) // SPANS_TOGETHER)
     highest = [_highest(part, where) for part in _binned(spans, end, bins)]
-    unit, length = next((name, length) for name, length in UNITS.items() if end > 3 * length or length == 1)
+    unit, length = next((unit, length) for unit, length in UNITS.items() if end > 3 * length or length == 1)
     edges = [i * end / bins / length for i in range(bins + 1)]
     numbers = sorted({of for peaks in highest for of in peaks})
     areas = [Area(edges, *zip(*(_band(peaks, of) for peaks in highest), strict=True), of) for of in numbers]
@@ -130,7 +130,7 @@ def _bands(memory: Row, where: Where) -> Bands | None:
 def _span(row: Row) -> "_Span":
     peaks = {where: (number(row.get(f"{where}_peak")) or 0.0) / GIB for where in PLACES}
     start = number(row["start"]) or 0.0
-    return _Span(text(row["phase"]), start, start + (number(row["seconds"]) or 0.0), peaks)
+    return _Span(name(row["phase"]), start, start + (number(row["seconds"]) or 0.0), peaks)
 
 
 def _binned(spans: list["_Span"], end: float, bins: int) -> list[list["_Span"]]:

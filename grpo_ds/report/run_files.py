@@ -25,6 +25,7 @@ SIGNS_OF_A_RUN = (METRICS_FILE, STATUS_FILE, HELD_OUT_FILE)
 STEP = re.compile(rb'\{"step": (\d{1,12}),')  # how the lines of completions.jsonl begin
 SHOWN_STEPS = 3  # of completions: the first, the middle and the last
 LONGEST_TEXT = 4000  # characters of one text; a completion of 300 tokens has about 1500
+LONGEST_NAME = 200  # of a label, a phase, a reward, a state
 
 Row = dict[str, Any]
 
@@ -77,12 +78,17 @@ def number(value: Any) -> float | None:
         return None
 
 
-def text(value: Any) -> str:
+def text(value: Any, longest: int = LONGEST_TEXT) -> str:
     """A text of bearable length; what is no text is written as JSON writes it."""
     written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    if len(written) <= LONGEST_TEXT:
+    if len(written) <= longest:
         return written
-    return f"{written[:LONGEST_TEXT]} … ({len(written) - LONGEST_TEXT} more characters)"
+    return f"{written[:longest]} … ({len(written) - longest} more characters)"
+
+
+def name(value: Any) -> str:
+    """A text of a few words."""
+    return text(value, LONGEST_NAME)
 
 
 def mapping(value: Any) -> Row:

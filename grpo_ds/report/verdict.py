@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from grpo_ds.report.memory_use import PLACES, peak, places
-from grpo_ds.report.run_files import Row, RunFiles, mapping, number, text
+from grpo_ds.report.run_files import Row, RunFiles, mapping, name, number, text
 
 SIGNIFICANT = 0.05
 UNDER_WAY = {"training": "in training", "evaluating": "evaluating"}
@@ -22,19 +22,19 @@ class Tile:
 
 def state(run: RunFiles) -> str:
     """Where the run stands, when that is not at its end; "" for one that is done."""
-    status, name = run.status, text(run.status.get("state", ""))
-    where = f"step {text(status.get('step', 0))} of {text(status.get('max_steps', '?'))}"
-    if name == "done":
-        return ""
+    status = {fact: name(value) for fact, value in run.status.items()}
     if not status:
         return f"Where this run stands is not known ({len(run.steps)} steps are logged)."
-    if name in OVER:
-        reason = text(status.get("message", "")).strip().partition("\n")[0]
-        code = f"{OVER[name]} at {where} with exit code {text(status.get('exit_code'))}"
-        further = f" Go on with: {text(status['resume'])}" if "resume" in status else ""
-        return f"{code}{f': {reason}' if reason else ''}.{further}".replace("..", ".")
-    what = UNDER_WAY.get(name, name)
-    return f"This run has not ended: {what} at {where} when it last wrote, {text(status.get('time', 'time unknown'))}."
+    now, where = status.get("state", ""), f"step {status.get('step', 0)} of {status.get('max_steps', '?')}"
+    if now == "done":
+        return ""
+    if now in OVER:
+        reason = status.get("message", "").strip().partition("\n")[0].rstrip(".")
+        further = f" Go on with: {text(run.status['resume'])}" if "resume" in status else ""
+        code = f"{OVER[now]} at {where} with exit code {status.get('exit_code', '?')}"
+        return f"{code}{f': {reason}' if reason else ''}.{further}"
+    when = status.get("time", "time unknown")
+    return f"This run has not ended: {UNDER_WAY.get(now, now)} at {where} when it last wrote, {when}."
 
 
 def verdict(run: RunFiles) -> str:
@@ -60,7 +60,7 @@ def collapsed(run: RunFiles) -> str:
     predicted = {label: number(count) or 0 for label, count in mapping(after["predicted"]).items()}
     label, most = max(predicted.items(), key=lambda pair: pair[1])
     return (
-        f"Nearly all answers are one class: “{label}” {most:.0f} times of {sum(predicted.values()):.0f}. "
+        f"Nearly all answers are one class: “{name(label)}” {most:.0f} times of {sum(predicted.values()):.0f}. "
         "Accuracy then says little; see macro-F1 and the recalls."
     )
 
@@ -84,7 +84,7 @@ def grades_table(run: RunFiles) -> list[tuple[str, list[str]]]:
         ("Answers given", lambda g: ", ".join(f"{label} {count}" for label, count in g["predicted"].items())),
         ("Always the commonest label", lambda g: percent(g["majority_baseline"])),
     ]
-    return [(text(name), [text(show(grades)) for grades in both]) for name, show in shown]
+    return [(name(title), [text(show(grades)) for grades in both]) for title, show in shown]
 
 
 def quarters(run: RunFiles) -> tuple[float, float] | None:
@@ -112,8 +112,8 @@ def _accuracy(run: RunFiles, before: Row, after: Row) -> str:
     return f"{change} of {count} held-out questions ({sure}{chance}), {constant}."
 
 
-def _change(what: str, before: Row, after: Row, name: str) -> str:
-    first, last = before[name], after[name]
+def _change(what: str, before: Row, after: Row, grade: str) -> str:
+    first, last = before[grade], after[grade]
     if first == last:
         return f"{what} stayed at {percent(last)}"
     return f"{what} {'rose' if last > first else 'fell'} from {percent(first)} to {percent(last)}"
@@ -129,8 +129,8 @@ def _grade_tiles(run: RunFiles) -> list[Tile]:
     if not before:
         return []
     if not after:
-        return [Tile(name, show(before[key]), "before training") for key, (name, show) in shown.items()]
-    return [Tile(name, show(after[key]), f"before: {show(before[key])}") for key, (name, show) in shown.items()]
+        return [Tile(title, show(before[key]), "before training") for key, (title, show) in shown.items()]
+    return [Tile(title, show(after[key]), f"before: {show(before[key])}") for key, (title, show) in shown.items()]
 
 
 def _step_tiles(run: RunFiles) -> list[Tile]:
@@ -143,11 +143,17 @@ def _step_tiles(run: RunFiles) -> list[Tile]:
         floor = number(last.get("kl_floor"))
         made.append(Tile("KL a token, last step", f"{kl:.3f}", f"floor: {floor:.3f}" if floor is not None else ""))
     planned = run.status.get("max_steps")
-    made.append(Tile("Steps", f"{last['step']:.0f}", f"of {text(planned)}" if planned is not None else ""))
-    took = [sum(number(v) or 0.0 for name, v in row.items() if name.startswith("seconds/")) for row in run.steps]
+    made.append(Tile("Steps", f"{last['step']:.0f}", f"of {name(planned)}" if planned is not None else ""))
+    took = [
+        sum(number(value) or 0.0 for metric, value in row.items() if metric.startswith("seconds/")) for row in run.steps
+    ]
     if any(took):
         made.append(Tile("Time in steps", duration(sum(took)), f"{sum(took) / len(took):.1f} s a step"))
     return made
+
+
+def _seconds(row: Row) -> float:
+    return sum(number(value) or 0.0 for metric, value in row.items() if metric.startswith("seconds/"))
 
 
 def _memory_tiles(run: RunFiles) -> list[Tile]:
@@ -155,7 +161,7 @@ def _memory_tiles(run: RunFiles) -> list[Tile]:
         return [Tile(f"Peak of {PLACES[where]}", f"{peak(run.memory, where):.1f} GiB") for where in places(run.memory)]
     last = run.steps[-1] if run.steps else {}
     named = {"memory/ram_gib": "Peak of RAM", "memory/gpu_peak_gib": "Peak of card"}
-    return [Tile(name, f"{size:.1f} GiB", "so far") for key, name in named.items() if (size := number(last.get(key)))]
+    return [Tile(title, f"{size:.1f} GiB", "so far") for key, title in named.items() if (size := number(last.get(key)))]
 
 
 def duration(seconds: float) -> str:
