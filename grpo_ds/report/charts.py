@@ -90,7 +90,13 @@ def _axes(name: str, *, percent: bool = False) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    look = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": FONT, "axes.edgecolor": RULE, "path.simplify": 1}
+    look: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.size": FONT,
+        "axes.edgecolor": RULE,
+        "path.simplify": 1,
+    }
     with matplotlib.rc_context(look):
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
         axes, svg = figure.add_axes(PLACE), list[str]()

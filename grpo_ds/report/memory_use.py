@@ -118,7 +118,8 @@ def _bands(memory: Row, where: Where) -> Bands | None:
     unit, length = next((unit, length) for unit, length in UNITS.items() if end > 3 * length or length == 1)
     edges = [i * end / bins / length for i in range(bins + 1)]
     numbers = sorted({of for peaks in highest for of in peaks})
-    areas = [Area(edges, *zip(*(_band(peaks, of) for peaks in highest), strict=True), of) for of in numbers]
+    ends = {of: [_band(peaks, of) for peaks in highest] for of in numbers}
+    areas = [Area(edges, [low for low, _ in band], [high for _, high in band], of) for of, band in ends.items()]
     planned = _planned(memory, where)
     plan = max((planned[span.phase] for span in spans if span.phase in planned), default=None)
     legends = [Legend(", ".join(dict.fromkeys(s.phase for s in spans if s.number == of)), of, "area") for of in numbers]

@@ -33,7 +33,7 @@ def state(run: RunFiles) -> str:
         further = f" Go on with: {text(run.status['resume'])}" if "resume" in status else ""
         code = f"{OVER[now]} at {where} with exit code {status.get('exit_code', '?')}"
         return f"{code}{f': {reason}' if reason else ''}.{further}"
-    when = status.get("time", "time unknown")
+    when = status.get("time", "time unknown").replace("T", " ")
     return f"This run has not ended: {UNDER_WAY.get(now, now)} at {where} when it last wrote, {when}."
 
 

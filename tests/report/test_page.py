@@ -183,6 +183,7 @@ def test_a_run_that_goes_on_says_where_it_stands(tmp_path):
     shown = page(run)
     assert "This run has not ended: in training at step 5 of 100" in shown and "still to come" in shown
     assert len(run.steps) == 5 and "Left out" not in shown and ">after<" not in shown
+    assert "0 gained" not in shown
 
 
 @pytest.mark.parametrize("state", ["stopped", "failed"])
