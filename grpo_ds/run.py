@@ -262,6 +262,17 @@ class Run:
         if self.writes:
             self.console.line("Written: {} and {}".format(*write_memory(self.trainer.profiler, self.folder)))
 
+    def report_page(self) -> None:
+        """report.html in the folder. It can be made again at any time, so nothing about it fails a run that is done."""
+        if not self.writes:
+            return
+        from grpo_ds.report.page import write
+
+        try:
+            self.console.line(f"Report: {write(self.folder)}")
+        except Exception as error:
+            self.console.line(f"Warning: no report was written ({type(error).__name__}: {error}).")
+
     def close(self) -> None:
         """Release the engine and leave the ranks."""
         self.trainer.engine.close()

@@ -26,6 +26,7 @@ OWNERS = {
     "wandb": {"report"},
     "rich": {"report", "commands"},
     "matplotlib": {"report"},
+    "jinja2": {"report"},
     "psutil": {"interruption"},
     "jsonargparse": {"command_line"},
 }

@@ -66,6 +66,7 @@ def train_from(argv: list[str]) -> None:
     run.progress.identity = this_run
     outcome = run.whole()
     run.report_memory()
+    run.report_page()
     say = run.console
     say.before_and_after(outcome.before, outcome.after, held_out)
     say.line("Mean reward: {:.2f} in the first quarter of the steps, {:.2f} in the last.".format(*outcome.quarters()))

@@ -1,0 +1,400 @@
+"""The report of a run: what it says, what it leaves out, and that a browser has nothing to complain of."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from grpo_ds.errors import MAX_LINES, UsageError
+from grpo_ds.report import answers, curves, memory_use, verdict
+from grpo_ds.report.page import REPORT_FILE, page, settings, write
+from grpo_ds.report.run_files import LONGEST_TEXT, RunFiles, read_run
+from tests.report import runs
+from tests.report.browser import Browser, find_chromium
+
+ROOT = Path(__file__).resolve().parents[2]
+CSS = ROOT / "grpo_ds" / "report" / "page.css"
+STEPS, ASKED = 60, 40
+CHARTS = ["Reward", "Accuracy", "KL a token", "Completion length", "Entropy of a token", "Shares of a step"]
+CHARTS += ["Gradient norm", "Seconds a step", "Memory over time: card, GiB", "Memory over time: RAM, GiB"]
+PLAIN_TAGS = {
+    "html", "head", "meta", "title", "link", "style", "body", "main", "header", "p", "h1", "h2", "h3", "h4", "dl", "dt",
+    "dd", "div", "section", "figure", "figcaption", "ul", "li", "span", "bdi", "table", "thead", "tbody", "tr", "th",
+    "td", "i", "b", "article", "details", "summary", "pre", "footer", "strong",
+    "svg", "g", "path", "defs", "use", "text", "line", "rect", "clipPath",
+}  # fmt: skip
+HOSTILE = (
+    "<script>window.ran=1</script></style><style>body{display:none}</style></title><img src=x onerror=window.ran=1>"
+    ' "onload="window.ran=1" \'><svg onload=window.ran=1> {{7*7}} {% raw %} ]]> <!-- $x^ \\frac{ http://127.0.0.1/'
+    f" \u202egnp.exe \x1b[31m \ud800 {'W' * 3000}"
+)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A run that is done, never written to."""
+    return runs.whole(tmp_path_factory.mktemp("runs") / "finished", steps=STEPS, asked=ASKED)
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of it, to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    if not find_chromium():
+        pytest.skip("no Chromium found: apt install chromium")
+    chromium = Browser(tmp_path_factory.mktemp("profile"))
+    yield chromium
+    chromium.close()
+
+
+def change(file, **values):
+    """JSON with some of its values replaced."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def launch(*words):
+    command = [sys.executable, ROOT / "launch" / "report.py", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def titles(run):
+    return [chart.title for chart in [*curves.curves(run), *memory_use.timelines(run)]]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [360, 1200])
+def test_a_browser_shows_all_of_it_in_the_window_and_asks_for_nothing_else(browser, finished, tmp_path, width, dark):
+    seen = browser.see(write(finished, tmp_path / "page.html"), width=width, dark=dark)
+    shown = seen.measures
+    assert seen.complaints == [] and seen.requests == [(tmp_path / "page.html").as_uri()]
+    assert shown["wide"] == width and shown["overflow"] == 0 and shown["beyond"] == []
+    assert [label.partition(".")[0] for label in shown["charts"]] == CHARTS
+    assert shown["chartFont"] >= 10  # pixels: legible
+    for words in ("Held-out questions", "Completions along the training", "Settings and machine", "Versions"):
+        assert words in shown["text"]
+
+
+def test_light_and_dark_differ_in_page_text_and_lines(browser, finished, tmp_path):
+    file = write(finished, tmp_path / "page.html")
+    light, dark = (browser.see(file, dark=dark).measures for dark in (False, True))
+    assert all(light[part] != dark[part] for part in ("background", "colour", "line"))
+
+
+def test_a_page_can_be_read_aloud(browser, finished, tmp_path):
+    shown = browser.see(write(finished, tmp_path / "page.html")).measures
+    levels = shown["headings"]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(deeper <= level + 1 for level, deeper in pairwise(levels))
+    assert len(set(shown["ids"])) == len(shown["ids"])  # those that matplotlib gives its clip paths too
+    assert all(re.search(r"\d", label) for label in shown["charts"])  # each says its values
+    assert '<html lang="en">' in (tmp_path / "page.html").read_text()
+
+
+def hostile_run(folder):
+    """Every text that comes from data, models, people or other programs is an attack."""
+    runs.whole(folder, steps=3, asked=6)
+    held = json.loads((folder / "held_out.json").read_text())
+    for row in held["questions"]:
+        row |= {"question": HOSTILE, "label": HOSTILE}
+        row["after"] |= {"text": HOSTILE, "answer": HOSTILE, "rewards": {HOSTILE: 1.0}}
+    for grades in (held["before"], held["after"]):
+        grades |= {"recall": {HOSTILE: 0.5}, "predicted": {HOSTILE: 6}, "collapsed": True}
+    (folder / "held_out.json").write_text(json.dumps(held))
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        texts = {"question": HOSTILE, "completion": HOSTILE} if name.startswith("c") else {}
+        more = {f"rewards/{HOSTILE}": 0.5, f"seconds/{HOSTILE}": 1.0}
+        (folder / name).write_text("".join(json.dumps(row | more | texts) + "\n" for row in rows))
+    memory = json.loads((folder / "memory.json").read_text())
+    memory["measured"][0]["phase"] = memory["spans"][0]["phase"] = HOSTILE
+    (folder / "memory.json").write_text(json.dumps(memory))
+    change(folder / "environment.json", cpu=HOSTILE, gpus=[HOSTILE], versions={HOSTILE: HOSTILE}, command=[HOSTILE])
+    change(folder / "run_status.json", state="failed", message=HOSTILE, resume=HOSTILE, max_steps=HOSTILE)
+    (folder / "grpo_config.yaml").write_text(json.dumps({"model": HOSTILE, HOSTILE[:200]: HOSTILE}))
+
+
+def test_texts_of_others_stay_texts(browser, tmp_path):
+    folder = tmp_path / "<img src=x onerror=window.ran=1>{{7*7}}"
+    hostile_run(folder)
+    seen = browser.see(write(folder, tmp_path / "page.html"), width=360)
+    shown, source = seen.measures, (tmp_path / "page.html").read_text()
+    assert seen.complaints == [] and len(seen.requests) == 1 and shown["ran"] is None
+    assert shown["title"] == f"Run report: {folder.name}" and folder.name in shown["text"]
+    assert set(shown["tags"]) <= PLAIN_TAGS and shown["handlers"] == [] and shown["links"] == ["data:,"]
+    assert "left out" not in shown["text"].lower()  # nothing was lost either
+    assert shown["overflow"] == 0 and shown["beyond"] == []
+    assert "<script>window.ran=1</script>" in shown["text"] and "{{7*7}}" in shown["text"]
+    assert source.count("<style>") == 1 and not set("\u202e\x1b") & set(source) and r"\x1b[31m" in shown["text"]
+    assert all(re.fullmatch(r"[\d.%e\u2212\u00d7]*", words) for words in shown["chartTexts"])  # axes have numbers alone
+
+
+def test_a_page_is_made_without_torch(finished, tmp_path):
+    script = (
+        "import sys; from grpo_ds.commands.report import main; main(sys.argv[1:]); "
+        "print([name for name in ('torch', 'transformers', 'deepspeed', 'datasets') if name in sys.modules])"
+    )
+    words = [sys.executable, "-c", script, finished, "--output", tmp_path / "page.html"]
+    said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
+    assert said == f"Report: {tmp_path / 'page.html'}\n[]\n"
+
+
+def test_the_script_writes_into_the_folder(run):
+    result = launch(run)
+    assert (result.returncode, result.stdout) == (0, f"Report: {run / REPORT_FILE}\n")
+    assert (run / REPORT_FILE).read_text() == page(read_run(run))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["{empty}"], ["empty", "metrics.jsonl", "--output_dir"]),
+        (["{empty}/nowhere"], ["nowhere"]),
+        ([], ["folder", "launch/report.py outputs/RUN"]),
+        (["{run}", "--outptu", "x.html"], ["--outptu"]),
+        (["{run}", "--output", "{run}/metrics.jsonl"], ["metrics.jsonl", ".html"]),
+        (["{run}", "--output", "{empty}/no/where.html"], ["where.html", "No such file"]),
+    ],
+)
+def test_what_cannot_be_reported_is_said_in_a_few_lines(run, tmp_path, words, told):
+    (tmp_path / "empty").mkdir()
+    before = (run / "metrics.jsonl").read_bytes()
+    result = launch(*(word.format(empty=tmp_path / "empty", run=run) for word in words))
+    assert result.returncode == 2 and len(result.stderr.strip().splitlines()) <= MAX_LINES
+    assert all(word in result.stderr for word in told) and "Traceback" not in result.stderr
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_goes_on_says_where_it_stands(tmp_path):
+    runs.logged(tmp_path, 5)
+    runs.answered(tmp_path, 10, over=False)
+    runs.RunStatus(tmp_path, max_steps=100).write("training", step=5)
+    (tmp_path / "metrics.jsonl").open("a").write('{"step": 6, "rew')  # as it is being written
+    run = read_run(tmp_path)
+    shown = page(run)
+    assert "This run has not ended: in training at step 5 of 100" in shown and "still to come" in shown
+    assert len(run.steps) == 5 and "Left out" not in shown and ">after<" not in shown
+    assert "0 gained" not in shown
+
+
+@pytest.mark.parametrize("state", ["stopped", "failed"])
+def test_a_run_that_was_cut_short_says_how_to_go_on(run, state):
+    change(run / "run_status.json", state=state, exit_code=5, message="Out of memory.\nMore", resume="python again.py")
+    shown = page(read_run(run))
+    sentence = f"{state.capitalize()} at step 60 of 60 with exit code 5: Out of memory. Go on with: python again.py"
+    assert sentence in shown
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 21, 400])
+def test_any_number_of_steps_makes_a_page(tmp_path, steps):
+    runs.logged(tmp_path, steps)
+    (tmp_path / "metrics.jsonl").touch()
+    shown = page(read_run(tmp_path))
+    assert ("Seconds a step" in shown) == (steps > 0)
+    assert "No held-out answers were compared." in shown
+
+
+def test_a_long_run_makes_a_page_that_opens_as_fast(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": step, **runs.metrics(step, 9000)}) + "\n" for step in range(1, 9001))
+    )
+    assert len(page(read_run(tmp_path))) < 2_000_000
+
+
+def test_without_a_reference_there_is_no_kl(tmp_path):
+    runs.logged(tmp_path, 3, kl=0.0)
+    assert "KL a token" not in titles(read_run(tmp_path))
+
+
+def test_steps_without_a_finite_number_are_gaps_and_counted(tmp_path):
+    runs.logged(tmp_path, 30)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({"step": step, "reward": None, "kl": None}) + "\n" for step in (31, 32))
+        file.write('{"step": 33, "reward": 1e999, "kl": 1e308}\n')
+    charts = {chart.title: chart for chart in curves.curves(read_run(tmp_path))}
+    assert "3 steps without a finite number left out" in charts["Reward"].caption
+    assert "2 steps without a finite number left out" in charts["KL a token"].caption
+
+
+def test_a_run_evaluated_and_nothing_else_has_its_accuracy(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 20, "eval/accuracy": 0.5}\n{"step": 40, "eval/accuracy": 0.75}\n')
+    (chart,) = curves.curves(read_run(tmp_path))
+    assert chart.label.startswith("Accuracy. held-out questions, greedy 50% → 75%.")
+
+
+NOT_WHAT_THEY_SHOULD_BE = ["", "[1, 2]", '{"a": ' * 5000, "\udcff\x00"]
+OF_THE_WRONG_SHAPE = {
+    "held_out.json": ['{"before": 3}', '{"before": {}, "after": {"count": "x"}}', '{"questions": [{"question": 1}]}'],
+    "memory.json": ['{"planned": 1}', '{"measured": [{"phase": "load"}], "planned": {"load": 3}}'],
+    "environment.json": ['{"versions": []}', '{"command": 3}', '{"gpus": [1]}'],
+    "run_status.json": [],
+    "grpo_config.yaml": [],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [(name, content) for name, wrong in OF_THE_WRONG_SHAPE.items() for content in [*NOT_WHAT_THEY_SHOULD_BE, *wrong]],
+)
+def test_a_damaged_file_is_left_out_and_named(run, name, content):
+    (run / name).write_bytes(content.encode(errors="surrogateescape"))
+    read = read_run(run)
+    shown = page(read)
+    assert read.damaged == [name] and f"Left out, because it is damaged: {name}." in shown
+    assert "Reward" in shown  # and the rest is there
+
+
+def test_damaged_lines_of_metrics_are_counted(run):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines[3:5] = ['{"step": 4, "rew', '["no", "step"]']
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert "Left out, because it is damaged: metrics.jsonl (2 of its lines)." in page(read_run(run))
+
+
+def test_a_fifo_in_place_of_a_file_is_not_waited_for(run):
+    (run / "memory.json").unlink()
+    os.mkfifo(run / "memory.json")
+    assert not read_run(run).memory
+
+
+def grades(accuracy, interval, **more):
+    return dict(
+        count=100, accuracy=accuracy, accuracy_interval=interval, macro_f1=0.5, recall={"yes": 1.0, "no": 0.0},
+        well_formed=0.9, majority_baseline=0.62, predicted={"yes": 60, "no": 30}, collapsed=False,
+    ) | more  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("after", "p", "words"),
+    [
+        (
+            grades(0.8, (0.71, 0.87)),
+            0.00004,
+            ["rose from 50.0% to 80.0%", "p < 0.001: more than", "above the 62"],
+        ),
+        (grades(0.6, (0.50, 0.69)), 0.12, ["rose", "p = 0.120: a change that could be chance", "not told apart from"]),
+        (grades(0.3, (0.22, 0.40)), 0.01, ["fell from 50.0% to 30.0%", "p = 0.010: more than", "below the 62.0%"]),
+        (grades(0.5, (0.40, 0.60)), 1.0, ["stayed at 50.0%", "below the 62.0%"]),  # the interval ends under it
+    ],
+)
+def test_the_verdict_says_direction_chance_and_baseline(after, p, words):
+    run = RunFiles("r", held_out={"before": grades(0.5, (0.4, 0.6)), "after": after, "mcnemar": p})
+    said = verdict.verdict(run)
+    assert all(word in said for word in words) and "Well-formed answers stayed at 90.0%" in said
+
+
+def test_answers_of_one_class_are_warned_of():
+    after = grades(0.62, (0.52, 0.71), predicted={"yes": 99, "no": 1}, collapsed=True)
+    run = RunFiles("r", held_out={"before": grades(0.5, (0.4, 0.6)), "after": after, "mcnemar": 0.1})
+    assert "one class: “yes” 99 times of 100" in page(run)
+    run.held_out["after"]["collapsed"] = False
+    assert "one class" not in page(run)
+
+
+def test_gained_and_lost_are_both_shown_and_the_rest_is_counted():
+    def row(i, before, after):
+        sides = {"before": {"text": f"t{i}", "answer": before}, "after": {"text": f"t{i}", "answer": after}}
+        return {"id": str(i), "question": f"q{i}", "label": "yes", **sides}
+
+    rows = [row(i, "no", "yes") for i in range(50)] + [row(50, "yes", None)] + [row(i, "yes", "yes") for i in (51, 52)]
+    found = answers.pairs(RunFiles("r", held_out={"questions": rows}))
+    assert (found.count, found.gained, found.lost, len(found.shown)) == (53, 50, 1, answers.MOST_PAIRS)
+    assert [pair.change for pair in found.shown[:11]] == ["gained"] * 10 + ["lost"]
+    assert found.shown[10].after.verdict == "wrong: no answer in the asked form"
+
+
+def test_long_texts_end_with_how_much_is_missing(run):
+    held = json.loads((run / "held_out.json").read_text())
+    held["questions"][0]["after"]["text"] = "x" * (LONGEST_TEXT + 17)
+    (run / "held_out.json").write_text(json.dumps(held))
+    assert f"{'x' * 50} … (17 more characters)" in page(read_run(run))
+
+
+def test_completions_are_those_of_the_first_the_middle_and_the_last_step(finished):
+    read = read_run(finished)
+    assert list(read.completions) == [1, 31, 60] and [len(rows) for rows in read.completions.values()] == [8, 8, 8]
+    assert [(s.count, len(s.shown)) for s in answers.samples(read)] == [(8, 4)] * 3
+
+
+def test_settings_that_differ_come_with_their_default(finished):
+    found = {setting.name: (setting.value, setting.default) for setting in settings(read_run(finished))}
+    assert found["learning_rate"] == ("2e-05", "1e-06") and found["beta"] == ("0.04", None)
+
+
+def test_the_command_is_what_was_typed():
+    from grpo_ds.report.page import command
+
+    argv = ["launch/train.py", "--local_rank=0", "--data", "my file.json"]
+    assert command(RunFiles("r", environment={"command": argv})) == "deepspeed launch/train.py --data 'my file.json'"
+
+
+def test_a_line_is_the_mean_of_its_neighbours_and_says_so():
+    values = [(1, 1.0), (2, 2.0), (3, 6.0), (4, float("nan"))]
+    line = curves.smoothed(values, 3)
+    assert line == [(1, 1.5), (2, 3.0), (3, 4.0), (4, 6.0)]  # (1+2)/2, (1+2+6)/3, (2+6)/2, 6/1
+    assert curves.window(20) == 1 and curves.window(21) == 5 and curves.window(120) == 13
+    assert curves.window(10**6) == curves.LONGEST_MEAN
+    steps = [{"step": i, "accuracy": 0.5} for i in range(1, 1001)]
+    caption = curves.accuracy(RunFiles("r", steps=steps)).caption
+    assert caption == "Line: mean of 51 steps, fewer at the ends; dots: means of 7 steps."
+    assert len(curves.thinned([(row["step"], 0.5) for row in steps])) <= curves.MOST_DOTS
+
+
+def test_a_phase_that_outgrew_its_plan_says_by_how_much():
+    gib = 2**30
+    uses = [
+        {"phase": "update", "host_peak": 5 * gib, "gpu_peak": 0},
+        {"phase": "floor", "host_peak": gib, "gpu_peak": 0},
+    ]
+    planned = {"update": {"gpu": {}, "host": {"weights": 3 * gib, "process": gib}}}
+    found = memory_use.phase_bars(RunFiles("r", memory={"measured": uses, "planned": planned}))
+    update, floor = found["RAM"]
+    assert list(found) == ["RAM"] and (update.off, floor.off) == ("+20%", "")  # (5 - 4) / 5
+    assert (update.percent(update.measured), floor.percent(floor.measured)) == ("100.0", "20.0")
+
+
+def luminance(colour):
+    """Of sRGB, as WCAG 2 has it."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_lines_stand_out_and_texts_can_be_read(theme):
+    blocks = re.findall(r":root \{(.*?)\}", CSS.read_text(), re.DOTALL)
+    colours = dict(re.findall(r"--([\w-]+): (#\w{6})", blocks[theme]))
+
+    def contrast(name, ground):
+        low, high = sorted(luminance(colours[part]) for part in (name, ground))
+        return (high + 0.05) / (low + 0.05)
+
+    lines = [name for name in colours if name.startswith("series-")]
+    assert len(lines) == 6 and all(contrast(name, "card") >= 3 for name in lines)
+    texts = ("text", "muted", "right", "wrong", "accent")
+    assert all(contrast(name, ground) >= 4.5 for name in texts for ground in ("card", "page"))
+    assert contrast("text", "warn") >= 4.5
+
+
+def test_a_report_that_cannot_be_written_does_not_fail_the_run(finished, capsys, monkeypatch):
+    from grpo_ds.report.console import Console
+    from grpo_ds.run import Run
+
+    done = Run.__new__(Run)
+    done.writes, done.folder, done.console = True, finished / "gone", Console()
+    done.report_page()
+    assert "Warning: no report was written" in capsys.readouterr().out
+
+
+def test_no_run_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="no run's folder"):
+        read_run(tmp_path)
