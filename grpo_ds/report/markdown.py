@@ -7,7 +7,7 @@ from typing import Any
 from grpo_ds.terminal import harmless
 
 # Within a line: code, emphasis, links, images, cells, formulas. A _ within a word is only itself.
-MEANT = re.compile(r"([\\`*\[\]|~$#]|\b_|_\b)")
+MEANT = re.compile(r"([\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_]))")
 HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 
 

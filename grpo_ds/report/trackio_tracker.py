@@ -45,7 +45,7 @@ class Trackio:
         answers = trackio.Table(columns=list(ANSWERS), data=[list(row) for row in held_out_answers(self._folder)])
         self._run.log({**found, "held_out": answers}, step=summary["steps"])
         with _quiet():
-            self._run.finish()
+            trackio.finish()
         space = os.environ.get("TRACKIO_SPACE_ID")
         return (
             f"https://huggingface.co/spaces/{space}"
