@@ -27,7 +27,7 @@ from grpo_ds.run_folder import check_writable
 from grpo_ds.task.questions import Question, QuestionSet, read_questions, split_questions
 from grpo_ds.task.reward_files import find_reward_functions
 from grpo_ds.task.rewards import WeightedFunctions, ready_made
-from grpo_ds.task.sources import found
+from grpo_ds.task.sources import data_or_default
 from grpo_ds.terminal import harmless
 from grpo_ds.versions import check_versions
 
@@ -177,7 +177,7 @@ def settle(argv: list[str]) -> Settled:
     # What the run really uses, so that the config written beside the model makes the same run again.
     config = replace(
         config,
-        data=found(config.data),
+        data=data_or_default(config.data),
         learning_rate=ds.learning_rate,
         weight_decay=ds.weight_decay,
         max_grad_norm=ds.max_grad_norm,

@@ -28,7 +28,7 @@ from grpo_ds.report.reading import (
 from grpo_ds.task.prompts import default_system_prompt
 from grpo_ds.task.records import NO_CONTEXT
 from grpo_ds.task.rewards import READY_MADE
-from grpo_ds.task.sources import HUB_ID
+from grpo_ds.task.sources import HUB_ID, SAMPLE
 
 CARD_FILE, TEMPLATE = "README.md", "model_card.md.jinja"
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -164,7 +164,9 @@ def _data(config: dict[str, Any], summary: dict[str, Any]) -> str:
 
 def _data_name(config: dict[str, Any]) -> str:
     """A hub id, or the file without the folders in which it lay."""
-    data = config["data"] or "sample"
+    data = config["data"] or SAMPLE
+    if data == SAMPLE:
+        return "the sample that grpo_ds brings along"
     return data if _is_hub_data(config) else Path(data).name
 
 

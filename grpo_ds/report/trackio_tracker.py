@@ -1,5 +1,6 @@
 """Trackio: a data base on this machine (TRACKIO_DIR), or where TRACKIO_SPACE_ID or TRACKIO_SERVER_URL say."""
 
+import atexit
 import io
 import os
 import secrets
@@ -32,6 +33,7 @@ class Trackio:
         with _quiet():
             self._run = trackio.init(self._project, name=name, resume=resume, config=settings, **watch)
         progress.trackers["trackio"] = name
+        atexit.register(_finish)  # where the run ends before its time; before trackio's own, which speaks
 
     def log(self, metrics: dict[str, float], *, step: int) -> None:
         self._run.log(dict(metrics), step=step)
@@ -44,14 +46,20 @@ class Trackio:
         found = numbers({"summary": summary, "memory_gib": memory_by_phase(self._folder)})
         answers = trackio.Table(columns=list(ANSWERS), data=[list(row) for row in held_out_answers(self._folder)])
         self._run.log({**found, "held_out": answers}, step=summary["steps"])
-        with _quiet():
-            trackio.finish()
+        _finish()
         space = os.environ.get("TRACKIO_SPACE_ID")
         return (
             f"https://huggingface.co/spaces/{space}"
             if space
             else f"trackio show --project {shlex.quote(self._project)}"
         )
+
+
+def _finish() -> None:
+    """What is still on its way is written; once."""
+    if trackio.context_vars.current_run.get() is not None:
+        with _quiet():
+            trackio.finish()
 
 
 @contextmanager

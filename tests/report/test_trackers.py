@@ -140,7 +140,7 @@ folder = Path({str(folder)!r})
 progress, _ = track(folder, "trackio", steps=[1, 2], finish=False)
 _, said = track(folder, "trackio", steps=[3], progress=progress)
 print(said)
-track(folder, "trackio", steps=[1])  # another run into a folder of that name
+track(folder, "trackio", steps=[1], finish=False)  # another run into a folder of that name, ended before its time
 """
     assert apart(code, tmp_path) == "trackio show --project grpo_ds\n"
     runs, config = json.loads(apart(LOOK, tmp_path))
