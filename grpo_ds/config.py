@@ -23,7 +23,7 @@ from grpo_ds.task.scoring import OnRewardError
 
 ReferenceKind = Literal["auto", "int8", "llm.int8", "bf16", "bf16-cpu"]
 MAX_TIMEOUT = 1e6  # seconds, twelve days: an alarm cannot be set to more than an int holds
-TRACKERS = ("none", "wandb")
+TRACKERS = ("none", "wandb", "tensorboard", "trackio")
 CONFIG_FILE = "grpo_config.yaml"  # written beside the model: how it was made and how it wants to be asked
 OF_ONE_RUN = ("output_dir", "resume_from_checkpoint", "plan")  # another run has its own
 SYSTEM_PROMPT_FILE = "system_prompt.txt"  # likewise, a copy of --system_prompt
@@ -205,14 +205,15 @@ class TrainConfig(EvaluateConfig):
     max_bad_steps: int = knob(3, "steps in a row that may be skipped for numbers that are not finite; one more stops")
     oom_retry: bool = knob(False, "on one rank, a phase out of memory is tried again in smaller parts; same results")
     log_completions: bool = knob(False, "every completion with its rewards to completions.jsonl and the trackers")
-    report_to: str = knob("none", "none or wandb; the key comes from WANDB_API_KEY or wandb login, never from here")
+    report_to: str = knob(
+        "none", "none, or of wandb,tensorboard,trackio; a key comes from the environment, never from here"
+    )
 
     def problems(self) -> list[str]:
         alone = (
             f"num_generations is {self.num_generations}, but an advantage compares a completion with its siblings: "
             "2 or more, e.g. --num_generations 4"
         )
-        trackers = [name for name in self.report_to.split(",") if name not in TRACKERS]
         return [*super().problems(), *reward_problems(self.reward_funcs, self.reward_weights)] + [
             message
             for wrong, message in (
@@ -244,7 +245,7 @@ class TrainConfig(EvaluateConfig):
                     "0 packs all of a step together",
                 ),
                 *self._saving_problems(),
-                (bool(trackers), f"report_to names {', '.join(trackers)}; there are: {', '.join(TRACKERS)}"),
+                *self._tracker_problems(),
                 *(
                     (getattr(self, name) < 1, f"{name} must be 1 or more")
                     for name in ("batch_size", "num_steps", "num_iterations", "mu", "ref_model_sync_steps")
@@ -254,6 +255,11 @@ class TrainConfig(EvaluateConfig):
             )
             if wrong
         ]
+
+    def _tracker_problems(self) -> Iterator[tuple[bool, str]]:
+        unknown = [name for name in self.trackers if name not in TRACKERS]
+        yield bool(unknown), f"report_to names {', '.join(unknown)}; there are: {', '.join(TRACKERS)}"
+        yield "none" in self.trackers and len(self.trackers) > 1, f"report_to is {self.report_to}: none stands alone"
 
     def _saving_problems(self) -> Iterator[tuple[bool, str]]:
         yield self.save_steps < 0, f"save_steps is {self.save_steps}; it must be 0 (none) or more"
@@ -279,6 +285,11 @@ class TrainConfig(EvaluateConfig):
             (self.loss_type == "cispo", "delta has no part in cispo, whose ratio is bounded for either sign"),
             (not self.delta > bound, f"delta is {self.delta}; it must be more than 1 + epsilon_high, {bound:g}"),
         ]
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """What report_to names, each once."""
+        return tuple(dict.fromkeys(name.strip() for name in self.report_to.split(",")))
 
     @property
     def objective(self) -> Objective:

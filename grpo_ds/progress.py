@@ -1,4 +1,4 @@
-"""How far a run has come, as trainer_state.json keeps it; transformers' names where it has them."""
+"""How far a run has come, as trainer_state.json keeps it: a transformers.TrainerState, and below it what is ours."""
 
 import hashlib
 import json
@@ -13,6 +13,8 @@ from grpo_ds.errors import CheckpointError
 from grpo_ds.task.questions import Question
 
 STATE_FILE = "trainer_state.json"
+THEIRS = ("max_steps", "global_step", "log_history", "best_metric", "best_global_step")  # transformers' own names
+CALLBACKS, OURS = "stateful_callbacks", "grpo_ds"  # where a TrainerState keeps what it does not know
 
 
 @dataclass(slots=True)
@@ -39,13 +41,20 @@ class Progress:
         return [math.nan if reward is None else reward for reward in found]
 
     def write(self, folder: Path) -> None:
-        (folder / STATE_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        ours = asdict(self)
+        theirs = {name: ours.pop(name) for name in THEIRS}
+        best = None if self.best_global_step is None else f"checkpoint-{self.best_global_step}"
+        whole = {**theirs, "best_model_checkpoint": best, CALLBACKS: {OURS: ours}}
+        (folder / STATE_FILE).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> "Progress":
         try:
-            return cls(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            found = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+            ours = found.pop(CALLBACKS, {}).get(OURS, {})  # a first version had them on top
+            found.pop("best_model_checkpoint", None)  # follows from best_global_step
+            return cls(**found, **ours)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{folder / STATE_FILE} is not what this version writes ({type(error).__name__}).\n"
                 f"To train on from its weights: --model {folder}, without --resume_from_checkpoint."

@@ -25,7 +25,8 @@ from grpo_ds.models.policy import save_merged, save_model
 from grpo_ds.progress import strict
 from grpo_ds.report import environment, held_out
 from grpo_ds.report.memory import write as write_memory
-from grpo_ds.report.trackers import Tracker, make_trackers
+from grpo_ds.report.model_card import write_card
+from grpo_ds.report.trackers import Tracker, make_trackers, write_summary
 from grpo_ds.run_folder import cannot_be_written, release, take
 from grpo_ds.run_status import RunStatus, resume_command
 from grpo_ds.task.questions import Question
@@ -113,10 +114,24 @@ class Run:
         self.tell_answers({"before": before, "after": after})
         outcome = Outcome(rewards, before, after)
         self.save_model()
-        for tracker in self.trackers:
-            tracker.finish(outcome.summary(self.held_out))
-        self.status.write("done", exit_code=0)
+        self.report_memory()
+        self._report(outcome)
         return outcome
+
+    def _report(self, outcome: Outcome) -> None:
+        """What the folder says of the whole run, and then the trackers, which may have to wait for a network."""
+        counts = {"train": len(self.questions), "held_out": len(self.held_out)}
+        summary = {**outcome.summary(self.held_out), "questions": counts}
+        if self.writes:
+            try:
+                write_summary(self.folder, summary)
+                write_card(self.folder)
+            except Exception as error:  # no card is worth a run
+                self.console.line(f"Warning: the summary or the model card could not be written ({error}).")
+        self.status.write("done", exit_code=0)
+        for tracker in self.trackers:
+            if where := tracker.finish(summary):
+                self.console.line(f"{tracker.name}: {where}")
 
     def train(self) -> list[float]:
         """All steps that are left, each logged, and saved where it is time; the mean reward of every step."""
@@ -260,7 +275,10 @@ class Run:
         """The table of phases, and memory.json and memory.svg in the folder."""
         self.console.memory(self.trainer.profiler)
         if self.writes:
-            self.console.line("Written: {} and {}".format(*write_memory(self.trainer.profiler, self.folder)))
+            try:
+                self.console.line("Written: {} and {}".format(*write_memory(self.trainer.profiler, self.folder)))
+            except OSError as error:
+                self.console.line(f"Warning: the memory report could not be written ({error.strerror}).")
 
     def report_page(self) -> None:
         """report.html in the folder. It can be made again at any time, so nothing about it fails a run that is done."""

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from peft import AutoPeftModelForCausalLM
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,7 +28,7 @@ from grpo_ds.report.console import Console
 from grpo_ds.run import Run
 from tests.conftest import make_tokenizer, tiny_config
 from tests.models.test_lora import BITS, rows, trained
-from tests.test_training import ROOT, launch, tiny_trainer
+from tests.test_training import ROOT, launch, scores_by_hand, tiny_trainer
 
 ADAPTER = {"lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-2, "num_steps": 2, "max_completion_length": 6}
 
@@ -50,6 +52,18 @@ def test_a_run_trains_the_adapter_alone_and_writes_it(tiny_folder, tmp_path, bit
     found, wanted = LogprobModel(merged, **policy.options)(rows()), policy.eval()(rows())
     torch.testing.assert_close(found, wanted, rtol=0, atol={16: 1e-5, 8: 0.1, 4: 0.6}[bits])
     trainer.engine.close()
+    adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run", dtype=torch.float32).eval()
+    found, wanted = (model(torch.tensor([[1, 2, 3]])).logits for model in (adapted, merged))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)  # added to the output there, to the weights here
+    assert ModelCard.load(tmp_path / "run" / "README.md").data.library_name == "peft"
+
+
+def test_lm_eval_loads_an_adapter_and_scores_with_it(tiny_folder, tmp_path):
+    trainer, train, held_out = tiny_trainer(tiny_folder, **ADAPTER, merge_adapter=True)
+    Run(trainer, train, held_out, tmp_path / "run").whole()
+    trainer.engine.close()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged", dtype=torch.float32).eval()
+    scores_by_hand(tiny_folder, merged, peft=str(tmp_path / "run"))
 
 
 def steps(folder, train_on, tmp_path, **changes):

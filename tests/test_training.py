@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_ds import world
@@ -46,14 +48,14 @@ def launch(*launcher: str, **flags: object) -> str:
 
 @pytest.fixture(scope="module")
 def launched(tiny_folder, tmp_path_factory):
-    """`deepspeed launch/train.py` with every part switched on: two iterations, mu 2, split batches, wandb offline."""
+    """`deepspeed launch/train.py` with every part switched on: two iterations, mu 2, split batches, trackers here."""
     folder = tmp_path_factory.mktemp("launched") / "run"
     data = str(REAL_DATA) if REAL_DATA.exists() else "sample"
     flags = {
         "ds": "ds_configs/zero2.json", "model": tiny_folder, "data": data, "output_dir": folder,
         "num_iterations": 2, "num_steps": 2, "mu": 2, "pack_tokens": 800, "num_generations": 3,
         "max_prompt_length": 700, "max_completion_length": 8, "eval_limit": 4, "learning_rate": 1e-3,
-        "report_to": "wandb",
+        "report_to": "wandb,tensorboard", "log_completions": True,
     }  # fmt: skip
     return folder, launch(str(Path(sys.executable).with_name("deepspeed")), **flags)
 
@@ -141,8 +143,54 @@ def test_the_run_says_how_it_was_made(launched):
     assert saved["num_generations"] == 3 and saved["mu"] == 2
 
 
-def test_wandb_kept_the_run_offline(launched):
-    assert list(launched[0].glob("wandb/offline-run-*"))
+def test_trackers_kept_the_run_here_and_how_to_look_at_it_is_said(launched):
+    folder, output = launched
+    (kept,) = folder.glob("wandb/offline-run-*")
+    assert list(folder.glob("runs/events.out.tfevents.*")) and list(kept.glob("files/media/table/held_out*.json"))
+    assert f"wandb: wandb sync {kept}\n" in output and f"tensorboard: tensorboard --logdir {folder}/runs\n" in output
+
+
+def test_a_model_card_stands_in_the_runs_folder_and_in_no_checkpoint(launched):
+    folder, _ = launched
+    card = ModelCard.load(folder / "README.md")
+    accuracy = json.loads((folder / "summary.json").read_text())["after"]["accuracy"]
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results}["accuracy"] == accuracy
+    assert "of GRPO on " in card.text and not list(folder.glob("checkpoint-*/README.md"))
+
+
+def test_the_code_in_the_card_asks_the_model(launched, capsys):
+    folder, _ = launched
+    (code,) = re.findall("```python\n(.*?)\n```", (folder / "README.md").read_text(), re.DOTALL)
+    found: dict = {}
+    exec(code.replace("THIS_FOLDER", str(folder)), found)
+    assert 0 < found["output"].shape[1] - found["inputs"]["input_ids"].shape[1] <= 8 and capsys.readouterr().out
+
+
+def test_the_saved_model_samples_as_it_was_trained(launched):
+    settings = json.loads((launched[0] / "generation_config.json").read_text())
+    assert {name.removesuffix("_token_id") for name in settings} <= {"bos", "eos", "pad", "transformers_version"}
+
+
+def test_lm_eval_loads_the_model_and_scores_with_it(launched):
+    scores_by_hand(launched[0], AutoModelForCausalLM.from_pretrained(launched[0], dtype=torch.float32))
+
+
+def scores_by_hand(folder, model, **options):
+    """lm-eval's log-likelihood of a continuation is the one of `model`."""
+    reason = "lm-eval is not installed (pip install lm-eval)"
+    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason=reason)
+    from lm_eval.api.instance import Instance
+
+    backend = huggingface.HFLM(**{"pretrained": str(folder), **options}, device="cpu", dtype="float32", batch_size=1)
+    request = Instance("loglikelihood", {}, ("Is it?", " yes"), 0)
+    ((score, _),) = backend.loglikelihood([request])
+    prompt, whole = (torch.tensor([backend.tok_encode(text)]) for text in ("Is it?", "Is it? yes"))
+    said = whole[0, prompt.shape[1] :]
+    with torch.no_grad():
+        known_ids = backend.model(whole).logits.shape[-1]  # below an adapter it cuts the head to the tokenizer's
+        logits = model(whole).logits[0, prompt.shape[1] - 1 : -1, :known_ids]
+    wanted = logits.log_softmax(-1)[range(len(said)), said].sum()
+    assert score == pytest.approx(float(wanted), abs=1e-4)  # lm-eval adds them up in another order
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from grpo_ds.run_folder import check_writable
 from grpo_ds.task.questions import Question, QuestionSet, read_questions, split_questions
 from grpo_ds.task.reward_files import find_reward_functions
 from grpo_ds.task.rewards import WeightedFunctions, ready_made
+from grpo_ds.task.sources import data_or_default
 from grpo_ds.terminal import harmless
 from grpo_ds.versions import check_versions
 
@@ -59,18 +60,17 @@ def train_from(argv: list[str]) -> None:
         progress = Progress.read(settled.resume_from)
         check_identity(progress.identity, this_run, settled.resume_from)
         check_complete(settled.resume_from, progress, config, settled.job.ds, ranks())
-    check_trackers(config.report_to)
+    check_trackers(config.trackers)
 
     lines = first_lines(settled, questions, len(train), len(held_out))
     run = make_run(settled, rewards, lines, train, held_out, folder)
     run.progress.identity = this_run
     outcome = run.whole()
-    run.report_memory()
     run.report_page()
     say = run.console
     say.before_and_after(outcome.before, outcome.after, held_out)
     say.line("Mean reward: {:.2f} in the first quarter of the steps, {:.2f} in the last.".format(*outcome.quarters()))
-    say.line(f"Model, metrics.jsonl, memory.svg: {folder}\nAsk it: {command('ask')} --model {folder}")
+    say.line(f"Model, its card, metrics and memory: {folder}\nAsk it: {command('ask')} --model {folder}")
     run.close()
 
 
@@ -177,7 +177,11 @@ def settle(argv: list[str]) -> Settled:
     ds = resolved(config)
     # What the run really uses, so that the config written beside the model makes the same run again.
     config = replace(
-        config, learning_rate=ds.learning_rate, weight_decay=ds.weight_decay, max_grad_norm=ds.max_grad_norm
+        config,
+        data=data_or_default(config.data),
+        learning_rate=ds.learning_rate,
+        weight_decay=ds.weight_decay,
+        max_grad_norm=ds.max_grad_norm,
     )
     if origin:
         refuse_other_flags(config, saved, origin)

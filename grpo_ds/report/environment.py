@@ -11,8 +11,8 @@ import torch
 
 from grpo_ds.checkpoint import write_whole
 from grpo_ds.machine import ram_gib
+from grpo_ds.report.reading import ENVIRONMENT_FILE
 
-ENVIRONMENT_FILE = "environment.json"
 PACKAGES = ("grpo_ds", "torch", "transformers", "deepspeed", "bitsandbytes", "peft", "accelerate", "datasets")
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from grpo_ds.checkpoint import write_whole
 from grpo_ds.evaluation import Evaluation
+from grpo_ds.report.reading import HELD_OUT_FILE
 from grpo_ds.task.grading import mcnemar
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import Rewards
 
-HELD_OUT_FILE = "held_out.json"
 Score = Callable[[Sequence[str], Sequence[Question]], Rewards]
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from grpo_ds.memory.phases import PhaseUse, Profiler, Span
 from grpo_ds.memory.plan import GIB, Plan, Where
 from grpo_ds.report.plan import PLACES
+from grpo_ds.report.reading import MEMORY_FILE
 
-JSON_FILE, TIMELINE_FILE = "memory.json", "memory.svg"
+TIMELINE_FILE = "memory.svg"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ def write(profiler: Profiler, folder: Path) -> tuple[Path, Path]:
         "planned": planned,
         "spans": [asdict(span) for span in profiler.spans],
     }
-    json_file, svg_file = folder / JSON_FILE, folder / TIMELINE_FILE
+    json_file, svg_file = folder / MEMORY_FILE, folder / TIMELINE_FILE
     json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     draw(profiler.spans, plan, svg_file)
     return json_file, svg_file

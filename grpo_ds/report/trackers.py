@@ -1,34 +1,50 @@
-"""Where metrics go: metrics.jsonl always, wandb when asked."""
+"""Where metrics go: metrics.jsonl always, and to the trackers that --report_to names.
+
+A tracker that fails costs its own figures and nothing else: it is told once, and the training goes on.
+"""
 
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from grpo_ds.checkpoint import write_whole
 from grpo_ds.config import TrainConfig
-from grpo_ds.errors import UsageError
+from grpo_ds.errors import UsageError, one_error
 from grpo_ds.progress import Progress, strict
+from grpo_ds.report.reading import ENVIRONMENT_FILE, SUMMARY_FILE, read_json
+from grpo_ds.terminal import harmless
 
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
-SUMMARY_FILE = "summary.json"
 
 
 class Tracker(Protocol):
     """Hears of every step, with --log_completions of what was written in it, and of the end."""
 
+    name: str
+
     def log(self, metrics: dict[str, float], *, step: int) -> None: ...
     def completions(self, rows: Sequence[dict[str, Any]], *, step: int) -> None: ...
-    def finish(self, summary: dict[str, Any]) -> None: ...
+    def finish(self, summary: dict[str, Any]) -> str:
+        """The end of a run that is done; what to type to look at it, or ""."""
+        ...
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    write_whole(folder / SUMMARY_FILE, json.dumps(strict(summary), indent=1) + "\n")
 
 
 class JsonLines:
     """One JSON object a step, on disk before the next step begins; of a resumed run the steps before first."""
+
+    name = METRICS_FILE
 
     def __init__(self, folder: Path, history: Sequence[dict[str, Any]] = ()) -> None:
         self.path, self.texts, self._told = folder / METRICS_FILE, folder / COMPLETIONS_FILE, False
@@ -45,10 +61,8 @@ class JsonLines:
         with self._going_on(), self.texts.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"step": step, **strict(row)}) + "\n" for row in rows)
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        with self._going_on():
-            text = json.dumps(strict(summary), indent=1) + "\n"
-            (self.path.parent / SUMMARY_FILE).write_text(text, encoding="utf-8")
+    def finish(self, summary: dict[str, Any]) -> str:
+        return ""
 
     def _forget_after(self, step: int) -> None:
         """Of the completions of steps that a resumed run makes again."""
@@ -67,45 +81,48 @@ class JsonLines:
             self._told = True
 
 
-class Wandb:
-    """Weights & Biases; WANDB_API_KEY, WANDB_PROJECT and WANDB_MODE are honoured, no key is taken by flag."""
+class Watched:
+    """A tracker that somebody else has written: what it raises becomes one warning."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], progress: Progress) -> None:
-        import wandb
-
-        project = os.environ.get("WANDB_PROJECT", "grpo_ds")
-        known = progress.trackers.get("wandb")  # of the run this one goes on with
-        self._run = wandb.init(
-            project=project,
-            name=folder.name,
-            dir=str(folder),
-            config=config,
-            id=known,
-            resume="allow" if known else None,
-        )
-        progress.trackers["wandb"] = self._run.id
+    def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
+        self.name, self._told, self._tracker = name, False, None
+        with self._going_on():
+            self._tracker = make()
 
     def log(self, metrics: dict[str, float], *, step: int) -> None:
-        self._run.log(metrics, step=step)
+        with self._going_on():
+            if self._tracker:
+                self._tracker.log(metrics, step=step)
 
     def completions(self, rows: Sequence[dict[str, Any]], *, step: int) -> None:
-        import wandb
+        with self._going_on():
+            if self._tracker:
+                self._tracker.completions(rows, step=step)
 
-        columns: list[Any] = ["step", *rows[0]]
-        data: list[Any] = [[step, *row.values()] for row in rows]
-        self._run.log({"completions": wandb.Table(columns=columns, data=data)}, step=step)
+    def finish(self, summary: dict[str, Any]) -> str:
+        with self._going_on():
+            return self._tracker.finish(summary) if self._tracker else ""
+        return ""
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        self._run.summary.update(summary)
-        self._run.finish()
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of a network, a disk, a server: they share no type
+            if not self._told:
+                reason = harmless((str(error).strip() or type(error).__name__).splitlines()[0][:160])
+                what = f"Warning: {self.name} failed ({reason}). Training goes on; {METRICS_FILE} has every step."
+                print(what, file=sys.stderr, flush=True)
+            self._told = True
 
 
-def check_trackers(report_to: str) -> None:
-    """Before a model is loaded: wandb must be able to log, or be told to stay offline."""
-    if "wandb" not in report_to.split(","):
-        return
-    has_key = "WANDB_API_KEY" in os.environ or "api.wandb.ai" in _text(Path.home() / ".netrc")
-    if not has_key and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
+def check_trackers(names: Sequence[str]) -> None:
+    """Before a model is loaded: each must be installed, and wandb able to log or told to stay offline."""
+    missing = [name for name in names if name != "none" and find_spec(name) is None]
+    if missing:
+        lines = [f"{name} is not installed: pip install {name}" for name in missing]
+        raise one_error(UsageError, f"--report_to {','.join(names)} cannot work:", lines)
+    if "wandb" in names and os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not _has_wandb_key():
         raise UsageError(
             "--report_to wandb needs a key: set WANDB_API_KEY or run `wandb login`.\n"
             "Without network, WANDB_MODE=offline keeps the run in the output folder; `wandb sync` sends it later."
@@ -114,9 +131,30 @@ def check_trackers(report_to: str) -> None:
 
 def make_trackers(config: TrainConfig, folder: Path, progress: Progress) -> list[Tracker]:
     """The trackers of a run; rank 0 alone makes them."""
-    wanted = config.report_to.split(",")
+    settings = {**asdict(config), "environment": read_json(folder, ENVIRONMENT_FILE)}
     lines: list[Tracker] = [JsonLines(folder, progress.log_history)]
-    return lines + ([Wandb(folder, asdict(config), progress)] if "wandb" in wanted else [])
+    return lines + [
+        Watched(name, lambda name=name: _make(name, folder, settings, progress))  # type: ignore[misc]
+        for name in config.trackers
+        if name != "none"
+    ]
+
+
+def _make(name: str, folder: Path, settings: dict[str, Any], progress: Progress) -> Tracker:
+    """Imported here, and so paid for, where it is asked for."""
+    if name == "wandb":
+        from grpo_ds.report.wandb_tracker import Wandb as Kind
+    elif name == "tensorboard":
+        from grpo_ds.report.tensorboard_tracker import TensorBoard as Kind  # type: ignore[assignment]
+    else:
+        from grpo_ds.report.trackio_tracker import Trackio as Kind  # type: ignore[assignment]
+    return Kind(folder, settings, progress)
+
+
+def _has_wandb_key() -> bool:
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or "api.wandb.ai"
+    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc")).expanduser()
+    return "WANDB_API_KEY" in os.environ or host in _text(netrc)
 
 
 def _text(path: Path) -> str:

@@ -51,10 +51,14 @@ class Source:
     problems: tuple[str, ...] = ()  # what could not even be read as a record, with its place
 
 
+def data_or_default(data: str | None) -> str:
+    """--data, or the default here and now."""
+    return data if data is not None else GOLDEN_FILE if os.path.exists(GOLDEN_FILE) else SAMPLE
+
+
 def open_source(data: str | None) -> Source:
     """Find and read what --data names."""
-    if data is None:
-        data = GOLDEN_FILE if os.path.exists(GOLDEN_FILE) else SAMPLE
+    data = data_or_default(data)
     if data == SAMPLE:
         return parse_file(SAMPLE, resources.files("grpo_ds.task").joinpath("sample.json").read_bytes())
     if BROKEN.search(data) or len(data.splitlines()) > 1:  # the config written beside the model could not name it

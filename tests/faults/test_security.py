@@ -116,10 +116,12 @@ SECRETS = {
 
 def test_no_secret_of_the_environment_is_written_or_printed(tiny_folder, tmp_path, tried):
     env = SECRETS | {"WANDB_MODE": "offline"}
-    done = run("--model", tiny_folder, *SMALLEST, "--output_dir", tmp_path / "run", "--report_to", "wandb", env=env)
+    flags = ["--output_dir", tmp_path / "run", "--report_to", "wandb,tensorboard", "--log_completions"]
+    done = run("--model", tiny_folder, *SMALLEST, *flags, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
-    assert {".yaml", ".jsonl", ".json", ".safetensors", ".svg", ".wandb"} <= {file.suffix for file in files}
+    assert {".yaml", ".jsonl", ".json", ".safetensors", ".svg", ".wandb", ".md"} <= {file.suffix for file in files}
+    assert any("tfevents" in file.name for file in files)
     texts = [done.stdout.encode(), done.stderr.encode(), *(file.read_bytes() for file in files)]
     for name, secret in SECRETS.items():
         assert not any(secret.encode() in text for text in texts), name

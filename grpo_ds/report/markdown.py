@@ -1,0 +1,35 @@
+"""Texts of users, files and models in Markdown, where they shall be read and not obeyed."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from grpo_ds.terminal import harmless
+
+# Within a line: code, emphasis, links, images, cells, formulas. A _ within a word is only itself.
+MEANT = re.compile(r"([\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_]))")
+HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
+
+
+def plain(value: Any) -> str:
+    """One line that a renderer shows as it stands; None is empty, a number has four digits."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return MEANT.sub(r"\\\1", " ".join(harmless(str(value)).split()).translate(HTML))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table of plain cells."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell if cell == "---" else plain(cell) for cell in line) + " |" for line in lines
+    )
+
+
+def fenced(text: str, language: str = "") -> str:
+    """A block of code, behind a longer fence than any in it."""
+    longest = max((len(run) for run in re.findall("`{3,}", text)), default=2)
+    fence = "`" * (longest + 1)
+    return f"{fence}{language}\n{harmless(text).rstrip()}\n{fence}"

@@ -1,0 +1,216 @@
+"""README.md of a trained model: a model card as the hub reads it, made from what the run has left in its folder.
+
+Names of models and files, labels and versions are other people's texts: yaml quotes them in the header, `plain` and
+`fenced` in the rest.
+"""
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+from grpo_ds.checkpoint import write_whole
+from grpo_ds.config import EvaluateConfig, prompt_recipe
+from grpo_ds.models.presets import EMBEDDED, PRESETS
+from grpo_ds.report.markdown import fenced, plain, table
+from grpo_ds.report.reading import (
+    ENVIRONMENT_FILE,
+    HELD_OUT_FILE,
+    SUMMARY_FILE,
+    memory_by_phase,
+    read_config,
+    read_json,
+)
+from grpo_ds.task.prompts import default_system_prompt
+from grpo_ds.task.records import NO_CONTEXT
+from grpo_ds.task.rewards import READY_MADE
+from grpo_ds.task.sources import HUB_ID, SAMPLE
+
+CARD_FILE, TEMPLATE = "README.md", "model_card.md.jinja"
+EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SETTINGS = (
+    *("loss_type", "num_iterations", "num_steps", "mu", "batch_size", "num_generations", "learning_rate", "beta"),
+    *("kl_estimator", "reference", "epsilon", "epsilon_high", "delta", "scale_rewards", "temperature"),
+    *("max_prompt_length", "max_completion_length", "reward_funcs", "reward_weights", "balance_classes"),
+    *("max_grad_norm", "weight_decay", "ds", "seed"),
+)
+OF_AN_ADAPTER = ("lora_r", "lora_alpha", "lora_target", "load_in_4bit", "load_in_8bit")
+WITHOUT_PEFT = "AutoModelForCausalLM", "from transformers import AutoModelForCausalLM, AutoTokenizer"
+WITH_PEFT = (
+    "AutoPeftModelForCausalLM",
+    "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer",
+)
+ASK = """{imports}
+
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+model = {auto}.from_pretrained("THIS_FOLDER")
+messages = [
+    {{"role": "system", "content": {system}}},
+    {{"role": "user", "content": {user}}},
+]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+output = model.generate(**inputs, max_new_tokens={length}, do_sample=False)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+
+
+def write_card(folder: Path) -> Path:
+    """README.md in the folder of a run that is done."""
+    file = folder / CARD_FILE
+    write_whole(file, card(folder))
+    return file
+
+
+def card(folder: Path) -> str:
+    config, environment = read_config(folder), read_json(folder, ENVIRONMENT_FILE)
+    held_out, summary = read_json(folder, HELD_OUT_FILE), read_json(folder, SUMMARY_FILE)
+    is_adapter = (folder / "adapter_config.json").is_file()
+    before, after = held_out["before"], held_out["after"]
+    return _template().render(
+        header=_header(folder, config, after, is_adapter=is_adapter),
+        name=folder.resolve().name,
+        base=base_model(config["model"]) or Path(config["model"]).name,
+        steps=summary["steps"],
+        data={"name": _data_name(config), "labels": _either(config["labels"]), "table": _data(config, summary)},
+        before=before,
+        after=after,
+        mcnemar=held_out["mcnemar"],
+        grades=table(("", "before", "after"), _grades(before, after)),
+        snippet=_snippet(folder, is_adapter=is_adapter),
+        settings=table(("setting", "value"), _settings(config)),
+        judged_by_ours=set(config["reward_funcs"].split(",")) <= set(READY_MADE),
+        memory=_memory(folder),
+        environment=table(("", ""), _environment(environment)),
+        versions=environment["versions"],
+        has_context=config.get("context_field") != NO_CONTEXT,
+        **{name: config[name] for name in ("few_shot", "prefill", "temperature", "max_prompt_length")},
+    )
+
+
+def base_model(name: str) -> str | None:
+    """The hub id that stands for --model; None for a folder of somebody's own."""
+    if name == EMBEDDED:
+        return EMBEDDED_HUB_ID
+    if name in PRESETS:
+        return PRESETS[name].hub_id
+    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def _template() -> Template:
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["plain"] = plain
+    return environment.get_template(TEMPLATE)
+
+
+def _header(folder: Path, config: dict[str, Any], after: dict[str, Any], *, is_adapter: bool) -> str:
+    """What the hub reads; a base or data set that is nobody else's to find is left out."""
+    base, data = base_model(config["model"]), _data_name(config)
+    scores = [("accuracy", after["accuracy"]), ("f1", after["macro_f1"])]
+    metrics = [{"type": kind, "value": round(value, 4), "name": f"held-out {kind}"} for kind, value in scores]
+    result = {
+        "task": {"type": "text-generation"},
+        "dataset": {"name": data, "type": data if _is_hub_data(config) else "own", "split": "held out"},
+        "metrics": metrics,
+    }
+    header = {
+        "language": "en",
+        "library_name": "peft" if is_adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        **({"base_model": base, "base_model_relation": "adapter" if is_adapter else "finetune"} if base else {}),
+        **({"datasets": [data]} if _is_hub_data(config) else {}),
+        "tags": ["grpo", "deepspeed", "grpo_ds", *(["lora"] if is_adapter else [])],
+        "model-index": [{"name": folder.resolve().name, "results": [result]}],
+    }
+    return yaml.safe_dump(header, sort_keys=False, allow_unicode=True).rstrip()
+
+
+def _grades(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
+    def row(name: str, show: Any) -> tuple[str, str, str]:
+        return name, show(before), show(after)
+
+    recalls = [row(f"recall {label}", lambda g, label=label: f"{g['recall'][label]:.1%}") for label in after["recall"]]
+    return [
+        row("accuracy", lambda g: f"{g['accuracy']:.1%}"),
+        row("95 % interval", lambda g: "{:.1%} to {:.1%}".format(*g["accuracy_interval"])),
+        row("macro-F1", lambda g: f"{g['macro_f1']:.3f}"),
+        *recalls,
+        row("well-formed", lambda g: f"{g['well_formed']:.1%}"),
+    ]
+
+
+def _settings(config: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Those that were set, files without the folders in which they lay."""
+    names = (*SETTINGS, *OF_AN_ADAPTER) if config["lora_r"] else SETTINGS
+    values = {name: config[name] for name in names if config.get(name) is not None}
+    files = {name: re.sub(r"[^,]*/", "", values[name]) for name in ("reward_funcs", "ds")}
+    return list({**values, **files}.items())
+
+
+def _data(config: dict[str, Any], summary: dict[str, Any]) -> str:
+    counts = summary["questions"]
+    rows = [
+        ("source", _data_name(config)),
+        ("labels", config["labels"]),
+        ("trained on", f"{counts['train']} questions"),
+        ("held out", f"{counts['held_out']} questions that training never saw"),
+        ("split", f"by class, {config['eval_fraction']} of each held out, drawn by seed {config['seed']}"),
+    ]
+    return table(("", ""), rows)
+
+
+def _data_name(config: dict[str, Any]) -> str:
+    """A hub id, or the file without the folders in which it lay."""
+    data = config["data"] or SAMPLE
+    if data == SAMPLE:
+        return "the sample that grpo_ds brings along"
+    return data if _is_hub_data(config) else Path(data).name
+
+
+def _is_hub_data(config: dict[str, Any]) -> bool:
+    data = config["data"] or ""
+    return bool(HUB_ID.fullmatch(data)) and not Path(data).suffix
+
+
+def _either(labels: str) -> str:
+    return " or ".join(label.strip() for label in labels.split(","))
+
+
+def _snippet(folder: Path, *, is_adapter: bool) -> str:
+    """Code that asks the model as training did, but for worked examples and a begun answer."""
+    recipe = prompt_recipe(folder)
+    config = EvaluateConfig(**{knob.name: recipe[knob.name] for knob in fields(EvaluateConfig) if knob.name in recipe})
+    has_context = config.context_field != NO_CONTEXT
+    system = config.system_prompt_text or default_system_prompt(config.answer_format, has_context)
+    auto, imports = WITH_PEFT if is_adapter else WITHOUT_PEFT
+    texts = {"system": system, "user": "Context: ...\n\n" * has_context + "Question: ..."}
+    quoted = {name: json.dumps(text, ensure_ascii=False) for name, text in texts.items()}
+    return fenced(ASK.format(imports=imports, auto=auto, length=config.max_completion_length, **quoted), "python")
+
+
+def _memory(folder: Path) -> str:
+    """Without the card's columns where there was none."""
+    peaks = memory_by_phase(folder)
+    places = [place for place in ("host", "gpu") if any(peak[place] for peak in peaks.values())]
+    columns = [f"{place}{what}" for place in places for what in ("", " planned")]
+    return table(("phase", *columns), [(name, *(_two_digits(use[c]) for c in columns)) for name, use in peaks.items()])
+
+
+def _two_digits(gib: float | None) -> str:
+    return "" if gib is None else f"{gib:.2f}"
+
+
+def _environment(environment: dict[str, Any]) -> list[tuple[str, str]]:
+    machine = {
+        "CPU": f"{environment['cpu']}, {environment['threads']} threads",
+        "RAM": f"{environment['ram_gib']} GiB",
+        "GPU": ", ".join(environment["gpus"]) or "none",
+        "ranks": str(environment["ranks"]),
+    }
+    return [
+        *machine.items(),
+        *((name, version or "not installed") for name, version in environment["versions"].items()),
+    ]
