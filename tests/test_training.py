@@ -112,6 +112,14 @@ def test_the_memory_of_every_phase_stands_beside_its_plan(launched):
     assert "Memory plan:" in output and "Memory by phase" in output and "binds with" in output
 
 
+def test_the_run_ends_with_its_report(launched):
+    folder, output = launched
+    assert f"Report: {folder / 'report.html'}" in output and "Warning: no report" not in output
+    page = (folder / "report.html").read_text()
+    assert "This run has not ended" not in page and "damaged" not in page
+    assert all(part in page for part in ("Held-out questions", "Memory over time", "KL a token", "Settings"))
+
+
 def test_metrics_hold_a_line_a_step(launched):
     folder, _ = launched
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

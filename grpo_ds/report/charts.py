@@ -95,7 +95,6 @@ def _axes(name: str, *, percent: bool = False) -> Any:
         "svg.hashsalt": name,
         "font.size": FONT,
         "axes.edgecolor": RULE,
-        "path.simplify": 1,
     }
     with matplotlib.rc_context(look):
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
