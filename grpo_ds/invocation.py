@@ -47,6 +47,12 @@ def started() -> list[str]:
     return [*entry().split(), _name()] if entry() else ["python", os.path.relpath(sys.argv[0])]
 
 
+def flags() -> list[str]:
+    """What was typed behind them."""
+    words = [word for word in sys.argv[1:] if not word.startswith(LOCAL_RANK)]
+    return words[1:] if entry() else words
+
+
 def _launched(module_flag: str) -> list[str]:
     """What a launcher is given to start."""
     return [module_flag, "grpo_ds", _name()] if entry() else [os.path.relpath(sys.argv[0])]

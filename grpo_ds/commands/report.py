@@ -5,17 +5,18 @@ from pathlib import Path
 from typing import NoReturn
 
 from grpo_ds.errors import UsageError
+from grpo_ds.invocation import command, program
 
 
 class Parser(argparse.ArgumentParser):
     """Errors as ours are."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}\nUse: python launch/report.py outputs/RUN [--output FILE.html]")
+        raise UsageError(f"{message}\nUse: {command('report')} outputs/RUN [--output FILE.html]")
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser = Parser(prog=program(), description=__doc__, allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="the --output_dir of a training run")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the page goes; default: DIR/report.html")
     asked = parser.parse_args(argv)

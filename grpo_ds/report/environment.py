@@ -2,7 +2,6 @@
 
 import json
 import platform
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from grpo_ds.checkpoint import write_whole
+from grpo_ds.invocation import flags, started
 from grpo_ds.machine import ram_gib
 from grpo_ds.report.reading import ENVIRONMENT_FILE
 
@@ -30,7 +30,7 @@ def environment(ranks: int) -> dict[str, Any]:
         "ram_gib": round(ram_gib(), 1),
         "gpus": [f"{card.name}, {card.total_memory / 2**30:.1f} GiB" for card in cards],
         "ranks": ranks,
-        "command": sys.argv,  # which holds no key: command_line.py refuses them
+        "command": [*started(), *flags()],  # which holds no key: command_line.py refuses them
     }
 
 

@@ -28,7 +28,6 @@ from grpo_ds.report.run_files import (
 )
 
 REPORT_FILE, TEMPLATE = "report.html", "page.html.jinja"
-LOCAL_RANK = "--local_rank"  # the deepspeed launcher adds it
 WRONG = (Damaged, KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 
 
@@ -114,9 +113,7 @@ def versions(run: RunFiles) -> list[tuple[str, str]]:
 
 def command(run: RunFiles) -> str:
     """As a person types it."""
-    argv = [str(word) for word in run.environment.get("command", [])]
-    typed = [word for word in argv if not word.startswith(LOCAL_RANK)]
-    return text(shlex.join(["deepspeed" if len(typed) < len(argv) else "python", *typed])) if argv else ""
+    return text(shlex.join(map(str, run.environment.get("command", []))))
 
 
 def _drop_what_is_wrong(run: RunFiles) -> None:
