@@ -29,6 +29,7 @@ from grpo_ds.report.run_files import (
 
 REPORT_FILE, TEMPLATE = "report.html", "page.html.jinja"
 LOCAL_RANK = "--local_rank"  # the deepspeed launcher adds it
+NEXT_LINE = " \\\n  "  # of a command
 WRONG = (Damaged, KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 
 
@@ -113,10 +114,13 @@ def versions(run: RunFiles) -> list[tuple[str, str]]:
 
 
 def command(run: RunFiles) -> str:
-    """As a person types it."""
+    """As a person types it, a line a flag."""
     argv = [str(word) for word in run.environment.get("command", [])]
     typed = [word for word in argv if not word.startswith(LOCAL_RANK)]
-    return text(shlex.join(["deepspeed" if len(typed) < len(argv) else "python", *typed])) if argv else ""
+    if not argv:
+        return ""
+    first = "deepspeed" if len(typed) < len(argv) else "python"
+    return text(first + "".join((NEXT_LINE if word.startswith("--") else " ") + shlex.quote(word) for word in typed))
 
 
 def _drop_what_is_wrong(run: RunFiles) -> None:
