@@ -28,6 +28,7 @@ from grpo_ds.report.run_files import (
 )
 
 REPORT_FILE, TEMPLATE = "report.html", "page.html.jinja"
+NEXT_LINE = " \\\n  "  # of a command
 WRONG = (Damaged, KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 
 
@@ -112,8 +113,9 @@ def versions(run: RunFiles) -> list[tuple[str, str]]:
 
 
 def command(run: RunFiles) -> str:
-    """As a person types it."""
-    return text(shlex.join(map(str, run.environment.get("command", []))))
+    """As a person types it, a line a flag."""
+    words = [str(word) for word in run.environment.get("command", [])]
+    return text("".join((NEXT_LINE if word.startswith("--") else " ") + shlex.quote(word) for word in words).strip())
 
 
 def _drop_what_is_wrong(run: RunFiles) -> None:

@@ -129,8 +129,16 @@ def _grade_tiles(run: RunFiles) -> list[Tile]:
     if not before:
         return []
     if not after:
-        return [Tile(title, show(before[key]), "before training") for key, (title, show) in shown.items()]
+        return [_so_far(run, title, show, key, before[key]) for key, (title, show) in shown.items()]
     return [Tile(title, show(after[key]), f"before: {show(before[key])}") for key, (title, show) in shown.items()]
+
+
+def _so_far(run: RunFiles, title: str, show: Callable[[float], str], key: str, before: float) -> Tile:
+    """As last evaluated on the way."""
+    for row in reversed(run.evaluations):
+        if (value := number(row.get(f"eval/{key}"))) is not None:
+            return Tile(title, show(value), f"after step {row['step']:.0f}; before: {show(before)}")
+    return Tile(title, show(before), "before training")
 
 
 def _step_tiles(run: RunFiles) -> list[Tile]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from grpo_ds.errors import MAX_LINES, UsageError
 from grpo_ds.report import answers, curves, memory_use, verdict
-from grpo_ds.report.page import REPORT_FILE, page, settings, write
+from grpo_ds.report.page import REPORT_FILE, command, page, settings, write
 from grpo_ds.report.run_files import LONGEST_TEXT, RunFiles, read_run
 from tests.report import runs
 from tests.report.browser import Browser, find_chromium
@@ -63,8 +64,8 @@ def change(file, **values):
 
 
 def launch(*words):
-    command = [sys.executable, ROOT / "launch" / "report.py", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    line = [sys.executable, ROOT / "launch" / "report.py", *map(str, words)]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def titles(run):
@@ -331,10 +332,18 @@ def test_settings_that_differ_come_with_their_default(finished):
 
 
 def test_the_command_is_what_was_typed():
-    from grpo_ds.report.page import command
+    words = ["deepspeed", "launch/train.py", "--data", "my file.json"]
+    typed = command(RunFiles("r", environment={"command": words}))
+    assert typed == "deepspeed launch/train.py \\\n  --data 'my file.json'"
+    assert shlex.split(typed.replace("\\\n", "")) == words
 
-    argv = ["launch/train.py", "--local_rank=0", "--data", "my file.json"]
-    assert command(RunFiles("r", environment={"command": argv})) == "deepspeed launch/train.py --data 'my file.json'"
+
+def test_a_run_that_goes_on_shows_its_last_evaluation():
+    evaluations = [{"step": step, "eval/accuracy": share} for step, share in ((20, 0.55), (40, 0.65))]
+    run = RunFiles("r", held_out={"before": grades(0.5, (0.4, 0.6))}, evaluations=evaluations)
+    found = {tile.name: (tile.value, tile.beside) for tile in verdict.tiles(run)}
+    assert found["Accuracy"] == ("65.0%", "after step 40; before: 50.0%")
+    assert found["Macro-F1"] == ("0.500", "before training")
 
 
 def test_a_line_is_the_mean_of_its_neighbours_and_says_so():
