@@ -115,6 +115,20 @@ def test_wandb_without_a_key_is_refused_before_the_model(monkeypatch, tmp_path):
     check(launch("--report_to", "wandb"), 2, ["WANDB_API_KEY", "WANDB_MODE=offline"])
 
 
+@pytest.mark.parametrize(
+    ("report_to", "words"),
+    [("wandb,none", ["wandb,none", "stands alone"]), ("csv,wandb", ["report_to names csv", "tensorboard, trackio"])],
+)
+def test_trackers_that_there_are_not_are_named(report_to, words):
+    check(launch("--report_to", report_to), 2, words)
+
+
+def test_the_settings_of_a_run_name_the_data_it_took_by_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    write_config(settle(["--model", EMBEDDED]).config, tmp_path)
+    assert "data: sample\n" in (tmp_path / CONFIG_FILE).read_text()
+
+
 def test_a_hub_that_cannot_be_reached_names_the_alternatives(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
