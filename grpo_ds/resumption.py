@@ -18,7 +18,16 @@ from grpo_ds.run_folder import take
 # Flags that decide no number of a run, or are compared by what they lead to (progress.py: data, ds, prompt).
 MAY_CHANGE = {
     *("data", "ds", "eval_limit", "system_prompt", "output_dir", "num_steps", "save_steps", "save_total_limit"),
-    *("eval_steps", "resume_from_checkpoint", "plan", "dry_run_worst_case", "oom_retry", "report_to", "merge_adapter"),
+    *(
+        "eval_steps",
+        "resume_from_checkpoint",
+        "plan",
+        "dry_run_worst_case",
+        "oom_retry",
+        "report_to",
+        "merge_adapter",
+        "log_completions",
+    ),
     *("generation_batch_size", "pack_tokens", "logprob_chunk_mib", "gradient_checkpointing", "cuda_graphs"),
     *("reward_timeout", "on_reward_error", "trust_remote_code", "preflight", "max_bad_steps"),
 }

@@ -277,8 +277,8 @@ class Run:
         if self.writes:
             try:
                 self.console.line("Written: {} and {}".format(*write_memory(self.trainer.profiler, self.folder)))
-            except OSError as error:
-                self.console.line(f"Warning: the memory report could not be written ({error.strerror}).")
+            except Exception as error:  # no report is worth a run
+                self.console.line(f"Warning: the memory report could not be written ({error}).")
 
     def report_page(self) -> None:
         """report.html in the folder. It can be made again at any time, so nothing about it fails a run that is done."""

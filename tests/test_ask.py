@@ -5,10 +5,12 @@ import json
 import os
 import pty
 import readline
+import select
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -281,12 +283,7 @@ class Terminal:
 
     def waits_at(self, prompt: str) -> str:
         """What was shown since the last prompt."""
-        deadline = time.monotonic() + 120
-        while prompt not in self.seen and time.monotonic() < deadline:
-            try:
-                self.seen += os.read(self.keys, 4096).decode(errors="replace")
-            except OSError:  # nobody has the terminal open any more
-                break
+        self._read_until(lambda: prompt in self.seen)
         shown, found, self.seen = self.seen.partition(prompt)
         assert found or not prompt, shown
         return shown
@@ -294,19 +291,32 @@ class Terminal:
     def types(self, text: str) -> None:
         os.write(self.keys, text.encode())
 
+    def interrupts(self) -> None:
+        """Ctrl-C, again where it fell between two looks of Python's own at the keyboard, which then waits for a key."""
+        self.types("\x03")
+        if not self._read_until(lambda: False, seconds=5):
+            self.types("\x03")
+
     def ends(self) -> tuple[int, str]:
         """(exit code, what was shown at last)."""
-        shown = ""
-        while True:
-            try:
-                piece = os.read(self.keys, 4096).decode(errors="replace")
-            except OSError:
-                piece = ""
-            if not piece:
-                break
-            shown += piece
+        assert self._read_until(lambda: False), self.seen
         self.ended = True
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), self.seen + shown
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), self.seen
+
+    def _read_until(self, enough: Callable[[], bool], seconds: float = 120) -> bool:
+        """Whether nobody has the terminal open any more."""
+        deadline = time.monotonic() + seconds
+        while not enough() and (left := deadline - time.monotonic()) > 0:
+            if not select.select([self.keys], [], [], left)[0]:
+                break
+            try:
+                piece = os.read(self.keys, 4096)
+            except OSError:
+                piece = b""
+            if not piece:
+                return True
+            self.seen += piece.decode(errors="replace")
+        return False
 
     def close(self) -> None:
         if not self.ended:
@@ -397,7 +407,8 @@ def test_an_empty_question_leaves_and_a_model_without_contexts_asks_for_none(qui
 def test_ctrl_c_leaves_cleanly(tiny_folder, terminal):
     keyboard = terminal("launch/ask.py", "--model", tiny_folder)
     keyboard.waits_at("Question: ")
-    keyboard.types("Does it\x03")
+    keyboard.types("Does it")
+    keyboard.interrupts()
     code, last = keyboard.ends()
     assert code == 130 and "Interrupted." in last and "Traceback" not in last
 

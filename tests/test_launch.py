@@ -300,7 +300,7 @@ def test_references_and_adapters_that_go_together(flags):
         ([], 1e-6),
         (["--lora_r", "8"], 1e-5),  # ten times as much suits an adapter
         (["--lora_r", "8", "--learning_rate", "3e-6"], 3e-6),  # what was typed wins
-        (["--model", EMBEDDED], 2e-5),
+        (["--model", EMBEDDED], 5e-6),
         (["--model", EMBEDDED, "--lora_r", "8"], 2e-4),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 
 from grpo_ds.memory.phases import PhaseUse, Profiler, Span
@@ -71,7 +72,7 @@ def draw(spans: Sequence[Span], plan: Plan | None, file: Path) -> None:
     places: list[Where] = ["gpu", "host"] if any(span.gpu_peak for span in spans) else ["host"]
     figure, axes = pyplot.subplots(len(places), 1, figsize=(10, 3.2 * len(places)), sharex=True, squeeze=False)
     phases = list(dict.fromkeys(span.phase for span in spans))
-    colours = dict(zip(phases, pyplot.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    colours = dict(zip(phases, cycle(pyplot.get_cmap("tab20").colors), strict=False))  # type: ignore[attr-defined]
     for axis, where in zip(axes[:, 0], places, strict=True):
         planned = {phase.name: phase.bytes_on(where) / GIB for phase in plan.phases} if plan else {}
         for phase in phases:

@@ -10,6 +10,7 @@ import yaml
 from grpo_ds.config import CONFIG_FILE
 from grpo_ds.memory.plan import GIB
 
+METRICS_FILE, COMPLETIONS_FILE = "metrics.jsonl", "completions.jsonl"
 HELD_OUT_FILE, ENVIRONMENT_FILE = "held_out.json", "environment.json"
 MEMORY_FILE, SUMMARY_FILE = "memory.json", "summary.json"
 ANSWERS = ("id", "question", "label", "before", "after", "reward before", "reward after", "text before", "text after")

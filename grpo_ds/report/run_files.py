@@ -16,11 +16,10 @@ import yaml
 
 from grpo_ds.config import CONFIG_FILE
 from grpo_ds.errors import UsageError
+from grpo_ds.report.reading import COMPLETIONS_FILE, ENVIRONMENT_FILE, HELD_OUT_FILE, MEMORY_FILE, METRICS_FILE
 from grpo_ds.run_status import STATUS_FILE
 from grpo_ds.terminal import harmless
 
-METRICS_FILE, COMPLETIONS_FILE, HELD_OUT_FILE = "metrics.jsonl", "completions.jsonl", "held_out.json"
-ENVIRONMENT_FILE, MEMORY_FILE = "environment.json", "memory.json"
 SIGNS_OF_A_RUN = (METRICS_FILE, STATUS_FILE, HELD_OUT_FILE)
 STEP = re.compile(rb'\{"step": (\d{1,12}),')  # how the lines of completions.jsonl begin
 SHOWN_STEPS = 3  # of completions: the first, the middle and the last

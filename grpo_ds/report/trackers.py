@@ -18,11 +18,8 @@ from grpo_ds.checkpoint import write_whole
 from grpo_ds.config import TrainConfig
 from grpo_ds.errors import UsageError, one_error
 from grpo_ds.progress import Progress, strict
-from grpo_ds.report.reading import ENVIRONMENT_FILE, SUMMARY_FILE, read_json
+from grpo_ds.report.reading import COMPLETIONS_FILE, ENVIRONMENT_FILE, METRICS_FILE, SUMMARY_FILE, read_json
 from grpo_ds.terminal import harmless
-
-METRICS_FILE = "metrics.jsonl"
-COMPLETIONS_FILE = "completions.jsonl"
 
 
 class Tracker(Protocol):

@@ -116,3 +116,12 @@ def test_the_timeline_opens_offline_and_the_json_holds_everything(tmp_path):
     svg = svg_file.read_text()
     ET.fromstring(svg)
     assert 'href="http' not in svg and "url(http" not in svg  # its metadata names vocabularies, and loads nothing
+
+
+def test_a_run_of_every_phase_there_is_can_be_drawn(tmp_path):
+    profiler, phases = Profiler(torch.device("cpu")), [f"phase {i}" for i in range(25)]
+    for phase in phases:
+        with profiler.phase(phase):
+            pass
+    _, drawing = write(profiler, tmp_path)
+    assert [drawing.read_text().count(f"<!-- {phase} -->") for phase in phases] == [1] * 25
