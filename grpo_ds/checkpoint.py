@@ -107,7 +107,7 @@ def to_resume(asked: str, run: Path | None) -> tuple[Path, list[str]]:
     asked: "auto" (the newest whole one of `run`), a folder checkpoint-N (or the newest whole one before it), or a run.
     Raises CheckpointError where there is none: a run that was to be resumed never starts from the beginning.
     """
-    named = None if asked == "auto" else Path(asked).expanduser()
+    named = None if asked == "auto" else Path(os.path.expanduser(asked))
     run = run_of(asked, run)
     if run is None:
         raise CheckpointError("--resume_from_checkpoint auto needs to know the run: add --output_dir FOLDER.")
@@ -130,7 +130,7 @@ def run_of(asked: str, run: Path | None) -> Path | None:
     """The folder in which --resume_from_checkpoint is looked for; `run` is --output_dir."""
     if asked == "auto":
         return run
-    named = Path(asked).expanduser()
+    named = Path(os.path.expanduser(asked))
     return named.parent if step_of(named) >= 0 else named
 
 

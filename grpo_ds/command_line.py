@@ -21,6 +21,7 @@ from grpo_ds.config import AskConfig, ReferenceKind
 from grpo_ds.core.objective import KlEstimator, LossType, RewardScale
 from grpo_ds.errors import UsageError, one_error
 from grpo_ds.invocation import program
+from grpo_ds.task.prompts import worked_examples
 from grpo_ds.task.scoring import OnRewardError
 
 ConfigType = TypeVar("ConfigType", bound=AskConfig)
@@ -49,7 +50,7 @@ def parse(
     names = {knob.name for knob in fields(config_type)}
     _check_secrets(argv, names)
     parser = _parser(config_type, about, {k: v for k, v in (recipe or {}).items() if k in names})
-    _check_names(argv, {*names, "config", "local_rank", "help"})
+    _check_names(argv, {*names, "config", "print_config", "local_rank", "help"})
     for file in _config_files(argv):
         _check_file(file)
     try:
@@ -57,10 +58,17 @@ def parse(
         typed = parser.parse_args(argv, defaults=False).as_dict()
     except (ArgumentError, ValueError, OSError) as error:
         raise UsageError(_shortened(str(error), names)) from None
+    if "few_shot" in (recipe or {}) and "few_shot" not in typed:  # a recipe's examples are those that fit the labels
+        values["few_shot"] = min(values["few_shot"], _fitting_examples(values))
     config = config_type(**{name: values[name] for name in names})
     if problems := [*_not_finite(config), *config.problems()]:
         raise one_error(UsageError, "These settings cannot work:", problems)
     return Parsed(config, frozenset(typed) & names)
+
+
+def _fitting_examples(values: Mapping[str, Any]) -> int:
+    asked = AskConfig(**{knob.name: values[knob.name] for knob in fields(AskConfig)})
+    return len(worked_examples(asked.answer_format))
 
 
 def _parser(config_type: type, about: str, recipe: dict[str, Any]) -> ArgumentParser:

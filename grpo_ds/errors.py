@@ -8,6 +8,7 @@ mistakes in five runs is four runs too many.
 import os
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 
 from grpo_ds.terminal import harmless
 
@@ -68,6 +69,9 @@ def one_error(error_type: type[GrpoError], headline: str, problems: Sequence[str
 
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Call `main(argv)`; a GrpoError ends in its message and exit code, said by the first rank alone."""
+    for stream in (sys.stdout, sys.stderr):  # a model writes what a terminal in Latin-1 has no sign for
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
     except GrpoError as error:

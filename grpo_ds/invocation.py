@@ -5,6 +5,7 @@ take the last two.
 """
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -34,16 +35,24 @@ def program() -> str | None:
 
 def command(name: str, *, launcher: str = "python") -> str:
     """Another command, through the door that this one came through; the launcher is a script's."""
-    return f"{entry()} {name}" if entry() else f"{launcher} launch/{SCRIPTS[name]}"
+    if entry():
+        return f"{entry()} {name}"
+    script = Path(sys.argv[0])
+    folder = os.path.relpath(script.parent) if script.name in SCRIPTS.values() else "launch"
+    return f"{launcher} {shlex.quote(os.path.join(folder, SCRIPTS[name]))}"
 
 
 def started() -> list[str]:
     """The words that start this command again, its launcher's among them and its flags not."""
     ranks = os.environ.get("WORLD_SIZE", "1")
+    here = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", ranks))  # on this machine
     if any(word.startswith(LOCAL_RANK) for word in sys.argv):
-        return ["deepspeed", "--num_gpus", ranks, *_launched("--module")]
+        # One rank is what deepspeed starts by itself on one card; told a number it overlooks CUDA_VISIBLE_DEVICES.
+        cards = ["--hostfile", "HOSTS"] if here != ranks else ["--num_gpus", ranks] if ranks != "1" else []
+        return ["deepspeed", *cards, *_launched("--module")]
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return ["torchrun", "--nproc_per_node", ranks, *_launched("-m")]
+        nodes = ["--nnodes", str(int(ranks) // int(here))] if here != ranks else []
+        return ["torchrun", *nodes, "--nproc_per_node", here, *_launched("-m")]
     return [*entry().split(), _name()] if entry() else ["python", os.path.relpath(sys.argv[0])]
 
 

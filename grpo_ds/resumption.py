@@ -35,7 +35,10 @@ MAY_CHANGE = {
 
 def find_checkpoint(config: TrainConfig) -> tuple[Path, list[str]]:
     """What --resume_from_checkpoint means, verified, and what to tell. Raises CheckpointError."""
-    run, asked = Path(config.output_dir).expanduser() if config.output_dir else None, str(config.resume_from_checkpoint)
+    run, asked = (
+        Path(os.path.expanduser(config.output_dir)) if config.output_dir else None,
+        str(config.resume_from_checkpoint),
+    )
     there = run_of(asked, run)
     first = os.environ.get("RANK", "0") == "0"
     branches = run is not None and there is not None and run.resolve() != there.resolve()  # into another folder

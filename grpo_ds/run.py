@@ -3,10 +3,10 @@
 However it ends (done, a signal, an error), what was learned is in the folder and run_status.json says so.
 """
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from grpo_ds.report.trackers import Tracker, make_trackers, write_summary
 from grpo_ds.run_folder import cannot_be_written, release, take
 from grpo_ds.run_status import RunStatus, resume_command
 from grpo_ds.task.questions import Question
+from grpo_ds.task.scoring import Rewards, joined
 from grpo_ds.trainer import Trainer
 from grpo_ds.world import stop
 
@@ -111,9 +112,9 @@ class Run:
         rewards = self.train()
         self.status.write("evaluating", step=progress.global_step)
         after = trainer.evaluate("After training", self.held_out)
-        self.tell_answers({"before": before, "after": after})
         outcome = Outcome(rewards, before, after)
         self.save_model()
+        self.tell_answers({"before": before, "after": after})
         self.report_memory()
         self._report(outcome)
         return outcome
@@ -129,9 +130,13 @@ class Run:
             except Exception as error:  # no card is worth a run
                 self.console.line(f"Warning: the summary or the model card could not be written ({error}).")
         self.status.write("done", exit_code=0)
-        for tracker in self.trackers:
-            if where := tracker.finish(summary):
-                self.console.line(f"{tracker.name}: {where}")
+        self.report_page()
+        try:
+            for tracker in self.trackers:
+                if where := tracker.finish(summary):
+                    self.console.line(f"{tracker.name}: {where}")
+        except KeyboardInterrupt:
+            self.console.line("Trackers were not waited for; everything is in the folder.")
 
     def train(self) -> list[float]:
         """All steps that are left, each logged, and saved where it is time; the mean reward of every step."""
@@ -168,11 +173,23 @@ class Run:
         """held_out.json. Rewards are for the end: a function of the user's own may count how often it is called."""
         if self.writes:
             over = "after" in evaluations
-            score = partial(self.trainer.collector.score, on_error="zero") if over else None
+            score = self._score_in_parts if over else None
             try:
                 held_out.write(self.folder, self.held_out, evaluations, score)
-            except OSError as error:
-                self.console.line(f"Warning: {held_out.HELD_OUT_FILE} could not be written ({error.strerror}).")
+            except Exception as error:  # no report is worth a run
+                self.console.line(f"Warning: {held_out.HELD_OUT_FILE} could not be written ({error}).")
+
+    def _score_in_parts(self, texts: Sequence[str], questions: Sequence[Question]) -> Rewards:
+        """As many in a call as in training, for the time a reward function may take is meant for those."""
+        size, score = self.config.batch_size * self.config.num_generations, self.trainer.collector.score
+        parts = [
+            score(texts[start : start + size], questions[start : start + size], on_error="zero")
+            for start in range(0, len(texts), size)
+        ]
+        rewards = joined(parts)
+        for error in rewards.errors.values():
+            self.console.line(f"Warning: {error}\nIn {held_out.HELD_OUT_FILE} these answers go without.")
+        return rewards
 
     def evaluate_if_due(self) -> None:
         """The held-out questions between two steps, once; the best of those that are saved is remembered."""
@@ -222,7 +239,7 @@ class Run:
                 further = f"Go on with: {where['resume']}"
                 if isinstance(error, NumbersError):  # the same numbers would come again
                     where.pop("resume")
-                    further = f"To train on from there with other settings: --model {where['checkpoint']}"
+                    further = f"To train on from there with other settings: --model {shlex.quote(where['checkpoint'])}"
                 self.console.line(f"Saved up to step {step}. {further}")
             except GrpoError as second:
                 self.console.line(f"Nothing more could be saved: {str(second).splitlines()[0]}")
@@ -273,20 +290,20 @@ class Run:
 
     def report_memory(self) -> None:
         """The table of phases, and memory.json and memory.svg in the folder."""
-        self.console.memory(self.trainer.profiler)
-        if self.writes:
-            try:
+        try:
+            self.console.memory(self.trainer.profiler)
+            if self.writes:
                 self.console.line("Written: {} and {}".format(*write_memory(self.trainer.profiler, self.folder)))
-            except Exception as error:  # no report is worth a run
-                self.console.line(f"Warning: the memory report could not be written ({error}).")
+        except Exception as error:  # no report is worth a run
+            self.console.line(f"Warning: the memory report could not be written ({error}).")
 
     def report_page(self) -> None:
         """report.html in the folder. It can be made again at any time, so nothing about it fails a run that is done."""
         if not self.writes:
             return
-        from grpo_ds.report.page import write
-
         try:
+            from grpo_ds.report.page import write
+
             self.console.line(f"Report: {write(self.folder)}")
         except Exception as error:
             self.console.line(f"Warning: no report was written ({type(error).__name__}: {error}).")

@@ -278,6 +278,7 @@ class Terminal:
         self.seen, self.ended = "", False
         self.pid, self.keys = pty.fork()
         if not self.pid:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # what starts tests in the background has it ignored
             os.chdir(ROOT)
             os.execve(sys.executable, [sys.executable, *words], {**os.environ, "TERM": "xterm", "PYTHONPATH": "."})
 

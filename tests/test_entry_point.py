@@ -107,6 +107,21 @@ DOORS = [
     (["launch/train.py"], {}, "python launch/train.py"),
     (["launch/train.py", "--local_rank=0"], {}, "deepspeed --num_gpus 2 launch/train.py"),
     (["/src/grpo_ds/__main__.py", "--local_rank=0", "train"], {}, "deepspeed --num_gpus 2 --module grpo_ds train"),
+    (
+        ["launch/train.py", "--local_rank=0"],
+        {"WORLD_SIZE": "1"},
+        "deepspeed launch/train.py",
+    ),
+    (
+        ["launch/train.py", "--local_rank=0"],
+        {"WORLD_SIZE": "4", "LOCAL_SIZE": "2"},
+        "deepspeed --hostfile HOSTS launch/train.py",
+    ),
+    (
+        ["launch/train.py"],
+        {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
+        "torchrun --nnodes 2 --nproc_per_node 2 launch/train.py",
+    ),
     (["launch/train.py"], {"TORCHELASTIC_RUN_ID": "1"}, "torchrun --nproc_per_node 2 launch/train.py"),
     (
         ["/src/grpo_ds/__main__.py", "train"],
@@ -120,6 +135,8 @@ DOORS = [
 def test_a_run_goes_on_through_the_door_it_came_by(monkeypatch, argv, environment, words):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [*argv, "--num_steps", "3"])
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in {"WORLD_SIZE": "2", **environment}.items():
         monkeypatch.setenv(name, value)
     assert resume_command(Path("run/checkpoint-2")) == f"{words} --resume_from_checkpoint run/checkpoint-2"

@@ -1,12 +1,14 @@
 """The door: what a person gets wrong is answered at once, in six lines at most, with nothing written."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from grpo_ds.command_line import parse
 from grpo_ds.commands.train import settle
@@ -301,7 +303,7 @@ def test_references_and_adapters_that_go_together(flags):
         (["--lora_r", "8"], 1e-5),  # ten times as much suits an adapter
         (["--lora_r", "8", "--learning_rate", "3e-6"], 3e-6),  # what was typed wins
         (["--model", EMBEDDED], 5e-6),
-        (["--model", EMBEDDED, "--lora_r", "8"], 2e-4),
+        (["--model", EMBEDDED, "--lora_r", "8"], 5e-5),
     ],
 )
 def test_an_adapter_has_a_learning_rate_of_its_own(flags, rate):
@@ -377,3 +379,24 @@ def test_the_plan_is_printed_and_nothing_else_is_done(tmp_path):
 def test_a_run_that_does_not_fit_says_what_would(tmp_path):
     result = launch("--plan", "--model", "qwen2.5-7b")
     assert result.returncode == 0 and "does not fit" in result.stdout
+
+
+def test_print_config_writes_every_setting_as_yaml():
+    result = launch("--num_steps", "7", "--print_config")
+    assert result.returncode == 0 and yaml.safe_load(result.stdout)["num_steps"] == 7, result.stderr
+
+
+def test_the_examples_of_a_recipe_are_those_that_fit_the_labels():
+    recipe = PRESETS[EMBEDDED].recipe
+
+    def examples(labels):
+        return parse(TrainConfig, ["--labels", labels], about="", recipe=recipe).config.few_shot
+
+    assert [examples(labels) for labels in ("yes,no", "yes,unsure", "A,B,C,D")] == [2, 1, 0]
+
+
+def test_what_the_locale_cannot_show_ends_no_command(tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, str(ROOT / "launch/train.py"), "--data", str(tmp_path / "\u2265.json")]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 3 and "\\u2265.json" in result.stderr and "Traceback" not in result.stderr

@@ -138,7 +138,7 @@ def sound(name: str, text: str) -> str:
 def opened(file: str) -> Source:
     """A file or a pipe, read once."""
     try:
-        content = sys.stdin.buffer.read() if file == STDIN else Path(file).expanduser().read_bytes()
+        content = sys.stdin.buffer.read() if file == STDIN else Path(os.path.expanduser(file)).read_bytes()
     except OSError as error:
         raise DataError(f"--file {file} cannot be read: {error.strerror or error} (in {os.getcwd()}).") from None
     return parse_file("standard input" if file == STDIN else file, content)

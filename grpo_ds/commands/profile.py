@@ -14,7 +14,16 @@ STEPS = "2"  # where --num_steps is not given: the first step makes the moments,
 
 def main(argv: list[str]) -> None:
     defaults = [] if any(word.startswith("--num_steps") for word in argv) else ["--num_steps", STEPS]
-    settled = settle([*argv, *defaults, "--dry_run_worst_case", *("--save_steps", "0"), *("--eval_steps", "0")])
+    settled = settle(
+        [
+            *argv,
+            *defaults,
+            "--dry_run_worst_case",
+            *("--save_steps", "0"),
+            *("--eval_steps", "0"),
+            *("--report_to", "none"),
+        ]
+    )
     if settled.resume_from:
         raise UsageError("A profile begins at the first step: leave --resume_from_checkpoint out.")
     config = settled.config
@@ -28,4 +37,5 @@ def main(argv: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     run.train()
     run.report_memory()
+    run.status.write("done", exit_code=0)
     run.close()

@@ -7,6 +7,7 @@ completions are taken at their full length. --model NAME shows one model phase b
 """
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,7 +95,8 @@ def resolved(asked: Parsed[SelectConfig], *, on_gpu: bool) -> dict[str, DsConfig
 def typed_flags(asked: Parsed[SelectConfig]) -> str:
     """The workload flags that were typed, for the command line to run."""
     own = {"model", "plan", "ds", "reference", "beta", "gpu_gib", "ram_gib", "json"}
-    return "".join(f" --{name} {getattr(asked.config, name)}" for name in sorted(asked.typed - own))
+    flags = [(name, getattr(asked.config, name)) for name in sorted(asked.typed - own)]
+    return "".join(f" --{name} {'null' if value is None else shlex.quote(str(value))}" for name, value in flags)
 
 
 def overview(found: list[Candidate], gpu: float, ram: float) -> Table:

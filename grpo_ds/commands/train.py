@@ -4,6 +4,7 @@ Arguments, data and the DeepSpeed JSON are checked before anything heavy is load
 """
 
 import os
+import shlex
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,11 +67,12 @@ def train_from(argv: list[str]) -> None:
     run = make_run(settled, rewards, lines, train, held_out, folder)
     run.progress.identity = this_run
     outcome = run.whole()
-    run.report_page()
     say = run.console
     say.before_and_after(outcome.before, outcome.after, held_out)
     say.line("Mean reward: {:.2f} in the first quarter of the steps, {:.2f} in the last.".format(*outcome.quarters()))
-    say.line(f"Model, its card, metrics and memory: {folder}\nAsk it: {command('ask')} --model {folder}")
+    say.line(
+        f"Model, its card, metrics and memory: {folder}\nAsk it: {command('ask')} --model {shlex.quote(str(folder))}"
+    )
     run.close()
 
 

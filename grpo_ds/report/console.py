@@ -33,7 +33,7 @@ class Console:
 
     def __init__(self, *, speaks: bool = True) -> None:
         self._rich = RichConsole(quiet=not speaks, highlight=False, soft_wrap=True)
-        self._is_live = self._rich.is_terminal
+        self._is_live = speaks and self._rich.is_terminal  # a live view of a silent rank would swallow its warnings
         self._view: LiveView | None = None
 
     def line(self, text: str) -> None:

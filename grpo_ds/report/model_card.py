@@ -28,7 +28,7 @@ from grpo_ds.report.reading import (
 from grpo_ds.task.prompts import default_system_prompt
 from grpo_ds.task.records import NO_CONTEXT
 from grpo_ds.task.rewards import READY_MADE
-from grpo_ds.task.sources import HUB_ID, SAMPLE
+from grpo_ds.task.sources import HUB_ID, SAMPLE, is_hub_id
 
 CARD_FILE, TEMPLATE = "README.md", "model_card.md.jinja"
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -155,9 +155,9 @@ def _data(config: dict[str, Any], summary: dict[str, Any]) -> str:
     rows = [
         ("source", _data_name(config)),
         ("labels", config["labels"]),
-        ("trained on", f"{counts['train']} questions"),
+        ("trained on", f"questions drawn from {counts['train']}"),
         ("held out", f"{counts['held_out']} questions that training never saw"),
-        ("split", f"by class, {config['eval_fraction']} of each held out, drawn by seed {config['seed']}"),
+        ("split", f"by class, {config['eval_fraction']} of each set aside, drawn by seed {config['seed']}"),
     ]
     return table(("", ""), rows)
 
@@ -172,7 +172,7 @@ def _data_name(config: dict[str, Any]) -> str:
 
 def _is_hub_data(config: dict[str, Any]) -> bool:
     data = config["data"] or ""
-    return bool(HUB_ID.fullmatch(data)) and not Path(data).suffix
+    return is_hub_id(data) and not Path(data).exists()
 
 
 def _either(labels: str) -> str:

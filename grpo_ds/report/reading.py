@@ -2,6 +2,7 @@
 empty."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from grpo_ds.memory.plan import GIB
 
 METRICS_FILE, COMPLETIONS_FILE = "metrics.jsonl", "completions.jsonl"
 HELD_OUT_FILE, ENVIRONMENT_FILE = "held_out.json", "environment.json"
+STEP = re.compile(rb'\{"step": (\d{1,12}),')  # how the lines of completions.jsonl begin
 MEMORY_FILE, SUMMARY_FILE = "memory.json", "summary.json"
 ANSWERS = ("id", "question", "label", "before", "after", "reward before", "reward after", "text before", "text after")
 

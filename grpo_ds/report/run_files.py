@@ -6,7 +6,6 @@ cannot be read is left out, and `damaged` names it.
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +15,11 @@ import yaml
 
 from grpo_ds.config import CONFIG_FILE
 from grpo_ds.errors import UsageError
-from grpo_ds.report.reading import COMPLETIONS_FILE, ENVIRONMENT_FILE, HELD_OUT_FILE, MEMORY_FILE, METRICS_FILE
+from grpo_ds.report.reading import COMPLETIONS_FILE, ENVIRONMENT_FILE, HELD_OUT_FILE, MEMORY_FILE, METRICS_FILE, STEP
 from grpo_ds.run_status import STATUS_FILE
 from grpo_ds.terminal import harmless
 
 SIGNS_OF_A_RUN = (METRICS_FILE, STATUS_FILE, HELD_OUT_FILE)
-STEP = re.compile(rb'\{"step": (\d{1,12}),')  # how the lines of completions.jsonl begin
 SHOWN_STEPS = 3  # of completions: the first, the middle and the last
 LONGEST_TEXT = 4000  # characters of one text; a completion of 300 tokens has about 1500
 LONGEST_NAME = 200  # of a label, a phase, a reward, a state

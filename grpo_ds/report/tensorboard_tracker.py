@@ -21,7 +21,7 @@ class TensorBoard:
 
     def __init__(self, folder: Path, settings: dict[str, Any], progress: Progress) -> None:
         self._folder = folder
-        self._logs = Path(os.environ.get("TENSORBOARD_LOGGING_DIR", folder / "runs")).expanduser()
+        self._logs = Path(os.path.expanduser(os.environ.get("TENSORBOARD_LOGGING_DIR", folder / "runs")))
         goes_on = "tensorboard" in progress.trackers
         self._writer = SummaryWriter(str(self._logs), purge_step=progress.global_step + 1 if goes_on else None)
         self._writer.add_text("config", fenced(yaml.safe_dump(settings, sort_keys=False), "yaml"), progress.global_step)

@@ -18,7 +18,7 @@ from grpo_ds.checkpoint import write_whole
 from grpo_ds.config import TrainConfig
 from grpo_ds.errors import UsageError, one_error
 from grpo_ds.progress import Progress, strict
-from grpo_ds.report.reading import COMPLETIONS_FILE, ENVIRONMENT_FILE, METRICS_FILE, SUMMARY_FILE, read_json
+from grpo_ds.report.reading import COMPLETIONS_FILE, ENVIRONMENT_FILE, METRICS_FILE, STEP, SUMMARY_FILE, read_json
 from grpo_ds.terminal import harmless
 
 
@@ -32,6 +32,18 @@ class Tracker(Protocol):
     def finish(self, summary: dict[str, Any]) -> str:
         """The end of a run that is done; what to type to look at it, or ""."""
         ...
+
+
+def step_of(line: bytes) -> int:
+    """Of a row of completions.jsonl; -1 where it is none."""
+    begins = STEP.match(line)
+    return int(begins[1]) if begins else -1
+
+
+def _last_byte(file: Path) -> bytes:
+    with file.open("rb") as content:
+        content.seek(-1, os.SEEK_END)
+        return content.read(1)
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
@@ -56,16 +68,21 @@ class JsonLines:
 
     def completions(self, rows: Sequence[dict[str, Any]], *, step: int) -> None:
         with self._going_on(), self.texts.open("a", encoding="utf-8") as file:
+            # A disk that was full for a while may have cut the line before.
+            file.write("" if not file.tell() or _last_byte(self.texts) == b"\n" else "\n")
             file.writelines(json.dumps({"step": step, **strict(row)}) + "\n" for row in rows)
 
     def finish(self, summary: dict[str, Any]) -> str:
         return ""
 
     def _forget_after(self, step: int) -> None:
-        """Of the completions of steps that a resumed run makes again."""
-        if self.texts.exists():
-            kept = [line for line in self.texts.open(encoding="utf-8") if json.loads(line)["step"] <= step]
-            write_whole(self.texts, "".join(kept))
+        """Of the completions of steps that a resumed run makes again, and a line that a killed run left unfinished."""
+        if not self.texts.exists():
+            return
+        kept = self.texts.with_name(f"{self.texts.name}.kept")
+        with self.texts.open("rb") as lines, kept.open("wb") as file:
+            file.writelines(line for line in lines if line.endswith(b"}\n") and 0 <= step_of(line) <= step)
+        kept.replace(self.texts)
 
     @contextmanager
     def _going_on(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import trackio
 from huggingface_hub import constants
@@ -47,6 +48,8 @@ class Trackio:
         answers = trackio.Table(columns=list(ANSWERS), data=[list(row) for row in held_out_answers(self._folder)])
         self._run.log({**found, "held_out": answers}, step=summary["steps"])
         _finish()
+        if server := os.environ.get("TRACKIO_SERVER_URL"):
+            return urlsplit(server)._replace(query="", fragment="").geturl()  # which may hold a key
         space = os.environ.get("TRACKIO_SPACE_ID")
         return (
             f"https://huggingface.co/spaces/{space}"

@@ -160,10 +160,6 @@ def _step_tiles(run: RunFiles) -> list[Tile]:
     return made
 
 
-def _seconds(row: Row) -> float:
-    return sum(number(value) or 0.0 for metric, value in row.items() if metric.startswith("seconds/"))
-
-
 def _memory_tiles(run: RunFiles) -> list[Tile]:
     if run.memory:
         return [Tile(f"Peak of {PLACES[where]}", f"{peak(run.memory, where):.1f} GiB") for where in places(run.memory)]

@@ -1,6 +1,7 @@
 """Weights & Biases: what its own environment variables say stays said, and no key is taken by flag."""
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Wandb:
         kept, url = Path(self._run.dir).parent, self._run.url
         offline = self._run.offline
         self._run.finish()
-        return f"wandb sync {kept}" if offline else url or ""
+        return f"wandb sync {shlex.quote(str(kept))}" if offline else url or ""
 
     def _table(self, name: str, columns: list[str], data: list[list[Any]], *, step: int | None = None) -> None:
         if data:

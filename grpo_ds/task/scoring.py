@@ -41,6 +41,16 @@ class Rewards:
         return Rewards(total, {**self.by_name, name: list(values)}, self.errors)
 
 
+def joined(parts: Sequence[Rewards]) -> Rewards:
+    """The rewards of one batch after the other, by the same functions."""
+    names = parts[0].by_name
+    return Rewards(
+        [reward for part in parts for reward in part.total],
+        {name: [reward for part in parts for reward in part.by_name[name]] for name in names},
+        {name: error for part in reversed(parts) for name, error in part.errors.items()},
+    )
+
+
 class _Faulty(Exception):
     """A call came to nothing: what the function did, and in which rows (none: not known)."""
 

@@ -66,7 +66,7 @@ def open_source(data: str | None) -> Source:
     path = os.path.expanduser(data)
     if os.path.exists(path):
         return parse_file(data, _read_bytes(path))
-    if _is_hub_id(data):
+    if is_hub_id(data):
         return _read_hub(data)
     raise DataError(f"There is no data file {data} (in {os.getcwd()}).\n{OTHERWISE}")
 
@@ -89,7 +89,7 @@ def parse_file(name: str, content: bytes) -> Source:
     return Source(name, records, tuple(_repetitions(records, repeated)))
 
 
-def _is_hub_id(data: str) -> bool:
+def is_hub_id(data: str) -> bool:
     looks_alike = HUB_ID.fullmatch(data) is not None and Path(data).suffix.lower() not in FILE_SUFFIXES
     return looks_alike and not os.path.isdir(os.path.dirname(data))
 

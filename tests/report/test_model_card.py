@@ -54,7 +54,7 @@ def test_it_stands_beside_what_training_changed(tmp_path):
     assert rows["accuracy"] == ["50.0%", "50.0%"] and rows["well-formed"] == ["83.3%", "100.0%"]
     assert rows["recall yes"] == ["66.7%", "66.7%"] and rows["recall no"] == ["33.3%", "33.3%"]
     assert rows["update"] == ["5.00", "4.00"]  # measured and planned
-    assert rows["trained on"] == ["40 questions"] and rows["source"] == ["quiz.json"]
+    assert rows["trained on"] == ["questions drawn from 40"] and rows["source"] == ["quiz.json"]
     assert rows["loss_type"] == ["grpo"] and "lora_r" not in rows
     text = (tmp_path / "run" / "README.md").read_text()
     assert "commonest label scores 50.0%" in text and "p = 1.000" in text and "Not medical advice" in text

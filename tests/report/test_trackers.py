@@ -256,3 +256,18 @@ def test_wandb_needs_a_key_or_to_be_told_to_stay_here(tmp_path, monkeypatch, env
 def test_trackers_are_named_in_a_list(report_to, problem):
     found = TrainConfig(report_to=report_to).problems()
     assert found == [] if problem is None else len(found) == 1 and problem in found[0]
+
+
+def completions_of(folder):
+    return [json.loads(line)["step"] for line in (folder / "completions.jsonl").open()]
+
+
+def test_a_line_cut_by_a_crash_or_a_full_disk_costs_that_line_alone(tmp_path):
+    lines, row = trackers.JsonLines(tmp_path), {"completion": "a"}
+    lines.completions([row, row], step=1)
+    with (tmp_path / "completions.jsonl").open("a") as file:
+        file.write('{"step": 2, "compl')
+    lines.completions([row], step=3)  # the disk has room again
+    assert (tmp_path / "completions.jsonl").read_text().splitlines()[-1] == '{"step": 3, "completion": "a"}'
+    trackers.JsonLines(tmp_path, history=[{"step": step} for step in (1, 2)])  # resumed from step 2
+    assert completions_of(tmp_path) == [1, 1]
