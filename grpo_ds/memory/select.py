@@ -76,8 +76,6 @@ class Remedy:
     zero: Mapping[str, Any] = field(default_factory=dict)  # keys of zero_optimization
 
     def apply(self, job: Job) -> Job:
-        if not self.when(job):
-            return job
         engine = {**job.ds.engine, "zero_optimization": {**job.ds.engine["zero_optimization"], **self.zero}}
         ds = replace(job.ds, engine=engine, **self.ds)
         return replace(job, config=replace(job.config, **self.flags), ds=ds)
@@ -89,13 +87,17 @@ def remedies(job: Job, gpu_gib: float, ram_gib: float) -> tuple[Remedy, ...]:
         return ()
     for number in range(1, MOST_REMEDIES + 1):
         for some in itertools.combinations(REMEDIES, number):
-            if fits(applied(job, some).plan(), gpu_gib, ram_gib):
+            changed = applied(job, some)
+            if changed and fits(changed.plan(), gpu_gib, ram_gib):
                 return some
     return ()
 
 
-def applied(job: Job, changes: tuple[Remedy, ...]) -> Job:
+def applied(job: Job, changes: tuple[Remedy, ...]) -> Job | None:
+    """None where one of them changes nothing: fewer have been tried already."""
     for remedy in changes:
+        if not remedy.when(job):
+            return None
         job = remedy.apply(job)
     return job
 

@@ -230,7 +230,8 @@ def test_remedies_make_it_fit_and_none_of_them_is_too_many(ds_from, model, name,
     assert found and not fits(job.plan(), gpu, ram)
     assert fits(applied(job, found).plan(), gpu, ram)
     for left_out in found:
-        assert not fits(applied(job, tuple(r for r in found if r is not left_out)).plan(), gpu, ram)
+        fewer = applied(job, tuple(r for r in found if r is not left_out))
+        assert fewer is None or not fits(fewer.plan(), gpu, ram)  # None: one of them would change nothing
 
 
 def test_what_fits_needs_no_remedy_and_what_never_fits_has_none(ds_from):
