@@ -14,7 +14,7 @@ from grpo_ds.errors import MAX_LINES, RewardError
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.questions import Question
 from grpo_ds.task.rewards import READY_MADE, length_penalty, ready_made, repetition_penalty
-from grpo_ds.task.scoring import LARGEST, score
+from grpo_ds.task.scoring import LARGEST, Rewards, joined, score
 
 FORMAT = AnswerFormat(("yes", "no"))
 YES_QUESTION = Question(id="1", text="Is it?", context="It is.", label="yes", columns={"year": 1999})
@@ -272,3 +272,15 @@ def test_a_reward_that_no_text_decides_is_added_and_reported():
     more = rewards.plus("overlong", [-0.5, 0.0])
     assert more.total == [-0.5, 0.0]
     assert more.by_name == {**rewards.by_name, "overlong": [-0.5, 0.0]}
+
+
+def test_answers_scored_in_parts_earn_what_they_earn_together():
+    parts = [
+        Rewards([1.0, 0.5], {"a": [1.0, 0.5], "b": [None, None]}, {"b": "first"}),
+        Rewards([2.0], {"a": [1.0], "b": [1.0]}, {}),
+        Rewards([0.0], {"a": [0.0], "b": [None]}, {"b": "second"}),
+    ]
+    whole = joined(parts)
+    assert whole == Rewards(
+        [1.0, 0.5, 2.0, 0.0], {"a": [1.0, 0.5, 1.0, 0.0], "b": [None, None, 1.0, None]}, {"b": "first"}
+    )
