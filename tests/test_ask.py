@@ -409,6 +409,7 @@ def test_ctrl_c_leaves_cleanly(tiny_folder, terminal):
     keyboard = terminal("launch/ask.py", "--model", tiny_folder)
     keyboard.waits_at("Question: ")
     keyboard.types("Does it")
+    keyboard.waits_at("Does it")  # its echo: Ctrl-C drops what is typed and not read, and readline would wait for it
     keyboard.interrupts()
     code, last = keyboard.ends()
     assert code == 130 and "Interrupted." in last and "Traceback" not in last
