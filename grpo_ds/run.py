@@ -5,7 +5,8 @@ However it ends (done, a signal, an error), what was learned is in the folder an
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,11 +125,9 @@ class Run:
         counts = {"train": len(self.questions), "held_out": len(self.held_out)}
         summary = {**outcome.summary(self.held_out), "questions": counts}
         if self.writes:
-            try:
+            with self._at_most_a_warning("summary or model card"):
                 write_summary(self.folder, summary)
                 write_card(self.folder)
-            except Exception as error:  # no card is worth a run
-                self.console.line(f"Warning: the summary or the model card could not be written ({error}).")
         self.status.write("done", exit_code=0)
         self.report_page()
         try:
@@ -174,10 +173,8 @@ class Run:
         if self.writes:
             over = "after" in evaluations
             score = self._score_in_parts if over else None
-            try:
+            with self._at_most_a_warning(held_out.HELD_OUT_FILE):
                 held_out.write(self.folder, self.held_out, evaluations, score)
-            except Exception as error:  # no report is worth a run
-                self.console.line(f"Warning: {held_out.HELD_OUT_FILE} could not be written ({error}).")
 
     def _score_in_parts(self, texts: Sequence[str], questions: Sequence[Question]) -> Rewards:
         """As many in a call as in training, for the time a reward function may take is meant for those."""
@@ -290,23 +287,27 @@ class Run:
 
     def report_memory(self) -> None:
         """The table of phases, and memory.json and memory.svg in the folder."""
-        try:
+        with self._at_most_a_warning("memory report"):
             self.console.memory(self.trainer.profiler)
             if self.writes:
                 self.console.line("Written: {} and {}".format(*write_memory(self.trainer.profiler, self.folder)))
-        except Exception as error:  # no report is worth a run
-            self.console.line(f"Warning: the memory report could not be written ({error}).")
 
     def report_page(self) -> None:
         """report.html in the folder. It can be made again at any time, so nothing about it fails a run that is done."""
         if not self.writes:
             return
-        try:
+        with self._at_most_a_warning("report"):
             from grpo_ds.report.page import write
 
             self.console.line(f"Report: {write(self.folder)}")
+
+    @contextmanager
+    def _at_most_a_warning(self, what: str) -> Iterator[None]:
+        """What is only told of a run must not end it, whatever is wrong with it: a disk, a library, ourselves."""
+        try:
+            yield
         except Exception as error:
-            self.console.line(f"Warning: no report was written ({type(error).__name__}: {error}).")
+            self.console.line(f"Warning: no {what} was written ({type(error).__name__}: {error}).")
 
     def close(self) -> None:
         """Release the engine and leave the ranks."""

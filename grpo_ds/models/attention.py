@@ -22,6 +22,8 @@ from grpo_ds.core.packing import PROMPT, PackedRows
 NAME = "grpo_ds"
 # What some models add to plain attention, by their keyword in transformers; `attend` does without.
 UNKNOWN = ("softcap", "s_aux")
+# What a model raises whose attention is not written for transformers' AttentionInterface; tried by the probes.
+NOT_MADE_FOR_US = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 ALIGNED = 8  # columns: memory-efficient attention on a card copies a mask whose rows do not begin at such a multiple
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from grpo_ds.core.logprobs import HeadRows, token_logprobs
 from grpo_ds.core.packing import PADDING, PackedRows, pack_groups
 from grpo_ds.errors import UsageError
-from grpo_ds.models.attention import PackedAttention, attending, sliding_window, use_our_attention
+from grpo_ds.models.attention import NOT_MADE_FOR_US, PackedAttention, attending, sliding_window, use_our_attention
 from grpo_ds.models.quantized import Int8Rows
 
 # Config keys of models that change the logits after the head; we compute the head ourselves.
@@ -90,7 +90,7 @@ def why_not_packed(policy: LogprobModel, *, longest: int) -> str | None:
     policy.packs = True
     try:
         beside = policy(pack_groups([prompt], ids, mask, pad_id=0))
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except NOT_MADE_FOR_US as error:
         return (str(error).splitlines() or [type(error).__name__])[0][:100]
     seen = float((alone - beside).abs().max())
     return None if seen <= PROBE_TOLERANCE[policy.model.dtype] else "its attention is more than SDPA's"

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from grpo_ds.models.attention import attending, use_our_attention
+from grpo_ds.models.attention import NOT_MADE_FOR_US, attending, use_our_attention
 
 
 class SharedPromptCache:
@@ -180,7 +180,7 @@ def can_share_prompts(model: PreTrainedModel) -> bool:
     try:
         whole = model(input_ids=torch.tensor([[1, 2, 3]], device=model.device)).logits[0, -1]
         ours = SharedPrompts(model, [[1, 2, 3]], group_size=1, columns=1)(tokens, tokens - 1)[0]
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+    except NOT_MADE_FOR_US:
         return False  # not made for transformers' AttentionInterface; some raise, some go on without the prompt
     return bool((ours - whole).float().norm() <= TOLERANCE.get(model.dtype, 0.05) * whole.float().norm())
 
