@@ -39,7 +39,7 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.model:
         return print(json.dumps(one_run(arguments)))
-    from grpo_ds.machine import gpu_memory_gib
+    from grpo_ds.system.hardware import gpu_memory_gib
 
     runs = RUNS_ON_A_CARD if gpu_memory_gib() else RUNS_WITHOUT
     results = []
@@ -71,11 +71,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def one_run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Peaks in bytes, planned and measured, by memory and phase."""
-    from grpo_ds.config import TrainConfig
-    from grpo_ds.ds_config import resolve_ds_config
-    from grpo_ds.machine import cpu_has_bf16, gpu_memory_gib
     from grpo_ds.memory.plan import CUDA_CONTEXT, make_plan
-    from grpo_ds.memory.shape import shape_of
+    from grpo_ds.models.shapes import shape_of
+    from grpo_ds.settings.config import TrainConfig
+    from grpo_ds.settings.ds_config import resolve_ds_config
+    from grpo_ds.system.hardware import cpu_has_bf16, gpu_memory_gib
 
     with tempfile.TemporaryDirectory() as folder:
         random_model(arguments, Path(folder))
@@ -127,8 +127,8 @@ def random_model(arguments: argparse.Namespace, folder: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from grpo_ds.memory.shape import PRESET_CONFIGS
     from grpo_ds.models.embedded import embedded_folder
+    from grpo_ds.models.shapes import PRESET_CONFIGS
 
     shape = dict(PRESET_CONFIGS[arguments.model])
     shape["num_hidden_layers"] = arguments.layers or shape["num_hidden_layers"]
@@ -140,19 +140,19 @@ def random_model(arguments: argparse.Namespace, folder: Path) -> None:
 
 def train(config: Any, ds: Any, plan: Any) -> dict[str, Any]:
     """The worst case, two steps and a save of a real trainer; what its profiler saw of each phase."""
-    from grpo_ds import world
     from grpo_ds.report.console import Console
-    from grpo_ds.rollouts import PromptStyle
-    from grpo_ds.run import Run
+    from grpo_ds.system import ranks
     from grpo_ds.task.questions import read_questions
     from grpo_ds.task.rewards import ready_made
-    from grpo_ds.trainer import Trainer
+    from grpo_ds.training.rollout import PromptStyle
+    from grpo_ds.training.run import Run
+    from grpo_ds.training.trainer import Trainer
 
     class ShortStyle(PromptStyle):
         def encode(self, tokenizer: Any, questions: Any) -> list[list[int]]:
             return [prompt[: config.max_prompt_length] for prompt in super().encode(tokenizer, questions)]
 
-    here = world.start()
+    here = ranks.start()
     ours = ready_made(answer_format=config.answer_format)
     rewards = {name: (ours[name], 1.0) for name in ("correctness", "format")}
     questions = read_questions("sample", labels=config.label_names).questions

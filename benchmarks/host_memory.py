@@ -57,13 +57,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
     import torch
 
-    from grpo_ds import engine as deepspeeds_door  # its libraries are not what is measured
-    from grpo_ds import world
     from grpo_ds.core.packing import pack_groups
     from grpo_ds.memory.phases import host_memory, reset_host_peak
+    from grpo_ds.system import ranks
+    from grpo_ds.training import engine as deepspeeds_door  # its libraries are not what is measured
 
     assert deepspeeds_door
-    world.start()
+    ranks.start()
     torch.ones(64, 64) @ torch.ones(64, 64)
     _, before = host_memory()
     engine = build_engine(arguments)
@@ -96,9 +96,9 @@ def build_engine(arguments: argparse.Namespace):
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from grpo_ds.ds_config import DsSizes, resolve_ds_config
-    from grpo_ds.engine import Engine
     from grpo_ds.models.logprob_model import LogprobModel
+    from grpo_ds.settings.ds_config import DsSizes, resolve_ds_config
+    from grpo_ds.training.engine import Engine
 
     config = Qwen2Config(
         vocab_size=151_936,

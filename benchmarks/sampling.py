@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from grpo_ds.memory.shape import PRESET_CONFIGS
 from grpo_ds.models.policy import load_policy, load_tokenizer
-from grpo_ds.sampling import Sampler
+from grpo_ds.models.shapes import PRESET_CONFIGS
+from grpo_ds.training.sampling import Sampler
 
 
 def main() -> None:

@@ -109,7 +109,7 @@ def measured(shape: Shape, arguments: argparse.Namespace) -> dict[str, float]:
 
 def floor(shape: Shape, dtype: str, flops: float, bandwidth: float) -> dict[str, float]:
     """Seconds of each phase if nothing but its products (or, decoding, its weights) had to be done."""
-    from grpo_ds.memory.shape import shape_of
+    from grpo_ds.models.shapes import shape_of
 
     model = shape_of(shape.model)
     head = model.vocab * model.hidden

@@ -141,16 +141,16 @@ def spread(texts: list[str]) -> list[float]:
 
 
 def ours(arguments: argparse.Namespace) -> None:
-    from grpo_ds import world
-    from grpo_ds.config import TrainConfig
-    from grpo_ds.ds_config import resolve_ds_config
-    from grpo_ds.machine import gpu_memory_gib, ram_gib
     from grpo_ds.memory.select import Job, fitted
-    from grpo_ds.memory.shape import shape_of
+    from grpo_ds.models.shapes import shape_of
     from grpo_ds.report.console import Console
-    from grpo_ds.rollouts import PromptStyle
+    from grpo_ds.settings.config import TrainConfig
+    from grpo_ds.settings.ds_config import resolve_ds_config
+    from grpo_ds.system import ranks
+    from grpo_ds.system.hardware import gpu_memory_gib, ram_gib
     from grpo_ds.task.questions import read_questions
-    from grpo_ds.trainer import Trainer
+    from grpo_ds.training.rollout import PromptStyle
+    from grpo_ds.training.trainer import Trainer
 
     config = TrainConfig(
         model=arguments.model,
@@ -166,7 +166,7 @@ def ours(arguments: argparse.Namespace) -> None:
     job = fitted(Job(shape_of(config.model), config, ds, "cuda" if card else "cpu"), card or 0, ram_gib())
     config = job.config
     rewards = {"spread": (lambda completions, **_: spread(completions), 1.0)}
-    trainer = Trainer(config, ds, world.start(), Console(speaks=False), rewards)
+    trainer = Trainer(config, ds, ranks.start(), Console(speaks=False), rewards)
     fixed = [trainer.tokenizer(text)["input_ids"] for text in prompts(trainer.tokenizer, arguments)]
 
     class Fixed(PromptStyle):

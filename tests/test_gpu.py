@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from grpo_ds.core.logprobs import token_logprobs
-from grpo_ds.sampling import Sampler
+from grpo_ds.training.sampling import Sampler
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [

@@ -13,20 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grpo_ds.command_line import parse
 from grpo_ds.commands.evaluate import ROWS_AT_ONCE
-from grpo_ds.config import AskConfig, knob
 from grpo_ds.errors import DataError, UsageError, one_error
-from grpo_ds.machine import check_torch, cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.models.presets import choose_model
+from grpo_ds.settings.command_line import parse
+from grpo_ds.settings.config import AskConfig, knob
+from grpo_ds.system.hardware import check_torch, cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.task.questions import Question, unanswered_questions
 from grpo_ds.task.records import NO_CONTEXT, Unusable, sound_text
 from grpo_ds.task.sources import Source, parse_file
 from grpo_ds.terminal import harmless
 
 if TYPE_CHECKING:
-    from grpo_ds.rollouts import PromptStyle
-    from grpo_ds.sampling import Sampler
+    from grpo_ds.training.rollout import PromptStyle
+    from grpo_ds.training.sampling import Sampler
 
 STDIN = "-"
 WAYS = ("question", "file", "interactive")
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
 def loaded(config: QuestionConfig, *, bf16: bool) -> "tuple[Sampler, PromptStyle]":
     """The model; from here on heavy libraries are loaded, and what they have to say is no answer."""
     with redirect_stdout(sys.stderr):
-        from grpo_ds.inference import load_for_asking
+        from grpo_ds.training.inference import load_for_asking
 
         return load_for_asking(config, bf16=bf16)
 

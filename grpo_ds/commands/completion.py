@@ -9,10 +9,10 @@ from typing import Any, Literal, get_args, get_origin
 from grpo_ds.commands.ask import QuestionConfig
 from grpo_ds.commands.main import COMMANDS
 from grpo_ds.commands.select import SelectConfig
-from grpo_ds.config import TRACKERS, AskConfig, EvaluateConfig, TrainConfig
-from grpo_ds.ds_json import SHIPPED
 from grpo_ds.errors import UsageError
 from grpo_ds.models.presets import PRESETS
+from grpo_ds.settings.config import TRACKERS, AskConfig, EvaluateConfig, TrainConfig
+from grpo_ds.settings.ds_json import SHIPPED
 from grpo_ds.task.sources import SAMPLE
 
 CONFIGS: dict[str, type[AskConfig]] = {

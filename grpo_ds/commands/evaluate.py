@@ -3,10 +3,10 @@
 import json
 from dataclasses import asdict
 
-from grpo_ds.command_line import parse
-from grpo_ds.config import EvaluateConfig
-from grpo_ds.machine import check_torch, cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.models.presets import choose_model
+from grpo_ds.settings.command_line import parse
+from grpo_ds.settings.config import EvaluateConfig
+from grpo_ds.system.hardware import check_torch, cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.task.questions import read_questions, split_questions
 
 ROWS_AT_ONCE = 16
@@ -24,16 +24,16 @@ def main(argv: list[str]) -> None:
         _, questions = split_questions(questions, eval_fraction=config.eval_fraction, seed=config.seed)
     questions = questions[: config.eval_limit]
 
-    from grpo_ds import world  # from here on heavy libraries are loaded
-    from grpo_ds.evaluation import evaluate
-    from grpo_ds.inference import load_for_asking
-    from grpo_ds.report.console import Console
+    from grpo_ds.report.console import Console  # from here on heavy libraries are loaded
+    from grpo_ds.system.ranks import World
+    from grpo_ds.training.evaluate import evaluate
+    from grpo_ds.training.inference import load_for_asking
 
     console = Console()
     console.line(f"Model: {config.model} ({choice.why})\nData: {found.source}; {len(questions)} questions")
     sampler, style = load_for_asking(config, bf16=gpu_gib is not None or cpu_has_bf16())
     sampler.rows_at_once = config.generation_batch_size or ROWS_AT_ONCE
-    alone = world.World(rank=0, size=1, device=sampler.model.device)
+    alone = World(rank=0, size=1, device=sampler.model.device)
     with console.progress("Answering", len(questions)) as advance:
         result = evaluate(sampler, style, questions, alone, advance=advance)
     console.line(json.dumps(asdict(result.grades), indent=1))

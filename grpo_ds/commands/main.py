@@ -4,7 +4,7 @@ import difflib
 from importlib import import_module, metadata
 
 from grpo_ds.errors import UsageError, run_script
-from grpo_ds.invocation import LOCAL_RANK
+from grpo_ds.system.invocation import LOCAL_RANK
 
 COMMANDS = {  # name -> its module, what it does
     "train": ("train", "fine-tune a model by GRPO"),

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from grpo_ds.errors import UsageError
-from grpo_ds.invocation import command, program
+from grpo_ds.system.invocation import command, program
 
 
 class Parser(argparse.ArgumentParser):

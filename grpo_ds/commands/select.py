@@ -15,17 +15,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from grpo_ds.command_line import Parsed, parse
-from grpo_ds.config import TrainConfig, knob
-from grpo_ds.ds_config import DsConfig, resolve_ds_config
-from grpo_ds.ds_json import SHIPPED
 from grpo_ds.errors import UsageError
-from grpo_ds.machine import cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.memory.plan import GIB, Plan, Where
 from grpo_ds.memory.select import Candidate, best, candidates, remedies, usable
-from grpo_ds.memory.shape import shape_of
 from grpo_ds.models.presets import EMBEDDED, PRESETS
+from grpo_ds.models.shapes import shape_of
 from grpo_ds.report.plan import components
+from grpo_ds.settings.command_line import Parsed, parse
+from grpo_ds.settings.config import TrainConfig, knob
+from grpo_ds.settings.ds_config import DsConfig, resolve_ds_config
+from grpo_ds.settings.ds_json import SHIPPED
+from grpo_ds.system.hardware import cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.terminal import harmless
 
 WIDTH = 130  # columns where the output is no terminal

@@ -11,30 +11,30 @@ from pathlib import Path
 from shutil import disk_usage
 from typing import TYPE_CHECKING, Any
 
-from grpo_ds.command_line import parse
-from grpo_ds.config import TrainConfig
-from grpo_ds.ds_config import DsConfig, resolve_ds_config
 from grpo_ds.errors import CheckpointError, UsageError
-from grpo_ds.interruption import obeyed_at_once
-from grpo_ds.invocation import command
-from grpo_ds.machine import check_torch, cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.memory.plan import GIB, Plan, Where
 from grpo_ds.memory.select import Job, fitted
-from grpo_ds.memory.shape import adapter_base, shape_of
 from grpo_ds.models.presets import Choice, choose_model, lora_recipe
-from grpo_ds.progress import Progress, check_identity, identity
+from grpo_ds.models.shapes import adapter_base, shape_of
 from grpo_ds.report.trackers import check_trackers
-from grpo_ds.resumption import check_complete, find_checkpoint, flags_of, refuse_other_flags
-from grpo_ds.run_folder import check_writable
+from grpo_ds.run_folder.lock import check_writable
+from grpo_ds.run_folder.progress import Progress, check_identity, identity
+from grpo_ds.run_folder.resume import check_complete, find_checkpoint, flags_of, refuse_other_flags
+from grpo_ds.settings.command_line import parse
+from grpo_ds.settings.config import TrainConfig
+from grpo_ds.settings.ds_config import DsConfig, resolve_ds_config
+from grpo_ds.system.hardware import check_torch, cpu_has_bf16, gpu_memory_gib, ram_gib
+from grpo_ds.system.invocation import command
+from grpo_ds.system.signals import obeyed_at_once
+from grpo_ds.system.versions import check_versions
 from grpo_ds.task.questions import Question, QuestionSet, read_questions, split_questions
 from grpo_ds.task.reward_files import find_reward_functions
 from grpo_ds.task.rewards import WeightedFunctions, ready_made
 from grpo_ds.task.sources import data_or_default
 from grpo_ds.terminal import harmless
-from grpo_ds.versions import check_versions
 
 if TYPE_CHECKING:
-    from grpo_ds.run import Run
+    from grpo_ds.training.run import Run
 
 PLAN_WIDTH = 120  # columns where the output is no terminal
 
@@ -100,13 +100,14 @@ def make_run(
     folder: Path,
 ) -> "Run":
     """From here on heavy libraries are loaded; `lines` are said before the wait for the model."""
-    from grpo_ds import snapshot, world
     from grpo_ds.report.console import Console
-    from grpo_ds.run import Run
-    from grpo_ds.trainer import Trainer
+    from grpo_ds.system import ranks
+    from grpo_ds.training import checkpoint as snapshot
+    from grpo_ds.training.run import Run
+    from grpo_ds.training.trainer import Trainer
 
     config = settled.config
-    here = world.start(needs_gpu=settled.choice.needs_gpu)
+    here = ranks.start(needs_gpu=settled.choice.needs_gpu)
     console = Console(speaks=here.is_first)
     for line in lines:
         console.line(line)

@@ -10,8 +10,8 @@ keeps more, comes to about as much.
 
 from dataclasses import dataclass
 
-from grpo_ds.config import TrainConfig
-from grpo_ds.memory.shape import ModelShape
+from grpo_ds.models.shapes import ModelShape
+from grpo_ds.settings.config import TrainConfig
 
 MIB = 2**20
 

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from grpo_ds.config import TrainConfig
+from grpo_ds.settings.config import TrainConfig
 
 SMALLEST_CHUNK_MIB = 4.0
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from grpo_ds.errors import GrpoError
-from grpo_ds.invocation import command
 from grpo_ds.memory.plan import GIB, Plan, Where
+from grpo_ds.system.invocation import command
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # of man proc_pid_clear_refs

@@ -10,10 +10,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from grpo_ds.config import TrainConfig
-from grpo_ds.ds_config import DsConfig
 from grpo_ds.memory.batch import Batch
-from grpo_ds.memory.shape import ModelShape
+from grpo_ds.models.shapes import ModelShape
+from grpo_ds.settings.config import TrainConfig
+from grpo_ds.settings.ds_config import DsConfig
 
 Where = Literal["gpu", "host"]
 Device = Literal["cuda", "cpu"]

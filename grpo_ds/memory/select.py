@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from grpo_ds import invocation
-from grpo_ds.config import TrainConfig
-from grpo_ds.ds_config import SMALL_BUCKET, DsConfig, OptimizerSpec
 from grpo_ds.memory.plan import CUDA_CONTEXT, GIB, Device, Plan, Where, make_plan
-from grpo_ds.memory.shape import ModelShape
+from grpo_ds.models.shapes import ModelShape
+from grpo_ds.settings.config import TrainConfig
+from grpo_ds.settings.ds_config import SMALL_BUCKET, DsConfig, OptimizerSpec
+from grpo_ds.system import invocation
 
 RAM_RESERVE = 2 * GIB  # the system, the launcher's two processes (0.45 GiB, measured) and page cache for the files
 FRAGMENTATION = 0.03  # of the card: torch's allocator cannot use every gap between blocks; a guess until measured

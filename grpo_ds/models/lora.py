@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from grpo_ds.memory.shape import ALL_LINEAR
+from grpo_ds.models.shapes import ALL_LINEAR
 
 ADAPTER = "default"  # what peft calls an adapter that was given no name
 

@@ -12,14 +12,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from grpo_ds.config import TrainConfig
 from grpo_ds.errors import UsageError
-from grpo_ds.hub import knock
-from grpo_ds.memory.shape import adapter_base, brings_code
 from grpo_ds.models.embedded import embedded_folder
 from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.models.lora import add_adapter, merged, quantization
 from grpo_ds.models.presets import EMBEDDED, PRESETS
+from grpo_ds.models.shapes import adapter_base, brings_code
+from grpo_ds.settings.config import TrainConfig
+from grpo_ds.system.hub import knock
 from grpo_ds.task.prompts import ensure_chat_template
 
 # For a hub model without safetensors transformers would ask a service on the hub to convert it, in our user's name.

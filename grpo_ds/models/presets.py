@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from grpo_ds.config import TrainConfig, prompt_recipe
-from grpo_ds.ds_config import DsConfig, resolve_ds_config
-from grpo_ds.ds_json import SHIPPED
 from grpo_ds.memory.plan import make_plan
 from grpo_ds.memory.select import fits
-from grpo_ds.memory.shape import shape_of
+from grpo_ds.models.shapes import shape_of
+from grpo_ds.settings.config import TrainConfig, prompt_recipe
+from grpo_ds.settings.ds_config import DsConfig, resolve_ds_config
+from grpo_ds.settings.ds_json import SHIPPED
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from grpo_ds.evaluation import Evaluation
 from grpo_ds.memory.phases import Profiler
 from grpo_ds.memory.plan import GIB, Plan, Where
 from grpo_ds.report.held_out import right
@@ -20,6 +19,7 @@ from grpo_ds.report.plan import PLACES, phases
 from grpo_ds.task.grading import Grades, mcnemar
 from grpo_ds.task.questions import Question
 from grpo_ds.terminal import harmless
+from grpo_ds.training.evaluate import Evaluation
 
 SAMPLES = 4
 STALE_NOTE = (

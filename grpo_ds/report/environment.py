@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from grpo_ds.checkpoint import write_whole
-from grpo_ds.invocation import flags, started
-from grpo_ds.machine import ram_gib
 from grpo_ds.report.reading import ENVIRONMENT_FILE
+from grpo_ds.run_folder.checkpoints import write_whole
+from grpo_ds.system.hardware import ram_gib
+from grpo_ds.system.invocation import flags, started
 
 PACKAGES = ("grpo_ds", "torch", "transformers", "deepspeed", "bitsandbytes", "peft", "accelerate", "datasets")
 

@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from grpo_ds.checkpoint import write_whole
-from grpo_ds.evaluation import Evaluation
 from grpo_ds.report.reading import HELD_OUT_FILE
+from grpo_ds.run_folder.checkpoints import write_whole
 from grpo_ds.task.grading import mcnemar
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import Rewards
+from grpo_ds.training.evaluate import Evaluation
 
 Score = Callable[[Sequence[str], Sequence[Question]], Rewards]
 

@@ -13,8 +13,6 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from grpo_ds.checkpoint import write_whole
-from grpo_ds.config import EvaluateConfig, prompt_recipe
 from grpo_ds.models.presets import EMBEDDED, PRESETS
 from grpo_ds.report.markdown import fenced, plain, table
 from grpo_ds.report.reading import (
@@ -25,6 +23,8 @@ from grpo_ds.report.reading import (
     read_config,
     read_json,
 )
+from grpo_ds.run_folder.checkpoints import write_whole
+from grpo_ds.settings.config import EvaluateConfig, prompt_recipe
 from grpo_ds.task.prompts import default_system_prompt
 from grpo_ds.task.records import NO_CONTEXT
 from grpo_ds.task.rewards import READY_MADE

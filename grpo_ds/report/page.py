@@ -12,8 +12,6 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from grpo_ds.checkpoint import write_whole
-from grpo_ds.config import CONFIG_FILE, OF_ONE_RUN, TrainConfig
 from grpo_ds.report import answers, charts, curves, memory_use, verdict
 from grpo_ds.report.run_files import (
     COMPLETIONS_FILE,
@@ -26,6 +24,8 @@ from grpo_ds.report.run_files import (
     read_run,
     text,
 )
+from grpo_ds.run_folder.checkpoints import write_whole
+from grpo_ds.settings.config import CONFIG_FILE, OF_ONE_RUN, TrainConfig
 
 REPORT_FILE, TEMPLATE = "report.html", "page.html.jinja"
 NEXT_LINE = " \\\n  "  # of a command

@@ -3,9 +3,9 @@
 from rich.table import Table
 from rich.text import Text
 
-from grpo_ds.invocation import command
 from grpo_ds.memory.plan import GIB, Plan, Where
 from grpo_ds.memory.select import Job, fits, remedies
+from grpo_ds.system.invocation import command
 from grpo_ds.terminal import harmless
 
 PLACES: dict[Where, str] = {"gpu": "card", "host": "host"}

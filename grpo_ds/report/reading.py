@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from grpo_ds.config import CONFIG_FILE
 from grpo_ds.memory.plan import GIB
+from grpo_ds.settings.config import CONFIG_FILE
 
 METRICS_FILE, COMPLETIONS_FILE = "metrics.jsonl", "completions.jsonl"
 HELD_OUT_FILE, ENVIRONMENT_FILE = "held_out.json", "environment.json"

@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
-from grpo_ds.config import CONFIG_FILE
 from grpo_ds.errors import UsageError
 from grpo_ds.report.reading import COMPLETIONS_FILE, ENVIRONMENT_FILE, HELD_OUT_FILE, MEMORY_FILE, METRICS_FILE, STEP
-from grpo_ds.run_status import STATUS_FILE
+from grpo_ds.run_folder.status import STATUS_FILE
+from grpo_ds.settings.config import CONFIG_FILE
 from grpo_ds.terminal import harmless
 
 SIGNS_OF_A_RUN = (METRICS_FILE, STATUS_FILE, HELD_OUT_FILE)

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from grpo_ds.progress import Progress
 from grpo_ds.report.markdown import fenced, table
 from grpo_ds.report.reading import ANSWERS, held_out_answers, memory_by_phase, numbers
+from grpo_ds.run_folder.progress import Progress
 
 
 class TensorBoard:

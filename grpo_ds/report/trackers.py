@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from grpo_ds.checkpoint import write_whole
-from grpo_ds.config import TrainConfig
 from grpo_ds.errors import UsageError, one_error
-from grpo_ds.progress import Progress, strict
 from grpo_ds.report.reading import COMPLETIONS_FILE, ENVIRONMENT_FILE, METRICS_FILE, STEP, SUMMARY_FILE, read_json
+from grpo_ds.run_folder.checkpoints import write_whole
+from grpo_ds.run_folder.progress import Progress, strict
+from grpo_ds.settings.config import TrainConfig
 from grpo_ds.terminal import harmless
 
 

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import trackio
 from huggingface_hub import constants
 
-from grpo_ds.progress import Progress
 from grpo_ds.report.reading import ANSWERS, held_out_answers, memory_by_phase, numbers
+from grpo_ds.run_folder.progress import Progress
 
 ELSEWHERE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
 

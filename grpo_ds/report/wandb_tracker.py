@@ -8,8 +8,8 @@ from typing import Any
 
 import wandb
 
-from grpo_ds.progress import Progress
 from grpo_ds.report.reading import ANSWERS, held_out_answers, memory_by_phase
+from grpo_ds.run_folder.progress import Progress
 
 PROJECT = "grpo_ds"
 

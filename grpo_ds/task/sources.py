@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 
 from grpo_ds.errors import DataError
-from grpo_ds.hub import knock
+from grpo_ds.system.hub import knock
 from grpo_ds.task.records import BROKEN, REQUIRED_NAMES, clip, describe
 
 SAMPLE = "sample"

@@ -79,6 +79,6 @@ def join_made_up_ranks() -> None:
 def _load_everything() -> None:
     import torch
 
-    import tests.test_resume  # noqa: F401
+    import tests.training.test_resume  # noqa: F401
 
     torch.set_num_threads(1)

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from grpo_ds.errors import run_script
-from grpo_ds.run_status import resume_command
+from grpo_ds.run_folder.status import resume_command
 from tests.faults.forks import fork
-from tests.test_training import ROOT
+from tests.training.test_training import ROOT
 
 SCRIPT = "launch/train.py"
 FLAGS = {

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo_ds.checkpoint import damage, found_in, to_resume
 from grpo_ds.errors import CheckpointError
+from grpo_ds.run_folder.checkpoints import damage, found_in, to_resume
 from tests.faults.launched import flags, result, same, train, train_to_the_end
 
 MUTATIONS = 500
@@ -114,7 +114,7 @@ def test_where_no_whole_checkpoint_is_left_nothing_is_resumed(saved, tmp_path):
 
 def resealed(checkpoint: Path) -> None:
     """A manifest for what is there now: whole, but not what was saved."""
-    from grpo_ds.checkpoint import MANIFEST, _described, _files, _manifest
+    from grpo_ds.run_folder.checkpoints import MANIFEST, _described, _files, _manifest
 
     (checkpoint / MANIFEST).unlink()
     files = {str(file.relative_to(checkpoint)): _described(file) for file in _files(checkpoint)}
@@ -189,7 +189,7 @@ def refused(saved: Path, folder: Path, name: str) -> None:
 
 def no_model() -> None:
     """A refusal comes before a model is loaded."""
-    from grpo_ds import trainer
+    from grpo_ds.training import trainer
 
     def loaded(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
@@ -239,7 +239,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_a_model_is_loaded(warm,
 
 def second_run(saved: Path, folder: Path) -> None:
     """Started while the first one lives: it would tidy away what the first one is writing."""
-    from grpo_ds.run_folder import release, take
+    from grpo_ds.run_folder.lock import release, take
     from tests.faults.forks import fork
 
     run = shutil.copytree(saved, folder / "run")
@@ -247,9 +247,9 @@ def second_run(saved: Path, folder: Path) -> None:
     here = (run / "checkpoint-3.partial").mkdir() or "checkpoint-3.partial"
 
     def another() -> None:
-        from grpo_ds import run_folder
+        from grpo_ds.run_folder import lock
 
-        run_folder._taken.clear()  # it is another process, and has not inherited this one's hold
+        lock._taken.clear()  # it is another process, and has not inherited this one's hold
         no_model()
 
     ended = train(["--resume_from_checkpoint", "auto", "--output_dir", str(run)], folder / "log", another)

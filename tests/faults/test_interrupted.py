@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_ds.checkpoint import found_in, to_resume
-from grpo_ds.interruption import Interrupted
 from grpo_ds.memory.phases import Profiler
+from grpo_ds.run_folder.checkpoints import found_in, to_resume
+from grpo_ds.system.signals import Interrupted
 from tests.faults.forks import fork, join_made_up_ranks
 from tests.faults.launched import Ended, flags, result, same, status, train
-from tests.test_resume import KINDS, finish, make_run
+from tests.training.test_resume import KINDS, finish, make_run
 
 ALL = "offload, int8 reference"
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from grpo_ds.world import _free_port
+from grpo_ds.system.ranks import _free_port
 from tests.faults.launched import flags, result, same, status, train_to_the_end
-from tests.test_training import ROOT
+from tests.training.test_training import ROOT
 
 PATIENCE = 120.0  # seconds; a busy machine needs half a minute to load a model
 STEPS = 7

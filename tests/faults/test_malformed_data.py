@@ -22,9 +22,9 @@ from pathlib import Path
 
 import pytest
 
-from grpo_ds.command_line import parse
-from grpo_ds.config import CONFIG_FILE, TrainConfig, prompt_recipe
 from grpo_ds.errors import MAX_LINES, DataError, UsageError
+from grpo_ds.settings.command_line import parse
+from grpo_ds.settings.config import CONFIG_FILE, TrainConfig, prompt_recipe
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.prompts import encode_prompt
 from grpo_ds.task.questions import Question, read_questions, split_questions
@@ -634,9 +634,9 @@ def test_what_is_asked_is_checked_like_a_record(monkeypatch, tried, flags, words
 
 
 def test_labels_that_look_like_markup_are_shown_as_they_are(capsys, tried):
-    from grpo_ds.evaluation import Evaluation
     from grpo_ds.report.console import Console
     from grpo_ds.task.grading import grade
+    from grpo_ds.training.evaluate import Evaluation
 
     labels = ("[/b]", "[A]")
     questions = [Question(label, "Which?", "", label) for label in labels]

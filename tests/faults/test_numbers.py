@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo_ds.bad_numbers import BAD_BATCH
 from grpo_ds.errors import MAX_LINES, NumbersError, PreflightError, RewardError
 from grpo_ds.models.policy import first_bad_weight
-from grpo_ds.run import Run
-from grpo_ds.update import step_weights
-from tests.test_training import ROOT, letters_reward, tiny_trainer
+from grpo_ds.training.nonfinite import BAD_BATCH
+from grpo_ds.training.run import Run
+from grpo_ds.training.update import step_weights
+from tests.training.test_training import ROOT, letters_reward, tiny_trainer
 
 KIND = "bad numbers"
 SMALL = {"num_generations": 4, "max_completion_length": 4, "learning_rate": 1e-3}
@@ -169,7 +169,7 @@ def test_a_loss_that_overflows_ends_the_run(tiny_folder, tmp_path, tried):
 
 def test_a_gradient_that_overflows_ends_the_run(tiny_folder, tmp_path, tried, monkeypatch):
     """A loss that fp32 holds, and whose gradient's norm it does not."""
-    monkeypatch.setattr("grpo_ds.update.step_weights", lambda *of: 1e25 * step_weights(*of))
+    monkeypatch.setattr("grpo_ds.training.update.step_weights", lambda *of: 1e25 * step_weights(*of))
     trainer, train, _, _ = make(tiny_folder, num_steps=9, max_bad_steps=1)
     batch = ends_by_name(trainer, train, tmp_path, words="steps 1 to 2", remedy="smaller rewards")
     assert batch["bad"][0].startswith("gradient (model.")

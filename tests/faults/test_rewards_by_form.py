@@ -6,13 +6,13 @@ import sys
 import pytest
 import torch
 
-from grpo_ds.rollouts import PromptStyle
-from grpo_ds.sampling import Completions
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.grading import grade
 from grpo_ds.task.questions import Question
 from grpo_ds.task.rewards import READY_MADE, ready_made
 from grpo_ds.task.scoring import score
+from grpo_ds.training.rollout import PromptStyle
+from grpo_ds.training.sampling import Completions
 from tests.faults.ill_formed import BENIGN, GOOD, ILL_FORMED, TAGS
 from tests.faults.matcher import split_counting_steps
 

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from grpo_ds import snapshot
-from grpo_ds.checkpoint import damage, found_in, step_of, to_resume
 from grpo_ds.errors import CheckpointError, GrpoError
-from grpo_ds.run import Run
+from grpo_ds.run_folder.checkpoints import damage, found_in, step_of, to_resume
+from grpo_ds.training import checkpoint as snapshot
+from grpo_ds.training.run import Run
 from tests.faults.file_operations import before_each, counted, die_before, fail, no_file_over
 from tests.faults.forks import fork, join_made_up_ranks
-from tests.test_resume import finish, make_run
+from tests.training.test_resume import finish, make_run
 
 KIND = "offload, int8 reference"
 # --save_total_limit, and what may be left of the checkpoints when the second one is on its way.

@@ -22,23 +22,24 @@ import transformers
 from rich.console import Console as RichConsole
 from safetensors.torch import load_file
 
-from grpo_ds import inference, machine
-from grpo_ds.command_line import parse
 from grpo_ds.commands import ask
 from grpo_ds.commands.train import output_folder, settle
-from grpo_ds.config import CONFIG_FILE, TrainConfig, prompt_recipe
-from grpo_ds.ds_config import resolve_ds_config
 from grpo_ds.errors import MAX_LINES, UsageError, run_script
-from grpo_ds.evaluation import Evaluation
-from grpo_ds.machine import check_torch
 from grpo_ds.memory.phases import Span
 from grpo_ds.models.policy import load_policy, load_tokenizer
 from grpo_ds.report.console import Console
 from grpo_ds.report.memory import draw
+from grpo_ds.settings.command_line import parse
+from grpo_ds.settings.config import CONFIG_FILE, TrainConfig, prompt_recipe
+from grpo_ds.settings.ds_config import resolve_ds_config
+from grpo_ds.system import hardware
+from grpo_ds.system.hardware import check_torch
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.grading import grade
 from grpo_ds.task.questions import Question
 from grpo_ds.terminal import harmless
+from grpo_ds.training import inference
+from grpo_ds.training.evaluate import Evaluation
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALLEST = [
@@ -469,7 +470,7 @@ def test_a_chat_templates_name_is_no_path(tiny_folder, tmp_path, name, tried):
     ("installed", "good"), [("2.9.1", False), ("2.10.0+cu128", True), ("2.13.0", True), ("3.0", True)]
 )
 def test_a_torch_whose_weights_only_has_holes_is_refused(monkeypatch, installed, good):
-    monkeypatch.setattr(machine, "version", lambda name: installed)
+    monkeypatch.setattr(hardware, "version", lambda name: installed)
     if good:
         assert check_torch() is None
     else:
@@ -481,6 +482,6 @@ def test_a_torch_whose_weights_only_has_holes_is_refused(monkeypatch, installed,
 def test_the_installation_asks_for_that_torch():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    assert "torch>={}.{}".format(*machine.OLDEST_TORCH) in setup["options"]["install_requires"].split()
+    assert "torch>={}.{}".format(*hardware.OLDEST_TORCH) in setup["options"]["install_requires"].split()
     (pinned,) = re.findall(r"^torch==(\d+)\.(\d+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    assert tuple(map(int, pinned)) >= machine.OLDEST_TORCH
+    assert tuple(map(int, pinned)) >= hardware.OLDEST_TORCH

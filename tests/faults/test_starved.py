@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_ds.checkpoint import damage, found_in, step_of
-from grpo_ds.engine import Engine
 from grpo_ds.memory.phases import Profiler
+from grpo_ds.run_folder.checkpoints import damage, found_in, step_of
+from grpo_ds.training.engine import Engine
 from tests.faults.launched import flags, result, same, status, train
 
 HOST = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from grpo_ds.command_line import parse
-from grpo_ds.config import TrainConfig
-from grpo_ds.ds_config import DsSizes, resolve_ds_config
-from grpo_ds.ds_json import SHIPPED
 from grpo_ds.memory.plan import GIB, PHASES, make_plan
 from grpo_ds.memory.select import FRAGMENTATION, RAM_RESERVE, Job, applied, fits, fitted, remedies
-from grpo_ds.memory.shape import PRESET_CONFIGS, shape_of
+from grpo_ds.models.shapes import PRESET_CONFIGS, shape_of
+from grpo_ds.settings.command_line import parse
+from grpo_ds.settings.config import TrainConfig
+from grpo_ds.settings.ds_config import DsSizes, resolve_ds_config
+from grpo_ds.settings.ds_json import SHIPPED
 
 CONFIG = TrainConfig()
 SHAPE = shape_of("qwen2.5-1.5b")

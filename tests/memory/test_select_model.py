@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from grpo_ds.command_line import parse
-from grpo_ds.config import TrainConfig
 from grpo_ds.errors import MAX_LINES, UsageError
+from grpo_ds.settings.command_line import parse
+from grpo_ds.settings.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "select_model.py"

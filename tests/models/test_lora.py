@@ -6,13 +6,13 @@ from bitsandbytes.nn import Linear8bitLt
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Qwen2ForCausalLM
 
-from grpo_ds.config import TrainConfig
 from grpo_ds.core.packing import pack_groups
 from grpo_ds.errors import UsageError
-from grpo_ds.memory.shape import shape_of
 from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.models.policy import load_policy, save_merged, save_model, trainable_policy
 from grpo_ds.models.reference import kl_floor, make_reference
+from grpo_ds.models.shapes import shape_of
+from grpo_ds.settings.config import TrainConfig
 from tests.conftest import tiny_config
 from tests.core.test_logprobs import LargestTensor
 from tests.core.test_packing import alone, make_groups

@@ -4,15 +4,15 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from grpo_ds.config import TrainConfig, write_config
-from grpo_ds.evaluation import Evaluation
 from grpo_ds.memory.phases import PhaseUse
 from grpo_ds.report import environment, held_out
 from grpo_ds.report.reading import MEMORY_FILE
 from grpo_ds.report.trackers import write_summary
+from grpo_ds.settings.config import TrainConfig, write_config
 from grpo_ds.task.grading import grade
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import Rewards
+from grpo_ds.training.evaluate import Evaluation
 
 GIB = 2**30
 ANSWERS = {"before": ["yes", None, "no", "yes", "yes", "no"], "after": ["yes", "no", "no", "yes", "yes", "yes"]}

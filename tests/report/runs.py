@@ -6,17 +6,17 @@ from pathlib import Path
 
 import torch
 
-from grpo_ds.config import TrainConfig, write_config
-from grpo_ds.evaluation import Evaluation
 from grpo_ds.memory.phases import Profiler, Span
 from grpo_ds.memory.plan import GIB, PhasePlan, Plan
 from grpo_ds.report import environment, held_out, memory
 from grpo_ds.report.trackers import JsonLines
-from grpo_ds.run_status import RunStatus
+from grpo_ds.run_folder.status import RunStatus
+from grpo_ds.settings.config import TrainConfig, write_config
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.grading import grade
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import Rewards
+from grpo_ds.training.evaluate import Evaluation
 
 FORM = AnswerFormat(("yes", "no"), "reasoning", "answer")
 SEED = 7

@@ -6,18 +6,18 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console as RichConsole
 
-from grpo_ds.config import TrainConfig
-from grpo_ds.ds_config import resolve_ds_config
-from grpo_ds.evaluation import Evaluation
 from grpo_ds.memory.plan import make_plan
-from grpo_ds.memory.shape import shape_of
 from grpo_ds.models.presets import EMBEDDED
+from grpo_ds.models.shapes import shape_of
 from grpo_ds.report.console import Console
 from grpo_ds.report.held_out import grades
 from grpo_ds.report.live import LOSS_NOTE, above_floor, clock, sparkline
+from grpo_ds.settings.config import TrainConfig
+from grpo_ds.settings.ds_config import resolve_ds_config
 from grpo_ds.task.grading import grade
 from grpo_ds.task.questions import Question
-from tests.test_training import ROOT
+from grpo_ds.training.evaluate import Evaluation
+from tests.training.test_training import ROOT
 
 STEP = {
     "step": 1, "reward": 1.2, "rewards/correctness": 0.9, "rewards/format": 0.3, "accuracy": 0.45,

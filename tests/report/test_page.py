@@ -396,7 +396,7 @@ def test_lines_stand_out_and_texts_can_be_read(theme):
 
 def test_a_report_that_cannot_be_written_does_not_fail_the_run(finished, capsys, monkeypatch):
     from grpo_ds.report.console import Console
-    from grpo_ds.run import Run
+    from grpo_ds.training.run import Run
 
     done = Run.__new__(Run)
     done.writes, done.folder, done.console = True, finished / "gone", Console()

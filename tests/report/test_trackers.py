@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from grpo_ds.config import TrainConfig
 from grpo_ds.errors import UsageError
 from grpo_ds.report import trackers
 from grpo_ds.report.reading import SUMMARY_FILE
 from grpo_ds.report.trackers import Watched, check_trackers
+from grpo_ds.settings.config import TrainConfig
 from tests.report.finished import finished
 from tests.report.tracked import track
 

@@ -2,10 +2,10 @@
 
 import json
 
-from grpo_ds.config import TrainConfig
-from grpo_ds.progress import Progress
 from grpo_ds.report.reading import SUMMARY_FILE
 from grpo_ds.report.trackers import make_trackers
+from grpo_ds.run_folder.progress import Progress
+from grpo_ds.settings.config import TrainConfig
 
 ROWS = [
     {"question": "Is it? | so", "label": "yes", "completion": "<answer>yes</answer>", "reward": 2.0, "rewards/x": None},

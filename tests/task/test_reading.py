@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_ds import hub
 from grpo_ds.errors import MAX_LINES, DataError
+from grpo_ds.system import hub
 from grpo_ds.task.questions import Question, read_questions
 from grpo_ds.task.records import BROKEN, REQUIRED_NAMES, check_record
 from grpo_ds.task.sources import GOLDEN_FILE, Source, rows_to_source

@@ -1,0 +1,268 @@
+"""A model's shape, read from its config alone: which matrices it has and how large they are.
+
+Standard library only for Llama, Mistral, Qwen2, Qwen3 and GPT-2; any other architecture is counted on torch's meta
+device, which takes seconds and is just as exact.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo_ds.errors import UsageError
+from grpo_ds.system.hub import knock
+
+GROUP, MIN_GROUP = 64, 16  # of models/quantized.py, which imports torch
+ALL_LINEAR = "all-linear"
+LARGEST_LAYER = 40_000  # of models/reference.py: LLM.int8 leaves wider matrices in 16 bits
+
+ADAPTER_FILE = "adapter_config.json"  # in a folder that peft wrote: it names the base
+
+Matrix = tuple[int, int, int]  # output rows, input columns, how many such matrices
+Linear = tuple[str, int, int, int]  # a linear layer's name within its block, and its matrix
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What memory depends on. Heads count queries, kv_heads keys and values."""
+
+    name: str
+    vocab: int
+    hidden: int
+    mlp: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    tied: bool  # the head is the embedding
+    matrices: tuple[Matrix, ...]  # linear layers and embeddings, a tied head once
+    linears: tuple[Linear, ...]  # the linear layers of the blocks alone: what LoRA adapts and QLoRA quantises
+    vectors: int  # elements of norms and biases
+    positions: int | None = None  # tokens a row may have, where positions are learned
+
+    @property
+    def parameters(self) -> int:
+        return self.vectors + sum(rows * columns * count for rows, columns, count in self.matrices)
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest parameter."""
+        return max(rows * columns for rows, columns, _ in self.matrices)
+
+    @property
+    def widest(self) -> int:
+        """Elements of the largest matrix of a layer: the one alive in 16 bits while an int8 layer multiplies."""
+        return max(rows * columns for rows, columns, _ in self.matrices if rows < LARGEST_LAYER)
+
+    def lora_parameters(self, r: int, targets: Sequence[str]) -> int:
+        """Elements of A [r, columns] and B [rows, r] of every targeted layer. Raises UsageError for an unknown name."""
+        names = sorted({name for name, *_ in self.linears})
+        if unknown := [target for target in targets if target not in (*names, ALL_LINEAR)]:
+            raise UsageError(
+                f"--lora_target names {', '.join(unknown)}, which no block of {self.name} has.\n"
+                f"There are: {', '.join(names)}; or all of them: --lora_target {ALL_LINEAR}"
+            )
+        targeted = [linear for linear in self.linears if linear[0] in targets or ALL_LINEAR in targets]
+        return sum(r * (rows + columns) * count for _, rows, columns, count in targeted)
+
+    def base_bytes(self, bits: int, itemsize: int) -> int:
+        """A frozen base as bitsandbytes keeps it: linear layers in 4 or 8 bits, all else at `itemsize`."""
+        if bits == 16:
+            return self.parameters * itemsize
+        weights = sum(rows * columns * count for _, rows, columns, count in self.linears)
+        # NF4: half a byte, a code of a byte for 64 weights, an fp32 scale for 256 of those codes (Dettmers et al.
+        # 2023, double quantisation). LLM.int8: a byte, and an fp32 scale a row.
+        rows = sum(rows * count for _, rows, _, count in self.linears)
+        small = int(weights * (1 / 2 + 1 / 64 + 4 / (64 * 256))) if bits == 4 else weights + 4 * rows
+        return small + (self.parameters - weights) * itemsize
+
+    def int8_bytes(self, itemsize: int) -> int:
+        """models/quantized.py: a byte a weight and a scale per group of inputs; norms and biases stay."""
+        scales = sum(rows * (columns // group_of(columns)) * count for rows, columns, count in self.matrices)
+        return self.parameters - self.vectors + itemsize * (scales + self.vectors)
+
+    def llm_int8_bytes(self, itemsize: int) -> int:
+        """bitsandbytes: a byte a weight and an fp32 scale a row; embeddings and head stay in 16 bits."""
+        small = [matrix for matrix in self.matrices if matrix[0] < LARGEST_LAYER]
+        codes = sum(rows * columns * count for rows, columns, count in small)
+        return codes + 4 * sum(rows * count for rows, _, count in small) + itemsize * (self.parameters - codes)
+
+
+def group_of(columns: int) -> int:
+    """Inputs that share a scale, as models/quantized.py chooses them."""
+    group = math.gcd(columns, GROUP)
+    return group if group >= MIN_GROUP else columns
+
+
+def qwen25(hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, *, vocab: int = 151_936, tied: bool = True):
+    """What the config.json of a Qwen2.5 says about its shape."""
+    return {
+        "model_type": "qwen2", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "intermediate_size": mlp, "vocab_size": vocab, "tie_word_embeddings": tied,
+    }  # fmt: skip
+
+
+PRESET_CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen2.5-0.5b": qwen25(896, 24, 14, 2, 4864),
+    "qwen2.5-1.5b": qwen25(1536, 28, 12, 2, 8960),
+    "qwen2.5-3b": qwen25(2048, 36, 16, 2, 11008),
+    "qwen2.5-7b": qwen25(3584, 28, 28, 4, 18944, vocab=152_064, tied=False),
+    "smollm2-135m": {**qwen25(576, 30, 9, 3, 1536, vocab=49_152), "model_type": "llama"},
+}
+
+
+def shape_of(model: str, *, trust_remote_code: bool = False) -> ModelShape:
+    """Of a preset, a folder with a config.json or a hub id. Raises UsageError when there is no config to read.
+
+    trust_remote_code: code that the model brings may be run to build it.
+    """
+    config = PRESET_CONFIGS.get(model) or read_config(model)
+    family = FAMILIES.get(config.get("model_type", ""))
+    try:
+        return family(model, config) if family else meta_shape(model, config, trust_remote_code=trust_remote_code)
+    except KeyError:  # a key left to its class default
+        return meta_shape(model, config, trust_remote_code=trust_remote_code)
+
+
+def read_config(model: str) -> dict[str, Any]:
+    """The config.json of a folder, or of a hub id from the cache or the hub."""
+    model = adapter_base(model) or model
+    if model in PRESET_CONFIGS:
+        return PRESET_CONFIGS[model]
+    file = Path(model) / "config.json"
+    if not Path(model).is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            knock()
+            offline = False
+        except (OSError, ValueError):
+            offline = True
+        try:
+            file = Path(hf_hub_download(model, "config.json", local_files_only=offline))
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0][:150]
+            raise UsageError(
+                f"--model {model}: no preset, no folder, and its config.json cannot be had: {reason}\n"
+                f"Presets: {', '.join(PRESET_CONFIGS)}"
+            ) from None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model {model}: {file} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise UsageError(f"--model {model}: {file} holds no JSON object")
+    return config
+
+
+def adapter_base(model: str) -> str | None:
+    """The base of an adapter's folder, as peft noted it; None for any other model. Raises UsageError without one."""
+    file = Path(model) / ADAPTER_FILE
+    if not file.is_file():
+        return None
+    try:
+        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str):
+        raise UsageError(f"--model {model}: {file} names no base model (base_model_name_or_path).")
+    return base
+
+
+def gated_shape(name: str, config: Mapping[str, Any]) -> ModelShape:
+    """Llama, Mistral, Qwen2 and Qwen3: a gated MLP, RMS norms, grouped queries. Raises KeyError for a missing key."""
+    kind = config["model_type"]
+    hidden, layers, mlp = config["hidden_size"], config["num_hidden_layers"], config["intermediate_size"]
+    heads, vocab = config["num_attention_heads"], config["vocab_size"]
+    kv_heads = config["num_key_value_heads"] or heads
+    head_dim = config["head_dim"] if kind == "qwen3" else config.get("head_dim") or hidden // heads
+    tied = config.get("tie_word_embeddings", False)
+    wide, narrow = heads * head_dim, kv_heads * head_dim
+    linears = (
+        *(("q_proj", wide, hidden, layers), ("k_proj", narrow, hidden, layers), ("v_proj", narrow, hidden, layers)),
+        *(("o_proj", hidden, wide, layers), ("gate_proj", mlp, hidden, layers), ("up_proj", mlp, hidden, layers)),
+        ("down_proj", hidden, mlp, layers),
+    )
+    matrices = (vocab, hidden, 1 if tied else 2), *(linear[1:] for linear in linears)
+    norms = 2 * hidden + (2 * head_dim if kind == "qwen3" else 0)
+    biases = wide + 2 * narrow if kind == "qwen2" or config.get("attention_bias") else 0
+    biases += hidden if kind != "qwen2" and config.get("attention_bias") else 0
+    biases += 2 * mlp + hidden if kind == "llama" and config.get("mlp_bias") else 0
+    vectors = layers * (norms + biases) + hidden
+    return ModelShape(name, vocab, hidden, mlp, layers, heads, kv_heads, head_dim, tied, matrices, linears, vectors)
+
+
+def gpt2_shape(name: str, config: Mapping[str, Any]) -> ModelShape:
+    """GPT-2: learned positions, biases everywhere. Raises KeyError for a missing key."""
+    hidden, layers, heads, vocab = config["n_embd"], config["n_layer"], config["n_head"], config["vocab_size"]
+    mlp, tied = config.get("n_inner") or 4 * hidden, config.get("tie_word_embeddings", True)
+    linears = (
+        *(("c_attn", 3 * hidden, hidden, layers), ("c_proj", hidden, hidden, layers)),
+        *(("c_fc", mlp, hidden, layers), ("c_proj", hidden, mlp, layers)),
+    )
+    embeddings = (vocab, hidden, 1 if tied else 2), (config["n_positions"], hidden, 1)
+    matrices = *embeddings, *(linear[1:] for linear in linears)
+    vectors = layers * (4 * hidden + 3 * hidden + hidden + mlp + hidden) + 2 * hidden
+    head_dim, positions = hidden // heads, config["n_positions"]
+    return ModelShape(
+        name, vocab, hidden, mlp, layers, heads, heads, head_dim, tied, matrices, linears, vectors, positions
+    )  # fmt: skip
+
+
+FAMILIES = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), gated_shape),
+    "gpt2": gpt2_shape,
+}
+
+
+def brings_code(model: str) -> UsageError:
+    """The refusal of a model that transformers does not know by itself."""
+    return UsageError(
+        f"The model {model} brings Python code of its own, which would run here with all your rights.\n"
+        "If you have read it and trust it: --trust_remote_code. Otherwise name a model that transformers knows itself."
+    )
+
+
+def meta_shape(name: str, config: Mapping[str, Any], *, trust_remote_code: bool = False) -> ModelShape:
+    """Any causal LM transformers knows or, where it is trusted, the model's own code; built without weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        if "AutoConfig" in config.get("auto_map", {}):
+            made = AutoConfig.from_pretrained(adapter_base(name) or name, trust_remote_code=trust_remote_code)
+        else:
+            made = AutoConfig.for_model(**config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(made, trust_remote_code=trust_remote_code)
+    except (KeyError, TypeError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise brings_code(name) from None
+        reason = (str(error).splitlines() or [""])[0][:150]
+        raise UsageError(f"--model {name}: transformers builds no causal LM from its config.json: {reason}") from None
+    parameters = list(model.parameters())  # a tied head once
+    matrices = [(rows, columns, 1) for rows, columns in (p.shape for p in parameters if p.dim() == 2)]
+    vectors = sum(p.numel() for p in parameters if p.dim() != 2)
+    head = model.get_output_embeddings()
+    linears = [
+        (path.rpartition(".")[2], *module.weight.shape, 1)
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    ]
+    heads, hidden, vocab = made.num_attention_heads, made.hidden_size, made.vocab_size
+    return ModelShape(
+        name=name,
+        vocab=vocab,
+        hidden=hidden,
+        mlp=getattr(made, "intermediate_size", None) or 4 * hidden,
+        layers=made.num_hidden_layers,
+        heads=heads,
+        kv_heads=getattr(made, "num_key_value_heads", None) or heads,
+        head_dim=getattr(made, "head_dim", None) or hidden // heads,
+        tied=head.weight is model.get_input_embeddings().weight,
+        matrices=tuple(matrices),
+        linears=tuple(linears),
+        vectors=vectors,
+    )

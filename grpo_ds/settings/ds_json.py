@@ -1,0 +1,90 @@
+"""Reading a DeepSpeed JSON strictly: what the file breaks is an error with a place and a cure.
+
+Standard library only, as ds_config.py.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from grpo_ds.errors import UsageError
+
+SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file; duplicate keys, NaN and comments are errors with a place."""
+    path = here_or_shipped(path)
+    if not path.is_file():
+        raise UsageError(no_such_file(path))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        config = json.loads(text, object_pairs_hook=unique_keys, parse_constant=no_constant)
+    except json.JSONDecodeError as error:
+        lines = text.split("\n")
+        line = lines[min(error.lineno, len(lines)) - 1].strip()[:80] or "(nothing there)"
+        place = f"{path}, line {error.lineno}, column {error.colno}: {error.msg}"
+        raise UsageError(f"{place}\n  {line}\n  {json_hint(error)}") from None
+    except (ValueError, RecursionError) as error:  # our two hooks, bytes that are no UTF-8, nesting without end
+        raise UsageError(f"{path} is not a DeepSpeed JSON: {error}") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    if not isinstance(config, dict):
+        raise UsageError(
+            f"{path} holds {kind(config)}, but a DeepSpeed JSON is an object: " + '{"zero_optimization": ...}'
+        )
+    return config
+
+
+def here_or_shipped(path: Path) -> Path:
+    """ds_configs/NAME.json means the shipped one in a folder that has none of that name: grpo-ds runs anywhere."""
+    shipped = SHIPPED / path.name
+    named_so = path.parent == Path(SHIPPED.name)
+    return shipped if named_so and shipped.is_file() and not path.exists() else path
+
+
+def no_such_file(path: Path) -> str:
+    shipped = sorted(f"{SHIPPED.name}/{file.name}" for file in SHIPPED.glob("*.json"))
+    what = "is a folder, not a JSON file" if path.is_dir() else "does not exist"
+    named = ", ".join(shipped) or "none here, as they come with a checkout of the project"
+    return f"--ds {path}: {what}. Shipped: {named}; {SHIPPED.name}/README.md explains them."
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """One JSON object, without its nulls: to most of DeepSpeed null means left out, to the rest it is a crash."""
+    seen = [key for key, _ in pairs]
+    twice = sorted({key for key in seen if seen.count(key) > 1})
+    if twice:
+        raise ValueError(f'"{twice[0]}" is given twice in one object; keep one of them')
+    return {key: value for key, value in pairs if value is not None}
+
+
+def no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON; write a finite number")
+
+
+def json_hint(error: json.JSONDecodeError) -> str:
+    """The usual reason why JSON breaks at this place."""
+    before, here = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
+    if here.startswith(("//", "/*", "#")):
+        return f"JSON has no comments; {SHIPPED.name}/README.md explains every key."
+    if "trailing comma" in error.msg or (before.endswith(",") and here.startswith(("}", "]"))):
+        return "Remove the comma before the closing bracket."
+    if here.startswith("'"):
+        return 'JSON takes double quotes: "auto".'
+    if here.startswith(("True", "False", "None")):
+        return "JSON writes true, false and null."
+    if "',' delimiter" in error.msg and here:
+        return "A comma is missing before this."
+    return f"Compare with {SHIPPED.name}/zero2.json."
+
+
+def kind(value: Any) -> str:
+    """A JSON value in words: true, the number 3, the text "auto", a list, an object."""
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    if isinstance(value, str):
+        return f"the text {json.dumps(value[:40])}"
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    return f"the number {value}"

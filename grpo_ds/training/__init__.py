@@ -1,0 +1,1 @@
+"""The training loop and its parts, with the one door to DeepSpeed (engine.py)."""

@@ -1,0 +1,214 @@
+"""Preflight: what training rests on, tried on four made-up completions through the very parts that train.
+
+A few tokens each, so that it takes seconds and next to no memory on any model; nothing is left behind, bit for bit.
+Whether packed rows suit the model at all is asked before (models/logprob_model.py, why_not_packed), on one row; here
+they have prompts and completions of unequal length. Versions are checked before anything is loaded (versions.py).
+
+Q prompts, G completions each, B = Q * G, C tokens in the longest.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from grpo_ds.core.losses import grpo_loss
+from grpo_ds.core.objective import Objective
+from grpo_ds.errors import PreflightError, one_error
+from grpo_ds.models.logprob_model import LogprobModel
+from grpo_ds.models.policy import first_bad_weight
+from grpo_ds.system.ranks import World
+from grpo_ds.training.engine import Engine, flag_last
+from grpo_ds.training.rollout import MicroBatch, micro_batches
+from grpo_ds.training.sampling import Completions, Row, Sampler
+from grpo_ds.training.update import step_weights
+
+PROMPTS, COMPLETIONS = (7, 4), (5, 3, 2, 5)  # tokens: two groups of two; the first of each has ended
+GROUP = len(COMPLETIONS) // len(PROMPTS)
+SMALL = 1 << 22  # elements: of a parameter whose gradient is looked at, 16 MiB in fp32
+# Of a gradient's norm: DeepSpeed rounds what it adds up over backwards and ranks to the weights' own precision.
+GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
+# Of a log-prob, a token on average. smollm2-135m: 3e-6 in fp32, 0.05 in bf16; a wrong mask moves every token.
+LOGPROB_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+LLM_INT8_TOLERANCE = 2.0  # it rounds in training otherwise than in sampling: smollm2-135m by 0.5
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # all that a neutral generation config may say
+REMEDY = (
+    "Nothing was trained or written. Install the versions of constraints.txt; --preflight false goes on regardless."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The made-up completions, another draw on every rank, and how they are computed."""
+
+    prompts: list[Tensor]  # Q
+    completions: Completions  # B rows
+    parts: list[MicroBatch]  # one, or several where the run's steps have several backwards
+    weights: Float[Tensor, "B C"]
+
+
+def preflight(engine: Engine, sampler: Sampler, world: World, *, objective: Objective, pack_tokens: int) -> None:
+    """Every rank calls it, and every rank raises PreflightError where one has found something."""
+    if (name := first_bad_weight(engine.model)) is not None:
+        raise PreflightError(
+            f"The model's weight {name} is not finite, so nothing can be learned from it.\n"
+            "Load it from where it was last whole: --model names a hub id or a folder."
+        )
+    was_training = engine.policy.training
+    batch = made_up(engine.policy, sampler, world, objective=objective, pack_tokens=pack_tokens)
+    checks = [
+        generation_config_problems(engine.model.generation_config),
+        ending_problems(batch, sampler.eos_ids),
+        logprob_problems(engine, batch),
+        gradient_problems(engine, batch, world, objective=objective),
+    ]
+    here = [problem for check in checks for problem in check]
+    engine.policy.train(was_training)
+    if found := list(dict.fromkeys(problem for rank in world.gather(here) for problem in rank)):
+        raise one_error(PreflightError, "Preflight found what would spoil the training:", found, REMEDY)
+
+
+def made_up(policy: LogprobModel, sampler: Sampler, world: World, *, objective: Objective, pack_tokens: int) -> Batch:
+    """Through the sampler's own masks and the run's own rows and weights; ordinary tokens, EOS where one has ended."""
+    draw, probe = Random(world.rank), copy.copy(sampler)
+    ordinary = [id for id in range(policy.options["vocab_size"]) if id not in sampler.eos_ids]
+    prompts = [draw.choices(ordinary, k=length) for length in PROMPTS]
+    probe.max_completion_length, probe.full_length, probe.cuda_graphs = max(COMPLETIONS), True, False
+    # Sampled, for the log-probs of tokens nobody would say are mostly rounding in 16 and in 8 bits.
+    said = probe(prompts, group_size=GROUP, temperature=policy.options["temperature"], seed=world.rank).ids.tolist()
+    rows = [Row(ids[:length]) for ids, length in zip(said, COMPLETIONS, strict=True)]
+    pad = sampler.tokenizer.pad_token_id
+    for row in rows[::GROUP] if sampler.eos_ids else ():  # where pad ends a turn, too, that is the one to be lost
+        row.ids[-1], row.ended = pad if pad in sampler.eos_ids else sampler.eos_ids[-1], True
+    done, tensors = sampler.together(rows), [torch.tensor(prompt, device=policy.model.device) for prompt in prompts]
+    two = GROUP * (max(PROMPTS) + max(COMPLETIONS))  # a group a backward
+    parts = micro_batches(rows_of(policy, tensors), done, two if pack_tokens else 0)
+    weights = step_weights(done.mask, [part for _, part in parts], world, objective)
+    return Batch(tensors, done, parts, weights)
+
+
+def rows_of(policy: LogprobModel, prompts: Sequence[Tensor]) -> list[Tensor]:
+    """A prompt for each row: of a group, or of a completion where the model cannot pack."""
+    return [prompt for prompt in prompts for _ in range(1 if policy.packs else GROUP)]
+
+
+def generation_config_problems(config: GenerationConfig | None) -> list[str]:
+    """What the model would change in its own sampling (top_k, repetition_penalty, ...), unknown to the log-probs."""
+    said = config.to_diff_dict() if config else {}
+    changes = [f"{key} {said[key]}" for key in said if key not in (*TOKEN_IDS, "transformers_version")]
+    changes = [change for change in changes if not change.startswith("_")]
+    listed = ", ".join(changes)
+    return [f"The generation config is not neutral: {listed} would be sampled and not trained."] if changes else []
+
+
+def ending_problems(batch: Batch, eos_ids: Sequence[int]) -> list[str]:
+    """A completion that ended is trained up to and with its EOS, and one that was cut has none."""
+    trained: dict[int, tuple[list[int], Tensor]] = {}
+    for rows, part in batch.parts:
+        for i, b in enumerate(part.tolist()):
+            mask = rows.mask[i]
+            trained[b] = rows.targets[i][mask].tolist(), batch.weights[b][mask]
+    for b, ended in enumerate(batch.completions.ended.tolist()):
+        ids, weights = trained[b]
+        if ended and (not ids or ids[-1] not in eos_ids or not bool((weights > 0).all())):
+            return ["A completion that ended has its EOS outside the mask: the policy would never learn to stop."]
+        if len(ids) != COMPLETIONS[b]:
+            return [f"{len(ids)} tokens of a completion of {COMPLETIONS[b]} are trained: the mask is wrong."]
+    return []
+
+
+@torch.no_grad()
+def logprob_problems(engine: Engine, batch: Batch) -> list[str]:
+    """Packed rows against a row a completion; the policy that trains against the one that samples."""
+    policy, done = engine.policy, batch.completions
+    in_8_bits, problems = getattr(policy.model, "is_loaded_in_8bit", False), []
+    tolerance = LLM_INT8_TOLERANCE if in_8_bits else LOGPROB_TOLERANCE[policy.model.dtype]
+    sampled = _logprobs(policy.eval(), batch.parts, done)
+    if policy.packs:
+        with _padded(policy):
+            alone = _logprobs(policy, micro_batches(rows_of(policy, batch.prompts), done), done)
+        off = _distance(sampled, alone, done.mask)
+        if not off <= tolerance:
+            problems.append(
+                f"Packed rows give other log-probs than a row a completion: {off:.2g} a token (at most {tolerance:g})."
+            )
+    off = _distance(_logprobs(engine, batch.parts, done), sampled, done.mask)
+    if not off <= tolerance:
+        problems.append(
+            f"The first ratio is not 1: log-probs in training mode are {off:.2g} a token off those in sampling mode "
+            f"(at most {tolerance:g}), as with dropout."
+        )
+    return problems
+
+
+def gradient_problems(engine: Engine, batch: Batch, world: World, *, objective: Objective) -> list[str]:
+    """Gradients where the optimizer will find them, of all backwards and ranks, against torch.autograd.grad's."""
+    chosen = some_parameters(engine.policy)
+    advantages = torch.ones(len(COMPLETIONS), device=batch.weights.device)
+    advantages[1::GROUP] = -0.5  # not -1: two completions that begin alike must not cancel out
+
+    def loss_of(logprobs: Tensor, part: Tensor) -> Tensor:
+        old = logprobs.detach()
+        return grpo_loss(logprobs, old, old, advantages[part], batch.weights[part], objective).loss
+
+    plain = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in chosen.items()}
+    engine.policy.train()
+    for rows, part in batch.parts:
+        loss = loss_of(engine.policy(rows), part)
+        parts = torch.autograd.grad(loss, list(chosen.values()), allow_unused=True)
+        for total, gradient in zip(plain.values(), parts, strict=True):
+            total += 0 if gradient is None else gradient
+    for (rows, part), last in flag_last(batch.parts):
+        engine.backward(loss_of(engine(rows), part), last=last)
+    wanted = {name: world.sum(gradient) for name, gradient in plain.items()}
+    off = {name: float((engine.gradient(chosen[name]) - wanted[name]).norm()) for name in chosen}
+    engine.abandon()
+    norms = {name: float(gradient.norm()) for name, gradient in wanted.items()}
+    largest, tolerance = max(norms.values()), GRADIENT_TOLERANCE[engine.model.dtype]
+    if not largest > 0:
+        return [f"No gradient, or none that is finite, reaches {', '.join(chosen)}."]
+    # What is nearly 0 beside the others, as a bias that cancels out, is all rounding.
+    wrong = {name: off[name] / max(norms[name], largest / 100) for name in chosen}
+    worst = max(wrong, key=lambda name: wrong[name] if wrong[name] == wrong[name] else torch.inf)
+    if wrong[worst] <= tolerance:
+        return []
+    return [
+        f"The gradient of {worst} in DeepSpeed is {wrong[worst]:.1%} off plain autograd's (at most {tolerance:.1%})."
+    ]
+
+
+def some_parameters(policy: LogprobModel) -> dict[str, nn.Parameter]:
+    """A few trained ones of little memory: the first, through whose gradient goes the whole depth, the last, and the
+    largest of the small."""
+    trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    small = {name: parameter for name, parameter in trained.items() if parameter.numel() <= SMALL} or trained
+    names = list(small)
+    names = [names[0], names[-1], max(names, key=lambda name: small[name].numel())]
+    return {name: small[name] for name in dict.fromkeys(names)}
+
+
+def _logprobs(run: Callable, parts: Sequence[MicroBatch], done: Completions) -> Float[Tensor, "B C"]:
+    logprobs = torch.zeros(done.mask.shape, device=done.mask.device)
+    for rows, part in parts:
+        logprobs[part] = run(rows).float()
+    return logprobs
+
+
+def _distance(one: Tensor, two: Tensor, mask: Bool[Tensor, "B C"]) -> float:
+    """A token's on average: a single rare one may be off by more in 16 bits, a wrong mask moves them all."""
+    return float((one - two).abs()[mask].mean())
+
+
+@contextmanager
+def _padded(policy: LogprobModel) -> Iterator[None]:
+    policy.packs = False
+    try:
+        yield
+    finally:
+        policy.packs = True

@@ -1,0 +1,95 @@
+"""Our loss against TRL's own on the same tensors, in value and gradient."""
+
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from grpo_ds.core.losses import grpo_loss
+from grpo_ds.core.objective import Objective
+from grpo_ds.system.ranks import World
+from grpo_ds.training.update import step_weights
+from tests.core.test_losses import LOSS_TYPES, batch, weigh
+
+trl = pytest.importorskip("trl", reason="TRL comes with the extra `benchmark`")
+LONGEST = 7
+
+
+def trl_loss(policy, old, ref, advantages, mask, objective, *, accumulation=1, tokens=None):
+    """What TRL's real method returns for one micro-batch, on an object with only the attributes it reads."""
+    gspo, cispo = objective.loss_type == "gspo", objective.loss_type == "cispo"
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (policy, torch.zeros_like(policy), None),
+        loss_type="grpo" if gspo else objective.loss_type,
+        importance_sampling_level="sequence" if gspo else "token",
+        epsilon_low=objective.epsilon,
+        # TRL's bound of cispo is epsilon_high itself (as in ScaleRL), ours 1 + epsilon_high (as in MiniMax-M1).
+        epsilon_high=objective.epsilon_high + cispo,
+        beta=objective.beta,
+        max_completion_length=objective.max_completion_length,
+        args=SimpleNamespace(
+            delta=objective.delta,
+            use_bias_correction_kl=objective.kl_estimator == "k3_corrected",
+            steps_per_generation=accumulation,
+        ),
+        current_gradient_accumulation_steps=accumulation,
+        accelerator=SimpleNamespace(num_processes=1, reduce=lambda t, **_: t, gather=lambda t: t),
+        model=SimpleNamespace(training=True),
+        _metrics={"train": defaultdict(list)},
+        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
+        _entropy_bonus_enabled=False,
+    )  # fmt: skip
+    ids = torch.zeros_like(mask, dtype=torch.long)
+    inputs = {
+        "prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1], "completion_ids": ids, "completion_mask": mask.long(),
+        "advantages": advantages, "old_per_token_logps": old, "ref_per_token_logps": ref,
+        "num_items_in_batch": torch.tensor(tokens or int(mask.sum())),
+    }  # fmt: skip
+    loss = trl.GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
+    return loss, {name: values[0] for name, values in trainer._metrics["train"].items()}
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"epsilon": 0.1, "epsilon_high": 0.4},
+        {"delta": 1.5},
+        {"beta": 0.3},
+        {"beta": 0.3, "kl_estimator": "k3_corrected"},
+    ],
+    ids=str,
+)
+def test_the_loss_and_its_gradient_are_trls(loss_type, settings):
+    policy, old, ref, advantages, mask = batch()
+    policy.requires_grad_()
+    objective = Objective(**{"loss_type": loss_type, "beta": 0.0, **settings}, max_completion_length=LONGEST)
+    terms = grpo_loss(policy, old, ref, advantages, weigh(mask, loss_type, LONGEST), objective)
+    theirs, metrics = trl_loss(policy, old, ref, advantages, mask, objective)
+    torch.testing.assert_close(terms.loss, theirs)
+    ours_grad, their_grad = (torch.autograd.grad(loss, policy)[0] for loss in (terms.loss, theirs))
+    torch.testing.assert_close(ours_grad, their_grad)
+    assert ours_grad.abs().sum() > 0
+    if objective.beta:
+        assert float(terms.kl.sum() / mask.sum()) == pytest.approx(metrics["kl"], rel=1e-5)
+    if loss_type not in ("gspo", "cispo"):  # there TRL counts sequences, and tokens of positive advantage alone
+        for name, flags in (("low", terms.low), ("high", terms.high)):
+            assert float(flags.sum() / mask.sum()) == pytest.approx(metrics[f"clip_ratio/{name}_mean"])
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_step_of_two_micro_batches_is_trls(loss_type):
+    """The shares of a step's tokens are TRL's also when it accumulates; bnpo averages its micro-batches."""
+    policy, old, ref, advantages, mask = batch()
+    objective = Objective(loss_type=loss_type, beta=0.1, max_completion_length=LONGEST)
+    halves = slice(0, 4), slice(4, 8)
+    weights = step_weights(mask, halves, World(0, 1, torch.device("cpu")), objective)
+    ours = grpo_loss(policy, old, ref, advantages, weights, objective).loss
+    theirs = sum(
+        trl_loss(*(t[part] for t in (policy, old, ref, advantages, mask)), objective,
+                 accumulation=2, tokens=int(mask.sum()))[0]
+        for part in halves
+    )  # fmt: skip
+    torch.testing.assert_close(ours, theirs)

@@ -1,0 +1,251 @@
+"""Every command in README.md is run as a person would: in a shell, after `source .venv/bin/activate`.
+
+What takes hours there is made small here: flags are added behind those of the command, where the later one wins, and
+WAYS says which and why. A command that no way covers fails.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_ds.system.ranks import _free_port
+from tests.docs.test_recipes import plan_of
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RUN = "outputs/RUN"
+PATIENCE = 300  # seconds for one command, on a busy machine
+FITS = re.compile(r"`(--model [^`]+)` \(([\d.]+), ([\d.]+)\)")
+
+
+def commands() -> list[str]:
+    """The lines of all ```bash blocks, continued ones joined, without comments."""
+    text = "\n".join(re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S)).replace("\\\n", " ")
+    lines = [re.sub(r"\s+#.*", "", line).strip() for line in text.splitlines()]
+    return list(dict.fromkeys(" ".join(line.split()) for line in lines if line))
+
+
+COMMANDS = commands()
+SMALL = (
+    "--model {tiny} --num_steps 1 --num_generations 2 --batch_size 1 --max_prompt_length 480 --max_completion_length 4 "
+    "--eval_limit 2 --learning_rate 1e-3"
+)
+IN_A_FOLDER = f"{SMALL} --output_dir {{folder}}"
+ON_TWO = f"{IN_A_FOLDER} --preflight false"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the commands that hold certain words are run."""
+
+    holds: str
+    adds: str = ""
+    shows: str = ""  # what they print
+    needs_run: bool = False  # the folder outputs/RUN, made by the way STOPPED and gone on with by RESUMED
+
+
+STOPPED, KILL, RESUMED = "python launch/train.py --num_steps 40", "kill PID", "--resume_from_checkpoint outputs/RUN"
+WAYS = (  # the first that holds
+    # make: what CI runs itself, or what deepspeed is told below. That the target is there and is made of commands.
+    Way("make "),
+    Way("source .venv/bin/activate"),  # .venv is the environment of these tests
+    # Models of the hub: the point is their size, and a plan needs neither weights nor launcher nor card.
+    Way("--config configs/qwen2.5", "--plan", "Memory plan:"),
+    Way("--model qwen2.5", "--plan", "Memory plan:"),
+    Way("--config configs/smollm2-laptop.yaml", "--plan", "Memory plan:"),  # `make test` trains with this recipe
+    Way("grpo-ds train", "--plan", "Memory plan:"),
+    Way("grpo-ds completion", "&& complete -p grpo-ds", "grpo-ds"),
+    Way("grpo-ds --help", "", "report"),
+    Way("select_model.py", "", "Run: deepspeed launch/train.py"),
+    Way("profile_memory.py", IN_A_FOLDER, "Worst case rehearsed"),
+    # The tiny model from here on.
+    Way(STOPPED, f"{SMALL} --num_steps 500 --output_dir {RUN} --data my_questions.json", "Go on with:", True),
+    Way(KILL, "", "", True),  # of the run before, which must save and end with 75
+    Way(f"{RESUMED}/checkpoint-50", "--plan", "Memory plan:", True),  # its number is another here
+    Way(RESUMED, "", "After training: accuracy", True),  # to the step behind that one
+    Way("accelerate launch", IN_A_FOLDER, "After training: accuracy"),
+    Way("--num_gpus 2", ON_TWO, "After training: accuracy"),
+    # Two machines are two launchers here, each told which one it is, as it would be without ssh.
+    Way("--hostfile hosts", ON_TWO, "After training: accuracy"),
+    Way("--data quiz.json", IN_A_FOLDER, "After training: accuracy"),
+    Way("evaluate_model.py", "--eval_limit 2", "accuracy", True),
+    Way("--file my_questions.json --json > answers.jsonl", "", "", True),
+    Way("ask.py --model outputs/RUN --question", "", "Answer:", True),
+    Way("ask.py --model outputs/RUN", "--interactive", "Answer:", True),  # typed ahead, for want of a terminal
+    Way("launch/report.py", "", "report.html", True),
+)
+
+
+def way_of(command: str) -> Way:
+    found = [way for way in WAYS if way.holds in command]
+    assert found, f"README.md has a command that is not run anywhere: {command}\nSay in WAYS how it can be."
+    return found[0]
+
+
+def the(words: str) -> str:
+    """The command that is run in this way."""
+    (command,) = (command for command in COMMANDS if way_of(command).holds == words)
+    return command
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    output: str
+
+
+def question(number: int) -> dict[str, str]:
+    texts = {"question": f"Does dose {number} help?", "context": f"It helped {number} of 20."}
+    return {**texts, "ground_truth": ("yes", "no")[number % 2]}
+
+
+def riddle(number: int) -> dict[str, str]:
+    return {"stem": f"What is {number} + {number}? A, B, C or D?", "key": "ABCD"[number % 4]}
+
+
+class Shell:
+    """A folder like a fresh clone, with the files that README.md speaks of, and bash in it."""
+
+    def __init__(self, folder: Path, tiny: Path) -> None:
+        self.folder, self.tiny = folder, tiny
+        for name in ("launch", "ds_configs", "configs"):
+            (folder / name).symlink_to(ROOT / name)
+        (folder / ".venv").symlink_to(sys.prefix)
+        (folder / "hosts").write_text("worker-1 slots=1\nworker-2 slots=1\n")
+        for name, record in (("my_questions", question), ("quiz", riddle)):
+            (folder / f"{name}.json").write_text(json.dumps([record(number) for number in range(20)]))
+        (folder / "quiz_prompt.txt").write_text("Reply <think>...</think><choice>A|B|C|D</choice>.")
+
+    def start(self, command: str, **options: str) -> subprocess.Popen:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.Popen(
+            ["bash", "-c", f"source .venv/bin/activate && {command}"], cwd=self.folder, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **options,
+        )  # fmt: skip
+
+    def end(self, process: subprocess.Popen, typed: str = "") -> Ended:
+        try:
+            output, _ = process.communicate(typed, timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+        return Ended(process.returncode, output)
+
+    def run(self, command: str) -> Ended:
+        typed = "Does it help?\nIt helped 9 of 10.\n\n\n" if "--interactive" in self.adapted(command) else ""
+        if "--hostfile" in command:
+            return self.two_machines(command)
+        return self.end(self.start(self.adapted(command)), typed)
+
+    def adapted(self, command: str) -> str:
+        """The command as it is run here."""
+        way, folder = way_of(command), f"outputs/{COMMANDS.index(command)}"
+        if command.startswith("make "):
+            return f"make -C {ROOT} -n {command.removeprefix('make ')}"
+        for checkpoint in sorted((self.folder / RUN).glob("checkpoint-*"))[:1]:  # of the step it was stopped at
+            command = command.replace("checkpoint-50", checkpoint.name)
+        if way.adds == "--plan":
+            command = command.replace("deepspeed launch", "python launch")
+        if command.startswith("deepspeed "):  # the port that it takes by itself may be another run's
+            command = command.replace("deepspeed ", f"deepspeed --master_port {_free_port()} ", 1)
+        return f"{command} {way.adds.format(tiny=self.tiny, folder=folder)}".strip()
+
+    def two_machines(self, command: str) -> Ended:
+        here = self.adapted(command).replace("--hostfile", "--master_addr 127.0.0.1 --no_ssh --node_rank {} --hostfile")
+        first, second = (self.start(here.format(number)) for number in range(2))
+        with ThreadPoolExecutor() as both:
+            ends = [both.submit(self.end, process) for process in (first, second)]
+        return max((end.result() for end in ends), key=lambda ended: (ended.code != 0, len(ended.output)))
+
+    def stopped_and_resumed(self) -> dict[str, Ended]:
+        """outputs/RUN by three commands of README.md: a run that is killed, and gone on with to the next step."""
+        train, kill, resume = (the(way) for way in (STOPPED, KILL, RESUMED))
+        run = self.start(self.adapted(train))
+        wait_until(lambda: (self.folder / RUN / "metrics.jsonl").exists() or run.poll() is not None)
+        assert run.poll() is None, self.end(run).output[-2000:]
+        killed = self.end(self.start(kill.replace("PID", str(self.status()["pid"]))))
+        stopped = self.end(run)
+        further = f"{self.adapted(resume)} --num_steps {self.status()['step'] + 1}"
+        return {train: stopped, kill: killed, resume: self.end(self.start(further))}
+
+    def status(self) -> dict[str, Any]:
+        return json.loads((self.folder / RUN / "run_status.json").read_text())
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not true() and time.monotonic() < end:
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def ended(tiny_folder, tmp_path_factory):
+    """command -> how it ended, asked for when all are under way: two at a time, those that need outputs/RUN last."""
+    shell = Shell(tmp_path_factory.mktemp("clone"), tiny_folder)
+    with ThreadPoolExecutor(2) as pool:
+        chain = pool.submit(shell.stopped_and_resumed)
+        later = [command for command in COMMANDS if way_of(command).needs_run]
+        ends: dict[str, Future[Ended]] = {c: pool.submit(shell.run, c) for c in COMMANDS if c not in later}
+        done = chain.result()
+        ends |= {command: pool.submit(shell.run, command) for command in later if command not in done}
+    return shell.folder, {**done, **{command: end.result() for command, end in ends.items()}}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_works(ended, command):
+    result, way = ended[1][command], way_of(command)
+    assert result.code == (75 if way.holds == STOPPED else 0), result.output[-2000:]
+    assert way.shows in result.output and "Traceback" not in result.output, result.output[-2000:]
+
+
+def test_what_the_commands_leave_is_what_the_readme_says(ended):
+    folder, _ = ended
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 20 and all({"question", "answer", "text"} <= answer.keys() for answer in answers)
+    section = README.partition("## Output")[2].partition("## Stopping")[0]
+    files = re.findall(r"`([\w.]+\.(?:jsonl?|html|md|yaml|svg))`", section)
+    optional = {"completions.jsonl"}  # with --log_completions
+    assert len(files) > 9
+    assert [name for name in files if name not in optional and not (folder / RUN / name).exists()] == []
+
+
+def test_every_flag_that_is_named_exists():
+    words = "\n".join(line for line in README.splitlines() if not line.startswith("deepspeed -"))
+    named, known = set(re.findall(r"(?<![\w-])--(\w+)", words)), {"help"}
+    for script in ("train", "select_model", "ask"):
+        known |= set(re.findall(r"--(\w+)", helped(script)))
+    assert named - known == set()
+
+
+def helped(script: str) -> str:
+    command = [sys.executable, str(ROOT / "launch" / f"{script}.py"), "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(("row", "column"), [(row, column) for row in (16, 32, 64) for column in (12, 16, 24)])
+def test_what_fits_is_what_the_plan_says(monkeypatch, row, column):
+    monkeypatch.chdir(ROOT)
+    (line,) = (line for line in README.splitlines() if line.startswith(f"| {row} GB RAM |"))
+    cell = line.strip("| ").split(" | ")[1 + (12, 16, 24).index(column)]
+    assert FITS.findall(cell) or cell.startswith("the same")
+    for flags, card, ram in FITS.findall(cell):
+        plan = plan_of(flags, column, row)
+        assert (f"{plan.peak('gpu') / 2**30:.1f}", f"{plan.peak('host') / 2**30:.1f}") == (card, ram)
+
+
+def test_every_link_leads_somewhere():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        links = re.findall(r"\]\(([^)#:\s]+)(?:#[\w-]*)?\)", page.read_text(encoding="utf-8"))
+        assert [link for link in links if not (page.parent / link).exists()] == [], page.name

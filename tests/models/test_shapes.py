@@ -1,0 +1,101 @@
+"""Shapes come from configs alone and count exactly what transformers builds."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from grpo_ds.errors import MAX_LINES, UsageError
+from grpo_ds.memory import shape as shapes
+from grpo_ds.models.presets import PRESETS
+from grpo_ds.models.quantized import GROUP, MIN_GROUP, Int8Embedding, Int8Linear, Int8Rows
+from grpo_ds.models.reference import LARGEST_LAYER
+from grpo_ds.models.shapes import PRESET_CONFIGS, meta_shape, qwen25, shape_of
+
+SMALL = {**qwen25(96, 3, 6, 2, 160, vocab=512), "head_dim": 16}
+GPT2 = {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": 300, "n_inner": None}
+CONFIGS = {
+    **PRESET_CONFIGS,
+    "qwen2 untied": {**SMALL, "tie_word_embeddings": False},
+    "qwen3": {**SMALL, "model_type": "qwen3", "head_dim": 32},  # heads wider than the residual stream
+    "qwen3 untied": {**SMALL, "model_type": "qwen3", "tie_word_embeddings": False, "attention_bias": True},
+    "llama": {**SMALL, "model_type": "llama"},
+    "llama with biases": {**SMALL, "model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "mistral": {**SMALL, "model_type": "mistral", "tie_word_embeddings": False},
+    "gpt2": {**GPT2, "model_type": "gpt2"},
+    "gpt2 untied, wide": {**GPT2, "model_type": "gpt2", "n_inner": 100, "tie_word_embeddings": False},
+}
+
+
+def on_meta(config):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+
+
+def folder_with(config, folder):
+    """A config.json as save_pretrained writes it."""
+    AutoConfig.for_model(**config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_a_config_counts_what_transformers_builds(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "meta_shape", None)  # the quick way alone
+    shape, model = shape_of(folder_with(config, tmp_path)), on_meta(config)
+    parameters = list(model.parameters())
+    assert shape.parameters == sum(p.numel() for p in parameters)
+    assert shape.vectors == sum(p.numel() for p in parameters if p.dim() == 1)
+    assert shape.largest == max(p.numel() for p in parameters)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_name_their_size(name):
+    assert shape_of(name).parameters == PRESETS[name].parameters
+
+
+def test_an_unknown_family_is_counted_on_the_meta_device(tmp_path):
+    config = {
+        **{"model_type": "gpt_neox", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"intermediate_size": 64, "vocab_size": 100, "tie_word_embeddings": False},
+    }
+    shape = shape_of(folder_with(config, tmp_path))
+    assert shape.parameters == sum(p.numel() for p in on_meta(config).parameters())
+    assert (shape.layers, shape.hidden, shape.tied) == (2, 32, False)
+
+
+def test_both_ways_of_counting_agree():
+    quick, exact = shape_of("qwen2.5-0.5b"), meta_shape("qwen2.5-0.5b", PRESET_CONFIGS["qwen2.5-0.5b"])
+    numbers = ("vocab", "hidden", "mlp", "layers", "heads", "kv_heads", "head_dim", "tied", "vectors", "parameters")
+    assert [getattr(quick, n) for n in numbers] == [getattr(exact, n) for n in numbers]
+    assert quick.int8_bytes(2) == exact.int8_bytes(2)
+
+
+def test_an_int8_reference_has_the_bytes_of_the_real_layers(tmp_path):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL), dtype=torch.bfloat16)
+    total, seen = 0, set()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            seen.add(module.weight.data_ptr())
+            made: Int8Rows = Int8Embedding(module.weight)
+        elif isinstance(module, torch.nn.Linear) and module.weight.data_ptr() not in seen:
+            made = Int8Linear(module.weight, module.bias)
+        else:
+            total += sum(p.nbytes for p in module.parameters(recurse=False) if p.data_ptr() not in seen)
+            continue
+        total += sum(buffer.nbytes for buffer in made.buffers())
+    assert shape_of(folder_with(SMALL, tmp_path)).int8_bytes(2) == total
+    assert (shapes.GROUP, shapes.MIN_GROUP, shapes.LARGEST_LAYER) == (GROUP, MIN_GROUP, LARGEST_LAYER)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", json.dumps({"model_type": "no_such_model"}), json.dumps({"x": 1})])
+def test_a_config_that_says_nothing_is_an_error_with_the_name(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UsageError) as error:
+        shape_of(str(tmp_path))
+    assert str(tmp_path) in str(error.value) and len(str(error.value).splitlines()) <= MAX_LINES
+
+
+def test_a_folder_without_config_is_an_error(tmp_path):
+    with pytest.raises(UsageError, match=r"config\.json"):
+        shape_of(str(tmp_path))

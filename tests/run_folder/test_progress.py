@@ -1,0 +1,41 @@
+"""trainer_state.json: ours to go on from, and a TrainerState to whatever reads those of transformers."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+from transformers import TrainerState
+
+from grpo_ds.errors import CheckpointError
+from grpo_ds.run_folder.progress import STATE_FILE, Progress
+
+PROGRESS = Progress(
+    max_steps=40, identity={"the questions": "5ec2"}, global_step=20, log_history=[{"step": 20, "reward": None}],
+    reference_step=0, kl_floor=0.002, before=["yes"], best_metric=0.75, best_global_step=10, bad_steps=[19],
+    limits={"rows": 4.0}, trackers={"wandb": "abc123"},
+)  # fmt: skip
+
+
+def test_what_was_written_is_read(tmp_path):
+    PROGRESS.write(tmp_path)
+    assert Progress.read(tmp_path) == PROGRESS
+
+
+def test_transformers_reads_it_as_its_own(tmp_path):
+    PROGRESS.write(tmp_path)
+    state = TrainerState.load_from_json(str(tmp_path / STATE_FILE))
+    assert (state.global_step, state.max_steps, state.log_history) == (20, 40, PROGRESS.log_history)
+    assert (state.best_metric, state.best_global_step) == (0.75, 10)
+    assert state.best_model_checkpoint == "checkpoint-10"
+
+
+def test_a_state_of_the_first_version_is_read(tmp_path):
+    (tmp_path / STATE_FILE).write_text(json.dumps(asdict(PROGRESS)))
+    assert Progress.read(tmp_path) == PROGRESS
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"max_steps": 1, "epoch": 2}', '{"stateful_callbacks": 3}'])
+def test_what_is_none_of_ours_is_refused(tmp_path, text):
+    (tmp_path / STATE_FILE).write_text(text)
+    with pytest.raises(CheckpointError, match="is not what this version writes"):
+        Progress.read(tmp_path)

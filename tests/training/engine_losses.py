@@ -1,0 +1,53 @@
+"""Run by test_engine.py in processes of their own: a step with every objective, each from the same weights.
+
+usage: engine_losses.py MODEL_FOLDER OUT_FILE PACK_TOKENS
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from grpo_ds.core.objective import LossType, Objective
+from grpo_ds.memory.phases import Profiler
+from grpo_ds.models.logprob_model import LogprobModel
+from grpo_ds.models.policy import load_policy
+from grpo_ds.settings.ds_config import DsSizes, resolve_ds_config
+from grpo_ds.system import ranks
+from grpo_ds.training.engine import Engine
+from grpo_ds.training.update import update
+from tests.training.engine_steps import DS, GROUP, QUESTIONS, WIDTH, fixed_rollout
+
+TRUNCATED = (0, 4, 5, 10)  # rows that do not count: three on the first of two ranks, one on the second
+
+
+def main(folder: str, out: str, pack_tokens: int) -> None:
+    here = ranks.start()
+    share = QUESTIONS // here.size
+    json_file = Path(out).with_suffix(f".ds{here.rank}.json")
+    json_file.write_text(json.dumps(DS), encoding="utf-8")
+    ds = resolve_ds_config(json_file, fill=DsSizes(1e-3, 0.0, 0.0, 0, 1, share * GROUP, here.size))
+    rollout = fixed_rollout(slice(here.rank * share, (here.rank + 1) * share), truncated=TRUNCATED)
+    done = {}
+    for loss_type in get_args(LossType):
+        model = load_policy(folder, dtype=torch.float32, checkpointing=True)
+        engine = Engine(LogprobModel(model, vocab_size=259, temperature=1.0, chunk_mib=1), ds)
+        objective = Objective(
+            loss_type=loss_type, beta=0.1, kl_estimator="k3_corrected", delta=1.5, max_completion_length=WIDTH
+        )
+        # Any log-probs will do as old ones: ratios other than 1 in a first step, before moments are rounded.
+        options = {"pack_tokens": pack_tokens, "world": here, "objective": objective}
+        tally = update(engine, rollout, Profiler(here.device), old_logprobs=rollout.ref_logprobs, **options).tally
+        metrics = tally.means(here.sum(tally.as_tensor()))
+        done[loss_type] = {"weights": {k: v.clone() for k, v in model.state_dict().items()}, "metrics": metrics}
+        engine.close()
+    if here.is_first:
+        torch.save(done, out)
+    here.wait()
+    ranks.stop()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,237 @@
+"""Real ZeRO-2 offload: splitting a step over ranks or backwards changes nothing but memory."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+from grpo_ds.core.losses import grpo_loss, token_weights
+from grpo_ds.core.objective import LossType
+from tests.core.test_packing import alone
+from tests.training.engine_steps import OBJECTIVE, fixed_rollout
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def run_ranks(script: str, *arguments: object, ranks: int) -> None:
+    """A script in processes of their own, one a rank, the way a launcher starts them."""
+    file = Path(__file__).with_name(script)
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(ranks)}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(file), *map(str, arguments)],
+            env={**os.environ, **rendezvous, "RANK": str(r), "LOCAL_RANK": str(r), "PYTHONPATH": str(file.parents[1])},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for r in range(ranks)
+    ]
+    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * ranks, "\n".join(outputs)[-3000:]
+
+
+@pytest.fixture(scope="session")
+def run_steps(tiny_folder, tmp_path_factory):
+    """Each distinct run once a session."""
+    done = {}
+
+    def run(*, ranks=1, steps=1, pack_tokens=0, mu=1, rehearse=0, flat=0, lora_r=0):
+        key = ranks, steps, pack_tokens, mu, rehearse, flat, lora_r
+        if key not in done:
+            out = tmp_path_factory.mktemp("steps") / "state.pt"
+            run_ranks("engine_steps.py", tiny_folder, out, *key[1:], ranks=ranks)
+            done[key] = torch.load(out, weights_only=True)
+        return done[key]
+
+    return run
+
+
+def assert_same(one, two, *, atol):
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_engine_takes_the_step_that_plain_autograd_says(run_steps, tiny_folder):
+    """The gradient norm through DeepSpeed equals that of the textbook loss, completion by completion."""
+    from transformers import Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM.from_pretrained(tiny_folder)
+    rollout = fixed_rollout(slice(0, 4))
+    done = rollout.completions
+    logprobs = alone(model, rollout.prompts, done.ids, done.mask, 259)
+    weights = token_weights(done.mask, loss_type="grpo", sequences=12, tokens=0, max_completion_length=0)
+    terms = grpo_loss(logprobs, logprobs.detach(), rollout.ref_logprobs, rollout.advantages, weights, OBJECTIVE)
+    terms.loss.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    first = run_steps()["history"][0]
+    assert first["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+    assert first["loss"] == pytest.approx(float(terms.loss.detach()), abs=1e-5)
+    assert 0 < first["entropy"] < math.log(259)
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])  # an adapter's first weights are the first rank's, whatever the others drew
+def test_two_ranks_take_the_same_step_as_one(run_steps, lora_r):
+    one, two = run_steps(ranks=1, lora_r=lora_r), run_steps(ranks=2, lora_r=lora_r)
+    assert one["history"][0] == pytest.approx(two["history"][0], rel=1e-4, abs=1e-6)
+    assert_same(one, two, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def every_loss(tiny_folder, tmp_path_factory):
+    """A step with every objective, completions of uneven length, some of them not counted: by ranks."""
+    done = {}
+    for ranks in (1, 2):
+        out = tmp_path_factory.mktemp("losses") / "state.pt"
+        run_ranks("engine_losses.py", tiny_folder, out, 74, ranks=ranks)  # two groups a backward, also for bnpo's sake
+        done[ranks] = torch.load(out, weights_only=True)
+    return done
+
+
+@pytest.mark.parametrize("loss_type", get_args(LossType))
+def test_two_ranks_take_the_same_step_as_one_with_every_objective(every_loss, loss_type):
+    one, two = (every_loss[ranks][loss_type] for ranks in (1, 2))
+    assert one["metrics"] == pytest.approx(two["metrics"], rel=1e-4, abs=1e-6)
+    assert_same(one, two, atol=1e-5)
+
+
+def test_ranks_that_draw_different_numbers_of_times_train_together(tiny_folder, tmp_path):
+    run_ranks("trainer_ranks.py", tiny_folder, tmp_path, ranks=2)
+    for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()):
+        assert line["redrawn"] == 3  # three times two groups on rank 0, none on rank 1
+        assert line["frac_reward_zero_std"] == 0.5
+        assert line["reward"] == pytest.approx(1.75)  # 0 and the mean of 0 to 7
+    one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert torch.equal(one["weights"], two["weights"])
+    # Rewards of the batch: eight times 0, and 0 to 7; mean 1.75, squares 140 - 16 x 1.75^2 = 91, over 15.
+    assert not one["advantages"].any()
+    expected = torch.tensor([-1.5, -0.5, 0.5, 1.5] * 2) / ((91 / 15) ** 0.5 + 1e-4)
+    torch.testing.assert_close(two["advantages"], expected)
+
+
+def test_objectives_differ(every_loss):
+    norms = {round(run["metrics"]["grad_norm"], 5) for run in every_loss[1].values()}
+    assert len(norms) == len(get_args(LossType))
+    assert every_loss[1]["grpo"]["metrics"]["clip_fraction"] > 0.1  # or the ratios would not be put to the test
+
+
+def test_a_split_batch_takes_the_same_step_as_a_whole_one(run_steps):
+    one, split = run_steps(), run_steps(pack_tokens=35)
+    assert one["history"][0] == pytest.approx(split["history"][0], rel=1e-4, abs=1e-6)
+    assert_same(one, split, atol=1e-5)
+
+
+def test_ranks_with_more_and_fewer_backwards_take_the_same_step(run_steps):
+    one, two = run_steps(), run_steps(ranks=2, pack_tokens=35)
+    assert one["history"][0] == pytest.approx(two["history"][0], rel=1e-4, abs=1e-6)
+    assert_same(one, two, atol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_groups_of_equal_rewards_are_left_out_without_a_kl_and_count_all_the_same(run_steps, tiny_folder, ranks):
+    """Three of four: one rank of two has nothing to compute and meets the other in its backward."""
+    from transformers import Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM.from_pretrained(tiny_folder)
+    rollout = fixed_rollout(slice(0, 4), flat=3)
+    done = rollout.completions
+    logprobs = alone(model, rollout.prompts, done.ids, done.mask, 259)
+    weights = token_weights(done.mask, loss_type="grpo", sequences=12, tokens=0, max_completion_length=0)
+    without_kl = replace(OBJECTIVE, beta=0.0)
+    terms = grpo_loss(logprobs, logprobs.detach(), logprobs, rollout.advantages, weights, without_kl)
+    terms.loss.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert run_steps(ranks=ranks, flat=3)["history"][0]["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_where_every_group_is_left_out_nothing_moves(run_steps, tiny_folder):
+    """Not even by the momentum of steps before, or by weight decay."""
+    before, after = run_steps(), run_steps(flat=4)
+    assert_same(before, after, atol=0)
+
+
+def test_the_step_changes_the_weights(run_steps, tiny_folder):
+    from transformers import Qwen2ForCausalLM
+
+    before = Qwen2ForCausalLM.from_pretrained(tiny_folder).state_dict()
+    after = run_steps()["weights"]
+    assert all(not torch.equal(after[name], weight) for name, weight in before.items())
+
+
+@pytest.mark.parametrize("pack_tokens", [0, 35])
+def test_a_rehearsal_leaves_no_trace(run_steps, pack_tokens):
+    plain, rehearsed = (run_steps(steps=2, pack_tokens=pack_tokens, rehearse=r) for r in (0, 1))
+    assert plain["history"] == rehearsed["history"]
+    assert_same(plain, rehearsed, atol=0)
+
+
+def test_later_updates_on_a_rollout_use_the_log_probs_before_the_first(run_steps):
+    """With mu 2 the second ratio differs from 1, so the surrogate is no longer -mean(A) and loss falls."""
+    once, twice = run_steps(steps=1, mu=1)["history"][0], run_steps(steps=1, mu=2)["history"][0]
+    assert twice["loss"] < once["loss"]  # the mean of the first (equal) and a second, lower one
+
+
+@pytest.fixture(scope="module", params=[(1, 50), (2, 8)], ids=["one rank", "two ranks"])
+def masters(request, tmp_path_factory):
+    """Each way to keep the masters: fp32 values and weights of every rank, straight through and resumed half-way."""
+    ranks, steps = request.param
+    folder = tmp_path_factory.mktemp("masters")
+    run_ranks("engine_masters.py", folder, steps, ranks=ranks)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+def test_smaller_masters_take_the_same_steps_bit_by_bit(masters):
+    """The shared staging copy, and bf16 masters with their residual, against fp32 masters with a copy of their own."""
+    for rank in masters:
+        wanted = rank["own staging"]["straight"]
+        for mode in ("shared staging", "residual"):
+            assert torch.equal(rank[mode]["straight"]["masters"], wanted["masters"])
+            # ZeRO rounds ties of fp32 to even, the split away from zero: one weight in 65,536 may differ by a bit
+            different = rank[mode]["straight"]["weights"] != wanted["weights"]
+            assert different.double().mean() < 1e-3
+
+
+def test_stochastic_masters_stay_near_and_differ(masters):
+    for rank in masters:
+        exact, rounded = (rank[mode]["straight"]["masters"] for mode in ("own staging", "stochastic"))
+        assert not torch.equal(exact, rounded)
+        assert (exact - rounded).mean().abs() < 2e-6  # no drift: the spacing of bf16 is 1e-4 at 0.02
+        assert (exact - rounded).abs().max() < 2e-3
+
+
+def test_a_deepspeed_checkpoint_carries_every_kind_of_master_on(masters):
+    for rank in masters:
+        for mode, states in rank.items():
+            for what, tensor in states["straight"].items():
+                assert torch.equal(tensor, states["resumed"][what]), f"{mode}: {what}"
+
+
+def test_an_unknown_deepspeed_is_refused_before_anything_is_exchanged():
+    from types import SimpleNamespace
+
+    from grpo_ds.errors import GrpoError
+    from grpo_ds.training.engine import _check_insides
+
+    with pytest.raises(GrpoError, match=r"pip install deepspeed=="):
+        _check_insides(SimpleNamespace(optimizer=SimpleNamespace()), bf16_masters=False)
+
+
+def test_a_lock_that_a_killed_run_left_keeps_nobody_waiting():
+    """DeepSpeed would compile an operation under it that is never called here."""
+    from deepspeed.comm.torch import build_shm_op
+
+    import grpo_ds.training.engine  # noqa: F401
+
+    assert build_shm_op() is None

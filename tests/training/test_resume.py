@@ -1,0 +1,155 @@
+"""A run that was interrupted and resumed is the run that was not: the same metrics, the same weights, bit by bit."""
+
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from grpo_ds.report.console import Console
+from grpo_ds.run_folder.checkpoints import found_in, to_resume
+from grpo_ds.settings.config import TrainConfig
+from grpo_ds.settings.ds_config import DsSizes, resolve_ds_config
+from grpo_ds.system import ranks
+from grpo_ds.system.signals import Interrupted
+from grpo_ds.task.questions import read_questions, split_questions
+from grpo_ds.training import checkpoint as snapshot
+from grpo_ds.training.evaluate import graded
+from grpo_ds.training.run import Run
+from grpo_ds.training.trainer import Trainer
+from tests.training.test_training import ROOT
+
+CONFIG = TrainConfig(
+    num_generations=3, batch_size=2, num_steps=2, num_iterations=2, mu=2, max_completion_length=6,
+    max_prompt_length=480, learning_rate=5e-3, beta=0.1, eval_limit=2, save_steps=0,
+)  # fmt: skip
+LOWRAM, ON_CARD = "ds_configs/zero2_lowram.json", "ds_configs/zero2_gpu.json"
+# What is kept where: (changed flags, DeepSpeed JSON, in bf16)
+KINDS = {
+    "offload, int8 reference": ({}, "ds_configs/zero2.json", False),
+    "offload in bf16": ({}, "ds_configs/zero2.json", True),
+    "bf16 masters": ({}, LOWRAM, True),
+    "no offload": ({}, ON_CARD, False),
+    "LoRA": ({"lora_r": 4, "lora_alpha": 8}, "ds_configs/zero2.json", False),
+    "bf16 reference, mixed": (
+        {"reference": "bf16", "sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5},
+        "ds_configs/zero2.json",
+        False,
+    ),
+    "llm.int8 reference": ({"reference": "llm.int8"}, "ds_configs/zero2.json", False),
+    "no reference, dynamic sampling": ({"beta": 0.0, "dynamic_sampling": 2, "mu": 3}, "ds_configs/zero2.json", False),
+    "evaluated on the way": ({"eval_steps": 1}, "ds_configs/zero2.json", False),
+}
+
+
+def uneven(completions, **_):
+    return [sum(map(ord, completion)) % 7 / 7 for completion in completions]
+
+
+def make_run(model: Path, kind: str, folder: Path, origin: Path | None = None) -> Run:
+    """As launch/train.py wires it."""
+    changes, json_file, bf16 = KINDS[kind]
+    config = replace(CONFIG, model=str(model), **changes)
+    size = config.batch_size * config.num_generations
+    ds = resolve_ds_config(ROOT / json_file, fill=DsSizes(config.learning_rate, 0.0, 1.0, 0, 8, size, 1, bf16=bf16))
+    train, held_out = split_questions(read_questions("sample").questions, eval_fraction=0.2, seed=0)
+    weights = None if config.lora_r else origin
+    rewards = {"uneven": (uneven, 1.0)}
+    trainer = Trainer(config, ds, ranks.start(), Console(speaks=False), rewards, weights=weights)
+    if origin:
+        snapshot.read(trainer, origin)
+    return Run(trainer, train, held_out[:2], folder)
+
+
+def finish(run: Run) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """The rest of a run: its metrics but for clocks and memory, and its weights and masters."""
+    run.whole()
+    state = {name: weight.detach().clone() for name, weight in run.trainer.engine.policy.named_parameters()}
+    optimizer = run.trainer.engine._engine.optimizer
+    state |= {f"master {i}": m.detach().clone() for i, m in enumerate(optimizer.single_partition_of_fp32_groups)}
+    run.trainer.engine.close()
+    clocks = ("seconds/", "memory/", "tokens_per_second")
+    lines = [{k: v for k, v in line.items() if not k.startswith(clocks)} for line in run.progress.log_history]
+    return lines, state
+
+
+def stop_at(run: Run, when: int | None = None) -> Interrupted | None:
+    """Run until the `when`-th safe point, and be told to stop there; None where the run ends before.
+
+    when: None stands for the first safe point between two updates on a rollout.
+    """
+    passed, check = 0, run.trainer.interruption.check
+
+    def counting() -> None:
+        nonlocal passed
+        passed += 1
+        in_hand = run.trainer.in_hand
+        if passed == when or (when is None and in_hand and in_hand.updates):
+            run.trainer.interruption.signum = signal.SIGTERM
+        check()
+
+    run.trainer.interruption.check = counting
+    try:
+        run.whole()
+    except Interrupted as stopped:
+        return stopped
+    finally:
+        run.trainer.engine.close()
+    return None
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def straight(request, tiny_folder, tmp_path_factory):
+    """A kind of run, what it comes to when nothing interrupts it, and at how many points something could."""
+    folder = tmp_path_factory.mktemp("straight")
+    run = make_run(tiny_folder, request.param, folder / "run")
+    points, check = 0, run.trainer.interruption.check
+
+    def counting() -> None:
+        nonlocal points
+        points += 1
+        check()
+
+    run.trainer.interruption.check = counting
+    return request.param, *finish(run), points
+
+
+def test_interrupted_anywhere_and_resumed_it_is_the_same_run(straight, tiny_folder, tmp_path):
+    kind, metrics, weights, points = straight
+    # Before training, while sampling, between the updates on a rollout, between steps, between iterations.
+    # tests/faults/test_interrupted.py tries many more of these points.
+    for when in (points // 3, None, points * 3 // 4):
+        folder = tmp_path / str(when)
+        stopped = stop_at(make_run(tiny_folder, kind, folder), when)
+        assert stopped is not None and stopped.exit_code == 75
+        origin, told = to_resume("auto", folder)
+        assert not told
+        again, state = finish(make_run(tiny_folder, kind, folder, origin))
+        assert again == metrics, f"interrupted at safe point {when} of {points}"
+        assert all(torch.equal(state[name], weight) for name, weight in weights.items())
+        assert len(found_in(folder)) == 1
+
+
+def test_a_checkpoint_is_a_model_folder_and_the_best_one_is_kept(tiny_folder, tmp_path, monkeypatch):
+    changes = {"eval_steps": 1, "save_steps": 1, "save_total_limit": 1}
+    monkeypatch.setitem(KINDS, "kept", (changes, "ds_configs/zero2.json", False))
+    run = make_run(tiny_folder, "kept", tmp_path / "run")
+    answers = iter([None, "no", None, None, None])  # before, after each step but the last, at the end
+
+    def planted(when, questions):
+        texts = [
+            f"<reasoning>r</reasoning>\n<answer>{answer}</answer>" if answer else "" for answer in [next(answers)] * 2
+        ]
+        return graded(texts, [replace(question, label="no") for question in questions], run.trainer.collector.style)
+
+    monkeypatch.setattr(run.trainer, "evaluate", planted)
+    metrics, state = finish(run)
+    accuracies = [(line["step"], line["eval/accuracy"]) for line in metrics if "eval/accuracy" in line]
+    assert accuracies == [(1, 1.0), (2, 0.0), (3, 0.0)] and len(run.progress.rewards) == 4
+    assert run.progress.best_global_step == 1
+    assert [folder.name for folder in found_in(tmp_path / "run")] == ["checkpoint-4", "checkpoint-1"]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-4", dtype=torch.float32)
+    weights = {f"model.{name}": weight for name, weight in saved.named_parameters()}
+    assert all(torch.equal(weight, state[name]) for name, weight in weights.items())

@@ -1,0 +1,188 @@
+"""Sampling: what ends a completion, what is masked, what is never drawn."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from grpo_ds.training.sampling import STOP, Completions, Row, Sampler, _uniforms, draw, seed_at, unfinished
+
+
+@pytest.fixture
+def sampler(tiny_model, tokenizer):
+    return Sampler(tiny_model, tokenizer, max_completion_length=12)
+
+
+def greedy_alone(model, prompt, steps, known):
+    """The oracle: full forward over the whole text for every token."""
+    ids = list(prompt)
+    for _ in range(steps):
+        logits = model(torch.tensor([ids])).logits[0, -1, :known]
+        ids.append(int(logits.argmax()))
+    return ids[len(prompt) :]
+
+
+def test_prefilled_and_left_padded_sampling_equals_one_prompt_at_a_time(sampler, tiny_model, tokenizer):
+    prompts = [[5, 6, 7], list(range(40)), [9, 1]]
+    completions = sampler(prompts, group_size=2, temperature=0.0)
+    for b, (ids, mask) in enumerate(zip(completions.ids, completions.mask, strict=True)):
+        expected = greedy_alone(tiny_model, prompts[b // 2], int(mask.sum()), len(tokenizer))
+        assert ids[mask].tolist() == expected
+
+
+def test_the_same_seed_draws_the_same_and_siblings_differ(sampler):
+    one, two, other = (sampler([[1, 2, 3]], group_size=4, temperature=1.0, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(one.ids, two.ids)
+    assert not torch.equal(one.ids, other.ids)
+    assert len({tuple(row.tolist()) for row in one.ids}) == 4
+
+
+def test_what_is_drawn_does_not_depend_on_how_many_rows_are_drawn_at_once(sampler):
+    prompts = [[1, 2, 3], list(range(30)), [7, 5], [8, 9]]
+    whole = sampler(prompts, group_size=3, temperature=1.0, seed=5)
+    for at_once in (1, 3):
+        sampler.rows_at_once = at_once * 3
+        parts = sampler(prompts, group_size=3, temperature=1.0, seed=5)
+        assert torch.equal(parts.mask, whole.mask) and torch.equal(parts.ended, whole.ended)
+        assert torch.equal(parts.ids[parts.mask], whole.ids[whole.mask])
+
+
+def test_at_full_length_no_row_ends(sampler):
+    sampler.full_length = True
+    completions = sampler([[1, 2, 3], [4, 5]], group_size=4, temperature=2.0)
+    assert completions.mask.all() and completions.ids.shape == (8, sampler.max_completion_length)
+
+
+def test_the_policy_itself_is_sampled(sampler, tiny_model, tokenizer):
+    """First tokens follow softmax(logits / temperature): no top-k, no penalty, no padding ids."""
+    prompt, draws = [10, 20, 30], 4000
+    sampler.max_completion_length = 1
+    first = sampler([prompt], group_size=draws, temperature=0.5).ids[:, 0]
+    with torch.no_grad():
+        logits = tiny_model(torch.tensor([prompt])).logits[0, -1, : len(tokenizer)]
+    expected = (logits / 0.5).softmax(-1)
+    counts = torch.bincount(first, minlength=len(tokenizer))
+    assert len(counts) == len(tokenizer)
+    chi_square = ((counts - draws * expected) ** 2 / (draws * expected)).sum()
+    assert chi_square < 258 + 5 * (2 * 258) ** 0.5  # mean and five deviations of chi-square with 258 freedoms
+
+
+def ends(sampler, ids):
+    """After how many of its tokens a row ends; 0 if it does not."""
+    return next((t for t in range(1, len(ids) + 1) if sampler._ends(ids[:t])), 0)
+
+
+def test_the_first_eos_is_trained_and_nothing_after_it(sampler, tiny_model, tokenizer):
+    eos = tokenizer.eos_token_id
+    assert [ends(sampler, row) for row in ([1, 2, eos, 0], [eos, 3], [1, 2, 3])] == [3, 1, 0]
+    rows = [Row([1, 2, eos], True), Row([eos], True), Row([1, 2, 3, 4, 5])]
+    completions = sampler.together(rows)
+    assert completions.mask.int().tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]
+    assert completions.ended.tolist() == [True, True, False]  # the third ran into the length limit
+
+
+@pytest.mark.parametrize(
+    ("text", "stops"),
+    [
+        ("<answer>yes</answer>", True),
+        ("<answer>yes</answer", False),
+        ("<reasoning>a</reasoning>", False),  # another closing tag
+        ("x > y </answer>", True),
+        ("</answer>z", False),  # the row ended one token earlier
+    ],
+)
+def test_a_row_ends_at_the_closing_answer_tag(sampler, tokenizer, text, stops):
+    assert sampler._ends(tokenizer.encode(text)) == stops
+
+
+def test_the_prompts_own_tags_do_not_end_a_row(sampler, tokenizer):
+    prompt = tokenizer.encode(f"<answer>no{STOP}")
+    free, behind_tags = (sampler([ids], group_size=4, temperature=1.0) for ids in ([5, 6, 7], prompt))
+    assert behind_tags.lengths().max() == free.lengths().max() == sampler.max_completion_length
+
+
+def test_columns_not_yet_written_are_not_seen(sampler, tiny_model, monkeypatch):
+    """What a CUDA graph computes, whose sizes are fixed: more columns than are taken, hidden; several graphs a row."""
+    monkeypatch.setattr("grpo_ds.models.shared_prompt.WIDTH", 5)
+    sampler.eos_ids = list(range(0, 259, 12))
+    prompts = [[1, 2, 3], list(range(30)), [7, 5]]
+    grown = sampler(prompts, group_size=4, temperature=1.0, seed=2)
+    sampler.cuda_graphs = True
+    fixed = sampler(prompts, group_size=4, temperature=1.0, seed=2)
+    assert torch.equal(grown.ids, fixed.ids) and torch.equal(grown.mask, fixed.mask)
+
+
+@pytest.mark.parametrize(
+    ("ended", "group_size", "stay", "width"),
+    [
+        ("....", 2, [0, 1, 2, 3], 2),
+        ("..x.", 2, [0, 1, 3, 2], 2),  # row 2 keeps its group as large as the other
+        (".xx.", 2, [0, 3], 1),
+        ("xx..", 2, [2, 3], 2),  # a finished group leaves
+        ("x.xxx.xx", 4, [1, 5], 1),
+        ("xxx.", 1, [3], 1),
+    ],
+)
+def test_finished_rows_leave_the_batch_and_groups_stay_equally_large(ended, group_size, stay, width):
+    assert unfinished([mark == "x" for mark in ended], group_size) == (stay, width)
+
+
+def test_rows_that_leave_change_no_other_row(sampler, monkeypatch):
+    """Against a batch that never shrinks; a third of the vocabulary ends a row here, so rows leave at every step."""
+    sampler.eos_ids = list(range(0, 259, 12))
+    prompts = [[1, 2, 3], list(range(30)), [7, 5], [8, 9, 4, 3]]
+    shrinking = sampler(prompts, group_size=4, temperature=1.0, seed=2)
+    monkeypatch.setattr("grpo_ds.training.sampling.SHRINK", 0.0)
+    whole = sampler(prompts, group_size=4, temperature=1.0, seed=2)
+    assert len(set(whole.lengths().tolist())) > 4
+    assert torch.equal(shrinking.ids, whole.ids) and torch.equal(shrinking.mask, whole.mask)
+
+
+SIZE = dict(  # large weights: a key missed or seen too many shows
+    vocab_size=272, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, initializer_range=0.3, pad_token_id=257, bos_token_id=None, eos_token_id=256,
+)  # fmt: skip
+GPT2 = dict(vocab_size=272, n_embd=64, n_layer=2, n_head=4, initializer_range=0.3, bos_token_id=None, eos_token_id=256)
+KINDS = {"llama": SIZE, "qwen2": SIZE, "qwen3": {**SIZE, "head_dim": 32}, "mistral": SIZE, "gpt2": GPT2}
+NEO = dict(
+    vocab_size=272, hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+    window_size=8, initializer_range=0.3, bos_token_id=None, eos_token_id=256,
+)  # fmt: skip
+OTHERS = {  # attention of their own, or a window that is too small: the prompt is repeated
+    "gpt_neo": NEO,
+    "bloom": dict(vocab_size=272, hidden_size=64, n_layer=2, n_head=4, initializer_range=0.3, eos_token_id=256),
+    "mistral-window": {**SIZE, "sliding_window": 16},
+}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *OTHERS])
+def test_models_of_every_kind_decode_what_they_compute_in_one_pass(kind, tokenizer):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind.partition("-")[0], **{**KINDS, **OTHERS}[kind])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    sampler = Sampler(model, tokenizer, max_completion_length=8)
+    prompts = [[5, 6, 7], list(range(20)), [9, 1]]
+    completions = sampler(prompts, group_size=3, temperature=1.0, seed=1)
+    assert sampler.shares is (kind in KINDS or kind == "mistral-window")
+    for b, (ids, mask) in enumerate(zip(completions.ids, completions.mask, strict=True)):
+        again = torch.tensor([[*prompts[b // 3], *ids[mask].tolist()]])
+        logits = model(again).logits[0, -int(mask.sum()) - 1 : -1, : len(tokenizer)]
+        uniforms = _uniforms(1, 9, 8)[b, : len(logits)]
+        assert draw(logits, uniforms, 1.0).tolist() == ids[mask].tolist()
+
+
+def test_a_row_ends_at_a_closing_tag_of_ones_own(tiny_model, tokenizer):
+    mine = "</my-final-answer>"  # longer than the default's twelve tokens
+    sampler = Sampler(tiny_model, tokenizer, max_completion_length=12, stop=mine)
+    for text, stops in ((f"yes{mine}", True), (f"yes{STOP}", False)):
+        assert sampler._ends(tokenizer.encode(text)) == stops
+
+
+def test_sampling_leaves_the_training_mode_as_it_was(sampler, tiny_model):
+    tiny_model.train()
+    assert isinstance(sampler([[1, 2]], group_size=2, temperature=1.0), Completions)
+    assert tiny_model.training
+
+
+def test_seeds_of_steps_and_ranks_never_meet():
+    seeds = {seed_at(seed, step, rank) for seed in range(5) for step in range(200) for rank in range(4)}
+    assert len(seeds) == 5 * 200 * 4

@@ -1,0 +1,397 @@
+"""The whole trainer on a tiny model: through the real launcher, and learning for real."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo_ds.memory.phases import OutOfMemory
+from grpo_ds.report.console import Console
+from grpo_ds.settings.config import CONFIG_FILE, TrainConfig
+from grpo_ds.settings.ds_config import DsSizes, resolve_ds_config
+from grpo_ds.system import ranks
+from grpo_ds.task.questions import read_questions, split_questions
+from grpo_ds.training.run import Run
+from grpo_ds.training.trainer import Trainer
+from tests.conftest import SHARED_DATA
+
+ROOT = Path(__file__).resolve().parents[2]
+REAL_DATA = SHARED_DATA / "pubmedqa_labeled_yesno.json"
+
+
+def launch(*launcher: str, **flags: object) -> str:
+    """launch/train.py as a user starts it; what it printed."""
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    if Path(launcher[0]).name == "deepspeed":  # its own port may be another run's
+        launcher = (*launcher, "--master_port", str(ranks._free_port()))
+    result = subprocess.run(
+        [*launcher, "launch/train.py", *words],
+        cwd=ROOT,
+        env={**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def launched(tiny_folder, tmp_path_factory):
+    """`deepspeed launch/train.py` with every part switched on: two iterations, mu 2, split batches, trackers here."""
+    folder = tmp_path_factory.mktemp("launched") / "run"
+    data = str(REAL_DATA) if REAL_DATA.exists() else "sample"
+    flags = {
+        "ds": "ds_configs/zero2.json", "model": tiny_folder, "data": data, "output_dir": folder,
+        "num_iterations": 2, "num_steps": 2, "mu": 2, "pack_tokens": 800, "num_generations": 3,
+        "max_prompt_length": 700, "max_completion_length": 8, "eval_limit": 4, "learning_rate": 1e-3,
+        "report_to": "wandb,tensorboard", "log_completions": True,
+    }  # fmt: skip
+    return folder, launch(str(Path(sys.executable).with_name("deepspeed")), **flags)
+
+
+def test_bf16_masters_train_the_same_way(tiny_folder, tmp_path):
+    flags = {
+        "ds": "ds_configs/zero2_lowram.json", "model": tiny_folder, "data": "sample", "output_dir": tmp_path / "run",
+        "num_steps": 2, "num_generations": 2, "max_prompt_length": 700, "max_completion_length": 4,
+        "eval_limit": 2, "learning_rate": 1e-3,
+    }  # fmt: skip
+    output = launch(sys.executable, **flags)
+    assert "step 2/2" in output
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype="auto")
+    assert saved.dtype == torch.bfloat16 and all(p.isfinite().all() for p in saved.parameters())
+
+
+def test_two_ranks_under_the_launcher_ask_twice_the_questions_and_one_of_them_writes(tiny_folder, tmp_path):
+    flags = {
+        "ds": "ds_configs/zero2.json", "model": tiny_folder, "data": "sample", "output_dir": tmp_path / "run",
+        "num_steps": 1, "num_generations": 2, "max_prompt_length": 700, "max_completion_length": 4, "eval_limit": 2,
+    }  # fmt: skip
+    output = launch(str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", **flags)
+    assert output.count("step 1/1") == 1
+    (line,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert line["grad_norm"] > 0 or line["frac_reward_zero_std"] == 1
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+
+
+def test_the_launcher_trains_and_says_what_it_did(launched):
+    _, output = launched
+    assert "untested optimizer" not in output  # DeepSpeed's of ours, which is
+    for words in ("Model:", "Data:", "Before training: accuracy", "Reference: int8", "step 4/4", "McNemar"):
+        assert words in output
+    assert output.count("Reference: int8") == 2  # remade at the start of each outer iteration
+
+
+def test_the_memory_of_every_phase_stands_beside_its_plan(launched):
+    folder, output = launched
+    report = json.loads((folder / "memory.json").read_text())
+    measured = {use["phase"] for use in report["measured"]}
+    assert measured == {
+        "load",
+        "initialise",
+        "preflight",
+        "evaluate",
+        "reference",
+        "floor",
+        "sample",
+        "update",
+        "step",
+        "save",
+    }
+    assert set(report["planned"]) - {"resume"} <= measured and (folder / "memory.svg").stat().st_size > 1000
+    assert "Memory plan:" in output and "Memory by phase" in output and "binds with" in output
+
+
+def test_the_run_ends_with_its_report(launched):
+    folder, output = launched
+    assert f"Report: {folder / 'report.html'}" in output and "Warning: no report" not in output
+    page = (folder / "report.html").read_text()
+    assert "This run has not ended" not in page and "damaged" not in page
+    assert all(part in page for part in ("Held-out questions", "Memory over time", "KL a token", "Settings"))
+
+
+def test_metrics_hold_a_line_a_step(launched):
+    folder, _ = launched
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    wanted = {"reward", "rewards/correctness", "rewards/format", "loss", "kl", "grad_norm", "completion_length"}
+    wanted |= {
+        "tokens_per_second",
+        "seconds/sample",
+        "seconds/reference",
+        "seconds/step",
+        "seconds/update",
+        "memory/ram_gib",
+    }
+    assert all(wanted <= line.keys() for line in lines)
+    assert all(line["completion_length"] <= 8 for line in lines)
+
+
+def test_the_model_loads_in_plain_transformers_and_has_changed(launched, tiny_folder):
+    folder, _ = launched
+    trained, before = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (folder, tiny_folder))
+    assert not torch.equal(trained.get_input_embeddings().weight, before.get_input_embeddings().weight)
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    assert trained(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def test_the_run_says_how_it_was_made(launched):
+    folder, _ = launched
+    saved = yaml.safe_load((folder / CONFIG_FILE).read_text())
+    assert saved["num_generations"] == 3 and saved["mu"] == 2
+
+
+def test_trackers_kept_the_run_here_and_how_to_look_at_it_is_said(launched):
+    folder, output = launched
+    (kept,) = folder.glob("wandb/offline-run-*")
+    assert list(folder.glob("runs/events.out.tfevents.*")) and list(kept.glob("files/media/table/held_out*.json"))
+    assert f"wandb: wandb sync {kept}\n" in output and f"tensorboard: tensorboard --logdir {folder}/runs\n" in output
+
+
+def test_a_model_card_stands_in_the_runs_folder_and_in_no_checkpoint(launched):
+    folder, _ = launched
+    card = ModelCard.load(folder / "README.md")
+    accuracy = json.loads((folder / "summary.json").read_text())["after"]["accuracy"]
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results}["accuracy"] == accuracy
+    assert "of GRPO on " in card.text and not list(folder.glob("checkpoint-*/README.md"))
+
+
+def test_the_code_in_the_card_asks_the_model(launched, capsys):
+    folder, _ = launched
+    (code,) = re.findall("```python\n(.*?)\n```", (folder / "README.md").read_text(), re.DOTALL)
+    found: dict = {}
+    exec(code.replace("THIS_FOLDER", str(folder)), found)
+    assert 0 < found["output"].shape[1] - found["inputs"]["input_ids"].shape[1] <= 8 and capsys.readouterr().out
+
+
+def test_the_saved_model_samples_as_it_was_trained(launched):
+    settings = json.loads((launched[0] / "generation_config.json").read_text())
+    assert {name.removesuffix("_token_id") for name in settings} <= {"bos", "eos", "pad", "transformers_version"}
+
+
+def test_lm_eval_loads_the_model_and_scores_with_it(launched):
+    scores_by_hand(launched[0], AutoModelForCausalLM.from_pretrained(launched[0], dtype=torch.float32))
+
+
+def scores_by_hand(folder, model, **options):
+    """lm-eval's log-likelihood of a continuation is the one of `model`."""
+    reason = "lm-eval is not installed (pip install lm-eval)"
+    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason=reason)
+    from lm_eval.api.instance import Instance
+
+    backend = huggingface.HFLM(**{"pretrained": str(folder), **options}, device="cpu", dtype="float32", batch_size=1)
+    request = Instance("loglikelihood", {}, ("Is it?", " yes"), 0)
+    ((score, _),) = backend.loglikelihood([request])
+    prompt, whole = (torch.tensor([backend.tok_encode(text)]) for text in ("Is it?", "Is it? yes"))
+    said = whole[0, prompt.shape[1] :]
+    with torch.no_grad():
+        known_ids = backend.model(whole).logits.shape[-1]  # below an adapter it cuts the head to the tokenizer's
+        logits = model(whole).logits[0, prompt.shape[1] - 1 : -1, :known_ids]
+    wanted = logits.log_softmax(-1)[range(len(said)), said].sum()
+    assert score == pytest.approx(float(wanted), abs=1e-4)  # lm-eval adds them up in another order
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("evaluate_model.py", ["--eval_limit", "4"]),
+        ("ask.py", ["--question", "Does it help?", "--context", "It helped 9 of 10."]),
+    ],
+)
+def test_the_saved_model_can_be_evaluated_and_asked(launched, script, flags):
+    command = [sys.executable, f"launch/{script}", "--model", str(launched[0]), *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert ("accuracy" if script.startswith("eval") else "Answer:") in result.stdout
+
+
+def test_the_profiler_script_rehearses_steps_and_draws(tiny_folder, tmp_path):
+    flags = ["--model", str(tiny_folder), "--data", "sample", "--output_dir", str(tmp_path / "run")]
+    flags += ["--max_prompt_length", "700", "--max_completion_length", "4", "--num_generations", "2"]
+    command = [sys.executable, "launch/profile_memory.py", "--ds", "ds_configs/zero2.json", *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for words in ("Worst case rehearsed: 700 + 4 tokens", "step 2/2", "host planned", "memory.svg"):
+        assert words in result.stdout
+    assert {"memory.json", "memory.svg"} <= {file.name for file in (tmp_path / "run").iterdir()}
+
+
+QUIZ = {
+    "labels": "A,B,C,D", "question_field": "stem", "context_field": "none", "label_field": "key",
+    "answer_tag": "choice", "prefill": True,
+}  # fmt: skip
+FAILS_AT_TIMES = """
+calls = 0
+
+def fails_at_times(completions, **kwargs):
+    global calls
+    calls += 1
+    return [1 / (calls - 1)] * len(completions)
+"""
+
+
+@pytest.fixture(scope="module")
+def quizzed(tiny_folder, tmp_path_factory):
+    """A run on data, labels, tags, a system prompt and rewards that are none of ours."""
+    folder = tmp_path_factory.mktemp("quizzed")
+    records = [{"stem": f"What is {n} + {n}?", "key": "ABCD"[n % 4], "year": 1990 + n} for n in range(12)]
+    (folder / "quiz.json").write_text(json.dumps(records))
+    (folder / "prompt.txt").write_text("Reply <reasoning>...</reasoning><choice>A|B|C|D</choice>.")
+    (folder / "fails.py").write_text(FAILS_AT_TIMES)
+    mine = ROOT / "tests" / "data" / "my_rewards.py"
+    flags = {
+        "model": tiny_folder, "data": folder / "quiz.json", "system_prompt": folder / "prompt.txt", **QUIZ,
+        "reward_funcs": f"correctness,{mine}:concise,{mine}:cites_the_year,{folder / 'fails.py'}:fails_at_times",
+        "reward_weights": "1,0.5,1,2", "on_reward_error": "zero", "num_steps": 2, "num_generations": 2,
+        "max_completion_length": 4, "eval_limit": 2, "learning_rate": 1e-3, "output_dir": folder / "run",
+    }  # fmt: skip
+    return folder / "run", launch(sys.executable, **flags)
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rewards_of_ones_own_are_logged_and_one_that_fails_is_told_once_and_counted(quizzed):
+    folder, output = quizzed
+    first, second = metrics_of(folder)
+    assert (first["rewards/fails_at_times"], first["reward_errors"]) == (0, 1)
+    assert (second["rewards/fails_at_times"], second["reward_errors"]) == (2.0, 0)  # of weight 2
+    assert output.count("Warning: The reward function 'fails_at_times' raised ZeroDivisionError") == 1
+    names = ("correctness", "concise", "cites_the_year", "fails_at_times")
+    assert second["reward"] == pytest.approx(sum(second[f"rewards/{name}"] for name in names))
+
+
+def test_a_quiz_without_contexts_is_asked_in_its_own_words(quizzed):
+    command = [sys.executable, "launch/ask.py", "--model", str(quizzed[0]), "--question", "What is 1 + 1?"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0 and "Answer:" in result.stdout, result.stderr[-2000:]
+
+
+def test_a_run_is_repeated_from_the_config_it_wrote(quizzed, tmp_path):
+    folder, _ = quizzed
+    launch(sys.executable, config=folder / CONFIG_FILE, num_steps=1, output_dir=tmp_path / "again")
+    (again,), (first, _) = metrics_of(tmp_path / "again"), metrics_of(folder)
+    timed = {name for name in first if name.startswith(("seconds/", "memory/", "tokens_per"))}
+    assert {n: v for n, v in again.items() if n not in timed} == {n: v for n, v in first.items() if n not in timed}
+
+
+def test_a_reward_that_fails_ends_the_run_by_name_and_line(tiny_folder, tmp_path):
+    (tmp_path / "fails.py").write_text(FAILS_AT_TIMES.replace("calls - 1", "0"))
+    flags = [
+        "--model",
+        str(tiny_folder),
+        "--data",
+        "sample",
+        "--reward_funcs",
+        f"{tmp_path / 'fails.py'}:fails_at_times",
+    ]
+    flags += ["--max_prompt_length", "700", "--max_completion_length", "4", "--eval_limit", "2"]
+    command = [sys.executable, "launch/train.py", *flags, "--output_dir", str(tmp_path / "run")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 7 and "Traceback" not in result.stderr
+    assert "'fails_at_times' raised ZeroDivisionError: division by zero (fails.py, line 7: return" in result.stderr
+
+
+def letters_reward(completions, **_):
+    """A task a random model can solve by chance: write small letters."""
+    return [sum(c.isascii() and c.islower() for c in text) / 8 for text in completions]
+
+
+def tiny_trainer(folder, **changes):
+    """A trainer in this process, and its questions."""
+    config = TrainConfig(
+        model=str(folder), num_generations=8, batch_size=2, num_steps=40, max_completion_length=8,
+        max_prompt_length=480, learning_rate=5e-3, beta=0.01, eval_limit=2,
+    )  # fmt: skip
+    config = replace(config, **changes)
+    sizes = DsSizes(config.learning_rate, 0.0, 1.0, 0, 40, 16, 1, bf16=False)
+    ds = resolve_ds_config(ROOT / "ds_configs/zero2.json", fill=sizes)
+    train, held_out = split_questions(read_questions("sample").questions, eval_fraction=0.2, seed=0)
+    rewards = {"letters": (letters_reward, 1.0)}
+    return Trainer(config, ds, ranks.start(), Console(speaks=False), rewards), train, held_out[:2]
+
+
+def test_a_tiny_model_learns(tiny_folder, tmp_path):
+    """Mean reward rises clearly under the whole stack: sampling, packing, int8 reference, 8-bit Adam, ZeRO-2."""
+    trainer, train, held_out = tiny_trainer(tiny_folder)
+    first, last = Run(trainer, train, held_out, tmp_path / "run").whole().quarters()
+    assert last > first + 0.3
+
+
+def first_step(folder, tmp_path, **changes):
+    """Metrics of one step on a tiny model, and how far its weights moved."""
+    trainer, train, _ = tiny_trainer(folder, num_steps=1, **changes)
+    before = [p.detach().clone() for p in trainer.engine.model.parameters()]
+    Run(trainer, train, [], tmp_path).train()
+    moved = max(
+        float((p.detach() - q).abs().max()) for p, q in zip(trainer.engine.model.parameters(), before, strict=True)
+    )
+    trainer.engine.close()
+    return json.loads((tmp_path / "metrics.jsonl").read_text()), moved
+
+
+def test_a_step_with_dapos_four_changes(tiny_folder, tmp_path):
+    metrics, moved = first_step(
+        tiny_folder, tmp_path, loss_type="dapo", epsilon_high=0.28, overlong_buffer=4, dynamic_sampling=2,
+        scale_rewards="batch", beta=0.0,
+    )  # fmt: skip
+    assert moved > 0
+    assert 0 < metrics["entropy"] < math.log(259)
+    assert -1 <= metrics["rewards/overlong"] < 0  # a random model writes to the limit nearly always
+    assert metrics["reward"] == pytest.approx(metrics["rewards/letters"] + metrics["rewards/overlong"])
+    assert metrics["kl"] == 0 and metrics["redrawn"] == 0 and metrics["frac_reward_zero_std"] == 0
+
+
+def test_truncated_completions_neither_train_nor_count(tiny_folder, tmp_path):
+    metrics, moved = first_step(tiny_folder, tmp_path, max_completion_length=2, mask_truncated_completions=True)
+    assert metrics["ended"] == 0  # none of these ends within two tokens, so nothing is left to train on
+    assert moved == metrics["grad_norm"] == metrics["loss"] == metrics["entropy"] == 0
+
+
+class FailsOnce:
+    """A full card in mid-flight, which a machine without one cannot have."""
+
+    def __init__(self, calls_before: int) -> None:
+        self.left = calls_before
+
+    def __call__(self, *_: object) -> None:
+        self.left -= 1
+        if self.left == -1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+
+def test_a_phase_that_ran_out_of_memory_is_retried_in_smaller_parts_with_the_same_results(tiny_folder, tmp_path):
+    runs = []
+    for fails in (False, True):
+        trainer, train, _ = tiny_trainer(tiny_folder, num_steps=3, mu=2, learning_rate=1e-3, oom_retry=fails)
+        if fails:
+            layer = trainer.engine.model.model.layers[0]
+            layer.register_full_backward_hook(FailsOnce(calls_before=1))  # the second update of the first step
+            layer.register_forward_pre_hook(FailsOnce(calls_before=14))  # after measuring the floor: a decoding step
+        (tmp_path / str(fails)).mkdir()
+        rewards = Run(trainer, train, [], tmp_path / str(fails)).train()
+        runs.append((rewards, [p.detach().clone() for p in trainer.engine.model.parameters()], trainer.limits))
+        trainer.engine.close()
+    (rewards, weights, _), (rewards_again, weights_again, limits) = runs
+    assert (limits.rows, limits.tokens) == (8, 536)
+    assert rewards_again == pytest.approx(rewards)
+    for one, two in zip(weights, weights_again, strict=True):
+        torch.testing.assert_close(two, one, atol=3e-4, rtol=0)  # of steps of 1e-3, by the order of a sum
+
+
+def test_without_the_flag_the_phase_and_what_helps_are_named(tiny_folder, tmp_path):
+    trainer, train, _ = tiny_trainer(tiny_folder, num_steps=1)
+    trainer.engine.model.model.layers[0].register_full_backward_hook(FailsOnce(calls_before=0))
+    with pytest.raises(OutOfMemory, match="in phase 'update'"):
+        Run(trainer, train, [], tmp_path).train()
