@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 
-from grpo_ds.terminal import harmless
+from grpo_ds.terminal import escape_control_chars
 
 BY_CTRL_C, PREEMPTED = 130, 75  # exit codes of a run that was asked to stop; 75 is sysexits' "try again"
 MAX_LINES = 6  # what still reads at a glance in a terminal full of launcher output
@@ -77,7 +77,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except GrpoError as error:
         rank = os.environ.get("RANK", "0")
         message = f"{error.opening}{error}" if rank == "0" else f"[rank {rank}] {str(error).splitlines()[0]}"
-        print(harmless(message), file=sys.stderr, flush=True)
+        print(escape_control_chars(message), file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr, flush=True)

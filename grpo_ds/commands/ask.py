@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 
 from grpo_ds.commands.evaluate import ROWS_AT_ONCE
 from grpo_ds.errors import DataError, UsageError, one_error
-from grpo_ds.models.presets import choose_model
+from grpo_ds.memory.choose import choose_model
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import AskConfig, knob
 from grpo_ds.system.hardware import check_torch, cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.task.questions import Question, unanswered_questions
 from grpo_ds.task.records import NO_CONTEXT, Unusable, sound_text
 from grpo_ds.task.sources import Source, parse_file
-from grpo_ds.terminal import harmless
+from grpo_ds.terminal import escape_control_chars
 
 if TYPE_CHECKING:
     from grpo_ds.training.rollout import PromptStyle
@@ -74,7 +74,7 @@ class Answered:
     def as_text(self) -> str:
         answer = self.answer or f"none in the asked form; the model wrote {self.rest!r}"
         label = f" (the label: {self.question.label})" if self.question.label else ""
-        return harmless(f"Reasoning: {self.reasoning}\nAnswer: {answer}{label}")
+        return escape_control_chars(f"Reasoning: {self.reasoning}\nAnswer: {answer}{label}")
 
     def as_json(self) -> str:
         """On one line of ASCII, which no terminal obeys."""
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
     show = show_as(config)
     try:
         if config.typed_at_terminal:
-            print(harmless(f"Model: {config.model} ({choice.why})"), file=sys.stderr)
+            print(escape_control_chars(f"Model: {config.model} ({choice.why})"), file=sys.stderr)
             return converse(lambda question: show(*answers(sampler, style, [question])), config)
         for answered in answers(sampler, style, questions):
             show(answered)
@@ -160,7 +160,7 @@ def show_as(config: QuestionConfig) -> Callable[[Answered], None]:
 
     def show(answered: Answered) -> None:
         question = answered.question
-        heading = harmless(f"{question.id}: {question.text}\n") if config.file else ""
+        heading = escape_control_chars(f"{question.id}: {question.text}\n") if config.file else ""
         print(answered.as_json() if config.json else f"{heading}{answered.as_text()}", flush=True)
         if not config.json and not config.question:
             print(flush=True)
@@ -181,7 +181,7 @@ def converse(answer: Callable[[Question], None], config: QuestionConfig) -> None
             context = sound("The context", "\n".join(lines)) if with_context else ""
             answer(Question("asked", sound("The question", text), context, ""))
         except (Unusable, DataError) as fault:
-            print(harmless(str(fault)), file=sys.stderr)
+            print(escape_control_chars(str(fault)), file=sys.stderr)
 
 
 def line(prompt: str) -> str:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 
-from grpo_ds.models.presets import choose_model
+from grpo_ds.memory.choose import choose_model
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import EvaluateConfig
 from grpo_ds.system.hardware import check_torch, cpu_has_bf16, gpu_memory_gib, ram_gib

@@ -23,10 +23,10 @@ def main(argv: list[str]) -> None:
     if asked.output and asked.output.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--output {asked.output} would be a page, so its name must end in .html.")
 
-    from grpo_ds.report.page import WRONG, write  # matplotlib, which takes its time
+    from grpo_ds.report.page import WRONG, write_page  # matplotlib, which takes its time
 
     try:
-        print(f"Report: {write(asked.folder, asked.output)}")
+        print(f"Report: {write_page(asked.folder, asked.output)}")
     except WRONG as error:  # numbers beyond any chart, and what else nobody has thought of
         raise UsageError(f"The run in {asked.folder} cannot be drawn: {type(error).__name__}: {error}"[:300]) from None
     except OSError as error:

@@ -26,7 +26,7 @@ from grpo_ds.settings.config import TrainConfig, knob
 from grpo_ds.settings.ds_config import DsConfig, resolve_ds_config
 from grpo_ds.settings.ds_json import SHIPPED
 from grpo_ds.system.hardware import cpu_has_bf16, gpu_memory_gib, ram_gib
-from grpo_ds.terminal import harmless
+from grpo_ds.terminal import escape_control_chars
 
 WIDTH = 130  # columns where the output is no terminal
 MEMORIES: tuple[Where, ...] = ("gpu", "host")
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
             console.print(
                 components(shown.plan, f"{shown.job.shape.name}, {shown.ds_file}, reference {shown.reference}", where)
             )
-    console.print(Text(harmless(advice(found, chosen, typed_flags(asked), gpu, ram))))
+    console.print(Text(escape_control_chars(advice(found, chosen, typed_flags(asked), gpu, ram))))
 
 
 def resolved(asked: Parsed[SelectConfig], *, on_gpu: bool) -> dict[str, DsConfig]:
@@ -116,7 +116,7 @@ def overview(found: list[Candidate], gpu: float, ram: float) -> Table:
         names = candidate.job.shape.name, Path(candidate.ds_file).name, candidate.reference
         answer = "fits" if candidate.fits else "no"
         last = after is None or after.job.shape != candidate.job.shape
-        table.add_row(*(Text(harmless(cell)) for cell in (*names, *cells, answer)), end_section=last)
+        table.add_row(*(Text(escape_control_chars(cell)) for cell in (*names, *cells, answer)), end_section=last)
     return table
 
 

@@ -12,9 +12,10 @@ from shutil import disk_usage
 from typing import TYPE_CHECKING, Any
 
 from grpo_ds.errors import CheckpointError, UsageError
+from grpo_ds.memory.choose import Choice, choose_model
 from grpo_ds.memory.plan import GIB, Plan, Where
 from grpo_ds.memory.select import Job, fitted
-from grpo_ds.models.presets import Choice, choose_model, lora_recipe
+from grpo_ds.models.presets import lora_recipe
 from grpo_ds.models.shapes import adapter_base, shape_of
 from grpo_ds.report.trackers import check_trackers
 from grpo_ds.run_folder.lock import check_writable
@@ -25,13 +26,13 @@ from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsConfig, resolve_ds_config
 from grpo_ds.system.hardware import check_torch, cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.system.invocation import command
-from grpo_ds.system.signals import obeyed_at_once
+from grpo_ds.system.signals import exit_on_signal
 from grpo_ds.system.versions import check_versions
 from grpo_ds.task.questions import Question, QuestionSet, read_questions, split_questions
 from grpo_ds.task.reward_files import find_reward_functions
 from grpo_ds.task.rewards import WeightedFunctions, ready_made
 from grpo_ds.task.sources import data_or_default
-from grpo_ds.terminal import harmless
+from grpo_ds.terminal import escape_control_chars
 
 if TYPE_CHECKING:
     from grpo_ds.training.run import Run
@@ -40,7 +41,7 @@ PLAN_WIDTH = 120  # columns where the output is no terminal
 
 
 def main(argv: list[str]) -> None:
-    with obeyed_at_once():  # until the run itself takes signals, and after it
+    with exit_on_signal():  # until the run itself takes signals, and after it
         train_from(argv)
 
 
@@ -208,7 +209,7 @@ def print_plan(settled: Settled) -> None:
     places: tuple[Where, ...] = ("gpu", "host") if settled.gpu_gib else ("host",)
     for where in places:
         console.print(components(settled.plan, f"{settled.config.model}, {settled.config.ds}", where))
-    console.print(Text(harmless(in_a_line(settled.job, settled.plan, settled.gpu_gib, settled.ram_gib))))
+    console.print(Text(escape_control_chars(in_a_line(settled.job, settled.plan, settled.gpu_gib, settled.ram_gib))))
 
 
 def output_folder(config: TrainConfig, origin: Path | None = None) -> Path:

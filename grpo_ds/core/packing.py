@@ -37,7 +37,7 @@ class PackedRows:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class RowContents:
     """What a packed row holds: a prompt, and some or all of its group's completions."""
 
     prompt: int  # 0..Q-1
@@ -51,14 +51,14 @@ def fill_rows(
     *,
     budget: int = 0,
     only: Collection[int] | None = None,
-) -> list[list[Row]]:
+) -> list[list[RowContents]]:
     """Batches of rows, each to be packed and computed at once: at most `budget` tokens with their padding; 0: all.
 
     A group too long for the budget is split over rows, which changes no result: its prompt is then computed once for
     each. Where even one completion is too long, it has a batch to itself. Longest rows first, so that little is
     padded. `only`: the completions that take part.
     """
-    group_size, rows = len(lengths) // len(prompt_lengths), list[Row]()
+    group_size, rows = len(lengths) // len(prompt_lengths), list[RowContents]()
     for q, prompt in enumerate(prompt_lengths):
         group = [b for b in range(q * group_size, (q + 1) * group_size) if only is None or b in only]
         chosen: list[int] = []
@@ -71,7 +71,7 @@ def fill_rows(
             rows.append(_row(q, prompt, chosen, lengths))
     if not budget:
         return [rows] if rows else []
-    batches: list[list[Row]] = []
+    batches: list[list[RowContents]] = []
     for row in sorted(rows, key=lambda row: -row.tokens):
         if batches and batches[-1][0].tokens * (len(batches[-1]) + 1) <= budget:
             batches[-1].append(row)
@@ -80,12 +80,12 @@ def fill_rows(
     return batches
 
 
-def _row(q: int, prompt: int, chosen: Sequence[int], lengths: Sequence[int]) -> Row:
-    return Row(q, tuple(chosen), prompt + sum(lengths[b] - 1 for b in chosen))
+def _row(q: int, prompt: int, chosen: Sequence[int], lengths: Sequence[int]) -> RowContents:
+    return RowContents(q, tuple(chosen), prompt + sum(lengths[b] - 1 for b in chosen))
 
 
 def pack(
-    rows: Sequence[Row],
+    rows: Sequence[RowContents],
     prompts: Sequence[Int[Tensor, " _"]],  # Q, each of its own length
     completion_ids: Int[Tensor, "B C"],
     completion_mask: Bool[Tensor, "B C"],

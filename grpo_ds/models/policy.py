@@ -19,7 +19,7 @@ from grpo_ds.models.lora import add_adapter, merged, quantization
 from grpo_ds.models.presets import EMBEDDED, PRESETS
 from grpo_ds.models.shapes import adapter_base, brings_code
 from grpo_ds.settings.config import TrainConfig
-from grpo_ds.system.hub import knock
+from grpo_ds.system.hub import check_hub
 from grpo_ds.task.prompts import ensure_chat_template
 
 # For a hub model without safetensors transformers would ask a service on the hub to convert it, in our user's name.
@@ -34,7 +34,7 @@ def model_source(name: str) -> str:
     if Path(name).is_dir():
         return name
     try:
-        knock()
+        check_hub()
     except (OSError, ValueError):
         constants.HF_HUB_OFFLINE = True  # a model in the cache still loads, any other fails now, not in a minute
     return (PRESETS[name].hub_id or name) if name in PRESETS else name

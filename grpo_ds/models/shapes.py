@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_ds.errors import UsageError
-from grpo_ds.system.hub import knock
+from grpo_ds.system.hub import check_hub
 
 GROUP, MIN_GROUP = 64, 16  # of models/quantized.py, which imports torch
 ALL_LINEAR = "all-linear"
@@ -136,7 +136,7 @@ def read_config(model: str) -> dict[str, Any]:
         from huggingface_hub import hf_hub_download
 
         try:
-            knock()
+            check_hub()
             offline = False
         except (OSError, ValueError):
             offline = True

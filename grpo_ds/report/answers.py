@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from grpo_ds.report.run_files import Row, RunFiles, mapping, name, number, rows, text
+from grpo_ds.report.run_files import JsonObject, RunFiles, mapping, name, number, rows, text
 
 MOST_PAIRS = 30
 MOST_OF_A_KIND = 10  # gained and lost are both to be seen
@@ -69,23 +69,23 @@ def samples(run: RunFiles) -> list[Sampled]:
     return [_sampled(step, found) for step, found in run.completions.items()]
 
 
-def _pair(row: Row) -> Pair:
+def _pair(row: JsonObject) -> Pair:
     after = _held_out(mapping(row["after"]), row["label"]) if "after" in row else None
     return Pair(text(row["question"]), name(row["label"]), _held_out(mapping(row["before"]), row["label"]), after)
 
 
-def _held_out(row: Row, label: str) -> Answer:
+def _held_out(row: JsonObject, label: str) -> Answer:
     right, answer = row["answer"] == label, row["answer"]
     verdict = "right" if right else "wrong: no answer in the asked form" if answer is None else f"wrong: {name(answer)}"
     by_name = mapping(row.get("rewards", {}))
     return Answer(text(row["text"]), right, verdict, _earned(row.get("reward"), by_name) if "reward" in row else [])
 
 
-def _sampled(step: int, found: Sequence[Row]) -> Sampled:
+def _sampled(step: int, found: Sequence[JsonObject]) -> Sampled:
     return Sampled(step, len(found), [_sample(row) for row in found[:MOST_SAMPLES]])
 
 
-def _sample(row: Row) -> tuple[str, str, Answer]:
+def _sample(row: JsonObject) -> tuple[str, str, Answer]:
     by_name = {key.removeprefix("rewards/"): value for key, value in row.items() if key.startswith("rewards/")}
     earned = _earned(row.get("reward"), by_name)
     if (advantage := number(row.get("advantage"))) is not None:
@@ -93,7 +93,7 @@ def _sample(row: Row) -> tuple[str, str, Answer]:
     return text(row["question"]), name(row["label"]), Answer(text(row["completion"]), None, "", earned)
 
 
-def _earned(total: object, by_name: Row) -> list[tuple[str, str]]:
+def _earned(total: object, by_name: JsonObject) -> list[tuple[str, str]]:
     return [(name(reward), _value(value)) for reward, value in {"reward": total, **by_name}.items()]
 
 

@@ -16,10 +16,9 @@ from grpo_ds.report.held_out import right
 from grpo_ds.report.live import LOSS_NOTE, PHASES, History, LiveView, clock, memory_line
 from grpo_ds.report.memory import Comparison, compare, diagnosis
 from grpo_ds.report.plan import PLACES, phases
-from grpo_ds.task.grading import Grades, mcnemar
+from grpo_ds.task.grading import Evaluation, Grades, mcnemar
 from grpo_ds.task.questions import Question
-from grpo_ds.terminal import harmless
-from grpo_ds.training.evaluate import Evaluation
+from grpo_ds.terminal import escape_control_chars
 
 SAMPLES = 4
 STALE_NOTE = (
@@ -38,7 +37,7 @@ class Console:
 
     def line(self, text: str) -> None:
         """A Text and not a str: [red] in a model's name or answer is no markup."""
-        self._rich.print(Text(harmless(text)))
+        self._rich.print(Text(escape_control_chars(text)))
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -134,7 +133,7 @@ class Console:
         for column in ("", "before", "after"):
             table.add_column(column, justify="left" if not column else "right")
         for name, show in _rows(before.grades):
-            table.add_row(Text(harmless(name)), show(before.grades), show(after.grades))
+            table.add_row(Text(escape_control_chars(name)), show(before.grades), show(after.grades))
         self._rich.print(table)
         self.line(
             f"Always answering the commonest label scores {before.grades.majority_baseline:.1%}.  "

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from grpo_ds.report import charts
 from grpo_ds.report.charts import Area, Line
-from grpo_ds.report.run_files import Row, RunFiles, mapping, name, number
+from grpo_ds.report.run_files import JsonObject, RunFiles, mapping, name, number
 
 FEW = 20  # steps up to which every one is drawn as it is
 LONGEST_MEAN = 51  # steps
@@ -131,12 +131,12 @@ def held_out_accuracy(run: RunFiles) -> list[tuple[float, float]]:
     return [(step, share) for step, share in sorted(found.items()) if share is not None]
 
 
-def _grades(run: RunFiles, when: str = "before") -> Row:
+def _grades(run: RunFiles, when: str = "before") -> JsonObject:
     return mapping(run.held_out.get(when, {}))
 
 
 def _lines(
-    steps: list[Row],
+    steps: list[JsonObject],
     drawn_as: str,
     title: str,
     named: dict[str, str],
@@ -152,7 +152,7 @@ def _lines(
     return Chart(title, Markup(drawing), [legend for _, legend in made], _caption(steps, list(named)) + more)
 
 
-def _lines_of(steps: list[Row], named: dict[str, str], show: Show) -> list[tuple[Line, Legend]]:
+def _lines_of(steps: list[JsonObject], named: dict[str, str], show: Show) -> list[tuple[Line, Legend]]:
     """A line for each metric that was measured, with its legend."""
     made = []
     for i, (metric, called) in enumerate(named.items()):
@@ -183,7 +183,7 @@ def thinned(values: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(_mean([step for step, _ in part]), _mean([value for _, value in part])) for part in parts if part]
 
 
-def _caption(steps: list[Row], metrics: list[str]) -> str:
+def _caption(steps: list[JsonObject], metrics: list[str]) -> str:
     """What a line is, and what is missing in it."""
     size, dot = window(len(steps)), math.ceil(len(steps) / MOST_DOTS)
     dots = "single steps" if dot == 1 else f"means of {dot} steps"
@@ -200,7 +200,7 @@ def _ends(line: Sequence[tuple[float, float]], show: Show) -> str:
     return first if first == last else f"{first} → {last}"
 
 
-def _names(steps: list[Row]) -> list[str]:
+def _names(steps: list[JsonObject]) -> list[str]:
     return list(dict.fromkeys(metric for row in steps for metric in row))
 
 

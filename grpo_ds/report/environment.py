@@ -16,7 +16,7 @@ from grpo_ds.system.invocation import flags, started
 PACKAGES = ("grpo_ds", "torch", "transformers", "deepspeed", "bitsandbytes", "peft", "accelerate", "datasets")
 
 
-def write(folder: Path, *, ranks: int) -> None:
+def write_environment(folder: Path, *, ranks: int) -> None:
     """Overwrites that of the run before, if this one goes on with it."""
     write_whole(folder / ENVIRONMENT_FILE, json.dumps(environment(ranks), indent=1) + "\n")
 

@@ -9,15 +9,16 @@ from typing import Any
 
 from grpo_ds.report.reading import HELD_OUT_FILE
 from grpo_ds.run_folder.checkpoints import write_whole
-from grpo_ds.task.grading import mcnemar
+from grpo_ds.task.grading import Evaluation, mcnemar
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import Rewards
-from grpo_ds.training.evaluate import Evaluation
 
 Score = Callable[[Sequence[str], Sequence[Question]], Rewards]
 
 
-def write(folder: Path, questions: Sequence[Question], evaluations: dict[str, Evaluation], score: Score | None) -> None:
+def write_held_out(
+    folder: Path, questions: Sequence[Question], evaluations: dict[str, Evaluation], score: Score | None
+) -> None:
     """evaluations: by when they were made: before, after. score: what says what an answer earned, None: not asked."""
     lines: list[dict[str, Any]] = [{"id": q.id, "question": q.text, "label": q.label} for q in questions]
     for when, evaluation in evaluations.items():

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from grpo_ds.terminal import harmless
+from grpo_ds.terminal import escape_control_chars
 
 PHASES = ("sample", "reference", "update", "step")  # of a training step
 LOSS_NOTE = (
@@ -51,7 +51,9 @@ def metrics_table(steps: History) -> Table:
         recent = [value for value in series[-RECENT:] if value is not None]
         mean = shown.format(fmean(recent)) if recent else ""
         note = "near 0 at first, whatever happens" if name == "loss" else ""
-        table.add_row(Text(harmless(name)), _show(shown, series[-1]), mean, sparkline(series[-TREND:]), note)
+        table.add_row(
+            Text(escape_control_chars(name)), _show(shown, series[-1]), mean, sparkline(series[-TREND:]), note
+        )
     seconds = "  ".join(f"{phase} {steps[-1].get(f'seconds/{phase}') or 0:.1f}" for phase in PHASES)
     table.caption, table.caption_justify = Text(f"seconds: {seconds}    {memory_line(steps[-1])}"), "left"
     return table

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from grpo_ds.terminal import harmless
+from grpo_ds.terminal import escape_control_chars
 
 # Within a line: code, emphasis, links, images, cells, formulas. A _ within a word is only itself.
 MEANT = re.compile(r"([\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_]))")
@@ -17,7 +17,7 @@ def plain(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.4g}"
-    return MEANT.sub(r"\\\1", " ".join(harmless(str(value)).split()).translate(HTML))
+    return MEANT.sub(r"\\\1", " ".join(escape_control_chars(str(value)).split()).translate(HTML))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -32,4 +32,4 @@ def fenced(text: str, language: str = "") -> str:
     """A block of code, behind a longer fence than any in it."""
     longest = max((len(run) for run in re.findall("`{3,}", text)), default=2)
     fence = "`" * (longest + 1)
-    return f"{fence}{language}\n{harmless(text).rstrip()}\n{fence}"
+    return f"{fence}{language}\n{escape_control_chars(text).rstrip()}\n{fence}"

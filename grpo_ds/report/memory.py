@@ -46,7 +46,7 @@ def diagnosis(rows: Sequence[Comparison], plan: Plan | None, where: Where) -> st
     return sentence + "."
 
 
-def write(profiler: Profiler, folder: Path) -> tuple[Path, Path]:
+def write_memory(profiler: Profiler, folder: Path) -> tuple[Path, Path]:
     """memory.json and memory.svg in `folder`."""
     uses, plan = list(profiler.uses().values()), profiler.plan
     planned = {phase.name: {"gpu": phase.gpu, "host": phase.host} for phase in plan.phases} if plan else {}

@@ -8,7 +8,7 @@ from markupsafe import Markup
 from grpo_ds.memory.plan import GIB, Where
 from grpo_ds.report.charts import Area, area_chart
 from grpo_ds.report.curves import OTHERS, PHASES, Chart, Legend
-from grpo_ds.report.run_files import Row, RunFiles, mapping, name, number, rows
+from grpo_ds.report.run_files import JsonObject, RunFiles, mapping, name, number, rows
 
 # Columns of the timeline: of a short run one shows one phase, of a long one the phases of several steps, for at sizes
 # between the two chance would decide which phases a column holds.
@@ -67,14 +67,14 @@ def phase_bars(run: RunFiles) -> dict[str, list[PhaseBar]]:
     return {PLACES[where]: _bars(run.memory, where) for where in places(run.memory)}
 
 
-def places(memory: Row) -> list[Where]:
+def places(memory: JsonObject) -> list[Where]:
     if not memory:
         return []
     on_card = any(number(row.get("gpu_peak")) for row in rows(memory["measured"]))
     return ["gpu", "host"] if on_card else ["host"]
 
 
-def peak(memory: Row, where: Where) -> float:
+def peak(memory: JsonObject, where: Where) -> float:
     """GiB."""
     return max((number(row.get(f"{where}_peak")) or 0.0 for row in rows(memory["measured"])), default=0.0) / GIB
 
@@ -94,20 +94,20 @@ def timelines(run: RunFiles) -> list[Chart]:
     return made
 
 
-def _bars(memory: Row, where: Where) -> list[PhaseBar]:
+def _bars(memory: JsonObject, where: Where) -> list[PhaseBar]:
     planned = _planned(memory, where)
     found = [(name(row["phase"]), (number(row.get(f"{where}_peak")) or 0.0) / GIB) for row in rows(memory["measured"])]
     longest = max([size for _, size in found] + [planned.get(phase, 0.0) for phase, _ in found], default=0.0)
     return [PhaseBar(phase, size, planned.get(phase), longest) for phase, size in found]
 
 
-def _planned(memory: Row, where: Where) -> dict[str, float]:
+def _planned(memory: JsonObject, where: Where) -> dict[str, float]:
     """GiB by phase."""
     parts = {phase: mapping(mapping(plan)[where]) for phase, plan in mapping(memory.get("planned", {})).items()}
     return {phase: sum(number(size) or 0.0 for size in part.values()) / GIB for phase, part in parts.items() if part}
 
 
-def _bands(memory: Row, where: Where) -> Bands | None:
+def _bands(memory: JsonObject, where: Where) -> Bands | None:
     """Nothing where no time was measured."""
     spans = [span for span in map(_span, rows(memory.get("spans", []))) if span.end > span.start >= 0]
     end = max((span.end for span in spans), default=0.0)
@@ -128,7 +128,7 @@ def _bands(memory: Row, where: Where) -> Bands | None:
     return Bands(where, areas, legends, plan, caption)
 
 
-def _span(row: Row) -> "_Span":
+def _span(row: JsonObject) -> "_Span":
     peaks = {where: (number(row.get(f"{where}_peak")) or 0.0) / GIB for where in PLACES}
     start = number(row["start"]) or 0.0
     return _Span(name(row["phase"]), start, start + (number(row["seconds"]) or 0.0), peaks)

@@ -41,7 +41,7 @@ class Setting:
     default: str | None
 
 
-def write(folder: Path, output: Path | None = None) -> Path:
+def write_page(folder: Path, output: Path | None = None) -> Path:
     """Raises UsageError where `folder` holds no run, OSError where the page cannot be written."""
     output = output or folder / REPORT_FILE
     write_whole(output, page(read_run(folder)))

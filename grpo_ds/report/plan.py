@@ -6,14 +6,14 @@ from rich.text import Text
 from grpo_ds.memory.plan import GIB, Plan, Where
 from grpo_ds.memory.select import Job, fits, remedies
 from grpo_ds.system.invocation import command
-from grpo_ds.terminal import harmless
+from grpo_ds.terminal import escape_control_chars
 
 PLACES: dict[Where, str] = {"gpu": "card", "host": "host"}
 
 
 def components(plan: Plan, title: str, where: Where) -> Table:
     """What each phase consists of, in GiB."""
-    table = Table(title=Text(harmless(f"{title}: GiB on the {PLACES[where]}")), title_justify="left")
+    table = Table(title=Text(escape_control_chars(f"{title}: GiB on the {PLACES[where]}")), title_justify="left")
     table.add_column("component")
     parts = [phase.gpu if where == "gpu" else phase.host for phase in plan.phases]
     for phase in plan.phases:

@@ -17,14 +17,14 @@ from grpo_ds.errors import UsageError
 from grpo_ds.report.reading import COMPLETIONS_FILE, ENVIRONMENT_FILE, HELD_OUT_FILE, MEMORY_FILE, METRICS_FILE, STEP
 from grpo_ds.run_folder.status import STATUS_FILE
 from grpo_ds.settings.config import CONFIG_FILE
-from grpo_ds.terminal import harmless
+from grpo_ds.terminal import escape_control_chars
 
 SIGNS_OF_A_RUN = (METRICS_FILE, STATUS_FILE, HELD_OUT_FILE)
 SHOWN_STEPS = 3  # of completions: the first, the middle and the last
 LONGEST_TEXT = 4000  # characters of one text; a completion of 300 tokens has about 1500
 LONGEST_NAME = 200  # of a label, a phase, a reward, a state
 
-Row = dict[str, Any]
+JsonObject = dict[str, Any]
 
 
 class Damaged(Exception):
@@ -36,14 +36,14 @@ class RunFiles:
     """What a run's folder holds; a file that is missing or damaged leaves its field empty."""
 
     name: str
-    steps: list[Row] = field(default_factory=list)  # metrics, a row a step
-    evaluations: list[Row] = field(default_factory=list)  # of the held-out questions on the way
-    completions: dict[int, list[Row]] = field(default_factory=dict)  # of a few steps
-    status: Row = field(default_factory=dict)
-    held_out: Row = field(default_factory=dict)
-    environment: Row = field(default_factory=dict)
-    memory: Row = field(default_factory=dict)
-    config: Row = field(default_factory=dict)
+    steps: list[JsonObject] = field(default_factory=list)  # metrics, a row a step
+    evaluations: list[JsonObject] = field(default_factory=list)  # of the held-out questions on the way
+    completions: dict[int, list[JsonObject]] = field(default_factory=dict)  # of a few steps
+    status: JsonObject = field(default_factory=dict)
+    held_out: JsonObject = field(default_factory=dict)
+    environment: JsonObject = field(default_factory=dict)
+    memory: JsonObject = field(default_factory=dict)
+    config: JsonObject = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)
 
 
@@ -54,7 +54,7 @@ def read_run(folder: Path) -> RunFiles:
             f"{folder} is no run's folder: {', '.join(SIGNS_OF_A_RUN[:-1])} and {SIGNS_OF_A_RUN[-1]} are not there.\n"
             "Name the --output_dir of a training run: its folder, not a checkpoint in it."
         )
-    run = RunFiles(harmless(folder.resolve().name) or "run")
+    run = RunFiles(escape_control_chars(folder.resolve().name) or "run")
     run.status = _mapping(run, folder / STATUS_FILE, json.loads)
     run.held_out = _mapping(run, folder / HELD_OUT_FILE, json.loads)
     run.environment = _mapping(run, folder / ENVIRONMENT_FILE, json.loads)
@@ -88,35 +88,39 @@ def name(value: Any) -> str:
     return text(value, LONGEST_NAME)
 
 
-def mapping(value: Any) -> Row:
+def mapping(value: Any) -> JsonObject:
     if not isinstance(value, dict):
         raise Damaged
     return value
 
 
-def rows(value: Any) -> list[Row]:
+def rows(value: Any) -> list[JsonObject]:
     if not isinstance(value, list):
         raise Damaged
     return [mapping(row) for row in value]
 
 
-def _mapping(run: RunFiles, file: Path, parse: Callable[[str], Any]) -> Row:
+def _mapping(run: RunFiles, file: Path, parse: Callable[[str], Any]) -> JsonObject:
     if not file.is_file():
         return {}
     try:
-        return mapping(_harmless(parse(file.read_text(encoding="utf-8", errors="replace"))))
+        return mapping(_escaped(parse(file.read_text(encoding="utf-8", errors="replace"))))
     except (OSError, ValueError, RecursionError, yaml.YAMLError, Damaged):
         run.damaged.append(file.name)
         return {}
 
 
-def _harmless(value: Any) -> Any:
+def _escaped(value: Any) -> Any:
     """Every text in it without what a terminal or a page would obey."""
     if isinstance(value, str):
-        return harmless(value)
+        return escape_control_chars(value)
     if isinstance(value, list):
-        return [_harmless(item) for item in value]
-    return {harmless(str(key)): _harmless(item) for key, item in value.items()} if isinstance(value, dict) else value
+        return [_escaped(item) for item in value]
+    return (
+        {escape_control_chars(str(key)): _escaped(item) for key, item in value.items()}
+        if isinstance(value, dict)
+        else value
+    )
 
 
 def _read_metrics(run: RunFiles, file: Path) -> None:
@@ -140,10 +144,10 @@ def _lines(file: Path) -> list[bytes]:
         return []
 
 
-def _row(line: bytes) -> Row | None:
+def _row(line: bytes) -> JsonObject | None:
     """A line that belongs to a step, else None."""
     try:
-        row = _harmless(json.loads(line.decode(errors="replace")))
+        row = _escaped(json.loads(line.decode(errors="replace")))
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and number(row.get("step")) is not None else None
@@ -172,7 +176,7 @@ def _offsets(file: Path) -> dict[int, list[int]]:
     return where
 
 
-def _rows_at(file: Path, offsets: list[int]) -> Iterator[Row]:
+def _rows_at(file: Path, offsets: list[int]) -> Iterator[JsonObject]:
     with file.open("rb") as lines:
         for offset in offsets:
             lines.seek(offset)

@@ -19,7 +19,7 @@ from grpo_ds.report.reading import COMPLETIONS_FILE, ENVIRONMENT_FILE, METRICS_F
 from grpo_ds.run_folder.checkpoints import write_whole
 from grpo_ds.run_folder.progress import Progress, strict
 from grpo_ds.settings.config import TrainConfig
-from grpo_ds.terminal import harmless
+from grpo_ds.terminal import escape_control_chars
 
 
 class Tracker(Protocol):
@@ -124,7 +124,7 @@ class Watched:
             yield
         except Exception as error:  # of a network, a disk, a server: they share no type
             if not self._told:
-                reason = harmless((str(error).strip() or type(error).__name__).splitlines()[0][:160])
+                reason = escape_control_chars((str(error).strip() or type(error).__name__).splitlines()[0][:160])
                 what = f"Warning: {self.name} failed ({reason}). Training goes on; {METRICS_FILE} has every step."
                 print(what, file=sys.stderr, flush=True)
             self._told = True

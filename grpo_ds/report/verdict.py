@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from grpo_ds.report.memory_use import PLACES, peak, places
-from grpo_ds.report.run_files import Row, RunFiles, mapping, name, number, text
+from grpo_ds.report.run_files import JsonObject, RunFiles, mapping, name, number, text
 
 SIGNIFICANT = 0.05
 UNDER_WAY = {"training": "in training", "evaluating": "evaluating"}
@@ -75,7 +75,7 @@ def grades_table(run: RunFiles) -> list[tuple[str, list[str]]]:
     both = [mapping(run.held_out[when]) for when in ("before", "after") if when in run.held_out]
     if not both:
         return []
-    shown: list[tuple[str, Callable[[Row], str]]] = [
+    shown: list[tuple[str, Callable[[JsonObject], str]]] = [
         ("Accuracy", lambda g: percent(g["accuracy"])),
         ("95% interval", lambda g: " to ".join(percent(bound) for bound in g["accuracy_interval"])),
         ("Macro-F1", lambda g: f"{g['macro_f1']:.3f}"),
@@ -98,7 +98,7 @@ def percent(share: float) -> str:
     return f"{share:.1%}"
 
 
-def _accuracy(run: RunFiles, before: Row, after: Row) -> str:
+def _accuracy(run: RunFiles, before: JsonObject, after: JsonObject) -> str:
     low, high = after["accuracy_interval"]
     baseline, p = after["majority_baseline"], run.held_out.get("mcnemar")
     sure = f"95% interval {percent(low)} to {percent(high)}"
@@ -112,7 +112,7 @@ def _accuracy(run: RunFiles, before: Row, after: Row) -> str:
     return f"{change} of {count} held-out questions ({sure}{chance}), {constant}."
 
 
-def _change(what: str, before: Row, after: Row, grade: str) -> str:
+def _change(what: str, before: JsonObject, after: JsonObject, grade: str) -> str:
     first, last = before[grade], after[grade]
     if first == last:
         return f"{what} stayed at {percent(last)}"

@@ -8,7 +8,7 @@ HUB = "https://huggingface.co"
 PROBE_SECONDS = 5
 
 
-def knock() -> None:
+def check_hub() -> None:
     """Raise OSError (ValueError where HF_ENDPOINT is no address) at once if the hub does not answer.
 
     Silent when the user set HF_HUB_OFFLINE: then only the local cache is looked into.

@@ -51,7 +51,9 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def together(self, run: Callable[[], Result], *, signum: Callable[[], int] = lambda: 0) -> tuple[Result, int]:
+    def run_on_all_ranks(
+        self, run: Callable[[], Result], *, signum: Callable[[], int] = lambda: 0
+    ) -> tuple[Result, int]:
         """`run` on this rank, which waits for no other in it; and a signal that any rank has got by its end, or 0.
 
         Where it fails with a GrpoError on one rank it does on all, and none is left waiting.

@@ -81,7 +81,7 @@ def exit_code(number: int) -> int:
 
 
 @contextmanager
-def obeyed_at_once() -> Iterator[None]:
+def exit_on_signal() -> Iterator[None]:
     """Where there is nothing to save, a signal ends the process with its exit code and no traceback.
 
     At once: an exception raised in the middle of an import would be taken for a failed import by some library. After

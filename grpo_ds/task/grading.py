@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import comb, sqrt
 
 from grpo_ds.errors import DataError
+from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.questions import Question
 
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
@@ -31,6 +32,21 @@ class Grades:
     majority_baseline: float  # accuracy of always giving the commonest label
     predicted: dict[str, int]  # parsed answers by label
     collapsed: bool  # nearly all parsed answers are one class, though the labels are not
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Answers in the order of the questions, and their grades."""
+
+    texts: list[str]
+    answers: list[str | None]
+    grades: Grades
+
+
+def graded(texts: list[str], questions: Sequence[Question], answer_format: AnswerFormat) -> Evaluation:
+    """Parse and grade one answer text for each question."""
+    answers = [answer_format.parse(text).answer for text in texts]
+    return Evaluation(texts, answers, grade(answers, questions, labels=answer_format.labels))
 
 
 def grade(answers: Sequence[str | None], questions: Sequence[Question], *, labels: Sequence[str]) -> Grades:

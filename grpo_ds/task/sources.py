@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 
 from grpo_ds.errors import DataError
-from grpo_ds.system.hub import knock
+from grpo_ds.system.hub import check_hub
 from grpo_ds.task.records import BROKEN, REQUIRED_NAMES, clip, describe
 
 SAMPLE = "sample"
@@ -212,7 +212,7 @@ def _reason(error: Exception) -> str:
 def _read_hub(hub_id: str) -> Source:
     """A hub data set through `datasets`; its rows are records in the hub's spelling."""
     try:
-        knock()
+        check_hub()
         from datasets import load_dataset  # heavy, and only hub ids need it
 
         rows = load_dataset(hub_id, HUB_CONFIGS.get(hub_id.lower()), split="train")

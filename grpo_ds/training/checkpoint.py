@@ -42,7 +42,7 @@ def write(trainer: Trainer, run: Path) -> Path:
                 checkpoints.begin(partial)
             world.wait()
             trainer.engine.save_checkpoint(partial, _tag(step))
-            rank_state.write(partial, world.rank, trainer.in_hand)
+            rank_state.write(partial, world.rank, trainer.partial_step)
             world.wait()
             if world.is_first:
                 _look_for_all_ranks(partial, world.size)
@@ -86,7 +86,7 @@ def read(trainer: Trainer, folder: Path) -> None:
         if (file := folder / REFERENCE_FILE).exists():
             trainer.reference = make_reference(trainer.engine.policy, trainer.config.reference_kind)
             trainer.reference.load_state(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
-        trainer.in_hand = rank_state.read(folder, trainer.world.rank, trainer.world.device)
+        trainer.partial_step = rank_state.read(folder, trainer.world.rank, trainer.world.device)
     trainer.progress, trainer.bad_steps.in_a_row = progress, progress.bad_steps
     progress.max_steps = trainer.config.total_steps
     for name, value in progress.limits.items():

@@ -1,22 +1,12 @@
 """Greedy answers to the held-out questions, graded."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from grpo_ds.system.ranks import World
-from grpo_ds.task.grading import Grades, grade
+from grpo_ds.task.grading import Evaluation, graded
 from grpo_ds.task.questions import Question
 from grpo_ds.training.rollout import PromptStyle
 from grpo_ds.training.sampling import Sampler
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Answers in the order of the questions, and their grades."""
-
-    texts: list[str]
-    answers: list[str | None]
-    grades: Grades
 
 
 def evaluate(
@@ -43,10 +33,4 @@ def evaluate(
 
     shares = world.gather(together(answer))
     whole = [shares[i % world.size][i // world.size] for i in range(len(questions))]
-    return graded(whole, questions, style)
-
-
-def graded(texts: list[str], questions: Sequence[Question], style: PromptStyle) -> Evaluation:
-    """An answer a question, and what they are worth."""
-    answers = [style.answer_format.parse(text).answer for text in texts]
-    return Evaluation(texts, answers, grade(answers, questions, labels=style.answer_format.labels))
+    return graded(whole, questions, style.answer_format)

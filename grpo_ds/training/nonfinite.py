@@ -67,7 +67,7 @@ def refuse_bad_weights(model: torch.nn.Module) -> None:
         )
 
 
-class BadSteps:
+class NonfiniteSteps:
     """Steps in a row that were skipped, each told in a line; more than `limit` of them end the run."""
 
     def __init__(self, limit: int, world: World, say: Callable[[str], None]) -> None:
@@ -75,7 +75,7 @@ class BadSteps:
         self.in_a_row: list[int] = []
         self.folder: Path | None = None  # where the last batch is left; set when there is one
 
-    def heed(self, bad: Sequence[str], step: int, rollout: Rollout, **logprobs: Tensor | None) -> None:
+    def record_step(self, bad: Sequence[str], step: int, rollout: Rollout, **logprobs: Tensor | None) -> None:
         """What an update of `step`, from 0, has found; every rank calls it. Raises NumbersError where it is too much.
 
         logprobs: name -> [B, C], for the file.

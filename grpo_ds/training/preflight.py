@@ -26,7 +26,7 @@ from grpo_ds.models.policy import first_bad_weight
 from grpo_ds.system.ranks import World
 from grpo_ds.training.engine import Engine, flag_last
 from grpo_ds.training.rollout import MicroBatch, micro_batches
-from grpo_ds.training.sampling import Completions, Row, Sampler
+from grpo_ds.training.sampling import Completions, PartialCompletion, Sampler
 from grpo_ds.training.update import step_weights
 
 PROMPTS, COMPLETIONS = (7, 4), (5, 3, 2, 5)  # tokens: two groups of two; the first of each has ended
@@ -44,7 +44,7 @@ REMEDY = (
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class ProbeBatch:
     """The made-up completions, another draw on every rank, and how they are computed."""
 
     prompts: list[Tensor]  # Q
@@ -74,7 +74,9 @@ def preflight(engine: Engine, sampler: Sampler, world: World, *, objective: Obje
         raise one_error(PreflightError, "Preflight found what would spoil the training:", found, REMEDY)
 
 
-def made_up(policy: LogprobModel, sampler: Sampler, world: World, *, objective: Objective, pack_tokens: int) -> Batch:
+def made_up(
+    policy: LogprobModel, sampler: Sampler, world: World, *, objective: Objective, pack_tokens: int
+) -> ProbeBatch:
     """Through the sampler's own masks and the run's own rows and weights; ordinary tokens, EOS where one has ended."""
     draw, probe = Random(world.rank), copy.copy(sampler)
     ordinary = [id for id in range(policy.options["vocab_size"]) if id not in sampler.eos_ids]
@@ -82,15 +84,15 @@ def made_up(policy: LogprobModel, sampler: Sampler, world: World, *, objective: 
     probe.max_completion_length, probe.full_length, probe.cuda_graphs = max(COMPLETIONS), True, False
     # Sampled, for the log-probs of tokens nobody would say are mostly rounding in 16 and in 8 bits.
     said = probe(prompts, group_size=GROUP, temperature=policy.options["temperature"], seed=world.rank).ids.tolist()
-    rows = [Row(ids[:length]) for ids, length in zip(said, COMPLETIONS, strict=True)]
+    rows = [PartialCompletion(ids[:length]) for ids, length in zip(said, COMPLETIONS, strict=True)]
     pad = sampler.tokenizer.pad_token_id
     for row in rows[::GROUP] if sampler.eos_ids else ():  # where pad ends a turn, too, that is the one to be lost
         row.ids[-1], row.ended = pad if pad in sampler.eos_ids else sampler.eos_ids[-1], True
-    done, tensors = sampler.together(rows), [torch.tensor(prompt, device=policy.model.device) for prompt in prompts]
+    done, tensors = sampler.pad_rows(rows), [torch.tensor(prompt, device=policy.model.device) for prompt in prompts]
     two = GROUP * (max(PROMPTS) + max(COMPLETIONS))  # a group a backward
     parts = micro_batches(rows_of(policy, tensors), done, two if pack_tokens else 0)
     weights = step_weights(done.mask, [part for _, part in parts], world, objective)
-    return Batch(tensors, done, parts, weights)
+    return ProbeBatch(tensors, done, parts, weights)
 
 
 def rows_of(policy: LogprobModel, prompts: Sequence[Tensor]) -> list[Tensor]:
@@ -107,7 +109,7 @@ def generation_config_problems(config: GenerationConfig | None) -> list[str]:
     return [f"The generation config is not neutral: {listed} would be sampled and not trained."] if changes else []
 
 
-def ending_problems(batch: Batch, eos_ids: Sequence[int]) -> list[str]:
+def ending_problems(batch: ProbeBatch, eos_ids: Sequence[int]) -> list[str]:
     """A completion that ended is trained up to and with its EOS, and one that was cut has none."""
     trained: dict[int, tuple[list[int], Tensor]] = {}
     for rows, part in batch.parts:
@@ -124,7 +126,7 @@ def ending_problems(batch: Batch, eos_ids: Sequence[int]) -> list[str]:
 
 
 @torch.no_grad()
-def logprob_problems(engine: Engine, batch: Batch) -> list[str]:
+def logprob_problems(engine: Engine, batch: ProbeBatch) -> list[str]:
     """Packed rows against a row a completion; the policy that trains against the one that samples."""
     policy, done = engine.policy, batch.completions
     in_8_bits, problems = getattr(policy.model, "is_loaded_in_8bit", False), []
@@ -147,7 +149,7 @@ def logprob_problems(engine: Engine, batch: Batch) -> list[str]:
     return problems
 
 
-def gradient_problems(engine: Engine, batch: Batch, world: World, *, objective: Objective) -> list[str]:
+def gradient_problems(engine: Engine, batch: ProbeBatch, world: World, *, objective: Objective) -> list[str]:
     """Gradients where the optimizer will find them, of all backwards and ranks, against torch.autograd.grad's."""
     chosen = some_parameters(engine.policy)
     advantages = torch.ones(len(COMPLETIONS), device=batch.weights.device)

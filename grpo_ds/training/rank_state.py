@@ -16,15 +16,17 @@ from grpo_ds.core.tally import Tally
 from grpo_ds.errors import CheckpointError
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import Rewards
-from grpo_ds.training.rollout import Rollout, StepInHand
+from grpo_ds.training.rollout import PartialStep, Rollout
 from grpo_ds.training.sampling import Completions
 
 
-def write(folder: Path, rank: int, in_hand: StepInHand | None) -> None:
-    torch.save({"random": _random_states(), "in_hand": in_hand and _plain(in_hand)}, file_of(folder, rank))
+def write(folder: Path, rank: int, partial_step: PartialStep | None) -> None:
+    torch.save(
+        {"random": _random_states(), "partial_step": partial_step and _plain(partial_step)}, file_of(folder, rank)
+    )
 
 
-def read(folder: Path, rank: int, device: torch.device) -> StepInHand | None:
+def read(folder: Path, rank: int, device: torch.device) -> PartialStep | None:
     """The step in hand, if there is one; the random states of user code are set."""
     try:
         saved = torch.load(file_of(folder, rank), map_location=device, weights_only=True)
@@ -33,7 +35,7 @@ def read(folder: Path, rank: int, device: torch.device) -> StepInHand | None:
     for name, (_, put) in RANDOM.items():
         if name in saved["random"]:
             put(saved["random"][name])
-    return _rebuilt(saved["in_hand"]) if saved["in_hand"] else None
+    return _rebuilt(saved["partial_step"]) if saved["partial_step"] else None
 
 
 def file_of(folder: Path, rank: int) -> Path:
@@ -57,7 +59,7 @@ def _random_states() -> dict[str, Any]:
     return {name: get() for name, (get, _) in RANDOM.items()}
 
 
-def _plain(step: StepInHand) -> dict[str, Any]:
+def _plain(step: PartialStep) -> dict[str, Any]:
     rollout = step.rollout
     done, rewards = rollout.completions, rollout.rewards
     return {
@@ -74,7 +76,7 @@ def _plain(step: StepInHand) -> dict[str, Any]:
     }
 
 
-def _rebuilt(plain: dict[str, Any]) -> StepInHand:
+def _rebuilt(plain: dict[str, Any]) -> PartialStep:
     rollout = Rollout(
         [Question(**question) for question in plain["questions"]],
         plain["prompts"],
@@ -84,4 +86,4 @@ def _rebuilt(plain: dict[str, Any]) -> StepInHand:
         *plain["tensors"],
     )
     tally = Tally.of_pairs(plain["tally"])
-    return StepInHand(rollout, plain["redrawn"], plain["updates"], plain["old_logprobs"], tally)
+    return PartialStep(rollout, plain["redrawn"], plain["updates"], plain["old_logprobs"], tally)

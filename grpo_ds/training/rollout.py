@@ -133,7 +133,7 @@ class Rollout(Groups):
 
 
 @dataclass(slots=True)
-class StepInHand:
+class PartialStep:
     """A rollout of whose mu updates some are done."""
 
     rollout: Rollout

@@ -18,7 +18,7 @@ from grpo_ds.errors import BY_CTRL_C, CheckpointError, GrpoError, NumbersError
 from grpo_ds.memory.phases import OutOfMemory
 from grpo_ds.models.policy import save_merged, save_model
 from grpo_ds.report import environment, held_out
-from grpo_ds.report.memory import write as write_memory
+from grpo_ds.report.memory import write_memory
 from grpo_ds.report.model_card import write_card
 from grpo_ds.report.trackers import Tracker, make_trackers, write_summary
 from grpo_ds.run_folder.checkpoints import folder_of, renamed_into
@@ -28,10 +28,10 @@ from grpo_ds.run_folder.status import RunStatus, resume_command
 from grpo_ds.settings.config import write_config
 from grpo_ds.system.ranks import stop
 from grpo_ds.system.signals import Interrupted, Stopping, name
+from grpo_ds.task.grading import Evaluation, graded
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import Rewards, joined
 from grpo_ds.training import checkpoint as snapshot
-from grpo_ds.training.evaluate import Evaluation, graded
 from grpo_ds.training.nonfinite import refuse_bad_weights
 from grpo_ds.training.trainer import Trainer
 
@@ -99,7 +99,7 @@ class Run:
         take(self.folder)
         try:
             write_config(self.config, self.folder)
-            environment.write(self.folder, ranks=self.trainer.world.size)
+            environment.write_environment(self.folder, ranks=self.trainer.world.size)
         except OSError as error:
             raise cannot_be_written(self.folder, error) from None
 
@@ -108,14 +108,14 @@ class Run:
         self.status.write("evaluating", step=progress.global_step)
         if progress.before is None:
             progress.before = trainer.evaluate("Before training", self.held_out).texts
-        before = graded(progress.before, self.held_out, trainer.collector.style)
-        self.tell_answers({"before": before})
+        before = graded(progress.before, self.held_out, trainer.collector.style.answer_format)
+        self.write_held_out({"before": before})
         rewards = self.train()
         self.status.write("evaluating", step=progress.global_step)
         after = trainer.evaluate("After training", self.held_out)
         outcome = Outcome(rewards, before, after)
         self.save_model()
-        self.tell_answers({"before": before, "after": after})
+        self.write_held_out({"before": before, "after": after})
         self.report_memory()
         self._report(outcome)
         return outcome
@@ -168,13 +168,13 @@ class Run:
         for tracker in self.trackers if self.config.log_completions else ():
             tracker.completions(self.trainer.completions, step=step)
 
-    def tell_answers(self, evaluations: dict[str, Evaluation]) -> None:
+    def write_held_out(self, evaluations: dict[str, Evaluation]) -> None:
         """held_out.json. Rewards are for the end: a function of the user's own may count how often it is called."""
         if self.writes:
             over = "after" in evaluations
             score = self._score_in_parts if over else None
             with self._at_most_a_warning(held_out.HELD_OUT_FILE):
-                held_out.write(self.folder, self.held_out, evaluations, score)
+                held_out.write_held_out(self.folder, self.held_out, evaluations, score)
 
     def _score_in_parts(self, texts: Sequence[str], questions: Sequence[Question]) -> Rewards:
         """As many in a call as in training, for the time a reward function may take is meant for those."""
@@ -245,7 +245,7 @@ class Run:
     def _save(self) -> dict[str, str]:
         """A checkpoint of this very moment, and how to go on from it."""
         trainer = self.trainer
-        moment = self.progress.global_step, trainer.in_hand.updates if trainer.in_hand else 0
+        moment = self.progress.global_step, trainer.partial_step.updates if trainer.partial_step else 0
         if moment != self.saved_at:
             snapshot.write(trainer, self.folder)
             self.saved_at = moment
@@ -297,9 +297,9 @@ class Run:
         if not self.writes:
             return
         with self._at_most_a_warning("report"):
-            from grpo_ds.report.page import write
+            from grpo_ds.report.page import write_page
 
-            self.console.line(f"Report: {write(self.folder)}")
+            self.console.line(f"Report: {write_page(self.folder)}")
 
     @contextmanager
     def _at_most_a_warning(self, what: str) -> Iterator[None]:

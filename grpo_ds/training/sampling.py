@@ -45,7 +45,7 @@ class Completions:
 
 
 @dataclass(slots=True)
-class Row:
+class PartialCompletion:
     """A completion on its way."""
 
     ids: list[int] = field(default_factory=list)
@@ -92,13 +92,13 @@ class Sampler:
         draws = draws.view(len(prompts), group_size, -1)
         at_once = max(1, (self.rows_at_once or len(prompts) * group_size) // group_size)
         by_length = sorted(range(len(prompts)), key=lambda q: -len(prompts[q]))  # little padding, the largest first
-        groups: dict[int, list[Row]] = {}
+        groups: dict[int, list[PartialCompletion]] = {}
         with self._ready():
             for some in (by_length[first : first + at_once] for first in range(0, len(prompts), at_once)):
                 rows = self._sample([prompts[q] for q in some], group_size, draws[some].flatten(0, 1), temperature)
                 groups |= {q: rows[i * group_size : (i + 1) * group_size] for i, q in enumerate(some)}
                 advance(len(some))
-        return self.together([row for q in range(len(prompts)) for row in groups[q]])
+        return self.pad_rows([row for q in range(len(prompts)) for row in groups[q]])
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
@@ -113,9 +113,9 @@ class Sampler:
 
     def _sample(
         self, prompts: Sequence[Sequence[int]], group_size: int, draws: Float[Tensor, "B C"], temperature: float
-    ) -> list[Row]:
+    ) -> list[PartialCompletion]:
         """The completions of prompts that are sampled together."""
-        rows = batch = [Row() for _ in draws]  # the batch loses what has ended
+        rows = batch = [PartialCompletion() for _ in draws]  # the batch loses what has ended
         tokens = torch.tensor([prompt[-1] for prompt in prompts], device=draws.device).repeat_interleave(group_size)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=draws.device).repeat_interleave(group_size)
         decode = self._behind(prompts, group_size)
@@ -157,7 +157,7 @@ class Sampler:
             return ids[-1] in self.eos_ids
         return self.stop in self.tokenizer.decode(ids[-len(self.stop) - SPARE :], skip_special_tokens=False)
 
-    def together(self, rows: list[Row]) -> Completions:
+    def pad_rows(self, rows: list[PartialCompletion]) -> Completions:
         """As one batch, masked by where each row ended. Not by `ids != pad`: pad may be EOS, which must be trained."""
         device, width = self.model.device, max(len(row.ids) for row in rows)
         pad = self.tokenizer.pad_token_id

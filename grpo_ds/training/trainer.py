@@ -28,16 +28,17 @@ from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsConfig
 from grpo_ds.system.ranks import World
 from grpo_ds.system.signals import Interruption, Stopping
+from grpo_ds.task.grading import Evaluation
 from grpo_ds.task.questions import Question
 from grpo_ds.task.rewards import WeightedFunctions
 from grpo_ds.task.scoring import Rewards
 from grpo_ds.training.collect import Collector
 from grpo_ds.training.engine import Engine
-from grpo_ds.training.evaluate import Evaluation, evaluate
+from grpo_ds.training.evaluate import evaluate
 from grpo_ds.training.inference import prompt_style
-from grpo_ds.training.nonfinite import BadSteps
+from grpo_ds.training.nonfinite import NonfiniteSteps
 from grpo_ds.training.preflight import preflight
-from grpo_ds.training.rollout import Rollout, StepInHand, judge, micro_batches, sample
+from grpo_ds.training.rollout import PartialStep, Rollout, judge, micro_batches, sample
 from grpo_ds.training.sampling import Sampler, seed_at
 from grpo_ds.training.update import update
 
@@ -64,7 +65,7 @@ class Trainer:
         self.progress = Progress(config.total_steps)
         self.interruption = Interruption()
         self.warned: set[str] = set()  # reward functions whose first failure was told
-        self.bad_steps = BadSteps(config.max_bad_steps, world, console.line)
+        self.bad_steps = NonfiniteSteps(config.max_bad_steps, world, console.line)
         self.profiler = Profiler(world.device, plan)
         self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         dtype = torch.bfloat16 if ds.bf16 else torch.float32
@@ -78,7 +79,7 @@ class Trainer:
         length, stop_at = config.max_completion_length, config.answer_format.stop
         self.sampler = Sampler(policy.model, self.tokenizer, max_completion_length=length, stop=stop_at)
         self.reference: Reference | None = None
-        self.in_hand: StepInHand | None = None  # a rollout between two of its mu updates
+        self.partial_step: PartialStep | None = None  # a rollout between two of its mu updates
         self.completions: list[dict[str, Any]] = []  # of the last step on this rank, for people
         self.sampler.cuda_graphs = config.cuda_graphs
         self.collector = Collector(config, world, self.sampler, prompt_style(config), reward_functions)
@@ -89,7 +90,7 @@ class Trainer:
         """num_iterations x num_steps rollouts, from where the run stands; the metrics of each."""
         for step in range(self.progress.global_step, self.config.total_steps):
             self.refresh_reference(step, questions)
-            if step == 0 and self.in_hand is None and self.config.dry_run_worst_case:
+            if step == 0 and self.partial_step is None and self.config.dry_run_worst_case:
                 self.rehearse()
             metrics = self.step(step, questions)
             self.progress.global_step = step + 1
@@ -98,9 +99,9 @@ class Trainer:
     def step(self, step: int, questions: list[Question]) -> dict[str, float]:
         """Sample, score, update; the step's metrics over all ranks."""
         first_span = len(self.profiler.spans)
-        if self.in_hand is None:
-            self.in_hand = self.rollout(step, questions)
-        now = self.in_hand
+        if self.partial_step is None:
+            self.partial_step = self.rollout(step, questions)
+        now = self.partial_step
         self.completions = now.rollout.table()
         if step == 0 and not now.updates:
             self.console.samples(self.completions)
@@ -110,10 +111,10 @@ class Trainer:
                 self.safe_point()
         if self.config.dynamic_sampling:
             now.tally.add("redrawn", now.redrawn)
-        self.in_hand = None
+        self.partial_step = None
         return self.metrics(now.rollout, now.tally, first_span)
 
-    def rollout(self, step: int, questions: list[Question]) -> StepInHand:
+    def rollout(self, step: int, questions: list[Question]) -> PartialStep:
         """Completions of the step's questions, their rewards, advantages and reference log-probs."""
         config = self.config
         groups, redrawn = self.together(lambda: self.attempt("sample", lambda: self.collector.collect(step, questions)))
@@ -129,7 +130,7 @@ class Trainer:
             ),
         )
         self.warn(rollout.rewards)
-        return StepInHand(rollout, redrawn)
+        return PartialStep(rollout, redrawn)
 
     def together(self, run: Callable[[], Result]) -> Result:
         """`run`, in which no rank waits for another: what fails or stops one of them here stops all, with nothing half
@@ -137,7 +138,7 @@ class Trainer:
         self.sampler.poll = self.interruption.check
         try:
             noted = lambda: self.interruption.signum  # noqa: E731  asked after `run`, in which it may have come
-            result, signum = self.world.together(lambda: _unless_stopping(run), signum=noted)
+            result, signum = self.world.run_on_all_ranks(lambda: _unless_stopping(run), signum=noted)
         finally:
             self.sampler.poll = lambda: None
         if signum:  # what all ranks know of: one that came since then waits for the next time
@@ -172,7 +173,7 @@ class Trainer:
                 objective=self.config.objective,
             ),
         )
-        self.bad_steps.heed(done.bad, step, rollout, old=old_logprobs, policy=done.logprobs)
+        self.bad_steps.record_step(done.bad, step, rollout, old=old_logprobs, policy=done.logprobs)
         return done.tally, done.logprobs
 
     def preflight(self) -> None:

@@ -23,7 +23,7 @@ from grpo_ds.errors import MAX_LINES, DataError, GrpoError
 from grpo_ds.settings.config import TrainConfig, write_config
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.questions import Question, unanswered_questions
-from grpo_ds.terminal import OBEYED
+from grpo_ds.terminal import CONTROL_CHARS
 
 ROOT = Path(__file__).resolve().parents[2]
 ASKED = ["--question", "Does it help?", "--context", "It helped 9 of 10."]
@@ -163,7 +163,7 @@ def test_without_a_label_nothing_is_called_right():
 )
 def test_no_answer_says_anything_to_the_terminal_and_json_keeps_it_whole(nasty):
     found = answered(f"<reasoning>{nasty}</reasoning>{nasty}")
-    assert not OBEYED.search(found.as_text() + found.as_json())
+    assert not CONTROL_CHARS.search(found.as_text() + found.as_json())
     assert found.as_json().isascii() and len(found.as_json().splitlines()) == 1
     assert json.loads(found.as_json())["text"] == found.text
 
@@ -382,7 +382,7 @@ def test_questions_are_typed_one_after_another_until_ctrl_d(tiny_folder, termina
         shown = keyboard.waits_at("Question: ")
         _, _, said = shown.partition("Reasoning:")  # what stands before it is readline's
         said, _, _ = said.replace("\r\n", "\n").rpartition("\n")
-        assert "Answer:" in said and not OBEYED.search(said)
+        assert "Answer:" in said and not CONTROL_CHARS.search(said)
     keyboard.types("Is it?\n")
     keyboard.waits_at("Context: ")
     keyboard.types("\x04")  # ends the context, which has nothing in it

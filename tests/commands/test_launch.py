@@ -12,8 +12,9 @@ import yaml
 
 from grpo_ds.commands.train import settle
 from grpo_ds.errors import MAX_LINES, UsageError
+from grpo_ds.memory.choose import choose_model
 from grpo_ds.memory.select import Job, fits
-from grpo_ds.models.presets import EMBEDDED, PRESETS, choose_model
+from grpo_ds.models.presets import EMBEDDED, PRESETS
 from grpo_ds.models.shapes import shape_of
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import CONFIG_FILE, EvaluateConfig, TrainConfig, prompt_recipe, write_config

@@ -635,8 +635,7 @@ def test_what_is_asked_is_checked_like_a_record(monkeypatch, tried, flags, words
 
 def test_labels_that_look_like_markup_are_shown_as_they_are(capsys, tried):
     from grpo_ds.report.console import Console
-    from grpo_ds.task.grading import grade
-    from grpo_ds.training.evaluate import Evaluation
+    from grpo_ds.task.grading import Evaluation, grade
 
     labels = ("[/b]", "[A]")
     questions = [Question(label, "Which?", "", label) for label in labels]

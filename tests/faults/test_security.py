@@ -35,11 +35,10 @@ from grpo_ds.settings.ds_config import resolve_ds_config
 from grpo_ds.system import hardware
 from grpo_ds.system.hardware import check_torch
 from grpo_ds.task.answers import AnswerFormat
-from grpo_ds.task.grading import grade
+from grpo_ds.task.grading import Evaluation, grade
 from grpo_ds.task.questions import Question
-from grpo_ds.terminal import harmless
+from grpo_ds.terminal import escape_control_chars
 from grpo_ds.training import inference
-from grpo_ds.training.evaluate import Evaluation
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALLEST = [
@@ -361,7 +360,7 @@ NASTY = [
     *("\x1bc", "a\rb", "a\x08\x08b", "\x00", "\x07", "\u202eevil\u202c", "\u2066a\u2069", "\ud800", "\x0e"),
     "\x1b[2J\x1b[1;1H",
 ]  # fmt: skip
-OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+CONTROL_CHARS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def console():
@@ -375,7 +374,7 @@ def console():
 def test_a_nasty_text_is_printed_as_text(text, capsys, monkeypatch, tried):
     made, written = console()
     made.line(f"Model: {text}!")
-    assert written.getvalue() == f"Model: {harmless(text)}!\n"
+    assert written.getvalue() == f"Model: {escape_control_chars(text)}!\n"
 
     def fail(argv):
         raise UsageError(f"There is no model {text}!")
@@ -389,8 +388,8 @@ def test_a_nasty_text_is_printed_as_text(text, capsys, monkeypatch, tried):
     monkeypatch.setattr(inference, "load_for_asking", lambda *_, **__: (sampler, style))
     ask.main(["--model", "nowhere", "--question", "Did it fall?", "--context", "It fell."])
     printed = capsys.readouterr()
-    assert harmless(text) in printed.err and harmless(text) in printed.out
-    assert not OBEYED.search(written.getvalue() + printed.err + printed.out)
+    assert escape_control_chars(text) in printed.err and escape_control_chars(text) in printed.out
+    assert not CONTROL_CHARS.search(written.getvalue() + printed.err + printed.out)
     tried("nasty texts", "printed as text")
 
 
@@ -400,7 +399,7 @@ def test_a_label_is_text_in_the_table_too(label, tried):
     questions = [Question(id="1", text="Q?", context="C.", label=label)]
     result = Evaluation(texts=[""], answers=[label], grades=grade([label], questions, labels=(label, "b")))
     made.before_and_after(result, result, questions)
-    assert f"recall {harmless(label)}" in written.getvalue()
+    assert f"recall {escape_control_chars(label)}" in written.getvalue()
     tried("nasty texts", "printed as text")
 
 
@@ -410,7 +409,7 @@ def test_a_models_name_is_text_in_a_plan(tiny_folder, tmp_path, script, tried):
     (tmp_path / name).symlink_to(tiny_folder)
     done = run("--model", tmp_path / name, *(["--plan"] if script == "train.py" else []), script=script)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert harmless(name) in done.stdout and not OBEYED.search(done.stdout)
+    assert escape_control_chars(name) in done.stdout and not CONTROL_CHARS.search(done.stdout)
     tried("nasty texts", "printed as text")
 
 

@@ -10,7 +10,7 @@ import torch
 
 from grpo_ds.memory.phases import CLEAR, OutOfMemory, Profiler
 from grpo_ds.memory.plan import GIB, PhasePlan, Plan
-from grpo_ds.report.memory import compare, diagnosis, write
+from grpo_ds.report.memory import compare, diagnosis, write_memory
 
 MB = 2**20
 PLAN = Plan((PhasePlan("sample", {}, {"weights": 2 * GIB, "KV cache": GIB}), PhasePlan("update", {}, {"weights": GIB})))
@@ -115,7 +115,7 @@ def test_the_timeline_opens_offline_and_the_json_holds_everything(tmp_path):
     profiler = Profiler(torch.device("cpu"), PLAN)
     with profiler.phase("sample"), profiler.phase("evaluate"):
         pass
-    json_file, svg_file = write(profiler, tmp_path)
+    json_file, svg_file = write_memory(profiler, tmp_path)
     report = json.loads(json_file.read_text())
     assert {use["phase"] for use in report["measured"]} == {"sample", "evaluate"}
     assert report["planned"]["sample"]["host"] == {"weights": 2 * GIB, "KV cache": GIB}
@@ -130,5 +130,5 @@ def test_a_run_of_every_phase_there_is_can_be_drawn(tmp_path):
     for phase in phases:
         with profiler.phase(phase):
             pass
-    _, drawing = write(profiler, tmp_path)
+    _, drawing = write_memory(profiler, tmp_path)
     assert [drawing.read_text().count(f"<!-- {phase} -->") for phase in phases] == [1] * 25

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo_ds.errors import MAX_LINES, UsageError
-from grpo_ds.memory import shape as shapes
+from grpo_ds.models import shapes
 from grpo_ds.models.presets import PRESETS
 from grpo_ds.models.quantized import GROUP, MIN_GROUP, Int8Embedding, Int8Linear, Int8Rows
 from grpo_ds.models.reference import LARGEST_LAYER

@@ -9,10 +9,9 @@ from grpo_ds.report import environment, held_out
 from grpo_ds.report.reading import MEMORY_FILE
 from grpo_ds.report.trackers import write_summary
 from grpo_ds.settings.config import TrainConfig, write_config
-from grpo_ds.task.grading import grade
+from grpo_ds.task.grading import Evaluation, grade
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import Rewards
-from grpo_ds.training.evaluate import Evaluation
 
 GIB = 2**30
 ANSWERS = {"before": ["yes", None, "no", "yes", "yes", "no"], "after": ["yes", "no", "no", "yes", "yes", "yes"]}
@@ -24,11 +23,11 @@ def finished(folder: Path, *, answers: dict[str, list[str | None]] = ANSWERS, **
     folder.mkdir(parents=True)
     config = TrainConfig(**{"data": "quiz.json", "model": "qwen2.5-0.5b", **flags})
     write_config(config, folder)
-    environment.write(folder, ranks=1)
+    environment.write_environment(folder, ranks=1)
     labels = config.label_names
     questions = [Question(str(n), f"Is {n} | even?", "", labels[n % 2]) for n in range(6)]
     evaluations = {when: evaluated(found, questions, labels) for when, found in answers.items()}
-    held_out.write(folder, questions, evaluations, earned)
+    held_out.write_held_out(folder, questions, evaluations, earned)
     use = PhaseUse("update", 9.0, host_peak=5 * GIB, pinned=0, gpu_peak=0, gpu_reserved=0)
     planned = {"update": {"gpu": {}, "host": {"weights": GIB, "gradients": 3 * GIB}}}
     (folder / MEMORY_FILE).write_text(json.dumps({"measured": [asdict(use)], "planned": planned, "spans": []}))

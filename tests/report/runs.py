@@ -13,10 +13,9 @@ from grpo_ds.report.trackers import JsonLines
 from grpo_ds.run_folder.status import RunStatus
 from grpo_ds.settings.config import TrainConfig, write_config
 from grpo_ds.task.answers import AnswerFormat
-from grpo_ds.task.grading import grade
+from grpo_ds.task.grading import Evaluation, grade
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import Rewards
-from grpo_ds.training.evaluate import Evaluation
 
 FORM = AnswerFormat(("yes", "no"), "reasoning", "answer")
 SEED = 7
@@ -26,7 +25,7 @@ def whole(folder: Path, *, steps: int = 60, asked: int = 40) -> Path:
     """A run that is done, with everything that one can leave."""
     folder.mkdir(parents=True, exist_ok=True)
     write_config(TrainConfig(model="smollm2-135m", num_steps=steps, learning_rate=2e-5), folder)
-    environment.write(folder, ranks=1)
+    environment.write_environment(folder, ranks=1)
     answered(folder, asked)
     logged(folder, steps)
     remembered(folder, steps)
@@ -98,7 +97,7 @@ def answered(folder: Path, count: int, *, over: bool = True) -> None:
     before = ["I think that it may be so." if draw() < 0.6 else said(draw() < 0.5) for _ in questions]
     after = [said(draw() < 0.75 if q.label == "yes" else draw() < 0.3) for q in questions]
     evaluations = {"before": evaluation(before, questions)} | ({"after": evaluation(after, questions)} if over else {})
-    held_out.write(folder, questions, evaluations, earned if over else None)
+    held_out.write_held_out(folder, questions, evaluations, earned if over else None)
 
 
 def said(yes: bool) -> str:
@@ -128,4 +127,4 @@ def remembered(folder: Path, steps: int) -> None:
     for i, name in enumerate(order):
         peak = int(sizes[name] * GIB)
         profiler.spans.append(Span(name, 5.0 * i, 4.8, peak, peak // 2, 0, int(peak * 1.1), peak))
-    memory.write(profiler, folder)
+    memory.write_memory(profiler, folder)

@@ -14,9 +14,8 @@ from grpo_ds.report.held_out import grades
 from grpo_ds.report.live import LOSS_NOTE, above_floor, clock, sparkline
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import resolve_ds_config
-from grpo_ds.task.grading import grade
+from grpo_ds.task.grading import Evaluation, grade
 from grpo_ds.task.questions import Question
-from grpo_ds.training.evaluate import Evaluation
 from tests.training.test_training import ROOT
 
 STEP = {

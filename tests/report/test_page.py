@@ -14,7 +14,7 @@ import pytest
 
 from grpo_ds.errors import MAX_LINES, UsageError
 from grpo_ds.report import answers, curves, memory_use, verdict
-from grpo_ds.report.page import REPORT_FILE, command, page, settings, write
+from grpo_ds.report.page import REPORT_FILE, command, page, settings, write_page
 from grpo_ds.report.run_files import LONGEST_TEXT, RunFiles, read_run
 from tests.report import runs
 from tests.report.browser import Browser, find_chromium
@@ -75,7 +75,7 @@ def titles(run):
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [360, 1200])
 def test_a_browser_shows_all_of_it_in_the_window_and_asks_for_nothing_else(browser, finished, tmp_path, width, dark):
-    seen = browser.see(write(finished, tmp_path / "page.html"), width=width, dark=dark)
+    seen = browser.see(write_page(finished, tmp_path / "page.html"), width=width, dark=dark)
     shown = seen.measures
     assert seen.complaints == [] and seen.requests == [(tmp_path / "page.html").as_uri()]
     assert shown["wide"] == width and shown["overflow"] == 0 and shown["beyond"] == []
@@ -86,13 +86,13 @@ def test_a_browser_shows_all_of_it_in_the_window_and_asks_for_nothing_else(brows
 
 
 def test_light_and_dark_differ_in_page_text_and_lines(browser, finished, tmp_path):
-    file = write(finished, tmp_path / "page.html")
+    file = write_page(finished, tmp_path / "page.html")
     light, dark = (browser.see(file, dark=dark).measures for dark in (False, True))
     assert all(light[part] != dark[part] for part in ("background", "colour", "line"))
 
 
 def test_a_page_can_be_read_aloud(browser, finished, tmp_path):
-    shown = browser.see(write(finished, tmp_path / "page.html")).measures
+    shown = browser.see(write_page(finished, tmp_path / "page.html")).measures
     levels = shown["headings"]
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(deeper <= level + 1 for level, deeper in pairwise(levels))
@@ -127,7 +127,7 @@ def hostile_run(folder):
 def test_texts_of_others_stay_texts(browser, tmp_path):
     folder = tmp_path / "<img src=x onerror=window.ran=1>{{7*7}}"
     hostile_run(folder)
-    seen = browser.see(write(folder, tmp_path / "page.html"), width=360)
+    seen = browser.see(write_page(folder, tmp_path / "page.html"), width=360)
     shown, source = seen.measures, (tmp_path / "page.html").read_text()
     assert seen.complaints == [] and len(seen.requests) == 1 and shown["ran"] is None
     assert shown["title"] == f"Run report: {folder.name}" and folder.name in shown["text"]

@@ -12,7 +12,7 @@ import torch
 from grpo_ds.core.objective import Objective
 from grpo_ds.errors import NumbersError, PreflightError
 from grpo_ds.system import ranks
-from grpo_ds.training.nonfinite import BadSteps
+from grpo_ds.training.nonfinite import NonfiniteSteps
 from grpo_ds.training.preflight import preflight
 from grpo_ds.training.sampling import Sampler
 from tests.conftest import make_tokenizer
@@ -51,7 +51,7 @@ def main(model: str, folder: Path, layout: str) -> None:
     rollout = rollout_of(slice(here.rank * share, (here.rank + 1) * share))
     kept = rollout.ref_logprobs.clone()
     lines: list[str] = []
-    steps = BadSteps(1, here, lines.append)
+    steps = NonfiniteSteps(1, here, lines.append)
     steps.folder = folder
     if is_bad:
         rollout.ref_logprobs[2, 0] = torch.nan
@@ -60,7 +60,7 @@ def main(model: str, folder: Path, layout: str) -> None:
             # Ranks with different numbers of backwards: the bad one meets the other in all of them.
             done = take_step(engine, rollout, pack_tokens=0 if is_bad else 35, here=here)
             assert_untouched(before, engine)
-            steps.heed(done.bad, step, rollout, policy=done.logprobs)
+            steps.record_step(done.bad, step, rollout, policy=done.logprobs)
     except NumbersError as error:
         said["stopped"] = str(error)
     said["bad"], said["lines"] = done.bad, lines

@@ -9,7 +9,7 @@ from grpo_ds.errors import MAX_LINES, NumbersError
 from grpo_ds.models.policy import first_bad_weight
 from grpo_ds.report.trackers import JsonLines
 from grpo_ds.system import ranks
-from grpo_ds.training.nonfinite import BAD_BATCH, BadSteps, refuse_bad_weights
+from grpo_ds.training.nonfinite import BAD_BATCH, NonfiniteSteps, refuse_bad_weights
 from tests.training.layouts import LAYOUTS, assert_untouched, everything, make_engine, rollout_of, take_step
 from tests.training.test_engine import run_ranks
 
@@ -154,7 +154,7 @@ def test_the_first_bad_weight_is_found_wherever_it_is(dtype, value):
 
 def heeding(limit, folder):
     said = []
-    steps = BadSteps(limit, ranks.start(), said.append)
+    steps = NonfiniteSteps(limit, ranks.start(), said.append)
     steps.folder = folder
     return steps, said
 
@@ -165,10 +165,10 @@ def test_more_bad_steps_in_a_row_than_allowed_end_the_run_and_leave_the_batch(tm
     rollout.rewards.total[4], rollout.advantages[4], rollout.ref_logprobs[4, 0] = float("inf"), torch.nan, -torch.inf
     policy = torch.full(rollout.counted.shape, -2.0)
     for step, found in enumerate([bad, [], bad]):  # a good one between: not in a row
-        steps.heed(found, step, rollout, policy=policy, old=None)
+        steps.record_step(found, step, rollout, policy=policy, old=None)
     assert not (tmp_path / BAD_BATCH).exists()
     with pytest.raises(NumbersError, match="steps 3 to 4, more than --max_bad_steps 1") as error:
-        steps.heed(bad, 3, rollout, policy=policy, old=None)
+        steps.record_step(bad, 3, rollout, policy=policy, old=None)
     assert error.value.exit_code == 6 and len(str(error.value).splitlines()) <= MAX_LINES
     assert "too large for fp32" in str(error.value) and str(tmp_path / BAD_BATCH) in str(error.value)
     assert [line.split(":")[0] for line in said] == [
@@ -189,10 +189,10 @@ def test_more_bad_steps_in_a_row_than_allowed_end_the_run_and_leave_the_batch(tm
 def test_the_updates_of_one_rollout_are_one_bad_step():
     steps, said = heeding(1, None)
     for _ in range(4):
-        steps.heed(["loss"], 0, rollout_of(), policy=torch.zeros(12, 10), old=None)
+        steps.record_step(["loss"], 0, rollout_of(), policy=torch.zeros(12, 10), old=None)
     assert len(said) == 1
     with pytest.raises(NumbersError, match="no folder"):
-        steps.heed(["loss"], 1, rollout_of(), policy=torch.zeros(12, 10), old=None)
+        steps.record_step(["loss"], 1, rollout_of(), policy=torch.zeros(12, 10), old=None)
 
 
 def test_metrics_that_are_not_finite_are_null_in_strict_json(tmp_path):

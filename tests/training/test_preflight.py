@@ -108,13 +108,13 @@ def test_completions_that_see_each_other_are_found_by_their_log_probs(engine, mo
 def test_a_mask_made_from_the_pad_token_is_found_by_its_eos(engine, monkeypatch):
     tokenizer = make_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    together = Sampler.together
+    together = Sampler.pad_rows
 
     def not_pad(self, rows):
         made = together(self, rows)
         return Completions(made.ids, made.ids != self.tokenizer.pad_token_id, made.ended)
 
-    monkeypatch.setattr(Sampler, "together", not_pad)
+    monkeypatch.setattr(Sampler, "pad_rows", not_pad)
     refused(engine, "EOS outside the mask", tokenizer=tokenizer)
 
 
@@ -131,7 +131,7 @@ def test_an_eos_without_weight_is_found(engine, monkeypatch):
 
 
 def test_a_token_too_few_is_found(engine, monkeypatch):
-    together = Sampler.together
+    together = Sampler.pad_rows
 
     def short(self, rows):
         made = together(self, rows)
@@ -139,7 +139,7 @@ def test_a_token_too_few_is_found(engine, monkeypatch):
         mask[1, -3:] = False
         return Completions(made.ids, mask, made.ended)
 
-    monkeypatch.setattr(Sampler, "together", short)
+    monkeypatch.setattr(Sampler, "pad_rows", short)
     refused(engine, "2 tokens of a completion of 3")
 
 

@@ -14,9 +14,9 @@ from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsSizes, resolve_ds_config
 from grpo_ds.system import ranks
 from grpo_ds.system.signals import Interrupted
+from grpo_ds.task.grading import graded
 from grpo_ds.task.questions import read_questions, split_questions
 from grpo_ds.training import checkpoint as snapshot
-from grpo_ds.training.evaluate import graded
 from grpo_ds.training.run import Run
 from grpo_ds.training.trainer import Trainer
 from tests.training.test_training import ROOT
@@ -85,8 +85,8 @@ def stop_at(run: Run, when: int | None = None) -> Interrupted | None:
     def counting() -> None:
         nonlocal passed
         passed += 1
-        in_hand = run.trainer.in_hand
-        if passed == when or (when is None and in_hand and in_hand.updates):
+        partial_step = run.trainer.partial_step
+        if passed == when or (when is None and partial_step and partial_step.updates):
             run.trainer.interruption.signum = signal.SIGTERM
         check()
 

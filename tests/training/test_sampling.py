@@ -4,7 +4,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from grpo_ds.training.sampling import STOP, Completions, Row, Sampler, _uniforms, draw, seed_at, unfinished
+from grpo_ds.training.sampling import (
+    STOP,
+    Completions,
+    PartialCompletion,
+    Sampler,
+    _uniforms,
+    draw,
+    seed_at,
+    unfinished,
+)
 
 
 @pytest.fixture
@@ -74,8 +83,8 @@ def ends(sampler, ids):
 def test_the_first_eos_is_trained_and_nothing_after_it(sampler, tiny_model, tokenizer):
     eos = tokenizer.eos_token_id
     assert [ends(sampler, row) for row in ([1, 2, eos, 0], [eos, 3], [1, 2, 3])] == [3, 1, 0]
-    rows = [Row([1, 2, eos], True), Row([eos], True), Row([1, 2, 3, 4, 5])]
-    completions = sampler.together(rows)
+    rows = [PartialCompletion([1, 2, eos], True), PartialCompletion([eos], True), PartialCompletion([1, 2, 3, 4, 5])]
+    completions = sampler.pad_rows(rows)
     assert completions.mask.int().tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]
     assert completions.ended.tolist() == [True, True, False]  # the third ran into the length limit
 
