@@ -9,7 +9,7 @@ help: ## this list
 
 install: $(VENV)/.installed ## create .venv and install, with the embedded model
 
-# torch first and alone: its version decides which build everything else must fit.
+# torch first and alone: its version decides which builds of the other packages fit.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || python3 -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
@@ -29,9 +29,9 @@ test-faults: install ## kill it, fill its disk, damage its files, feed it nonsen
 test-gpu: install ## run the tests that need a GPU, on this machine's card
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)
 
-bench: install ## the benchmarks of the optimizer and of host memory, on the CPU
+bench: install ## the benchmarks of the optimizer and of RAM, on the CPU
 	$(BIN)/python benchmarks/optimizer.py $(ARGS)
-	$(BIN)/python benchmarks/host_memory.py
+	$(BIN)/python benchmarks/ram.py
 
 bench-gpu: install ## on this machine's card: what fits 12, 16 and 24 GB (into docs/memory.md); log-probs, sampling and steps beside TRL's
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[benchmark]'

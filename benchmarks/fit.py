@@ -1,10 +1,10 @@
-"""Does the plan hold? Real trainers with random weights under hard memory caps, each phase's peak beside its plan.
+"""Check the memory plan: real trainers with random weights under memory caps, each phase's peak beside its plan.
 
-A run rehearses the worst case (longest prompts and completions), takes two steps and saves. With a card every row of
-RUNS is tried in a process of its own, torch held to the cap less what CUDA itself takes; without one the host side is
-proved at 0.5B, in fp32, where the plan puts the card's share into RAM, too.
+A run rehearses the worst case (longest prompts and completions), takes two steps and saves. With a card, each run of
+RUNS_ON_A_CARD has a process of its own, in which torch may use the cap minus CUDA's own memory. Without a card, one run
+of 0.5B in fp32 checks RAM, in which the plan then puts everything.
 
-    python benchmarks/fit.py [--docs docs/memory.md]       all rows; the table goes between the file's fit markers
+    python benchmarks/fit.py [--docs docs/memory.md]       all runs; the table goes between the file's fit markers
     python benchmarks/fit.py --model qwen2.5-0.5b [--ds JSON] [--cap_gib 12] [--prompt 48] [--completion 8]
         [--questions 2] [--generations 2] [--pack_tokens 0] [--reference int8] [--layers N]       one run
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 GIB = 2**30
-FULL = ["--prompt", "512", "--completion", "300", "--generations", "4"]  # with 2 questions: the seed's shape
+FULL = ["--prompt", "512", "--completion", "300", "--generations", "4"]  # with 2 questions
 SHORT = ["--prompt", "48", "--completion", "8", "--generations", "2"]
 RUNS_ON_A_CARD = [
     ["--model", "qwen2.5-0.5b", "--cap_gib", "12", *FULL],
@@ -31,7 +31,7 @@ RUNS_ON_A_CARD = [
     ["--model", "qwen2.5-3b", "--cap_gib", "16", "--ds", "ds_configs/zero2_lowram.json", *FULL],
     ["--model", "qwen2.5-3b", "--cap_gib", "24", *FULL],
 ]
-RUNS_WITHOUT = [["--model", "qwen2.5-0.5b", *SHORT]]
+RUNS_WITHOUT_A_CARD = [["--model", "qwen2.5-0.5b", *SHORT]]
 MARKERS = "<!-- fit: begin -->", "<!-- fit: end -->"
 
 
@@ -41,7 +41,7 @@ def main() -> None:
         return print(json.dumps(one_run(arguments)))
     from grpo_ds.system.hardware import gpu_memory_gib
 
-    runs = RUNS_ON_A_CARD if gpu_memory_gib() else RUNS_WITHOUT
+    runs = RUNS_ON_A_CARD if gpu_memory_gib() else RUNS_WITHOUT_A_CARD
     results = []
     for flags in runs:
         done = subprocess.run([sys.executable, __file__, *flags], stdout=subprocess.PIPE, text=True)
@@ -59,19 +59,19 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", metavar="FILE", help="write the table between the markers of this file")
-    parser.add_argument("--model", help="a preset: one run of it")
-    parser.add_argument("--layers", type=int, help="fewer than the model has")
+    parser.add_argument("--model", help="a preset; only this run")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--ds", default="ds_configs/zero2.json")
     parser.add_argument("--reference", default="int8")
-    parser.add_argument("--cap_gib", type=float, help="of a smaller card")
+    parser.add_argument("--cap_gib", type=float, help="memory of a smaller card")
     for name, default in {"prompt": 48, "completion": 8, "generations": 2, "questions": 2, "pack_tokens": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     return parser.parse_args()
 
 
 def one_run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Peaks in bytes, planned and measured, by memory and phase."""
-    from grpo_ds.memory.plan import CUDA_CONTEXT, make_plan
+    """Return the peaks in bytes, planned and measured, by memory and phase."""
+    from grpo_ds.memory.plan import CUDA_CONTEXT, MemoryKind, make_plan
     from grpo_ds.models.shapes import shape_of
     from grpo_ds.settings.config import TrainConfig
     from grpo_ds.settings.ds_config import resolve_ds_config
@@ -99,7 +99,7 @@ def one_run(arguments: argparse.Namespace) -> dict[str, Any]:
             torch.cuda.set_per_process_memory_fraction((arguments.cap_gib - CUDA_CONTEXT / GIB) / card)
         started = time.monotonic()
         uses = train(config, ds, plan)
-    places = ("gpu", "host") if card else ("host",)
+    kinds: tuple[MemoryKind, ...] = ("gpu", "ram") if card else ("ram",)
     return {
         "model": arguments.model,
         "ds": arguments.ds,
@@ -108,16 +108,16 @@ def one_run(arguments: argparse.Namespace) -> dict[str, Any]:
         "tokens": f"{arguments.questions} x {arguments.generations} x ({arguments.prompt} + {arguments.completion})",
         "seconds": time.monotonic() - started,
         "peaks": {
-            where: {p.name: (p.bytes_on(where), uses[p.name].peak(where)) for p in plan.phases if p.name in uses}
-            for where in places
+            kind: {p.name: (p.bytes_in(kind), uses[p.name].peak(kind)) for p in plan.phases if p.name in uses}
+            for kind in kinds
         },
     }
 
 
 def random_model(arguments: argparse.Namespace, folder: Path) -> None:
-    """A bf16 checkpoint of the preset's shape with random weights and the embedded model's tokenizer.
+    """Save a bf16 checkpoint of the preset's shape with random weights and the embedded model's tokenizer.
 
-    Made in a process of its own, whose memory goes when it ends.
+    It is made in a process of its own, so that its memory is free afterwards.
     """
     if os.fork():
         _, status = os.wait()
@@ -139,12 +139,13 @@ def random_model(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def train(config: Any, ds: Any, plan: Any) -> dict[str, Any]:
-    """The worst case, two steps and a save of a real trainer; what its profiler saw of each phase."""
+    """Rehearse the worst case, train two steps and save; return the measured use of each phase."""
     from grpo_ds.report.console import Console
     from grpo_ds.system import ranks
     from grpo_ds.task.questions import read_questions
     from grpo_ds.task.rewards import ready_made
-    from grpo_ds.training.rollout import PromptStyle
+    from grpo_ds.training.prompt_style import PromptStyle
+    from grpo_ds.training.rehearsal import rehearse
     from grpo_ds.training.run import Run
     from grpo_ds.training.trainer import Trainer
 
@@ -160,7 +161,7 @@ def train(config: Any, ds: Any, plan: Any) -> dict[str, Any]:
     trainer.profiler.exact = True
     trainer.collector.style = ShortStyle(config.answer_format, 0, False, max_prompt_length=4096)
     trainer.make_reference(questions)
-    trainer.rehearse()
+    rehearse(trainer)
     for step in range(2):
         trainer.step(step, questions)
     with tempfile.TemporaryDirectory() as folder:
@@ -169,24 +170,34 @@ def train(config: Any, ds: Any, plan: Any) -> dict[str, Any]:
 
 
 def as_table(results: list[dict[str, Any]]) -> str:
-    """Markdown: planned / measured GiB of each phase."""
+    """Return Markdown: planned / measured GiB of each phase, and the relative plan error."""
     import torch
+
+    from grpo_ds.memory.plan import MEMORY_NAMES
 
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no card"
     lines = [f"`python benchmarks/fit.py` on {time.strftime('%Y-%m-%d')}: {card}, {os.cpu_count()} CPU cores "]
-    lines[0] += f"({platform.processor() or platform.machine()}), torch {torch.__version__}. Planned / measured GiB."
+    lines[0] += f"({platform.processor() or platform.machine()}), torch {torch.__version__}. "
+    lines[0] += "Planned / measured GiB (plan error)."
     phases = ["load", "initialise", "sample", "reference", "update", "step", "save"]
-    lines += ["", "| run | cap | on | " + " | ".join(phases) + " |", "|---" * (3 + len(phases)) + "|"]
+    lines += ["", "| run | cap | memory | " + " | ".join(phases) + " |", "|---" * (3 + len(phases)) + "|"]
     for result in results:
         if "error" in result:
             lines.append(f"| {' '.join(result['flags'])} | | | failed: {result['error']} |")
             continue
         run = f"{result['model']}, `{Path(result['ds']).name}`, {result['reference']}, {result['tokens']}"
-        for where, peaks in result["peaks"].items():
-            cells = [f"{peaks[p][0] / GIB:.2f} / {peaks[p][1] / GIB:.2f}" if p in peaks else "" for p in phases]
-            lines.append(f"| {run} | {result['cap_gib'] or ''} | {where} | " + " | ".join(cells) + " |")
+        for kind, peaks in result["peaks"].items():
+            cells = [peak_cell(*peaks[phase]) if phase in peaks else "" for phase in phases]
+            lines.append(f"| {run} | {result['cap_gib'] or ''} | {MEMORY_NAMES[kind]} | " + " | ".join(cells) + " |")
             run = ""
     return "\n".join(lines)
+
+
+def peak_cell(planned: int, measured: int) -> str:
+    from grpo_ds.memory.plan import relative_plan_error
+
+    error = relative_plan_error(measured, planned)
+    return f"{planned / GIB:.2f} / {measured / GIB:.2f}" + ("" if error is None else f" ({error:+.0%})")
 
 
 if __name__ == "__main__":

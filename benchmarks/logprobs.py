@@ -1,9 +1,9 @@
-"""What log-probs through the head cost: our chunked version beside TRL's, Liger's and the full logits.
+"""Cost of log-probs through the head: our chunked version beside TRL's, Liger's and the full logits.
 
-Each side goes from hidden states [N, H], head [V, H] and targets to the log-probs and back to both gradients.
-`peak` is what that needs above its inputs, gradients included: on a card the allocator's peak; on a CPU how far
-resident memory rose in a process of its own, with a malloc that returns what is freed. `seconds` are medians of rounds
-in which the sides take turns, so that a busy neighbour slows them all. `error` is the largest of a log-prob against
+Each method computes log-probs from hidden states [N, H], head [V, H] and targets, and both gradients. `peak` is the
+memory above the inputs, gradients included: on a card the allocator's peak; on a CPU the growth of resident memory in a
+process of its own, with a malloc that returns freed memory. `seconds` are medians of rounds in which the methods take
+turns, so that other load on the machine slows all of them. `error` is the largest difference of a log-prob from
 float64, over the first 300 tokens.
 
     python benchmarks/logprobs.py [--device cuda] [--dtype bfloat16] [--tokens 300 1200 4800] [--quick] [--json FILE]
@@ -26,18 +26,18 @@ from torch import Tensor
 
 OURS, TRL, LIGER = "ours", "TRL, chunked", "Liger GRPO loss"
 NAIVE, TRL_FULL = "full logits, log_softmax + gather", "full logits, TRL selective_log_softmax"
-COMPLETION = 300  # tokens; Liger wants sequences, and takes them one at a time
+COMPLETION = 300  # tokens; Liger needs sequences and computes them one at a time
 CHECKED = 300  # tokens whose log-probs are compared with float64
-TRL_CHUNK = 32768  # what TRL's trainers pass
-# glibc keeps what is freed below its threshold, which it raises as it goes; this one stays, and all else goes back.
+TRL_CHUNK = 32768  # the value in TRL's trainers
+# glibc keeps freed blocks below a threshold, which it raises over time; a fixed one makes it return larger blocks.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 Logprobs = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One side at one number of tokens; None where it was not measured, or does not run (`note` says why)."""
+class Measurement:
+    """One method at one number of tokens; None where it was not measured, or cannot run (`note` says why)."""
 
     name: str
     tokens: int
@@ -57,7 +57,7 @@ def main() -> None:
     if arguments.one_peak:
         print(json.dumps(resident_peak(arguments.one_peak, arguments)))
         return
-    rows: list[Row] = []
+    rows: list[Measurement] = []
     for tokens in arguments.tokens:
         rows += measure(tokens, arguments)
         print_table(rows[-len(arguments.sides) :], tokens, arguments)
@@ -71,20 +71,22 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of hidden and head")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of hidden states and head"
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=[300, 1200, 4800])
     parser.add_argument("--vocab", type=int, default=151_936, help="default: Qwen2.5's")
     parser.add_argument("--hidden", type=int, default=2048, help="default: Qwen2.5-3B's")
-    parser.add_argument("--chunk_mib", type=float, default=64.0, help="of ours (default 64)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed turns of each side; 0 leaves the times out")
+    parser.add_argument("--chunk_mib", type=float, default=64.0, help="chunk of our method (default 64)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each method; 0: no times")
     parser.add_argument(
         "--sides", nargs="+", default=list(SIDES), choices=list(SIDES), metavar="SIDE", help=str([*SIDES])
     )
     parser.add_argument(
-        "--quick", action="store_true", help="300 tokens, an 8,192 x 256 head, two rounds: a minute on a CPU"
+        "--quick", action="store_true", help="300 tokens, a head of 8,192 x 256, two rounds: a minute on a CPU"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
-    parser.add_argument("--one_peak", metavar="SIDE", help=argparse.SUPPRESS)  # the process of its own
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--one_peak", metavar="SIDE", help=argparse.SUPPRESS)  # run in a process of its own
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.vocab, arguments.hidden, arguments.tokens, arguments.rounds = 8192, 256, [300], 2
@@ -92,7 +94,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def naive(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """In fp32 after the matmul, as models that upcast their logits do."""
+    """Convert to fp32 after the matmul, as models do that upcast their logits."""
     return (hidden @ head.T).float().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 
 
@@ -109,7 +111,7 @@ def trl_chunked(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 
 def liger(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Its log-probs; what is timed is `liger_loss`, which takes both gradients on the way."""
+    """Liger's log-probs; `liger_loss` is timed instead, as it computes both gradients in its forward."""
     from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
 
     return LigerFusedLinearPPOBase.chunk_forward(hidden[None], head, targets[None])[0]
@@ -121,7 +123,7 @@ def liger_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     length = COMPLETION if len(targets) % COMPLETION == 0 else len(targets)
     ids = targets.view(-1, length)
     advantages = torch.linspace(-1, 1, len(ids), device=ids.device)
-    # Without a reference, and without torch.compile, which would see the [B, T] part alone.
+    # Without a reference, and without torch.compile, which would compile the [B, T] part alone.
     loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False)
     return loss(hidden.view(*ids.shape, -1), head, ids, torch.ones_like(ids), advantages)[0]
 
@@ -144,7 +146,7 @@ SIDES: dict[str, Callable[[float], Logprobs]] = {
 
 
 def loss_of(name: str, chunk_mib: float) -> Logprobs:
-    """(hidden, head, targets) -> a scalar to take gradients of."""
+    """Return a function (hidden, head, targets) -> scalar, whose gradients are computed."""
     if name == LIGER:
         return liger_loss
     logprobs = SIDES[name](chunk_mib)
@@ -154,7 +156,7 @@ def loss_of(name: str, chunk_mib: float) -> Logprobs:
 
 
 def inputs(tokens: int, vocab: int, hidden: int, arguments: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of standard deviation 3, which reach 15 as a model's do."""
+    """Make inputs whose logits have a standard deviation of 3 and reach 15, as a model's do."""
     torch.manual_seed(0)
     options = {"dtype": getattr(torch, arguments.dtype), "device": arguments.device}
     states = torch.randn(tokens, hidden, **options).requires_grad_()
@@ -162,12 +164,12 @@ def inputs(tokens: int, vocab: int, hidden: int, arguments: argparse.Namespace) 
     return states, head, torch.randint(0, vocab, (tokens,), device=arguments.device)
 
 
-def measure(tokens: int, arguments: argparse.Namespace) -> list[Row]:
+def measure(tokens: int, arguments: argparse.Namespace) -> list[Measurement]:
     tensors = inputs(tokens, arguments.vocab, arguments.hidden, arguments)
     exact = float64_logprobs(*(t.detach() for t in tensors))
     losses, failed, times = {}, {}, {}
     for name in arguments.sides:
-        try:  # at a size that costs nothing; this also loads its libraries and compiles its kernels
+        try:  # at a small size; this also loads libraries and compiles kernels
             step(loss_of(name, arguments.chunk_mib), inputs(COMPLETION, 1000, 64, arguments))
             losses[name] = loss_of(name, arguments.chunk_mib)
             times[name] = []
@@ -180,15 +182,17 @@ def measure(tokens: int, arguments: argparse.Namespace) -> list[Row]:
     rows = []
     for name in arguments.sides:
         if name in failed:
-            rows.append(Row(name, tokens, note=failed[name]))
+            rows.append(Measurement(name, tokens, note=failed[name]))
             continue
         forward, backward = map(statistics.median, zip(*times[name], strict=True)) if times[name] else (None, None)
-        rows.append(Row(name, tokens, peaks[name], forward, backward, error_of(name, tensors, exact, arguments)))
+        rows.append(
+            Measurement(name, tokens, peaks[name], forward, backward, error_of(name, tensors, exact, arguments))
+        )
     return rows
 
 
 def step(loss: Logprobs, tensors: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float]:
-    """Seconds forward and backward; the gradients of hidden states and head are thrown away."""
+    """Return the seconds of forward and backward; the gradients are dropped."""
     wait = torch.cuda.synchronize if tensors[0].is_cuda else lambda: None
     wait()
     start = time.perf_counter()
@@ -202,13 +206,13 @@ def step(loss: Logprobs, tensors: tuple[Tensor, Tensor, Tensor]) -> tuple[float,
 
 
 def peak(name: str, tokens: int, loss: Logprobs, tensors, arguments: argparse.Namespace) -> float | None:
-    """MB above the inputs, one step long."""
+    """Return the peak of one step above its inputs, in MB."""
     if arguments.device == "cpu":
         same = [f"--{key}={getattr(arguments, key)}" for key in ("device", "dtype", "vocab", "hidden", "chunk_mib")]
         command = [sys.executable, __file__, *same, f"--tokens={tokens}", f"--one_peak={name}"]
         result = subprocess.run(command, env=os.environ | MALLOC, capture_output=True, text=True, check=True)
         return json.loads(result.stdout.splitlines()[-1])
-    step(loss, tensors)  # cuBLAS takes its workspace once and keeps it
+    step(loss, tensors)  # cuBLAS allocates its workspace once and keeps it
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step(loss, tensors)
@@ -216,16 +220,16 @@ def peak(name: str, tokens: int, loss: Logprobs, tensors, arguments: argparse.Na
 
 
 def resident_peak(name: str, arguments: argparse.Namespace) -> float:
-    """In a process of its own."""
-    from grpo_ds.memory.phases import host_memory, reset_host_peak
+    """Return the growth of resident memory in one step, in MB; called in a process of its own."""
+    from grpo_ds.memory.phases import reset_resident_peak, resident_memory
 
     loss = loss_of(name, arguments.chunk_mib)
     tensors = inputs(arguments.tokens[0], arguments.vocab, arguments.hidden, arguments)
-    step(loss, inputs(COMPLETION, 1000, 64, arguments))  # code and thread pools
-    reset_host_peak()
-    _, before = host_memory()
+    step(loss, inputs(COMPLETION, 1000, 64, arguments))  # loads code and thread pools
+    reset_resident_peak()
+    _, before = resident_memory()
     step(loss, tensors)
-    return max(0, host_memory()[0] - before) / 1e6
+    return max(0, resident_memory()[0] - before) / 1e6
 
 
 def float64_logprobs(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -255,7 +259,7 @@ def machine(device: str) -> dict[str, object]:
     return {"device": name, "threads": torch.get_num_threads(), **packages}
 
 
-def print_table(rows: list[Row], tokens: int, arguments: argparse.Namespace) -> None:
+def print_table(rows: list[Measurement], tokens: int, arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -268,7 +272,7 @@ def print_table(rows: list[Row], tokens: int, arguments: argparse.Namespace) -> 
     def show(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    def ratio(row: Row, other: str, field: str) -> str:
+    def ratio(row: Measurement, other: str, field: str) -> str:
         mine, theirs = getattr(row, field), getattr(by_name.get(other), field, None)
         return f"{mine / theirs:.2f}" if mine and theirs else ""
 
@@ -280,7 +284,7 @@ def print_table(rows: list[Row], tokens: int, arguments: argparse.Namespace) -> 
     Console(width=130).print(table)
     for r in rows:
         if r.note:
-            print(f"{r.name} does not run here: {r.note}")
+            print(f"{r.name} cannot run here: {r.note}")
 
 
 if __name__ == "__main__":

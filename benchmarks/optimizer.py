@@ -1,9 +1,9 @@
-"""How fast a host steps its parameters: our 8-bit AdamW beside bitsandbytes', DeepSpeed's and torch's.
+"""Speed of optimizer steps on a CPU: our 8-bit AdamW beside bitsandbytes', DeepSpeed's and torch's.
 
-The contenders step the same gradient in turn, round after round, so that a busy neighbour slows them all; medians,
-and the fastest step beside them (a neighbour slows a step that computes more than one that waits for memory).
-`GB/s` is the least traffic a step can do with (bytes/param) over its time, to be held against the copy's.
-`transient` is how far resident memory rose above its level before the step.
+The optimizers step the same gradient in turn, round after round, so that other load on the machine slows all of them.
+Reported are medians and the fastest step (other load slows a step that computes more than one that waits for memory).
+`GB/s` is the least memory traffic of a step (bytes/param) divided by its time, to be compared with the copy's.
+`transient` is the growth of resident memory above its level before the step.
 
     python benchmarks/optimizer.py [--elements 67108864] [--rounds 7] [--json FILE]
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 OURS, OURS_SPLIT, OURS_STOCHASTIC = "CPUAdamW8bit", "same, bf16 + residual", "same, bf16 stochastic"
 COPY, STAGING = "torch copy_", "ZeRO's staging copy"
 BITSANDBYTES, DEEPSPEED, TORCH = "bitsandbytes AdamW8bit", "DeepSpeedCPUAdam", "torch AdamW(fused)"
-# Gradient + parameter read and written + moments read and written. Ours reads the gradient twice: NaN check first.
+# Gradient + parameter read and written + moments read and written. Ours reads the gradient twice: first to find NaN.
 BYTES = {
     OURS: 4 + 4 + 8 + 4,
     OURS_SPLIT: 2 + 2 + 8 + 4,
@@ -34,8 +34,8 @@ BYTES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One contender: medians over the rounds, at `elements` parameters."""
+class Measurement:
+    """One optimizer: medians over the rounds, at `elements` parameters."""
 
     name: str
     seconds: float
@@ -48,16 +48,16 @@ class Row:
 
 def main() -> None:
     arguments = parse_arguments()
-    # A user's `.venv/bin/python` finds the ninja of its own folder, which DeepSpeed's build asks for.
+    # DeepSpeed's build needs ninja, which lies in the folder of this Python and may not be in PATH.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    steps = contenders(arguments.elements)
+    steps = optimizer_steps(arguments.elements)
     transients = {name: transient_megabytes(step) for name, step in steps.items()}
     copies = copiers(arguments.elements)
     times: dict[str, list[float]] = {name: [] for name in [*steps, *copies]}
     for _ in range(arguments.rounds):
         for name, step in [*steps.items(), *copies.items()]:
             times[name].append(seconds(step))
-    rows = [row(name, times[name], arguments.elements, transients[name]) for name in steps]
+    rows = [measurement(name, times[name], arguments.elements, transients[name]) for name in steps]
     medians = {name: statistics.median(times[name]) for name in copies}
     copy_bandwidth = 8 * arguments.elements / medians[COPY] / 1e9
     print_table(rows, copy_bandwidth, medians[STAGING], arguments)
@@ -71,13 +71,13 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--elements", type=int, default=1 << 26, help="parameters in the flat tensor (default 64 Mi)")
-    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each contender (default 7)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each optimizer (default 7)")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     return parser.parse_args()
 
 
-def contenders(elements: int) -> dict[str, Callable[[], object]]:
-    """Each with parameters and moments of its own, one step already taken."""
+def optimizer_steps(elements: int) -> dict[str, Callable[[], object]]:
+    """Make the optimizers, each with its own parameters and moments after one step."""
     import bitsandbytes
     import torch
     from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -85,7 +85,7 @@ def contenders(elements: int) -> dict[str, Callable[[], object]]:
     from grpo_ds.optim import CPUAdamW8bit
 
     torch.manual_seed(0)
-    gradient = torch.randn(elements) * torch.rand(elements) ** 3  # magnitudes spread over some decades
+    gradient = torch.randn(elements) * torch.rand(elements) ** 3  # magnitudes over several decades
 
     def prepare(build, dtype=torch.float32):
         parameter = torch.nn.Parameter(torch.full((elements,), 0.02, dtype=dtype))
@@ -106,7 +106,7 @@ def contenders(elements: int) -> dict[str, Callable[[], object]]:
 
 
 def copiers(elements: int) -> dict[str, Callable[[], object]]:
-    """The machine's bandwidth, and what ZeRO does after each step of fp32 masters: their copy in bf16."""
+    """Make the copies: one measures the bandwidth, the other is ZeRO's copy of fp32 masters to bf16 after each step."""
     import torch
 
     source, target, half = torch.ones(elements), torch.zeros(elements), torch.zeros(elements, dtype=torch.bfloat16)
@@ -120,19 +120,19 @@ def seconds(step: Callable[[], object]) -> float:
 
 
 def transient_megabytes(step: Callable[[], object]) -> float:
-    """How far a step rises above what was resident before it."""
-    from grpo_ds.memory.phases import host_memory, reset_host_peak
+    """Return the growth of resident memory in a step."""
+    from grpo_ds.memory.phases import reset_resident_peak, resident_memory
 
-    reset_host_peak()
-    _, before = host_memory()
+    reset_resident_peak()
+    _, before = resident_memory()
     step()
-    return max(0, host_memory()[0] - before) / 2**20
+    return max(0, resident_memory()[0] - before) / 2**20
 
 
-def row(name: str, times: list[float], elements: int, transient: float) -> Row:
+def measurement(name: str, times: list[float], elements: int, transient: float) -> Measurement:
     taken = statistics.median(times)
     moved = BYTES[name] * elements / taken / 1e9
-    return Row(name, taken, elements / taken, elements / min(times), BYTES[name], moved, transient)
+    return Measurement(name, taken, elements / taken, elements / min(times), BYTES[name], moved, transient)
 
 
 def machine() -> dict[str, object]:
@@ -144,7 +144,7 @@ def machine() -> dict[str, object]:
     return {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "path": path}
 
 
-def print_table(rows: list[Row], copy_bandwidth: float, staging: float, arguments: argparse.Namespace) -> None:
+def print_table(rows: list[Measurement], copy_bandwidth: float, staging: float, arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -1,7 +1,7 @@
-"""Sampling beside transformers' generate(): the same model, prompts and length, in turn; ratios of medians.
+"""Time of sampling beside transformers' generate(): the same model, prompts and length, in turn; ratios of medians.
 
-generate() gets what its users give it: the prompt repeated for every row. On a card ours runs with CUDA graphs as well.
-Prompts and weights may be random: only time is looked at.
+generate() gets the prompt repeated for every row, as its users do it. On a card ours also runs with CUDA graphs.
+Prompts and weights may be random, as only time is measured.
 
     python benchmarks/sampling.py [--questions 1] [--prompt 384] [--generations 8] [--completion 64] [--rounds 3]
         [--dtype float32] [--model smollm2-135m | --preset qwen2.5-1.5b]
@@ -30,7 +30,7 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--preset", choices=sorted(PRESET_CONFIGS), help="its shape with random weights")
+    parser.add_argument("--preset", choices=sorted(PRESET_CONFIGS), help="a preset's shape with random weights")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     if arguments.preset:
@@ -64,7 +64,7 @@ def main() -> None:
             run()
             if cuda:
                 torch.cuda.synchronize()
-            if round_:  # the first allocates and compiles
+            if round_:  # the first round allocates and compiles
                 seconds[name].append(time.perf_counter() - started)
         print({name: [round(s, 2) for s in taken] for name, taken in seconds.items()}, file=sys.stderr, flush=True)
     print_table(seconds, arguments)
@@ -73,7 +73,7 @@ def main() -> None:
 def print_table(seconds: dict[str, list[float]], arguments: argparse.Namespace) -> None:
     count = arguments.questions * arguments.generations
     title = f"{arguments.preset or arguments.model}, {arguments.dtype}, {count} rows of {arguments.completion} tokens "
-    table = Table(title=f"{title}behind {arguments.prompt}, medians of {arguments.rounds}")
+    table = Table(title=f"{title}after {arguments.prompt}, medians of {arguments.rounds}")
     for header in ("", "seconds", "tokens/s", "faster than generate()"):
         table.add_column(header, justify="right" if header else "left")
     base = statistics.median(seconds["generate()"])

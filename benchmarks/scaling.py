@@ -1,9 +1,9 @@
-"""How a step grows with the size of the group, the prompt, the completion and the model, and its arithmetic floor.
+"""Time of a step by group size, prompt, completion and model, beside a lower bound from arithmetic.
 
-One size is changed at a time around the middle one; each shape in a process of its own (benchmarks/step.py's side
-"ours"). The floor is the work that cannot be left out at the speed of a large matrix product on this machine, or for
-decoding, where that is slower, the weights read once a token at the speed of a copy. The last column is what a trainer
-would compute that repeats the prompt for every completion.
+One size at a time differs from the middle shape; each shape has a process of its own (benchmarks/step.py's side
+"ours"). The bound is the necessary work at the speed of a large matrix product on this machine, or for decoding, where
+that is slower, reading the weights once per token at the speed of a copy. The last column has the tokens of a trainer
+that repeats the prompt for every completion.
 
     python benchmarks/scaling.py [--steps 1] [--model smollm2-135m] [--dtype float32] [--json FILE]
 """
@@ -23,7 +23,7 @@ from step import answer
 
 @dataclass(frozen=True)
 class Shape:
-    """One question a step."""
+    """Sizes of a step with one question."""
 
     model: str
     prompt: int = 384
@@ -37,7 +37,7 @@ class Shape:
 
     @property
     def repeated(self) -> int:
-        """Tokens of a trainer that repeats the prompt."""
+        """Tokens of a trainer that repeats the prompt for every completion."""
         return self.generations * (self.prompt + self.completion)
 
 
@@ -46,9 +46,9 @@ VARIED = {"generations": (2, 4, 16, 32), "prompt": (96, 192, 768), "completion":
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1, help="counted steps of each shape")
+    parser.add_argument("--steps", type=int, default=1, help="measured steps of each shape")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--larger", nargs="*", default=[], help="other models, at the middle shape")
+    parser.add_argument("--larger", nargs="*", default=[], help="other models, measured at the middle shape")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
@@ -59,7 +59,7 @@ def main() -> None:
     print(f"{flops / 1e9:.0f} GFLOP/s in a product of 1,024, {bandwidth / 1e9:.1f} GB/s in a copy", file=sys.stderr)
     rows = []
     for shape in shapes:
-        rows.append((shape, measured(shape, arguments), floor(shape, arguments.dtype, flops, bandwidth)))
+        rows.append((shape, measured(shape, arguments), lower_bound(shape, arguments.dtype, flops, bandwidth)))
         print(*rows[-1], file=sys.stderr, flush=True)
     print_table(rows)
     if arguments.json:
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def machine(dtype: str) -> tuple[float, float]:
-    """FLOP/s of a large matrix product and bytes/s of a copy (read and written), the best of several."""
+    """Measure FLOP/s of a large matrix product and bytes/s of a copy (read and written), the best of several."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -92,14 +92,14 @@ def machine(dtype: str) -> tuple[float, float]:
 
 
 def measured(shape: Shape, arguments: argparse.Namespace) -> dict[str, float]:
-    """Median seconds a phase, and the peak."""
+    """Return the median seconds of each phase, and the peak."""
     script = str(Path(__file__).with_name("step.py"))
     flags = [f"--{name}={value}" for name, value in vars(shape).items()]
     command = [sys.executable, script, *flags, "--dtype", arguments.dtype, "--side", "ours"]
     worker: Any = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     answer(worker)  # ready
     taken = []
-    for _ in range(arguments.steps + 1):  # the first allocates
+    for _ in range(arguments.steps + 1):  # the first step allocates
         worker.stdin.write("go\n")
         worker.stdin.flush()
         taken.append(answer(worker))
@@ -107,8 +107,8 @@ def measured(shape: Shape, arguments: argparse.Namespace) -> dict[str, float]:
     return {name: statistics.median(step[name] for step in taken[1:]) for name in taken[0]}
 
 
-def floor(shape: Shape, dtype: str, flops: float, bandwidth: float) -> dict[str, float]:
-    """Seconds of each phase if nothing but its products (or, decoding, its weights) had to be done."""
+def lower_bound(shape: Shape, dtype: str, flops: float, bandwidth: float) -> dict[str, float]:
+    """Return the seconds of each phase for its matrix products alone (when decoding, for reading the weights)."""
     from grpo_ds.models.shapes import shape_of
 
     model = shape_of(shape.model)
@@ -131,7 +131,7 @@ def print_table(rows: list[tuple[Shape, dict[str, float], dict[str, float]]]) ->
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="seconds measured / floor")
+    table = Table(title="seconds: measured / lower bound")
     headers = (
         "model",
         "P",
@@ -141,7 +141,7 @@ def print_table(rows: list[tuple[Shape, dict[str, float], dict[str, float]]]) ->
         "sample",
         "reference",
         "update",
-        "whole",
+        "total",
         "peak GiB",
         "G (P + C) tokens",
     )
@@ -154,7 +154,7 @@ def print_table(rows: list[tuple[Shape, dict[str, float], dict[str, float]]]) ->
             Path(shape.model).name,
             *map(str, sizes),
             *phases,
-            f"{took['whole']:.1f}",
+            f"{took['total']:.1f}",
             f"{took['peak']:.2f}",
             f"{shape.repeated} ({shape.repeated / shape.packed:.1f} x)",
         )

@@ -1,12 +1,12 @@
-"""A whole training step beside TRL's GRPOTrainer: the same weights, prompts, shapes, dtype and number of threads.
+"""A complete training step beside TRL's GRPOTrainer: the same weights, prompts, shapes, dtype and number of threads.
 
-Each side lives in a process of its own and takes a step when told to, ours and TRL's in turn while the other is
-stopped, so that a busy neighbour slows both; ratios are those of medians. Completions are forced to their full length,
-so that both do the same work; --free lets them end. On a card both run under ZeRO-2 with the optimizer in host memory,
-and --preset takes a Qwen's shape with random weights. Needs the extra `benchmark`.
+Each side has a process of its own. They take steps in turn while the other is stopped, so that other load on the
+machine slows both; ratios are ratios of medians. Completions have their full length, so that both sides do the same
+work; with --free they may end. On a card both run under ZeRO-2 with the optimizer in RAM, and --preset takes a Qwen's
+shape with random weights. Needs the extra `benchmark`.
 
-TRL runs as its defaults say (gradient checkpointing on); ours checkpoints where the memory plan has no room for all
-activations, or as --checkpointing says.
+TRL runs with its defaults (gradient checkpointing on); ours uses checkpointing where the memory plan has no room for
+all activations, or as --checkpointing says.
 
     python benchmarks/step.py [--questions 1] [--prompt 384] [--generations 8] [--completion 64] [--steps 3]
         [--dtype float32] [--model smollm2-135m | --preset qwen2.5-1.5b] [--data FILE] [--beta 0.04] [--free]
@@ -28,7 +28,7 @@ from typing import Any
 from fit import random_model
 
 SIDES = ("ours", "TRL")
-PHASES = ("sample", "reference", "update", "whole")  # update holds the optimizer's step
+PHASES = ("sample", "reference", "update", "total")  # update includes the optimizer's step
 GIB = 2**30
 
 
@@ -73,8 +73,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--preset", choices=("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b"))
-    parser.add_argument("--data", help="questions whose contexts the prompts are cut from; default: running words")
-    parser.add_argument("--checkpointing", choices=("auto", "true", "false"), default="auto", help="ours")
+    parser.add_argument("--data", help="take the prompts from the contexts of these questions; default: single words")
+    parser.add_argument("--checkpointing", choices=("auto", "true", "false"), default="auto", help="of our side")
     parser.add_argument("--beta", type=float, default=0.04)
     parser.add_argument("--free", action="store_true", help="completions may end")
     parser.add_argument("--json", metavar="FILE")
@@ -83,14 +83,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def answer(worker: Any) -> dict[str, float]:
-    """The next line a worker meant for us; libraries print, too."""
+    """Return the next result of a worker, skipping lines that libraries print."""
     for line in worker.stdout:
         if line.startswith("{"):
             return json.loads(line)
     raise SystemExit(f"a worker ended with {worker.wait()}")
 
 
-def tell(values: dict[str, float]) -> None:
+def report(values: dict[str, float]) -> None:
     print(json.dumps(values), flush=True)
 
 
@@ -102,13 +102,13 @@ def wait_for_go() -> None:
 def peak_gib() -> float:
     import torch
 
-    from grpo_ds.memory.phases import host_memory
+    from grpo_ds.memory.phases import resident_memory
 
-    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else host_memory()[0]) / GIB
+    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident_memory()[0]) / GIB
 
 
 def prompts(tokenizer: Any, arguments: argparse.Namespace) -> list[str]:
-    """Texts of exactly so many tokens: cut from the data's contexts, or words that are one token each."""
+    """Return texts of exactly --prompt tokens: cut from the data's contexts, or words of one token each."""
     if arguments.data:
         from grpo_ds.task.questions import read_questions
 
@@ -127,7 +127,7 @@ def prompts(tokenizer: Any, arguments: argparse.Namespace) -> list[str]:
 
 
 def cut_to(tokenizer: Any, ids: list[int], length: int) -> str:
-    """The first text of these tokens that comes back as exactly `length` of them."""
+    """Return the first text of these tokens that is encoded as exactly `length` tokens."""
     for first in range(length):
         text = tokenizer.decode(ids[first : first + length])
         if len(tokenizer(text)["input_ids"]) == length:
@@ -136,7 +136,7 @@ def cut_to(tokenizer: Any, ids: list[int], length: int) -> str:
 
 
 def spread(texts: list[str]) -> list[float]:
-    """Rewards that differ within a group, the same for the same text."""
+    """Return rewards that differ within a group but depend on the text alone."""
     return [sum(map(ord, text)) % 97 / 97 for text in texts]
 
 
@@ -149,7 +149,7 @@ def ours(arguments: argparse.Namespace) -> None:
     from grpo_ds.system import ranks
     from grpo_ds.system.hardware import gpu_memory_gib, ram_gib
     from grpo_ds.task.questions import read_questions
-    from grpo_ds.training.rollout import PromptStyle
+    from grpo_ds.training.prompt_style import PromptStyle
     from grpo_ds.training.trainer import Trainer
 
     config = TrainConfig(
@@ -177,21 +177,22 @@ def ours(arguments: argparse.Namespace) -> None:
     trainer.sampler.full_length = not arguments.free
     questions = list(read_questions("sample").questions)
     trainer.make_reference(questions)
-    if arguments.preset:  # a head of all its rows, though the tokenizer that goes with the random weights names fewer
+    if arguments.preset:  # use all rows of the head, of which the embedded model's tokenizer has fewer
         for model in (trainer.engine.policy, *([trainer.reference.model] if trainer.reference else [])):
             model.options["vocab_size"] = trainer.engine.model.config.vocab_size
-    tell({})
+    report({})
     for step in range(1000):
         wait_for_go()
         started = time.perf_counter()
         metrics = trainer.step(step, questions)
-        whole = time.perf_counter() - started
+        total = time.perf_counter() - started
         seconds = {phase: metrics[f"seconds/{phase}"] for phase in ("sample", "reference", "update", "step")}
         seconds["update"] += seconds.pop("step")
-        tell({**seconds, "whole": whole, "peak": metrics["memory/ram_gib"], "length": metrics["completion_length"]})
+        result = {"total": total, "peak": metrics["memory/ram_gib"], "length": metrics["completions/mean_length"]}
+        report({**seconds, **result})
 
 
-# What our ds_configs/zero2.json says, in the keys that transformers fills.
+# Our ds_configs/zero2.json, with the keys that transformers fills.
 ZERO2 = {
     "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 25_000_000},
     "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}},
@@ -203,7 +204,7 @@ ZERO2 = {
 
 
 def trl_config(arguments: argparse.Namespace) -> Any:
-    """TRL's defaults but for what fixes the work."""
+    """Return TRL's defaults, except for the values that fix the work."""
     import torch
     from trl import GRPOConfig
 
@@ -248,10 +249,10 @@ def trl(arguments: argparse.Namespace) -> None:
             clock["began"] = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            whole = time.perf_counter() - clock.pop("began")
+            total = time.perf_counter() - clock.pop("began")
             sample, scored = clock["_generate"], clock["_generate_and_score_completions"]
-            seconds = {"sample": sample, "reference": scored - sample, "update": whole - scored, "whole": whole}
-            tell({**seconds, "peak": peak_gib(), "length": float(arguments.completion)})
+            seconds = {"sample": sample, "reference": scored - sample, "update": total - scored, "total": total}
+            report({**seconds, "peak": peak_gib(), "length": float(arguments.completion)})
 
     clock: dict[str, float] = {}
     trainer = GRPOTrainer(
@@ -276,7 +277,7 @@ def trl(arguments: argparse.Namespace) -> None:
 
     timed("_generate")
     timed("_generate_and_score_completions")
-    tell({})
+    report({})
     trainer.train()
 
 
@@ -295,7 +296,7 @@ def print_table(results: dict[str, list[dict[str, float]]], arguments: argparse.
         cells = [f"{medians[0]:.2f} s", f"{medians[1]:.2f} s", f"{medians[1] / medians[0]:.2f}"]
         table.add_row(phase, *cells, f"{min(pairs):.2f} to {max(pairs):.2f}")
     tokens = [
-        statistics.median(s["length"] * arguments.questions * arguments.generations / s["whole"] for s in results[side])
+        statistics.median(s["length"] * arguments.questions * arguments.generations / s["total"] for s in results[side])
         for side in SIDES
     ]
     table.add_row("tokens/s", *(f"{rate:.1f}" for rate in tokens), f"{tokens[1] / tokens[0]:.2f}", "")

@@ -1,7 +1,7 @@
 """The pictures of docs/how_it_works.md: `python docs/pictures.py` writes docs/*.svg.
 
-They have a background of their own, so they read alike on a light and a dark page. Text stays text, and two runs with
-one matplotlib write the same bytes. Coordinates are inches.
+Their own background makes them readable on a light and a dark page. Text stays text, and the same matplotlib always
+writes the same bytes. Coordinates are inches.
 """
 
 import sys
@@ -17,17 +17,17 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon, Rectang
 
 HERE = Path(__file__).resolve().parent
 PAPER, INK, EDGE, CARD, RAM, HIDDEN = "#ffffff", "#1f2933", "#52606d", "#dceaf7", "#f6ead6", "#e4e7eb"
-PROMPT, COMPLETIONS = "#0072b2", ("#e69f00", "#b87a00")  # completions in turn, so that neighbours can be told apart
+PROMPT, COMPLETIONS = "#0072b2", ("#e69f00", "#b87a00")  # in turn, to tell neighbours apart
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "grpo_ds",
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],  # the widest first: others take less room
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],  # the widest first: others need less room
     "font.size": 10,
     "text.color": INK,
 }
 
-# What a step does: name, words, left edge, bottom, width.
+# The boxes of a step: name, words, left edge, bottom, width.
 HEIGHT = 1.05
 BOXES = {
     "Sample": ("G completions each; a\nprompt's keys kept once", 0.85, 3.85, 2.45),
@@ -35,12 +35,12 @@ BOXES = {
     "Reference": ("int8; log-probs\n(none with beta 0)", 6.9, 4.55, 2.15),
     "Policy": ("bf16; log-probs, by\nchunks of the vocabulary", 6.9, 3.15, 2.15),
     "Loss": ("clipped ratio x advantage,\nbeta x KL; one backward", 9.6, 3.85, 2.3),
-    "Questions": ("Q of them, as prompts", 0.3, 0.75, 1.85),
+    "Questions": ("Q, as prompts", 0.3, 0.75, 1.85),
     "Rewards": ("functions on text,\nyours or ours", 2.6, 0.75, 1.8),
-    "Advantages": ("reward less the mean\nof its group, / std", 4.95, 0.75, 1.95),
+    "Advantages": ("reward minus the mean\nof its group, / std", 4.95, 0.75, 1.95),
     "8-bit AdamW": ("master weights 4, gradients 4,\nmoments 2: 10 bytes a parameter", 8.95, 0.75, 2.95),
 }
-# Points an arrow goes through, what it carries, and where that is written.
+# Arrows: their points, their words, and the place of the words.
 ARROWS = (
     (((1.5, 1.8), (1.5, 3.85)), "", (0, 0)),
     (((2.95, 3.85), (2.95, 1.8)), "texts", (2.5, 2.62)),
@@ -55,7 +55,7 @@ ARROWS = (
     (((8.95, 1.27), (7.97, 1.27), (7.97, 3.15)), "new weights,\n16 bits", (7.42, 1.8)),
 )
 
-# The shape that docs/performance.md measured. A completion's last token is a target, but no input.
+# The shape measured in docs/performance.md. A completion's last token is a target, but no input.
 P, G, C = 384, 8, 64
 OWN = C - 1
 PACKED, REPEATED = P + G * OWN, G * (P + C)
@@ -71,13 +71,13 @@ def main(folder: Path = HERE) -> None:
 
 
 def one_step() -> plt.Figure:
-    """From the questions to the new weights, and what lives where."""
+    """Draw a step from the questions to the new weights, and which memory holds what."""
     figure, axes = _canvas(12.2, 6.2)
     _rounded(axes, 0.1, 2.95, 12.0, 3.15, CARD, CARD)
-    axes.text(0.3, 5.8, "On the card: weights of policy and reference, KV cache, activations", weight="bold", size=11)
+    axes.text(0.3, 5.8, "GPU memory: weights of policy and reference, KV cache, activations", weight="bold", size=11)
     _rounded(axes, 0.1, 0.1, 12.0, 2.15, RAM, RAM)
-    axes.text(0.3, 0.33, "In RAM: data, rewards, the optimizer and all it keeps", weight="bold", size=11)
-    axes.text(11.9, 0.33, "Without a card: everything", ha="right")
+    axes.text(0.3, 0.33, "RAM: data, rewards, the optimizer and its state", weight="bold", size=11)
+    axes.text(11.9, 0.33, "Without a card: everything is in RAM", ha="right")
     for points, carried, place in ARROWS:
         _arrow(axes, points)
         axes.text(*place, carried, ha="left" if len(points) > 3 else "center", va="bottom", size=9, style="italic")
@@ -89,7 +89,7 @@ def one_step() -> plt.Figure:
 
 
 def packed_row() -> plt.Figure:
-    """A group's tokens and which of them each one sees: packed, and in a row for each completion; to one scale."""
+    """Draw a group's tokens and the tokens that each sees, packed and in a row for each completion, to one scale."""
     figure, axes = _canvas(12.2, 5.2)
     axes.text(0.3, 4.85, "Packed: the prompt once", weight="bold", size=12)
     axes.text(0.3, 4.58, f"{P} + {G} x {OWN} = {PACKED} tokens; {_seen(P) + G * _behind(OWN):,} scores")
@@ -98,22 +98,22 @@ def packed_row() -> plt.Figure:
     axes.text(4.45, 4.58, f"{G} x ({P} + {C}) = {REPEATED:,} tokens; {G * _seen(P + C):,} scores")
     for number in range(G):
         _mask(axes, 4.45 + number % 4 * 1.93, 4.05 - number // 4 * 2.1, [C], bar=0.18, first=number)
-    axes.text(0.3, 0.13, "Bars: the tokens computed. Squares: a line\na token, coloured what it sees.", size=9)
+    axes.text(0.3, 0.13, "Bars: the computed tokens. Squares: a line\na token, in colour the tokens it sees.", size=9)
     return figure
 
 
 def _seen(tokens: int) -> int:
-    """Scores of a causal triangle."""
+    """Number of attention scores of a causal triangle."""
     return tokens * (tokens + 1) // 2
 
 
 def _behind(tokens: int) -> int:
-    """Of a completion behind the prompt."""
+    """Number of attention scores of a completion behind the prompt."""
     return tokens * P + _seen(tokens)
 
 
 def _mask(axes: Axes, left: float, top: float, lengths: Sequence[int], *, bar: float, first: int = 0) -> None:
-    """A bar of prompt and completions, and below it who sees whom."""
+    """Draw a bar of prompt and completions, and below it the tokens that each token sees."""
     size = (P + sum(lengths)) * SCALE
     _block(axes, left, top - size, size, size, HIDDEN)
     _segment(axes, left, top + 0.05, P, "prompt", PROMPT, bar)
@@ -155,7 +155,7 @@ def _rounded(axes: Axes, left: float, bottom: float, width: float, height: float
 
 
 def _arrow(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
-    """Through corners; the head is on the last stretch."""
+    """Draw an arrow through corners; its head is on the last stretch."""
     axes.plot(*zip(*points[:-1], strict=True), color=EDGE, lw=1.4, solid_joinstyle="round")
     axes.add_patch(
         FancyArrowPatch(points[-2], points[-1], arrowstyle="-|>", mutation_scale=13, color=EDGE, lw=1.4, shrinkA=0)

@@ -1,4 +1,4 @@
-"""`python -m grpo_ds COMMAND`: as `grpo-ds COMMAND`, also behind a launcher."""
+"""`python -m grpo_ds COMMAND`: the same as `grpo-ds COMMAND`, and usable by launchers."""
 
 from grpo_ds.commands.main import main
 

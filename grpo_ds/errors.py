@@ -1,8 +1,7 @@
-"""Errors a person can cause or meet: a message of at most six lines and an exit code, no traceback.
+"""Errors that a person can cause or meet: a message of at most six lines and an exit code, no traceback.
 
-A command prints the message of a GrpoError to stderr and exits with its code; anything else is our bug
-and keeps its traceback. `one_error` gathers all that is wrong into one error, because fixing five
-mistakes in five runs is four runs too many.
+A command prints the message of a GrpoError to stderr and exits with its code; any other exception is our bug and
+keeps its traceback. `one_error` puts all mistakes into one error, so that five of them do not take five runs to find.
 """
 
 import os
@@ -13,15 +12,15 @@ from io import TextIOWrapper
 from grpo_ds.terminal import escape_control_chars
 
 BY_CTRL_C, PREEMPTED = 130, 75  # exit codes of a run that was asked to stop; 75 is sysexits' "try again"
-MAX_LINES = 6  # what still reads at a glance in a terminal full of launcher output
+MAX_LINES = 6  # readable at a glance in a terminal full of launcher output
 
 
 class GrpoError(Exception):
-    """What went wrong, where, and what to do. Subclasses fix the exit code."""
+    """Base of our errors: the message says what is wrong, where, and what to do; subclasses set the exit code."""
 
     exit_code = 1
     opening = "Error: "
-    on_every_rank = False  # all ranks raise it, at the same place
+    on_every_rank = False  # True if all ranks raise it at the same place
 
 
 class UsageError(GrpoError):
@@ -43,23 +42,23 @@ class CheckpointError(GrpoError):
 
 
 class NumbersError(GrpoError):
-    """Numbers that are not finite, or not what they must be: trying again as it is gives the same."""
+    """Numbers that are not finite or not correct; the same run again gives the same error."""
 
     exit_code = 6
 
 
 class PreflightError(NumbersError):
-    """What would spoil the training, found before its first step. Numbers are wrong, so it has their exit code."""
+    """A check before the first step that failed. It has the exit code of wrong numbers."""
 
 
 class RewardError(GrpoError):
-    """A reward function that failed while it judged completions."""
+    """A reward function that failed."""
 
     exit_code = 7
 
 
 def one_error(error_type: type[GrpoError], headline: str, problems: Sequence[str], remedy: str = "") -> GrpoError:
-    """One error from many problems: headline, as many problems as fit, how many more, remedy."""
+    """Make one error of many problems: headline, as many problems as fit, how many more, remedy."""
     room = MAX_LINES - 1 - bool(remedy)
     shown = list(problems) if len(problems) <= room else list(problems[: room - 1])
     if len(shown) < len(problems):
@@ -68,8 +67,8 @@ def one_error(error_type: type[GrpoError], headline: str, problems: Sequence[str
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Call `main(argv)`; a GrpoError ends in its message and exit code, said by the first rank alone."""
-    for stream in (sys.stdout, sys.stderr):  # a model writes what a terminal in Latin-1 has no sign for
+    """Call `main(argv)`. For a GrpoError rank 0 prints its message, and the process exits with its code."""
+    for stream in (sys.stdout, sys.stderr):  # a model may write characters that a Latin-1 terminal cannot show
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:

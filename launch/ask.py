@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Ask a model: grpo_ds/commands/ask.py, also as `grpo-ds ask`."""
+"""Ask a model: the same as `grpo-ds ask`; see grpo_ds/commands/ask.py."""
 
 from grpo_ds.commands.ask import main
 from grpo_ds.errors import run_script

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Grade a model's answers: grpo_ds/commands/evaluate.py, also as `grpo-ds eval`."""
+"""Grade a model's answers: the same as `grpo-ds eval`; see grpo_ds/commands/evaluate.py."""
 
 from grpo_ds.commands.evaluate import main
 from grpo_ds.errors import run_script

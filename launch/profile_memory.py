@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Where a run's memory goes: grpo_ds/commands/profile.py, also as `grpo-ds profile`."""
+"""Measure a run's memory: the same as `grpo-ds profile`; see grpo_ds/commands/profile.py."""
 
 from grpo_ds.commands.profile import main
 from grpo_ds.errors import run_script

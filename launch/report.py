@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A run on one page: grpo_ds/commands/report.py, also as `grpo-ds report`."""
+"""Write the report of a run: the same as `grpo-ds report`; see grpo_ds/commands/report.py."""
 
 from grpo_ds.commands.report import main
 from grpo_ds.errors import run_script

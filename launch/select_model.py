@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Which model fits this card and this RAM: grpo_ds/commands/select.py, also as `grpo-ds select`."""
+"""Find the model that fits this card and this RAM: the same as `grpo-ds select`; see grpo_ds/commands/select.py."""
 
 from grpo_ds.commands.select import main
 from grpo_ds.errors import run_script

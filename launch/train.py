@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fine-tune a language model by GRPO: grpo_ds/commands/train.py, also as `grpo-ds train`."""
+"""Fine-tune a language model by GRPO: the same as `grpo-ds train`; see grpo_ds/commands/train.py."""
 
 from grpo_ds.commands.train import main
 from grpo_ds.errors import run_script

@@ -1,6 +1,9 @@
 """A tiny Qwen2 with a byte-level tokenizer: the real classes, small enough for two cores."""
 
+import doctest
+import importlib.util
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,7 +16,7 @@ from jaxtyping import install_import_hook
 
 import tests.shapes  # noqa: F401  jaxtyping finds the checker by its path
 
-# The shapes in signatures are checked in tests alone.
+# Shapes in signatures are checked in tests only.
 install_import_hook(["grpo_ds.core", "grpo_ds.models.quantized"], "tests.shapes.check")
 
 CHATML = (
@@ -24,7 +27,7 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "pubmedq
 
 
 def make_tokenizer():
-    """Byte-level, one token a byte, ChatML; pad differs from EOS as in Qwen."""
+    """Byte-level tokenizer: one token for each byte, ChatML, and a pad token that is not EOS, as in Qwen."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -43,7 +46,7 @@ def make_tokenizer():
 
 
 def tiny_config(**changes):
-    """Two layers of Qwen2, 64 wide, grouped-query attention, tied head, 13 padding rows in the vocabulary."""
+    """Qwen2 of two layers, width 64, grouped-query attention, tied head, 13 padding rows in the vocabulary."""
     from transformers import Qwen2Config
 
     settings = dict(
@@ -54,9 +57,24 @@ def tiny_config(**changes):
     return Qwen2Config(**{**settings, **changes})
 
 
+def load_unchecked(module):
+    """Load a second copy of a module in which no argument is checked against its annotation, as outside of tests."""
+    spec = importlib.util.spec_from_file_location(f"unchecked_{module.__name__.rpartition('.')[2]}", module.__file__)
+    unchecked = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(unchecked)
+    return unchecked
+
+
+def check_example(cls):
+    """Run the `Example:` in the docstring of a class; it must be there, and its values must be right."""
+    (test,) = doctest.DocTestFinder(recurse=False).find(cls, globs=dict(vars(sys.modules[cls.__module__])))
+    assert test.examples, f"{cls.__name__} has no example"
+    assert doctest.DocTestRunner().run(test).failed == 0, f"the example of {cls.__name__} is wrong (see the output)"
+
+
 @pytest.fixture(autouse=True)
 def no_rendezvous_left_behind():
-    """Where a trainer in this process met itself is no place for the processes that a later test launches."""
+    """Remove the rendezvous address that a trainer set here: processes of a later test must not use it."""
     yield
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)

@@ -1,4 +1,4 @@
-"""On a card (`make test-gpu`): the paths a CPU never takes."""
+"""Tests that need a GPU (`make test-gpu`): code that a CPU never runs."""
 
 import json
 import subprocess
@@ -37,7 +37,7 @@ KINDS += [f"--lora_r 4 {base}" for base in ("--merge_adapter", "--load_in_4bit",
 
 @pytest.mark.parametrize("ds", ["zero2.json", "zero2_gpu.json", "zero2_lowram.json"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_whole_run_on_the_card(tiny_folder, tmp_path, ds, kind):
+def test_a_complete_run_on_the_gpu(tiny_folder, tmp_path, ds, kind):
     flags = ["--ds", f"ds_configs/{ds}", "--model", str(tiny_folder), *kind.split(), "--num_steps", "2"]
     flags += ["--max_completion_length", "8", "--eval_limit", "4", "--output_dir", str(tmp_path / "run")]
     launcher = Path(sys.executable).with_name("deepspeed")
@@ -52,7 +52,7 @@ def test_the_whole_run_on_the_card(tiny_folder, tmp_path, ds, kind):
 def test_cuda_graphs_sample_what_single_kernels_do(tiny_model, tokenizer, monkeypatch):
     monkeypatch.setattr("grpo_ds.models.shared_prompt.WIDTH", 5)
     sampler = Sampler(tiny_model.cuda(), tokenizer, max_completion_length=24)
-    sampler.eos_ids = list(range(0, 259, 12))  # rows leave while others go on
+    sampler.eos_ids = list(range(0, 259, 12))  # rows end while others continue
     runs = []
     for sampler.cuda_graphs in (False, True):
         runs.append(sampler([[1, 2, 3], list(range(30))], group_size=6, temperature=1.0, seed=2))
@@ -70,7 +70,7 @@ run_script(main)
 
 
 @pytest.mark.parametrize("retry", [False, True])
-def test_a_card_that_is_really_full(tiny_folder, tmp_path, retry):
+def test_gpu_memory_that_is_really_full(tiny_folder, tmp_path, retry):
     flags = ["--model", str(tiny_folder), "--data", "sample", "--num_steps", "1", "--num_generations", "64"]
     flags += ["--max_completion_length", "64", "--eval_limit", "2", "--output_dir", str(tmp_path / "run")]
     flags += ["--oom_retry"] if retry else []
@@ -81,4 +81,4 @@ def test_a_card_that_is_really_full(tiny_folder, tmp_path, retry):
     if result.returncode == 0:
         assert retry and "Out of memory in phase" in result.stdout
     else:
-        assert result.returncode == 5 and "Out of memory on the card in phase" in result.stderr
+        assert result.returncode == 5 and "Out of GPU memory in phase" in result.stderr

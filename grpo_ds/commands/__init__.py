@@ -1,1 +1,1 @@
-"""What a person types: one module a command, each with a `main(argv)`; launch/ and `grpo-ds` start them."""
+"""The commands that a person types, one module each with a `main(argv)`; started by `grpo-ds` and launch/."""

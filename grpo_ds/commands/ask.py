@@ -1,7 +1,7 @@
-"""Ask a model: --question and --context, a --file of them, or neither, to type one after another at a terminal.
+"""Ask a model: --question and --context, or --file with many, or neither to type questions at a terminal.
 
-Answers are greedy, and a model trained here is asked as it was trained. They alone go to stdout, so that --json can
-be piped.
+Answers are greedy; a model trained here gets the prompt it was trained with. Only answers go to stdout, so that
+--json can be piped.
 """
 
 import json
@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from grpo_ds.commands.evaluate import ROWS_AT_ONCE
 from grpo_ds.errors import DataError, UsageError, one_error
 from grpo_ds.memory.choose import choose_model
 from grpo_ds.settings.command_line import parse
-from grpo_ds.settings.config import AskConfig, knob
+from grpo_ds.settings.config import AskConfig
+from grpo_ds.settings.flags import Flags, failed, flag
 from grpo_ds.system.hardware import check_torch, cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.task.questions import Question, unanswered_questions
 from grpo_ds.task.records import NO_CONTEXT, Unusable, sound_text
@@ -25,34 +26,37 @@ from grpo_ds.task.sources import Source, parse_file
 from grpo_ds.terminal import escape_control_chars
 
 if TYPE_CHECKING:
-    from grpo_ds.training.rollout import PromptStyle
+    from grpo_ds.training.prompt_style import PromptStyle
     from grpo_ds.training.sampling import Sampler
 
 STDIN = "-"
 WAYS = ("question", "file", "interactive")
-HOW = "Give --question and --context, or --file FILE (-: standard input), or neither at a terminal."
+HOW = "Give --question and --context, or --file FILE (-: standard input); at a terminal, neither."
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionConfig(AskConfig):
-    """What is asked, beside whom and how."""
+class QuestionFlags(Flags):
+    """The questions, and how answers are printed."""
 
-    question: str = knob("", "a question that one of the labels answers")
-    context: str = knob("", "the text to answer it from")
-    file: str = knob("", "JSON or JSONL with questions, labels not needed; -: standard input")
-    interactive: bool = knob(False, "type questions one after another; default: at a terminal, where none is given")
-    json: bool = knob(False, "print an object a line: id, question, reasoning, answer, text; label and right if known")
+    heading: ClassVar[str] = "questions"
+
+    question: str = flag("", "a question that one of the labels answers")
+    context: str = flag("", "the text to answer it from")
+    file: str = flag("", "JSON or JSONL with questions, labels not needed; -: standard input")
+    interactive: bool = flag(False, "type questions one after another; default: at a terminal, if no question is given")
+    json: bool = flag(
+        False, "print a JSON object per line: id, question, reasoning, answer, text; label, right if known"
+    )
 
     def problems(self) -> list[str]:
         ways = [name for name in WAYS if getattr(self, name)]
         stray = bool(self.context) and ways not in ([], ["question"])
-        return super().problems() + [
-            message
-            for wrong, message in (
+        return [
+            *failed(
                 (len(ways) > 1, f"{' and '.join(ways)} exclude each other"),
                 (stray, "context belongs to question; a file's records hold their own"),
-            )
-            if wrong
+            ),
+            *super().problems(),
         ]
 
     @property
@@ -61,23 +65,32 @@ class QuestionConfig(AskConfig):
         return self.interactive or (nothing and sys.stdin.isatty())
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuestionConfig(QuestionFlags, AskConfig):
+    """Asking a model these questions."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A question and what the model said to it."""
+    """A question and the model's answer.
+
+    Example:
+        Answered(question, "<reasoning>It fell.</reasoning><answer>yes</answer>", "It fell.", "<answer>...", "yes")
+    """
 
     question: Question
-    text: str  # the whole completion
+    text: str  # the complete completion
     reasoning: str
-    rest: str  # what follows the reasoning
-    answer: str | None  # a label; None where the completion is not in the asked form
+    rest: str  # the text after the reasoning
+    answer: str | None  # a label; None if the completion is not in the required form
 
     def as_text(self) -> str:
-        answer = self.answer or f"none in the asked form; the model wrote {self.rest!r}"
+        answer = self.answer or f"none in the required form; the model wrote {self.rest!r}"
         label = f" (the label: {self.question.label})" if self.question.label else ""
         return escape_control_chars(f"Reasoning: {self.reasoning}\nAnswer: {answer}{label}")
 
     def as_json(self) -> str:
-        """On one line of ASCII, which no terminal obeys."""
+        """One line of ASCII, which cannot control a terminal."""
         question = self.question
         known = {"label": question.label, "right": self.answer == question.label} if question.label else {}
         found = {"reasoning": self.reasoning, "answer": self.answer, "text": self.text}
@@ -86,10 +99,9 @@ class Answered:
 
 def main(argv: list[str]) -> None:
     check_torch()
-    asked = parse(QuestionConfig, argv, about=__doc__).config
-    gpu_gib = gpu_memory_gib()
-    choice = choose_model(asked.model, gpu_gib=gpu_gib, ram_gib=ram_gib())
-    config = parse(QuestionConfig, [*argv, "--model", choice.model], about=__doc__, recipe=choice.recipe).config
+    parsed, gpu_gib = parse(QuestionConfig, argv, about=__doc__), gpu_memory_gib()
+    choice = choose_model(parsed.unchecked().model, gpu_gib=gpu_gib, ram_gib=ram_gib())
+    config = parsed.config(choice.recipe, model=choice.model)
     questions = [] if config.typed_at_terminal else given_questions(config)
     sampler, style = loaded(config, bf16=gpu_gib is not None or cpu_has_bf16())
     show = show_as(config)
@@ -99,20 +111,20 @@ def main(argv: list[str]) -> None:
             return converse(lambda question: show(*answers(sampler, style, [question])), config)
         for answered in answers(sampler, style, questions):
             show(answered)
-    except BrokenPipeError:  # `| head` has seen enough; Python would still flush on its way out
+    except BrokenPipeError:  # the reader, such as `| head`, has closed; Python would still flush when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def loaded(config: QuestionConfig, *, bf16: bool) -> "tuple[Sampler, PromptStyle]":
-    """The model; from here on heavy libraries are loaded, and what they have to say is no answer."""
+    """Load heavy libraries and the model; what they print goes to stderr, as it is not an answer."""
     with redirect_stdout(sys.stderr):
-        from grpo_ds.training.inference import load_for_asking
+        from grpo_ds.training.evaluate import load_for_asking
 
         return load_for_asking(config, bf16=bf16)
 
 
 def given_questions(config: QuestionConfig) -> list[Question]:
-    """Those of the file, or the one of the flags."""
+    """Questions of the file, or the one question of the flags."""
     if config.file:
         return unanswered_questions(opened(config.file), labels=config.label_names, fields=config.field_names)
     texts, problems = {"question": "", "context": ""}, []
@@ -128,7 +140,7 @@ def given_questions(config: QuestionConfig) -> list[Question]:
 
 
 def sound(name: str, text: str) -> str:
-    """The text, checked like a record's. Raises Unusable, which names it."""
+    """Check the text like one of a record. Raises Unusable, with the name in it."""
     try:
         return sound_text(text)
     except Unusable as fault:
@@ -136,7 +148,7 @@ def sound(name: str, text: str) -> str:
 
 
 def opened(file: str) -> Source:
-    """A file or a pipe, read once."""
+    """Read a file or a pipe, once."""
     try:
         content = sys.stdin.buffer.read() if file == STDIN else Path(os.path.expanduser(file)).read_bytes()
     except OSError as error:
@@ -145,8 +157,8 @@ def opened(file: str) -> Source:
 
 
 def answers(sampler: "Sampler", style: "PromptStyle", questions: Sequence[Question]) -> Iterator[Answered]:
-    """An answer a question, in their order, as soon as its batch is done."""
-    style.encode(sampler.tokenizer, questions)  # one that is too long is told before any is answered
+    """One answer per question, in order, as soon as its batch is done."""
+    style.encode(sampler.tokenizer, questions)  # reports a question that is too long before any is answered
     for first in range(0, len(questions), ROWS_AT_ONCE):
         some = questions[first : first + ROWS_AT_ONCE]
         completions = sampler(style.encode(sampler.tokenizer, some), group_size=1, temperature=0.0)
@@ -156,7 +168,7 @@ def answers(sampler: "Sampler", style: "PromptStyle", questions: Sequence[Questi
 
 
 def show_as(config: QuestionConfig) -> Callable[[Answered], None]:
-    """Prints an answer: as JSON, or as text, with its question where that is not on the screen already."""
+    """Function that prints an answer: as JSON, or as text, below its question unless the user has just typed it."""
 
     def show(answered: Answered) -> None:
         question = answered.question
@@ -169,14 +181,14 @@ def show_as(config: QuestionConfig) -> Callable[[Answered], None]:
 
 
 def converse(answer: Callable[[Question], None], config: QuestionConfig) -> None:
-    """Question after question; what cannot be asked is said, and the next one awaited."""
+    """Ask for a question, answer it, repeat; a question that cannot be asked is reported."""
     if sys.stdin.isatty() and sys.stdout.isatty():
         with suppress(ImportError):
-            import readline  # noqa: F401  input() then takes lines of more than the terminal's 4096 bytes
+            import readline  # noqa: F401  lets input() take lines longer than the terminal's 4096 bytes
     with_context = config.context_field != NO_CONTEXT
-    print(f"{'An empty line ends a context; a' if with_context else 'A'}n empty question leaves.", file=sys.stderr)
-    while text := line("Question: "):
-        lines = iter(lambda: line("Context: "), "") if with_context else ()
+    print(f"{'An empty line ends a context; a' if with_context else 'A'}n empty question quits.", file=sys.stderr)
+    while text := typed_line("Question: "):
+        lines = iter(lambda: typed_line("Context: "), "") if with_context else ()
         try:
             context = sound("The context", "\n".join(lines)) if with_context else ""
             answer(Question("asked", sound("The question", text), context, ""))
@@ -184,8 +196,8 @@ def converse(answer: Callable[[Question], None], config: QuestionConfig) -> None
             print(escape_control_chars(str(fault)), file=sys.stderr)
 
 
-def line(prompt: str) -> str:
-    """A line from the terminal, "" at Ctrl-D; the prompt stays out of a pipe that takes the answers."""
+def typed_line(prompt: str) -> str:
+    """Read a line from the terminal, "" at Ctrl-D; the prompt stays out of a pipe that takes the answers."""
     try:
         if sys.stdout.isatty():
             return input(prompt).strip()

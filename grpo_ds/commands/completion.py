@@ -1,9 +1,9 @@
-"""What TAB completes after grpo-ds: commands, the flags of each, and the values of flags that have a choice.
+"""Shell script that completes grpo-ds at TAB: commands, their flags, and the values of flags that have a choice.
 
-Made from the same fields as the command line, once: at a TAB no Python runs. Where nothing fits, files do.
+It is made once, from the same flags as the command line, so no Python runs at a TAB. Otherwise it offers files.
 """
 
-from dataclasses import Field, fields
+from dataclasses import Field
 from typing import Any, Literal, get_args, get_origin
 
 from grpo_ds.commands.ask import QuestionConfig
@@ -11,8 +11,10 @@ from grpo_ds.commands.main import COMMANDS
 from grpo_ds.commands.select import SelectConfig
 from grpo_ds.errors import UsageError
 from grpo_ds.models.presets import PRESETS
-from grpo_ds.settings.config import TRACKERS, AskConfig, EvaluateConfig, TrainConfig
+from grpo_ds.settings.config import AskConfig, EvaluateConfig, TrainConfig
 from grpo_ds.settings.ds_json import SHIPPED
+from grpo_ds.settings.flags import all_flags
+from grpo_ds.settings.run_flags import TRACKERS
 from grpo_ds.task.sources import SAMPLE
 
 CONFIGS: dict[str, type[AskConfig]] = {
@@ -24,7 +26,7 @@ CONFIGS: dict[str, type[AskConfig]] = {
 }
 SHELLS = {
     "bash": "",
-    # zsh has bash's way of completing as well, once it is asked for, and upon its own.
+    # bashcompinit lets zsh use a bash script; it needs zsh's own completion.
     "zsh": "whence compdef > /dev/null || { autoload -U compinit && compinit; }\n"
     "autoload -U +X bashcompinit && bashcompinit\n",
 }
@@ -50,30 +52,31 @@ complete -o default -F _grpo_ds grpo-ds"""
 def main(argv: list[str]) -> None:
     if len(argv) != 1 or argv[0] not in SHELLS:
         shells = " or ".join(SHELLS)
-        raise UsageError(f"grpo-ds completion {shells} prints what that shell evals when it starts, in ~/.bashrc say.")
-    flags = {name: ["help", "config", *(knob.name for knob in fields(CONFIGS[name]))] for name in CONFIGS}
-    flags["report"] = ["help", "output"]
-    lines = {name: " ".join(f"--{flag}" for flag in its) for name, its in flags.items()}
-    knobs = {knob.name: knob for config in CONFIGS.values() for knob in fields(config)}
-    values = {f"--{name}": " ".join(choices(knob)) for name, knob in knobs.items() if choices(knob)}
+        raise UsageError(f"grpo-ds completion {shells} prints a script for that shell to eval, e.g. in ~/.bashrc.")
+    names = {name: ["help", "config", "print_config", *(flag.name for flag in all_flags(CONFIGS[name]))] for name in CONFIGS}
+    names["report"] = ["help", "output"]
+    lines = {command: " ".join(f"--{name}" for name in its) for command, its in names.items()}
+    flags = {flag.name: flag for config in CONFIGS.values() for flag in all_flags(config)}
+    values = {f"--{name}": " ".join(choices(flag)) for name, flag in flags.items() if choices(flag)}
     script = SCRIPT.format(
         commands=" ".join(COMMANDS), flags=cases(lines), values=cases({**values, "completion": " ".join(SHELLS)})
     )
     print(SHELLS[argv[0]] + script)
 
 
-def choices(knob: "Field[Any]") -> list[str]:
-    """What the flag may be, as far as that can be listed."""
-    if get_origin(knob.type) is Literal:
-        return list(get_args(knob.type))
+def choices(flag: "Field[Any]") -> list[str]:
+    """Values of the flag, as far as they can be listed."""
+    if get_origin(flag.type) is Literal:
+        return list(get_args(flag.type))
     listed = {
         "model": [*PRESETS, "auto"],
         "data": [SAMPLE],
         "ds": sorted(f"{SHIPPED.name}/{file.name}" for file in SHIPPED.glob("*.json")),
         "report_to": list(TRACKERS),
     }
-    return listed.get(knob.name, ["true", "false"] if knob.type in (bool, bool | None) else [])
+    return listed.get(flag.name, ["true", "false"] if flag.type in (bool, bool | None) else [])
 
 
 def cases(words: dict[str, str]) -> str:
+    """Branches of a shell's `case`: pattern -> words."""
     return "\n".join(f'            {pattern}) words="{its}" ;;' for pattern, its in words.items())

@@ -1,4 +1,4 @@
-"""Grade a model's greedy answers: held-out questions by default, all of a file's with --eval_fraction 1."""
+"""Grade a model's greedy answers: to the held-out questions, or with --eval_fraction 1 to all of the file."""
 
 import json
 from dataclasses import asdict
@@ -14,20 +14,18 @@ ROWS_AT_ONCE = 16
 
 def main(argv: list[str]) -> None:
     check_torch()
-    asked = parse(EvaluateConfig, argv, about=__doc__).config.model
-    gpu_gib = gpu_memory_gib()
-    choice = choose_model(asked, gpu_gib=gpu_gib, ram_gib=ram_gib())
-    config = parse(EvaluateConfig, [*argv, "--model", choice.model], about=__doc__, recipe=choice.recipe).config
+    parsed, gpu_gib = parse(EvaluateConfig, argv, about=__doc__), gpu_memory_gib()
+    choice = choose_model(parsed.unchecked().model, gpu_gib=gpu_gib, ram_gib=ram_gib())
+    config = parsed.config(choice.recipe, model=choice.model)
     found = read_questions(config.data, labels=config.label_names, fields=config.field_names)
     questions = list(found.questions)
     if config.eval_fraction < 1:
         _, questions = split_questions(questions, eval_fraction=config.eval_fraction, seed=config.seed)
     questions = questions[: config.eval_limit]
 
-    from grpo_ds.report.console import Console  # from here on heavy libraries are loaded
+    from grpo_ds.report.console import Console  # heavy libraries are loaded from here on
     from grpo_ds.system.ranks import World
-    from grpo_ds.training.evaluate import evaluate
-    from grpo_ds.training.inference import load_for_asking
+    from grpo_ds.training.evaluate import evaluate, load_for_asking
 
     console = Console()
     console.line(f"Model: {config.model} ({choice.why})\nData: {found.source}; {len(questions)} questions")

@@ -1,4 +1,4 @@
-"""`grpo-ds COMMAND ...`: one door to all commands, which imports the one that was asked for and no other."""
+"""`grpo-ds COMMAND ...`: entry point of all commands; imports the typed command and no other."""
 
 import difflib
 from importlib import import_module, metadata
@@ -9,23 +9,23 @@ from grpo_ds.system.invocation import LOCAL_RANK
 COMMANDS = {  # name -> its module, what it does
     "train": ("train", "fine-tune a model by GRPO"),
     "eval": ("evaluate", "grade a model's answers"),
-    "select": ("select", "which model fits this card and this RAM"),
-    "profile": ("profile", "where a run's memory goes"),
-    "ask": ("ask", "put questions to a model: one, a file of them, or as you type"),
-    "report": ("report", "a run's folder as one page to read"),
-    "completion": ("completion", 'what TAB completes: eval "$(grpo-ds completion bash)", or zsh'),
+    "select": ("select", "find the model that fits this card and this RAM"),
+    "profile": ("profile", "measure where a run's memory goes"),
+    "ask": ("ask", "ask a model questions: one, a file of them, or as you type"),
+    "report": ("report", "write one page about a run, from its folder"),
+    "completion": ("completion", 'complete flags at TAB: eval "$(grpo-ds completion bash)", or zsh'),
 }
 USAGE = """\
-usage: grpo-ds COMMAND [--flags]
+usage: grpo-ds COMMAND [options]
 
 {commands}
 
 grpo-ds COMMAND --help lists a command's flags; grpo-ds --version.
-On several cards: deepspeed --module grpo_ds train [--flags]"""
+On several cards: deepspeed --module grpo_ds train [options]"""
 
 
 def main() -> None:
-    """The console script."""
+    """Run as the console script `grpo-ds`."""
     run_script(dispatch)
 
 
@@ -50,4 +50,4 @@ def usage() -> str:
 def unknown(name: str) -> UsageError:
     close = difflib.get_close_matches(name, COMMANDS, n=1)
     guess = f"; did you mean {close[0]}?" if close else ""
-    return UsageError(f"{name} is no command{guess}\nThere are: {', '.join(COMMANDS)}; --help says what they do.")
+    return UsageError(f"{name} is not a command{guess}\nCommands: {', '.join(COMMANDS)}; --help describes them.")

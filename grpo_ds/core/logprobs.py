@@ -1,9 +1,9 @@
-"""Log-probs of chosen tokens without ever holding a [tokens, vocabulary] tensor.
+"""Log-probs of given tokens, computed without a [tokens, vocabulary] tensor.
 
-The vocabulary is walked in blocks, outermost, with a running log-sum-exp: two reused tiles [N, block]
-are alive, backward computes the logits again, and each row of the head's gradient is written once, in
-the head's own dtype, with its sum over tokens taken in fp32 by the matmul.
-(Walking tokens outermost, as others do, needs an fp32 [vocabulary, hidden] accumulator instead.)
+The outer loop goes over blocks of the vocabulary, with a running log-sum-exp. Only two tiles [N, block] are allocated,
+and reused. Backward computes the logits again; it writes each row of the head's gradient once, in the head's own
+dtype, and the matmul sums it over tokens in fp32. (Other implementations loop over tokens outside, which needs an fp32
+accumulator [vocabulary, hidden].)
 
 N tokens, H hidden size, V vocabulary rows of the head.
 """
@@ -16,12 +16,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 MIB = 2**20
-MIN_BLOCK = 128  # rows; below this a matmul is all overhead, and the tiles fit 64 MiB up to 65,536 tokens
+MIN_BLOCK = 128  # rows; smaller matmuls are mostly overhead, and these tiles fit 64 MiB up to 65,536 tokens
 
 
 @runtime_checkable
 class HeadRows(Protocol):
-    """A head whose rows come as `head[start:stop]` [rows, H]: a weight tensor, or one kept in 8 bits."""
+    """A head that gives its rows as `head[start:stop]` [rows, H]: a weight tensor, or one stored in 8 bits."""
 
     def __getitem__(self, rows: slice) -> Tensor: ...
 
@@ -62,12 +62,13 @@ def token_logprobs(
     chunk_mib: float = 64.0,
     entropy: bool = False,
 ) -> Float[Tensor, " N"] | tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """fp32 log softmax(hidden @ head[:vocab_size].T / temperature) at `targets`.
+    """Return log softmax(hidden @ head[:vocab_size].T / temperature) at `targets`, in fp32 and nats.
 
-    Differentiable in `hidden`, and in `head` when it is a tensor. Rows of the head from `vocab_size`
-    on (padding the tokenizer cannot name) take no part, just as they are never sampled.
-    `chunk_mib`: what one block may take: its tiles, and its rows where they must be converted.
-    `entropy`: return (log-probs, entropies in nats); an entropy is a diagnostic without gradient.
+    Differentiable in `hidden`, and in `head` if it is a tensor.
+
+    vocab_size: rows of the head that count. Later rows are padding without a token: they are never sampled.
+    chunk_mib: memory for one block, MiB: its tiles, and its rows where they must be converted.
+    entropy: return (log-probs, entropies in nats); an entropy is a metric and has no gradient.
     """
     logprobs, entropies = _TokenLogprobs.apply(hidden, head, targets, vocab_size, temperature, chunk_mib, entropy)
     return (logprobs, entropies) if entropy else logprobs
@@ -82,7 +83,7 @@ class _TokenLogprobs(torch.autograd.Function):
         for start, _, logits, spare in _tiles(hidden, head, vocab_size, temperature, chunk_mib, torch.float32):
             inside, column = _columns(targets, start, logits.shape[1])
             chosen = torch.where(inside, logits.gather(1, column).squeeze(1), chosen)
-            # One fused kernel, where logsumexp is four passes over the tile and a temporary of its size.
+            # One fused kernel; logsumexp takes four passes over the tile and a temporary of its size.
             block_logprobs = torch.log_softmax(logits, dim=1, out=spare)
             block_total = logits[:, 0] - block_logprobs[:, 0]
             log_total = torch.logaddexp(log_total, block_total)
@@ -104,8 +105,8 @@ class _TokenLogprobs(torch.autograd.Function):
         rows_only, vocab_size, temperature, chunk_mib = ctx.options
         head = rows_only if weight is None else weight
         dtype = _factor_dtype(hidden)
-        # d logprob / d logit = [token is the target] - softmax: the tile holds the difference the other way
-        # round, and what scales its rows is applied to the [N, H] tensors, which are smaller.
+        # d logprob / d logit = [token is the target] - softmax. The tile holds its negative, and the factor of each
+        # row is applied to the [N, H] tensors, which are smaller.
         scale = (grad.float() / -temperature)[:, None]
         scaled_hidden = (hidden * scale).to(dtype)
         target_error = logprobs.expm1().to(dtype)[:, None]  # p - 1, exact also where p rounds to 1
@@ -127,7 +128,7 @@ class _TokenLogprobs(torch.autograd.Function):
 def _tiles(
     hidden: Tensor, head: HeadRows, vocab_size: int, temperature: float, chunk_mib: float, spare_dtype: torch.dtype
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Each block of the vocabulary: its first row, its rows, their fp32 logits [N, block], a tile to write to."""
+    """Yield (first row, rows of the head, fp32 logits [N, block], a spare tile [N, block]) of each vocabulary block."""
     dtype = _factor_dtype(hidden)
     tokens, width = hidden.shape
     converted = not isinstance(head, Tensor) or head.dtype != dtype
@@ -146,22 +147,22 @@ def _tiles(
 
 
 def _columns(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
-    """Which targets fall into this block, and their column in it [N, 1] (any column where they do not)."""
+    """Return a mask of the targets in this block [N], and their columns [N, 1] (any column for the others)."""
     column = targets - start
     return (column >= 0) & (column < width), column.clamp(0, width - 1)[:, None]
 
 
 def _factor_dtype(hidden: Tensor) -> torch.dtype:
-    """On a GPU 16-bit factors run on the tensor cores; a CPU gains nothing from rounding them."""
+    """Dtype of the matmuls' factors: on a GPU 16 bits use the tensor cores; a CPU gains nothing from rounding."""
     return hidden.dtype if hidden.is_cuda else torch.float32
 
 
 def _matmul(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> Tensor:
-    """out = a @ b (+ out), summed in fp32: 16-bit logits are off by 1e-2 in a log-prob, fp32 ones by 1e-6."""
+    """Compute out = a @ b (+ out), summed in fp32: log-probs of 16-bit logits are off by 1e-2, of fp32 ones by 1e-6."""
     if a.dtype == out.dtype:
         return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
     if a.is_cuda and out.dtype == torch.float32:
-        # addmm with out_dtype would spare a pass, but not every torch since 2.8 takes an fp32 summand.
+        # addmm with out_dtype would save a pass, but not every torch since 2.8 accepts an fp32 summand.
         if add:
             return out.add_(torch.mm(a, b, out_dtype=torch.float32))
         return torch.mm(a, b, out_dtype=torch.float32, out=out)

@@ -1,14 +1,16 @@
-"""The loss as a weighted sum over tokens, and the one ratio that every objective clips in its own way.
+"""The GRPO loss: a weighted sum over tokens of beta * KL - surrogate.
 
-What a token weighs is fixed once per optimizer step, before the batch is split: the loss is then a
-plain sum and comes out the same for any micro-batches and any number of ranks (bnpo aside, which is
-the mean over micro-batches by definition).
+`clipped_surrogate` and `cispo_surrogate` are the surrogates; `choose_surrogate` says which loss type uses which.
+`token_weights` fixes the weight of each token once per optimizer step, before the batch is split. The loss is then a
+plain sum, the same for any micro-batches and any number of ranks. The exception is bnpo, which is defined as a mean
+over micro-batches.
 
 Sources: DeepSeekMath (Shao et al. 2024), equations 3 (surrogate) and 4 (k3), unless a function names another.
 docs/losses.md has all formulas side by side. B completions, C tokens in the longest.
 """
 
 from dataclasses import dataclass
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,38 +18,65 @@ from torch import Tensor
 
 from grpo_ds.core.objective import KlEstimator, LossType, Objective
 
-MAX_LOG_RATIO = 20.0  # e^20 = 5e8: past it exp only overflows, and no optimizer step should follow it
+MAX_LOG_RATIO = 20.0  # e^20 = 5e8: beyond it exp only overflows, and no optimizer step should use it
 
 
 @dataclass(frozen=True, slots=True)
 class LossTerms:
-    """The loss, and per token what it was made of; 0 and False where a token does not count."""
+    """The loss, and its parts per token for the metrics; 0 and False where a token does not count.
+
+    Example: two tokens of advantage 1 that weigh 1/2 each, with ratios 1.5 (clipped at 1.2) and 1.
+        >>> old = torch.tensor([[0.5, 0.5]]).log()
+        >>> policy, settings = torch.tensor([[0.75, 0.5]]).log(), Objective(beta=0.0, max_completion_length=2)
+        >>> terms = grpo_loss(policy, old, old, torch.ones(1), torch.full((1, 2), 0.5), settings)
+        >>> terms.loss, terms.high
+        (tensor(-1.1000), tensor([[ True, False]]))
+    """
 
     loss: Float[Tensor, ""]
-    kl: Float[Tensor, "B C"]  # the estimate that the loss uses; 0 when beta is 0
+    kl: Float[Tensor, "B C"]  # the estimate in the loss; 0 when beta is 0
     low: Bool[Tensor, "B C"]  # clipped at 1 - epsilon: the surrogate has no gradient here
     high: Bool[Tensor, "B C"]  # clipped at 1 + epsilon_high: no gradient; under cispo a bounded one
     clipped: Bool[Tensor, "B C"]  # low, high, or beyond delta
 
 
+@dataclass(frozen=True, slots=True)
+class Surrogate:
+    """The surrogate of every token and where it is clipped, masked tokens included.
+
+    Example: ratios 1.5 and 0.5 of a completion with advantage 1; only the first is clipped.
+        >>> surrogate = clipped_surrogate(torch.tensor([[1.5, 0.5]]), torch.ones(1), epsilon=0.2, epsilon_high=0.2)
+        >>> surrogate.values, surrogate.high
+        (tensor([[1.2000, 0.5000]]), tensor([[ True, False]]))
+    """
+
+    values: Float[Tensor, "B C"]
+    low: Bool[Tensor, "B C"]  # clipped at the lower bound
+    high: Bool[Tensor, "B C"]  # clipped at the upper bound
+    beyond_delta: Bool[Tensor, "B C"]  # clipped at delta
+
+
 def token_weights(
     mask: Bool[Tensor, "B C"], *, loss_type: LossType, sequences: int, tokens: int, max_completion_length: int
 ) -> Float[Tensor, "B C"]:
-    """Each counted token's share of the step's loss; other tokens weigh 0.
+    """Share of each counted token in the step's loss; other tokens weigh 0.
 
     grpo, gspo: each sequence weighs 1 / sequences, shared evenly by its tokens (DeepSeekMath eq. 3, GSPO eq. 5).
     dapo, cispo, bnpo: each token weighs 1 / tokens (DAPO eq. 8, MiniMax-M1 eq. 4).
     dr_grpo: each token weighs 1 / (sequences * max_completion_length) (Liu et al. 2025, section 3.2).
 
-    sequences, tokens: counted ones of the whole optimizer step, over all micro-batches and ranks; for bnpo `tokens`
-    is those of this micro-batch times the number of micro-batches.
+    sequences, tokens: number of those that count in the optimizer step, over all micro-batches and ranks. For bnpo
+        `tokens` is the number in this micro-batch times the number of micro-batches.
+    max_completion_length: tokens.
     """
     if loss_type in ("grpo", "gspo"):
         lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
         return mask / (lengths * max(sequences, 1))
     if loss_type == "dr_grpo":
         return mask / (max(sequences, 1) * max_completion_length)
-    return mask / max(tokens, 1)
+    if loss_type in ("dapo", "cispo", "bnpo"):
+        return mask / max(tokens, 1)
+    raise _unknown("loss_type", loss_type, LossType)
 
 
 def importance_ratio(
@@ -57,12 +86,83 @@ def importance_ratio(
     *,
     loss_type: LossType,
 ) -> Float[Tensor, "B C"]:
-    """policy / old by token; under gspo its geometric mean over a sequence, at each of its tokens (GSPO eq. 7)."""
+    """Ratio policy / old of each token; under gspo the sequence's geometric mean, at each token (GSPO eq. 7)."""
     log_ratio = policy_logprobs - old_logprobs
     if loss_type == "gspo":
         lengths = counted.sum(dim=1, keepdim=True).clamp(min=1)
         log_ratio = (log_ratio.where(counted, 0).sum(dim=1, keepdim=True) / lengths).expand_as(log_ratio)
+    elif loss_type not in get_args(LossType):
+        raise _unknown("loss_type", loss_type, LossType)
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def clipped_surrogate(
+    ratio: Float[Tensor, "B C"],
+    advantages: Float[Tensor, " B"],
+    *,
+    epsilon: float,
+    epsilon_high: float,
+    delta: float | None = None,
+) -> Surrogate:
+    """PPO's clipped surrogate, min(ratio A, clip(ratio) A) (DeepSeekMath eq. 3); with delta, two-sided clipping.
+
+    A clipped token has no gradient. Without delta, a token of negative advantage whose ratio has grown is not clipped.
+
+    ratio: policy / old, of the token or of its sequence.
+    advantages: A, one a completion, for all its tokens.
+    epsilon: the clip's lower bound is 1 - epsilon.
+    epsilon_high: the clip's upper bound is 1 + epsilon_high (a wider one than epsilon is DAPO's clip-higher, eq. 10).
+    delta: bound of the unclipped ratio, which matters where A < 0: min(min(ratio, delta) A, clip(ratio) A)
+        (INTELLECT-2, two-sided clipping). More than 1 + epsilon_high; None: no bound.
+    """
+    advantage = advantages[:, None]
+    lower_bound, upper_bound = 1 - epsilon, 1 + epsilon_high
+    unclipped = ratio.clamp(max=delta) * advantage if delta else ratio * advantage
+    return Surrogate(
+        values=torch.minimum(unclipped, ratio.clamp(lower_bound, upper_bound) * advantage),
+        low=(ratio < lower_bound) & (advantage < 0),
+        high=(ratio > upper_bound) & (advantage > 0),
+        beyond_delta=(ratio > (delta or torch.inf)) & (advantage < 0),
+    )
+
+
+def cispo_surrogate(
+    ratio: Float[Tensor, "B C"],
+    advantages: Float[Tensor, " B"],
+    policy_logprobs: Float[Tensor, "B C"],
+    *,
+    epsilon_high: float,
+) -> Surrogate:
+    """CISPO's surrogate, min(ratio, 1 + epsilon_high) A log policy, with the clipped ratio as a constant factor.
+
+    The gradient flows through log policy alone, so a clipped token keeps a bounded one (MiniMax-M1, 2025, eq. 4 and 5,
+    without a lower bound).
+
+    ratio: policy / old of the token.
+    advantages: A, one a completion, for all its tokens.
+    policy_logprobs: log policy, nats.
+    epsilon_high: the clip's upper bound is 1 + epsilon_high.
+    """
+    upper_bound = 1 + epsilon_high
+    high = ratio > upper_bound
+    never = torch.zeros_like(high)
+    values = ratio.detach().clamp(max=upper_bound) * advantages[:, None] * policy_logprobs
+    return Surrogate(values, low=never, high=high, beyond_delta=never)
+
+
+def choose_surrogate(
+    ratio: Float[Tensor, "B C"],
+    advantages: Float[Tensor, " B"],
+    policy_logprobs: Float[Tensor, "B C"],
+    objective: Objective,
+) -> Surrogate:
+    """The surrogate of the objective's loss type; the arguments are those of the surrogates."""
+    epsilon, epsilon_high = objective.epsilon, objective.epsilon_high
+    if objective.loss_type == "cispo":
+        return cispo_surrogate(ratio, advantages, policy_logprobs, epsilon_high=epsilon_high)
+    if objective.loss_type in ("grpo", "dapo", "dr_grpo", "bnpo", "gspo"):
+        return clipped_surrogate(ratio, advantages, epsilon=epsilon, epsilon_high=epsilon_high, delta=objective.delta)
+    raise _unknown("loss_type", objective.loss_type, LossType)
 
 
 def kl_k3(policy_logprobs: Float[Tensor, "B C"], ref_logprobs: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
@@ -78,18 +178,21 @@ def kl_estimate(
     *,
     estimator: KlEstimator,
 ) -> Float[Tensor, "B C"]:
-    """KL(policy || ref) by token, by Schulman's names; with d = ref - policy: k1 = -d, k2 = d^2 / 2, k3 as above.
+    """KL(policy || ref) of each token, with Schulman's names; with d = ref - policy: k1 = -d, k2 = d^2 / 2, k3 above.
 
-    As losses on fresh samples they differ by their gradient: that of k1 is 0 on average, that of k2 belongs to
-    KL(policy || ref), that of k3 to KL(ref || policy); k3_corrected is k3 times the ratio, whose own gradient
-    makes it KL(policy || ref) again (DeepSeek-V3.2, section 3.1).
+    As losses on fresh samples they differ by their gradient: that of k1 is 0 on average, that of k2 is the gradient of
+    KL(policy || ref), that of k3 of KL(ref || policy). k3_corrected is k3 times the ratio, whose own gradient makes it
+    KL(policy || ref) again (DeepSeek-V3.2, section 3.1).
     """
     if estimator == "k1":
         return policy_logprobs - ref_logprobs
     if estimator == "k2":
         return (policy_logprobs - ref_logprobs).square() / 2
-    k3 = kl_k3(policy_logprobs, ref_logprobs)
-    return k3 * ratio if estimator == "k3_corrected" else k3
+    if estimator == "k3":
+        return kl_k3(policy_logprobs, ref_logprobs)
+    if estimator == "k3_corrected":
+        return kl_k3(policy_logprobs, ref_logprobs) * ratio
+    raise _unknown("kl_estimator", estimator, KlEstimator)
 
 
 def grpo_loss(
@@ -100,29 +203,24 @@ def grpo_loss(
     weights: Float[Tensor, "B C"],
     objective: Objective,
 ) -> LossTerms:
-    """Sum of weights * (beta * KL - surrogate).
+    """Sum over tokens of weights * (beta * KL - surrogate).
 
-    The surrogate is min(ratio A, clip(ratio) A), of which delta bounds the free branch (INTELLECT-2, two-sided
-    clipping); under cispo the clipped ratio is a constant factor of A log policy, so that no token loses its
-    gradient (MiniMax-M1, eq. 4).
-    Masked tokens must have weight 0 and finite log-probs (0 will do). With beta 0 the reference's values are not
-    looked at.
+    policy_logprobs, old_logprobs, ref_logprobs: nats, of the trained policy (with gradient), of the policy that
+        sampled, and of the reference, which is not read when beta is 0.
+    advantages: one a completion, for all its tokens.
+    weights: from `token_weights`. A masked token must have weight 0 and finite log-probs (0 will do).
     """
-    advantage, counted = advantages[:, None], weights > 0
+    counted = weights > 0
     ratio = importance_ratio(policy_logprobs, old_logprobs, counted, loss_type=objective.loss_type)
-    floor, ceiling = 1 - objective.epsilon, 1 + objective.epsilon_high
-    if objective.loss_type == "cispo":
-        surrogate = ratio.detach().clamp(max=ceiling) * advantage * policy_logprobs
-        low, high = torch.zeros_like(counted), ratio > ceiling
-        beyond = low
-    else:
-        free = ratio.clamp(max=objective.delta) * advantage if objective.delta else ratio * advantage
-        surrogate = torch.minimum(free, ratio.clamp(floor, ceiling) * advantage)
-        low, high = (ratio < floor) & (advantage < 0), (ratio > ceiling) & (advantage > 0)
-        beyond = (ratio > (objective.delta or torch.inf)) & (advantage < 0)
+    surrogate = choose_surrogate(ratio, advantages, policy_logprobs, objective)
     kl = torch.zeros_like(policy_logprobs)
     if objective.beta:
         kl = kl_estimate(policy_logprobs, ref_logprobs, ratio, estimator=objective.kl_estimator)
-    loss = (weights * (objective.beta * kl - surrogate)).sum()
-    low, high, beyond = low & counted, high & counted, beyond & counted
+    loss = (weights * (objective.beta * kl - surrogate.values)).sum()
+    low, high, beyond = surrogate.low & counted, surrogate.high & counted, surrogate.beyond_delta & counted
     return LossTerms(loss, (kl * counted).detach(), low, high, low | high | beyond)
+
+
+def _unknown(setting: str, name: str, names: Any) -> ValueError:
+    """Refusal of a name that is not in the Literal `names`."""
+    return ValueError(f"{setting} is {name!r}; it must be one of {', '.join(get_args(names))}.")

@@ -1,4 +1,4 @@
-"""Which objective a run maximises: its settings and the names they may take.
+"""Settings of the objective that a run maximises, and the names they may take.
 
 Standard library only: the command line reads the names before anything heavy is loaded.
 """
@@ -13,12 +13,17 @@ RewardScale = Literal["group", "batch", "none"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """Settings of the loss; docs/losses.md has the formulas."""
+    """Settings of the loss; docs/losses.md has the formulas.
+
+    Example: DAPO, which clips higher and has no reference.
+        >>> Objective(loss_type="dapo", epsilon_high=0.28, beta=0.0, max_completion_length=300).epsilon
+        0.2
+    """
 
     loss_type: LossType = "grpo"
-    epsilon: float = 0.2  # the ratio's lower bound is 1 - epsilon
-    epsilon_high: float = 0.2  # and its upper bound 1 + epsilon_high
-    delta: float | None = None  # bound of the ratio where the advantage is negative; None: none
-    beta: float = 0.04  # weight of the KL to the reference; 0: the reference is not looked at
+    epsilon: float = 0.2  # the ratio is clipped at 1 - epsilon ...
+    epsilon_high: float = 0.2  # ... and at 1 + epsilon_high
+    delta: float | None = None  # bound of the unclipped ratio where the advantage is negative; None: no bound
+    beta: float = 0.04  # weight of the KL to the reference; 0: no reference is needed
     kl_estimator: KlEstimator = "k3"
     max_completion_length: int  # tokens; the divisor of dr_grpo

@@ -1,9 +1,9 @@
-"""Packed rows: a prompt is computed once and its G completions see it, but not each other.
+"""Packed rows: a prompt is computed once for its G completions, which see it but not each other.
 
-A row is [prompt | c1 | ... | cG | padding]. Position ids restart after the prompt for every
-completion, and the mask lets a token see the prompt and the tokens before it in its own completion:
-each completion gets exactly the hidden states it would get alone behind the prompt.
-The last token of a completion predicts nothing that is trained, so it is a target but no input.
+A row is [prompt | c1 | ... | cG | padding]. Position ids restart after the prompt for every completion. The attention
+mask lets a token see the prompt and the earlier tokens of its own completion, so each completion gets exactly the
+hidden states that it would get alone behind the prompt. The last token of a completion is a target but not an input,
+because nothing that it predicts is trained.
 
 A group may be split over several rows, each with the prompt.
 
@@ -22,27 +22,41 @@ PROMPT, PADDING = 0, -1  # segment numbers; completion k of a row is segment k, 
 
 @dataclass(frozen=True, slots=True)
 class PackedRows:
-    """Groups laid out for one forward pass, and where each completion token is predicted."""
+    """Groups laid out for one forward pass, and the position that predicts each completion token.
+
+    Example: the prompt [5, 6] with the completions [7, 8] and [9, 4]. 6 predicts 7 and 9, 7 predicts 8, 9 predicts 4.
+        >>> ids = torch.tensor([[7, 8], [9, 4]])
+        >>> rows = pack_groups([torch.tensor([5, 6])], ids, torch.ones(2, 2, dtype=torch.bool), pad_id=0)
+        >>> rows.input_ids.tolist(), rows.position_ids.tolist(), rows.segments.tolist()
+        ([[5, 6, 7, 9]], [[0, 1, 2, 2]], [[0, 0, 1, 2]])
+        >>> rows.sources.tolist(), rows.targets.tolist()
+        ([[1, 2], [1, 3]], [[7, 8], [9, 4]])
+    """
 
     input_ids: Int[Tensor, "R L"]
     position_ids: Int[Tensor, "R L"]
     segments: Int[Tensor, "R L"]  # PROMPT, 1..G, or PADDING
-    sources: Int[Tensor, "B C"]  # flat index into R * L of the token that predicts; 0 where mask is False
+    sources: Int[Tensor, "B C"]  # flat index into R * L of the token that predicts the target; 0 where mask is False
     targets: Int[Tensor, "B C"]
-    mask: Bool[Tensor, "B C"]  # True counts
+    mask: Bool[Tensor, "B C"]  # True: a token of the completion
 
     def to(self, device: torch.device) -> "PackedRows":
-        """The same rows on another device."""
+        """Return the same rows on another device."""
         return PackedRows(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
 class RowContents:
-    """What a packed row holds: a prompt, and some or all of its group's completions."""
+    """Contents of a packed row: a prompt, and some or all completions of its group.
 
-    prompt: int  # 0..Q-1
-    completions: tuple[int, ...]  # of the B, in order
-    tokens: int  # inputs: the prompt, and each completion but for its last token
+    Example: a prompt of 2 tokens whose completions have 2 tokens each, of which 1 is an input.
+        >>> fill_rows([2], [2, 2])
+        [[RowContents(prompt=0, completions=(0, 1), tokens=4)]]
+    """
+
+    prompt: int  # index, 0..Q-1
+    completions: tuple[int, ...]  # indices, 0..B-1, ascending
+    tokens: int  # inputs: the prompt, and each completion without its last token
 
 
 def fill_rows(
@@ -52,11 +66,15 @@ def fill_rows(
     budget: int = 0,
     only: Collection[int] | None = None,
 ) -> list[list[RowContents]]:
-    """Batches of rows, each to be packed and computed at once: at most `budget` tokens with their padding; 0: all.
+    """Plan batches of rows; a batch is one forward pass of at most `budget` tokens, padding included.
 
-    A group too long for the budget is split over rows, which changes no result: its prompt is then computed once for
-    each. Where even one completion is too long, it has a batch to itself. Longest rows first, so that little is
-    padded. `only`: the completions that take part.
+    A group that is too long for the budget is split over rows, and its prompt is computed again in each; this changes
+    no result. A completion that is too long by itself gets a batch of its own. The longest rows come first, so that
+    rows of a batch have similar lengths and little padding.
+
+    prompt_lengths, lengths: tokens of the Q prompts and of the B completions, Q groups of equal size.
+    budget: tokens; 0: no limit, one batch.
+    only: indices of the completions to include; None: all.
     """
     group_size, rows = len(lengths) // len(prompt_lengths), list[RowContents]()
     for q, prompt in enumerate(prompt_lengths):
@@ -92,9 +110,9 @@ def pack(
     *,
     pad_id: int,
 ) -> PackedRows:
-    """The rows side by side; their completions, one after the other, are the B of the result.
+    """Lay out these rows as tensors; B of the result counts the completions of the rows, in their order.
 
-    A completion's mask is True from its first token to its last, without holes.
+    completion_mask: True from a completion's first token to its last, without gaps.
     """
     chosen = torch.tensor([b for row in rows for b in row.completions], device=completion_ids.device)
     ids, mask = completion_ids[chosen], completion_mask[chosen]
@@ -132,6 +150,6 @@ def pack_groups(
     *,
     pad_id: int,
 ) -> PackedRows:
-    """All of it at once, a row a group."""
+    """Pack everything into one batch, one row for each group."""
     (rows,) = fill_rows([len(prompt) for prompt in prompts], completion_mask.sum(dim=1).tolist())
     return pack(rows, prompts, completion_ids, completion_mask, pad_id=pad_id)

@@ -1,1 +1,1 @@
-"""What a run will need: predicted bytes on the card and in RAM, by phase and component, and what fits."""
+"""Memory of a run: bytes planned and measured, in GPU memory and in RAM, and what fits a machine."""

@@ -1,4 +1,4 @@
-"""Which model `--model` means on this machine: `auto` is the largest Qwen whose memory plan fits."""
+"""Choose the model that `--model` names; `auto` is the largest Qwen whose memory plan fits this machine."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,23 +8,24 @@ from grpo_ds.memory.plan import make_plan
 from grpo_ds.memory.select import fits
 from grpo_ds.models.presets import EMBEDDED, LAPTOP, PRESETS
 from grpo_ds.models.shapes import shape_of
-from grpo_ds.settings.config import TrainConfig, prompt_recipe
+from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsConfig, resolve_ds_config
 from grpo_ds.settings.ds_json import SHIPPED
+from grpo_ds.settings.saved_config import prompt_recipe
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The model a run uses, why, and the defaults that suit it."""
+    """The model of a run, the reason for it, and the defaults that suit it."""
 
     model: str
     why: str
     recipe: Mapping[str, object]
-    needs_gpu: bool  # it was chosen for the card
+    needs_gpu: bool  # it was chosen because there is a card
 
 
 def default_run() -> tuple[TrainConfig, DsConfig]:
-    """Training with every flag at its default."""
+    """Return flags and DeepSpeed JSON of a training run in which every flag has its default."""
     config = TrainConfig()
     return config, resolve_ds_config(SHIPPED / Path(config.ds).name, fill=config.ds_sizes(bf16=True))
 
@@ -36,20 +37,20 @@ def choose_model(
     ram_gib: float,
     run: Callable[[], tuple[TrainConfig, DsConfig]] = default_run,
 ) -> Choice:
-    """What --model means on this machine; `auto` is the largest Qwen that can be trained on the card and the RAM.
+    """Return the model that --model names; for `auto` the largest Qwen that this card and this RAM can train.
 
-    run: flags and DeepSpeed JSON of that training, asked for only then.
+    run: returns flags and DeepSpeed JSON of that training; called for `auto` alone.
     """
     if name in PRESETS:
-        return Choice(name, "as asked", PRESETS[name].recipe, needs_gpu=False)
+        return Choice(name, "set by --model", PRESETS[name].recipe, needs_gpu=False)
     if name != "auto":
-        return Choice(name, "as asked", prompt_recipe(Path(name)), needs_gpu=False)
+        return Choice(name, "set by --model", prompt_recipe(Path(name)), needs_gpu=False)
     if gpu_gib is None:
         return Choice(EMBEDDED, "no GPU here, so the model that comes with the installation", LAPTOP, needs_gpu=False)
     config, ds = run()
     qwens = [preset for preset in PRESETS.values() if preset.hub_id]
     fitting = [q for q in qwens if fits(make_plan(shape_of(q.name), config, ds), gpu_gib, ram_gib)]
-    machine = f"{gpu_gib:.0f} GiB GPU and {ram_gib:.0f} GiB RAM"
+    machine = f"{gpu_gib:.0f} GiB of GPU memory and {ram_gib:.0f} GiB of RAM"
     if not fitting:
         return Choice(EMBEDDED, f"no Qwen fits {machine}", LAPTOP, needs_gpu=True)
     best = max(fitting, key=lambda preset: preset.parameters)

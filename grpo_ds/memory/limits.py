@@ -1,5 +1,6 @@
-"""How much a phase computes at once: what --oom_retry makes smaller. Results do not depend on it."""
+"""Limits on what a phase computes at once. --oom_retry halves them; the results do not depend on them."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from grpo_ds.settings.config import TrainConfig
@@ -14,12 +15,12 @@ class Limits:
     rows: int
     tokens: int
     chunk_mib: float
-    least_rows: int = 1  # a group's; they share its prompt
-    least_tokens: int = 1  # of a prompt with one completion
+    least_rows: int = 1  # a group: its completions share a prompt
+    least_tokens: int = 1  # a prompt with one completion
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Limits":
-        """As long as nothing runs out of memory."""
+        """Return the limits of a run in which nothing has run out of memory."""
         size, generations = config.batch_size, config.num_generations
         whole = size * (config.longest + (generations - 1) * (config.max_completion_length - 1))
         return cls(
@@ -31,12 +32,18 @@ class Limits:
         )
 
     def halved(self, config: TrainConfig) -> dict[str, float]:
-        """What is smaller by now than `config` asks for."""
+        """Return the limits that are smaller by now than `config` asks for."""
         asked = asdict(Limits.of(config))
         return {name: value for name, value in asdict(self).items() if value != asked[name]}
 
+    def lower_to(self, smaller: Mapping[str, float]) -> None:
+        """Take over the limits that `halved` returned in an earlier run."""
+        self.rows = min(self.rows, int(smaller.get("rows", self.rows)))
+        self.tokens = min(self.tokens, int(smaller.get("tokens", self.tokens)))
+        self.chunk_mib = min(self.chunk_mib, smaller.get("chunk_mib", self.chunk_mib))
+
     def halve(self, phase: str) -> str | None:
-        """Half of what makes that phase large, said in words; None when there is nothing left to halve."""
+        """Halve the limit that makes this phase large and say so in words; None when nothing is left to halve."""
         if phase == "sample":
             if self.rows <= self.least_rows:
                 return None

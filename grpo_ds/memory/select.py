@@ -1,6 +1,6 @@
-"""What fits: a plan against a card and a machine's RAM, the cheapest changes that make it fit, and the best model.
+"""Compare a plan with the memory of a machine: does it fit, which cheap changes make it fit, which model is best.
 
-The planner's own margins are stated here, once.
+The planner's margins are stated here, once.
 """
 
 import itertools
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from grpo_ds.memory.plan import CUDA_CONTEXT, GIB, Device, Plan, Where, make_plan
+from grpo_ds.memory.plan import CUDA_CONTEXT, GIB, Device, MemoryKind, Plan, make_plan
 from grpo_ds.models.shapes import ModelShape
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import SMALL_BUCKET, DsConfig, OptimizerSpec
@@ -19,20 +19,20 @@ FRAGMENTATION = 0.03  # of the card: torch's allocator cannot use every gap betw
 
 
 def usable(gpu_gib: float, ram_gib: float) -> tuple[int, int]:
-    """Bytes a plan may fill on the card and on the host."""
+    """Return the bytes of GPU memory and of RAM that a plan may fill."""
     gpu, ram = (gpu_gib * GIB - CUDA_CONTEXT) / (1 + FRAGMENTATION), ram_gib * GIB - RAM_RESERVE
     return max(0, int(gpu)), max(0, int(ram))
 
 
 def fits(plan: Plan, gpu_gib: float, ram_gib: float) -> bool:
-    """Whether the plan fits with the margins; the card does not matter to a plan for the CPU."""
+    """Check that the plan fits with the margins; a plan for the CPU needs no GPU memory."""
     gpu, ram = usable(gpu_gib, ram_gib)
-    return plan.peak("gpu") <= gpu and plan.peak("host") <= ram
+    return plan.peak("gpu") <= gpu and plan.peak("ram") <= ram
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a plan is made of."""
+    """Everything that a plan depends on."""
 
     shape: ModelShape
     config: TrainConfig
@@ -44,10 +44,10 @@ class Job:
 
 
 def fitted(job: Job, gpu_gib: float, ram_gib: float) -> Job:
-    """The sizes that were left to the memory, filled in.
+    """Fill in the flags that were left to the memory plan.
 
-    Completions sampled at once: the most that leave evaluation below the fullest of the other phases.
-    Gradient checkpointing: off where the run without it fits with room to spare, for a faster update.
+    Completions sampled at once: the most with which evaluation needs less than the fullest of the other phases.
+    Gradient checkpointing: off where the run fits without it and leaves room, for a faster update.
     """
     if job.config.gradient_checkpointing is None:
         without = replace(job, config=replace(job.config, gradient_checkpointing=False))
@@ -55,18 +55,18 @@ def fitted(job: Job, gpu_gib: float, ram_gib: float) -> Job:
         job = without if plenty else replace(job, config=replace(job.config, gradient_checkpointing=True))
     if job.config.generation_batch_size is None:
         sizes = [replace(job, config=replace(job.config, generation_batch_size=rows)) for rows in BATCH_SIZES]
-        where: Where = "gpu" if job.device == "cuda" else "host"
-        job = next((it for it in sizes if it.plan().binding(where).name != "evaluate"), sizes[-1])
+        kind: MemoryKind = "gpu" if job.device == "cuda" else "ram"
+        job = next((it for it in sizes if it.plan().binding(kind).name != "evaluate"), sizes[-1])
     return job
 
 
-ROOM = 0.8  # of a memory that may be filled for speed alone
+ROOM = 0.8  # share of a memory that may be filled for speed alone
 BATCH_SIZES = (64, 32, 16, 8)
 
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """A change of a flag or of the DeepSpeed JSON, what it costs, and when there is anything to change."""
+    """A change of a flag or of the DeepSpeed JSON, its cost, and the jobs that it changes."""
 
     change: str
     cost: str
@@ -82,7 +82,7 @@ class Remedy:
 
 
 def remedies(job: Job, gpu_gib: float, ram_gib: float) -> tuple[Remedy, ...]:
-    """The fewest and then cheapest changes after which the job fits; none if it fits, or if nothing helps."""
+    """Return the fewest and then cheapest changes after which the job fits; none if it fits, or if nothing helps."""
     if fits(job.plan(), gpu_gib, ram_gib):
         return ()
     for number in range(1, MOST_REMEDIES + 1):
@@ -94,7 +94,7 @@ def remedies(job: Job, gpu_gib: float, ram_gib: float) -> tuple[Remedy, ...]:
 
 
 def applied(job: Job, changes: tuple[Remedy, ...]) -> Job | None:
-    """None where one of them changes nothing: fewer have been tried already."""
+    """Apply all changes. None where one of them changes nothing: fewer changes have been tried already."""
     for remedy in changes:
         if not remedy.when(job):
             return None
@@ -107,7 +107,7 @@ def _more_than(flag: str, value: float, cost: str) -> Remedy:
 
 
 def _another_reference(kind: str, cost: str) -> Remedy:
-    def other(job: Job) -> bool:  # with LoRA it is the policy's own base, which nothing can make smaller
+    def other(job: Job) -> bool:  # with LoRA the reference is the policy's own base, which cannot be smaller
         return job.config.beta > 0 and job.config.reference_kind not in (kind, "adapter")
 
     return Remedy(f"--reference {kind}", cost, other, flags={"reference": kind})
@@ -122,7 +122,7 @@ IN_RAM = {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": False
 EIGHT_BIT = {"optimizer": OptimizerSpec("AdamW8bit", {}), "share_staging": True}
 HALVES = {"bf16_masters": True, "rounding": "residual"}
 
-# In order of cost: first what costs little, then speed, then what changes the algorithm.
+# In order of cost: first little, then speed, then a change of the algorithm.
 REMEDIES = (
     Remedy('"pin_memory": false', "slower copies to the card", lambda job: job.ds.offload, zero=IN_RAM),
     Remedy('"share_staging": true', "nothing", _ours, ds={"share_staging": True}),
@@ -157,7 +157,7 @@ REMEDIES = (
     ),
     Remedy(
         "--pack_tokens 2048",
-        "gradients over PCIe several times a step",
+        "gradients over PCIe several times per step",
         lambda job: job.config.longest <= 2048 != job.config.pack_tokens,
         flags={"pack_tokens": 2048},
     ),
@@ -167,14 +167,12 @@ REMEDIES = (
         lambda job: _ours(job) and job.ds.bf16,
         ds={**HALVES, "rounding": "stochastic"},
     ),
-    _another_reference("bf16-cpu", "scoring on the CPU, perhaps minutes a step"),
-    _more_than("batch_size", 1, "fewer questions a step"),
+    _another_reference("bf16-cpu", "log-probs on the CPU, perhaps minutes per step"),
+    _more_than("batch_size", 1, "fewer questions per step"),
     _more_than("max_completion_length", 200, "shorter answers"),
     _more_than("max_prompt_length", 512, "shorter contexts"),
     _more_than("num_generations", 2, "the smallest group"),
-    Remedy(
-        "--lora_r 16", "an adapter in place of all parameters", lambda job: not job.config.lora_r, flags={"lora_r": 16}
-    ),
+    Remedy("--lora_r 16", "only an adapter is trained", lambda job: not job.config.lora_r, flags={"lora_r": 16}),
     Remedy(
         "--load_in_4bit true",
         "a frozen base in 4 bits",
@@ -187,7 +185,7 @@ REMEDIES = (
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A model with a DeepSpeed JSON and a place for the reference."""
+    """A model with a DeepSpeed JSON and a kind of reference."""
 
     ds_file: str
     job: Job
@@ -199,7 +197,7 @@ class Candidate:
         return self.job.config.reference_kind if self.job.config.beta else "none"
 
     def command(self, typed: str = "") -> str:
-        """The command line that runs it."""
+        """Return the command line that trains it; typed: further flags."""
         flags = {"none": " --beta 0", "int8": "", "adapter": ""}.get(self.reference, f" --reference {self.reference}")
         train = invocation.command("train", launcher="deepspeed")
         return f"{train} --model {self.job.shape.name} --ds {self.ds_file}{flags}{typed}"
@@ -214,7 +212,7 @@ def candidates(
     gpu_gib: float,
     ram_gib: float,
 ) -> Iterator[Candidate]:
-    """A model under every JSON, with every reference and with none; without a card on the CPU."""
+    """Combine a model with every JSON, every reference and none; without a card the plan is for the CPU."""
     changes: list[dict[str, Any]] = [{"reference": kind} for kind in references if config.beta] + [{"beta": 0.0}]
     for change in changes:
         for ds_file, ds in ds_files.items():
@@ -224,6 +222,6 @@ def candidates(
 
 
 def best(found: Iterable[Candidate]) -> Candidate | None:
-    """The largest model that fits; of its candidates the first."""
+    """Return the first candidate of the largest model that fits."""
     fitting = [candidate for candidate in found if candidate.fits]
     return max(fitting, key=lambda candidate: candidate.job.shape.parameters, default=None)

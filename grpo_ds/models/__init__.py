@@ -1,1 +1,1 @@
-"""Presets, the policy, its 8-bit reference, and both seen as functions from packed rows to log-probs."""
+"""Models: presets, shapes, policy, reference, and both as functions from packed rows to log-probs."""

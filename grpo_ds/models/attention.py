@@ -1,10 +1,10 @@
-"""The attention of every model here: transformers' SDPA, or what a caller brings along as `attend`.
+"""The attention of every model here: transformers' SDPA, or the function `attend` of the caller.
 
 Registered with transformers' AttentionInterface, so a model's own code runs unchanged. `PackedAttention` computes
-packed rows without a mask over them: of the [L, L] scores of a row only those that such a mask would have left.
+packed rows without a mask over them: it computes only those of a row's [L, L] scores that such a mask would keep.
 
-R rows of L tokens, of which at most P are a prompt's; B completions, at most C tokens of each are input. H heads of
-queries, K of keys, D wide.
+R rows of L tokens, at most P of them in a prompt; B completions, each with at most C tokens of input. H heads of
+queries, K heads of keys, of width D.
 """
 
 from typing import Any, Protocol
@@ -20,11 +20,11 @@ from transformers.masking_utils import sdpa_mask
 from grpo_ds.core.packing import PROMPT, PackedRows
 
 NAME = "grpo_ds"
-# What some models add to plain attention, by their keyword in transformers; `attend` does without.
+# Keywords with which some models extend plain attention in transformers; `attend` does not support them.
 UNKNOWN = ("softcap", "s_aux")
-# What a model raises whose attention is not written for transformers' AttentionInterface; tried by the probes.
+# Errors of models whose attention is not written for transformers' AttentionInterface; the probes catch them.
 NOT_MADE_FOR_US = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
-ALIGNED = 8  # columns: memory-efficient attention on a card copies a mask whose rows do not begin at such a multiple
+ALIGNED = 8  # columns: memory-efficient attention on a card copies a mask whose rows do not begin at a multiple of 8
 
 
 class Attend(Protocol):
@@ -34,14 +34,14 @@ class Attend(Protocol):
 
 
 def use_our_attention(model: PreTrainedModel) -> None:
-    """Let `model(..., **attending(attend))` attend by `attend`; calls without it are as before."""
+    """Make `model(..., **attending(attend))` use `attend`; calls without it stay as before."""
     if model.config._attn_implementation != NAME:
         model.set_attn_implementation(NAME)
 
 
 def attending(attend: Attend, device: torch.device) -> dict[str, Any]:
-    """Keywords of a model's forward."""
-    # A mask of four dimensions is taken for a finished one: transformers then makes none of its own.
+    """Return the keywords of a model's forward that make it use `attend`."""
+    # transformers takes a mask of four dimensions as it is and makes no mask of its own.
     return {"attend": attend, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)}
 
 
@@ -55,7 +55,7 @@ def _attention(
     attend: Attend | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in a layer; keywords come down from the model's forward."""
+    """Called by transformers in each layer; the keywords come from the model's forward."""
     if attend is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if any(options.get(name) is not None for name in UNKNOWN):
@@ -68,7 +68,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def sliding_window(config: Any) -> float:
-    """Tokens that every layer can look back over; infinite where none slides."""
+    """Number of tokens that every layer attends to at most; infinite where no window slides."""
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     return window if window and slides else float("inf")
@@ -77,17 +77,17 @@ def sliding_window(config: Any) -> float:
 class PackedAttention:
     """Attention over packed rows in two parts: prompts over themselves, completions over their prompt and themselves.
 
-    A mask over whole rows would have (P + B C / R)^2 scores a row computed; these are P^2 / 2 + C (P + C) B / R.
+    With a mask over complete rows, (P + B C / R)^2 scores per row are computed; here P^2 / 2 + C (P + C) B / R.
     """
 
     def __init__(self, rows: PackedRows, dtype: torch.dtype) -> None:
         device, (_, length) = rows.input_ids.device, rows.input_ids.shape
         prompts = (rows.segments == PROMPT).sum(dim=1)  # [R] tokens
-        row = rows.sources[:, 0] // length  # [B] where each completion stands
-        # A completion's inputs are what predicts its tokens from the second on.
+        row = rows.sources[:, 0] // length  # [B] the row of each completion
+        # A completion's inputs are the positions that predict its tokens, except the first.
         self.own, counts = rows.sources[:, 1:], rows.mask[:, 1:]
         self.longest = int(prompts.max())
-        self.completions = torch.bincount(row, minlength=len(prompts))  # [R] of each row, side by side
+        self.completions = torch.bincount(row, minlength=len(prompts))  # [R] number in each row, side by side
         b, c = self.own.shape
         width = self.longest + c
         mask = torch.full((b, 1, c, -(-width // ALIGNED) * ALIGNED), -torch.inf, dtype=dtype, device=device)
@@ -96,7 +96,7 @@ class PackedAttention:
         of_itself = torch.ones(c, c, dtype=torch.bool, device=device).tril()
         seen = torch.cat([of_prompt[:, None, None].expand(b, 1, c, -1), of_itself.expand(b, 1, c, c)], dim=3)
         self.mask.masked_fill_(seen, 0)
-        # Where in [R * P prompt tokens, B * C of completions] the result of each of the R * L tokens stands.
+        # Index of each of the R * L tokens in the results [R * P prompt tokens, B * C completion tokens].
         places = torch.arange(length, device=device).expand_as(rows.segments)
         first = torch.arange(len(prompts), device=device)[:, None] * self.longest
         back = torch.where(rows.segments == PROMPT, first + places, 0).flatten()
@@ -122,6 +122,6 @@ class PackedAttention:
         return result.index_select(0, self.back).view(r, length, heads, width)
 
     def _of_completions(self, part: Float[Tensor, "R X L D"]) -> Float[Tensor, "B X C D"]:
-        """The completions' tokens, padded; what stands in the padding has no effect."""
+        """Gather the tokens of the completions, padded; the values in the padding have no effect."""
         tokens = part.transpose(1, 2).flatten(0, 1).index_select(0, self.own.flatten())
         return tokens.view(*self.own.shape, *tokens.shape[1:]).transpose(1, 2)

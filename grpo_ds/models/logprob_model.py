@@ -1,7 +1,7 @@
-"""A causal LM seen as one function: packed rows -> log-probs of the completion tokens.
+"""A causal LM as one function: packed rows -> log-probs of the completion tokens.
 
-Policy, old policy and reference share it. The head is applied in chunks inside `forward`, so the
-policy's engine wraps log-probs, not logits, and no [tokens, vocabulary] tensor exists anywhere.
+Policy, old policy and reference use it. The head is applied in chunks inside `forward`, so the policy's engine wraps
+log-probs, not logits, and no [tokens, vocabulary] tensor exists.
 """
 
 from typing import Any
@@ -18,14 +18,14 @@ from grpo_ds.errors import UsageError
 from grpo_ds.models.attention import NOT_MADE_FOR_US, PackedAttention, attending, sliding_window, use_our_attention
 from grpo_ds.models.quantized import Int8Rows
 
-# Config keys of models that change the logits after the head; we compute the head ourselves.
+# Config keys of models that change their logits after the head, which we compute without them.
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
 
 
 class LogprobModel(nn.Module):
-    """`model` as PackedRows -> [B, C] fp32 log-probs, 0 where masked.
+    """`model` as a function PackedRows -> [B, C] fp32 log-probs, 0 where masked.
 
-    vocab_size: ids the tokenizer knows; the head's padding rows above it take no part.
+    vocab_size: number of ids of the tokenizer; the head's padding rows above it are left out.
     In training mode `entropies` holds those of the last call: [B, C] in nats, without gradient, 0 where masked.
     """
 
@@ -36,7 +36,7 @@ class LogprobModel(nn.Module):
         check_plain_head(model)
         use_our_attention(model)
         self.model = model
-        self.packs = True  # or not: then rows hold one completion each, and the plain causal mask is right
+        self.packs = True  # False: each row holds one completion, and the plain causal mask is right
         self.options: dict[str, Any] = {"vocab_size": vocab_size, "temperature": temperature, "chunk_mib": chunk_mib}
 
     def forward(self, rows: PackedRows) -> Float[Tensor, "B C"]:
@@ -46,39 +46,40 @@ class LogprobModel(nn.Module):
         else:
             layout = {"attention_mask": rows.segments != PADDING}
         hidden = self.model.base_model(input_ids=rows.input_ids, use_cache=False, **layout).last_hidden_state
-        # Only the positions that predict a counted token go through the head.
+        # Only positions that predict a counted token go through the head.
         sources, targets = rows.sources[rows.mask], rows.targets[rows.mask]
         # A prompt's last position predicts the first token of all G completions. The backward of plain indexing adds
-        # such gradients in whatever order the threads come; that of an embedding adds them in one order.
+        # these gradients in a random order of threads; the backward of an embedding adds them in a fixed order.
         chosen = F.embedding(sources, hidden.flatten(0, 1))
         if not self.training:
             return _at_mask(token_logprobs(chosen, self.head, targets, **self.options), rows.mask)
-        # Kept here and not returned: DeepSpeed would hook a second output's gradient, and it has none.
+        # Kept here, not returned: DeepSpeed would hook the gradient of a second output, and this one has none.
         logprobs, entropies = token_logprobs(chosen, self.head, targets, **self.options, entropy=True)
         self.entropies = _at_mask(entropies, rows.mask)
         return _at_mask(logprobs, rows.mask)
 
     @property
     def head(self) -> HeadRows:
-        """The rows of the output embedding: its weight, or a module that keeps them in 8 bits."""
+        """Rows of the output embedding: its weight, or a module that keeps them in 8 bits."""
         head = self.model.get_output_embeddings()
         return head if isinstance(head, Int8Rows) else head.weight
 
 
 def _at_mask(values: Float[Tensor, " N"], mask: Bool[Tensor, "B C"]) -> Float[Tensor, "B C"]:
-    """`values` in their places, 0 elsewhere."""
+    """Place `values` where the mask is True, 0 elsewhere."""
     return torch.zeros(mask.shape, device=values.device).masked_scatter(mask, values)
 
 
-# Of a log-prob: the two ways sum in another order, and in 16 bits what goes from layer to layer is rounded.
+# Tolerance of a log-prob: the two ways sum in different orders, and in 16 bits every layer rounds its output.
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 @torch.no_grad()
 def why_not_packed(policy: LogprobModel, *, longest: int) -> str | None:
-    """What keeps this model from packed rows, found out on one: does a completion get what it gets alone?
+    """Return the reason why this model cannot use packed rows, None if it can.
 
-    longest: tokens of a prompt with its completion. None: nothing does.
+    Tried on one row: a completion must get the log-probs that it gets alone. longest: tokens of a prompt with its
+    completion.
     """
     device = policy.model.device
     if (window := sliding_window(policy.model.config)) < longest:
@@ -97,12 +98,12 @@ def why_not_packed(policy: LogprobModel, *, longest: int) -> str | None:
 
 
 def check_plain_head(model: PreTrainedModel) -> None:
-    """Refuse models whose logits are more than hidden @ head.T."""
+    """Raise UsageError for models whose logits are more than hidden @ head.T."""
     changes = [key for key in LOGIT_CHANGES if getattr(model.config, key, None) not in (None, 1.0)]
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         changes.append("a bias on the output embedding")
     if changes:
         raise UsageError(
             f"This model changes its logits after the head ({', '.join(changes)}), which the chunked log-probs "
-            "do not do.\nTry a model of the Qwen2, Llama, Mistral, SmolLM or GPT-2 kind."
+            "do not support.\nUse a Qwen2, Llama, Mistral, SmolLM or GPT-2 model."
         )

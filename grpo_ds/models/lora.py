@@ -1,6 +1,6 @@
 """LoRA (Hu et al. 2021) and QLoRA (Dettmers et al. 2023): small trained matrices beside a frozen base.
 
-peft puts them into the transformers model itself, so sampling, log-probs and DeepSpeed meet the model they know.
+peft adds them to the transformers model itself, so sampling, log-probs and DeepSpeed use it as any other model.
 """
 
 import logging
@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from grpo_ds.models.shapes import ALL_LINEAR
 
-ADAPTER = "default"  # what peft calls an adapter that was given no name
+ADAPTER = "default"  # peft's name for an adapter without one
 
 
 def add_adapter(
@@ -21,14 +21,14 @@ def add_adapter(
 ) -> None:
     """Freeze `model` and add alpha / r * B A to each targeted weight; B starts at 0, so nothing changes yet.
 
-    base: what from_pretrained takes for this model; it is noted in the saved adapter. seed: of A.
+    base: this model's name or folder for from_pretrained, written into the saved adapter. seed: of A.
     """
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
         target_modules=ALL_LINEAR if ALL_LINEAR in targets else list(targets),
         lora_dropout=0.0,  # would make the ratio of the first update differ from 1
-        fan_in_fan_out=getattr(model.config, "model_type", "") == "gpt2",  # its Conv1D; else peft warns and sets it
+        fan_in_fan_out=getattr(model.config, "model_type", "") == "gpt2",  # Conv1D; otherwise peft warns and sets it
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng():
@@ -41,12 +41,12 @@ def add_adapter(
 
 
 def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """`model` with the adapter in `folder` added to its weights: an ordinary model."""
+    """Add the adapter in `folder` to the weights of `model`; the result is an ordinary model."""
     return PeftModel.from_pretrained(model, folder).merge_and_unload()  # type: ignore[operator]
 
 
 def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """How bitsandbytes keeps the linear layers of a frozen base; embeddings and head stay in `dtype`."""
+    """Return bitsandbytes' config for the linear layers of a frozen base; embeddings and head stay in `dtype`."""
     if bits == 4:
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -55,7 +55,17 @@ def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
             bnb_4bit_compute_dtype=dtype,
         )
     if bits == 8:
-        # It says at every product that activations are rounded; docs/lora.md says it once.
+        # It logs at every product that activations are rounded; docs/lora.md says it once.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return None
+
+
+def keep_trainable_layout(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for inference, which it does on CPUs with AVX-512 bf16.
+
+    It packs them in the first evaluation pass (0.50.2), and no gradient goes through packed weights afterwards.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

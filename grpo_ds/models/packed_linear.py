@@ -1,7 +1,7 @@
-"""Linear layers for few rows on a CPU: weights laid out once as oneDNN wants them.
+"""Linear layers for few rows on a CPU: weights stored once in oneDNN's own layout.
 
-torch's matmul lays a weight out anew at every call, which for the 8 rows of a decoding step takes as long as the
-product. `packed_linears` does it once for a whole rollout, at the price of a second copy of the weights meanwhile.
+torch's matmul converts a weight to that layout at every call, which for the 8 rows of a decoding step takes as long as
+the product. `packed_linears` converts it once for a rollout, which needs a second copy of the weights meanwhile.
 """
 
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-TYPICAL_ROWS = 8  # the layout is chosen for this many; others work, too
+TYPICAL_ROWS = 8  # the layout is chosen for this number of rows; others work too
 
 
 @contextmanager
 def packed_linears(model: nn.Module) -> Iterator[None]:
-    """fp32 linear layers of a model on the CPU run from packed copies of their weights; elsewhere nothing changes.
+    """Run a model's fp32 linear layers on the CPU from packed copies of their weights; change no other layer.
 
-    The weights must not change meanwhile. Without gradients only.
+    The weights must not change meanwhile. Works without gradients only.
     """
     layers = [m for m in model.modules() if type(m) is nn.Linear and _packable(m.weight)]
     for layer in layers:

@@ -15,20 +15,20 @@ from transformers.utils import logging as transformers_logging
 from grpo_ds.errors import UsageError
 from grpo_ds.models.embedded import embedded_folder
 from grpo_ds.models.logprob_model import LogprobModel
-from grpo_ds.models.lora import add_adapter, merged, quantization
+from grpo_ds.models.lora import add_adapter, keep_trainable_layout, merged, quantization
 from grpo_ds.models.presets import EMBEDDED, PRESETS
-from grpo_ds.models.shapes import adapter_base, brings_code
+from grpo_ds.models.shapes import SHARD_BYTES, adapter_base, brings_code
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.system.hub import check_hub
 from grpo_ds.task.prompts import ensure_chat_template
 
-# For a hub model without safetensors transformers would ask a service on the hub to convert it, in our user's name.
+# For a hub model without safetensors, transformers would ask a service on the hub to convert it, in our user's name.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-transformers_logging.disable_progress_bar()  # our own lines and bars say what is going on
+transformers_logging.disable_progress_bar()  # our own lines and bars show the progress
 
 
 def model_source(name: str) -> str:
-    """What from_pretrained takes: a preset's hub id, the embedded model's folder, or the name itself."""
+    """Return the argument of from_pretrained: a preset's hub id, the embedded model's folder, or the name itself."""
     if name == EMBEDDED:
         return str(embedded_folder())
     if Path(name).is_dir():
@@ -36,32 +36,32 @@ def model_source(name: str) -> str:
     try:
         check_hub()
     except (OSError, ValueError):
-        constants.HF_HUB_OFFLINE = True  # a model in the cache still loads, any other fails now, not in a minute
+        constants.HF_HUB_OFFLINE = True  # a model in the cache still loads; any other fails at once, not in a minute
     return (PRESETS[name].hub_id or name) if name in PRESETS else name
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Tokenizer:
-    """The tokenizer, with a plain chat template where the model brings none and a pad token in any case."""
+    """Load the tokenizer, with a plain chat template if the model has none, and always with a pad token."""
     with _named_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(model_source(name), trust_remote_code=trust_remote_code)
     _check_template_names(name, tokenizer.chat_template)
     ensure_chat_template(tokenizer)
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # masks, never ids, say what counts: EOS may double as pad
+        tokenizer.pad_token = tokenizer.eos_token  # EOS may be the pad token: masks say what counts, ids never do
     return tokenizer
 
 
 def load_policy(
     name: str, *, dtype: torch.dtype, checkpointing: bool, bits: int = 16, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The model on the CPU, without dropout and with a neutral generation config; an adapter's folder is merged.
+    """Load the model on the CPU, without dropout and with a neutral generation config; an adapter is merged.
 
-    bits: 4 or 8 quantises the linear layers, on the card where there is one. trust_remote_code: run Python files of
-    the model's own. Its weights are safetensors, or else a .bin that transformers reads with weights_only.
+    bits: 4 or 8 quantises the linear layers, on the card if there is one. trust_remote_code: run the model's own
+    Python files. Weights are read from safetensors, or from a .bin file with weights_only.
 
-    Dropout would make the ratio of the first update differ from 1. The model's own generation config
-    (Qwen ships top_k 20, top_p 0.8, repetition_penalty 1.1) would sample from another distribution than
-    the one the log-probs describe; only its token ids are kept.
+    Dropout would make the ratio of the first update differ from 1. With the model's own generation config (Qwen's has
+    top_k 20, top_p 0.8, repetition_penalty 1.1) samples would come from another distribution than the log-probs
+    describe; only its token ids are kept.
     """
     adapter_on = adapter_base(name)
     source = model_source(adapter_on or name)
@@ -78,6 +78,7 @@ def load_policy(
             quantization_config=quantization(bits, dtype),
             trust_remote_code=trust_remote_code,
         )
+    keep_trainable_layout(model)
     if adapter_on:
         with _named_errors(name):
             model = merged(model, Path(name))
@@ -92,7 +93,7 @@ def load_policy(
 
 
 def trainable_policy(config: TrainConfig, *, dtype: torch.dtype, known_ids: int) -> LogprobModel:
-    """The policy a run trains, with an adapter if one is asked for. known_ids: of the tokenizer."""
+    """Load the policy that a run trains, with an adapter if the flags ask for one. known_ids: of the tokenizer."""
     model = load_policy(
         config.model,
         dtype=dtype,
@@ -117,61 +118,60 @@ def trainable_policy(config: TrainConfig, *, dtype: torch.dtype, known_ids: int)
 
 @contextmanager
 def _named_errors(name: str):
-    """Turn what transformers raises for a wrong name, an unreachable hub or files it will not read into one clear
-    error."""
+    """Turn transformers' errors for a wrong name, an unreachable hub or unreadable files into one clear UsageError."""
     try:
         yield
     except UnpicklingError as error:
         raise UsageError(
-            f"The model {name} has a file of weights that holds more than weights, so it was not read.\n"
+            f"The model {name} has a file of weights that contains more than weights, so it was not read.\n"
             "Such a file can run code. Use the model's safetensors files, or another model."
         ) from error
     except (OSError, ValueError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise brings_code(name) from error
-        where = "folder" if Path(name).is_dir() else "model"
+        kind = "folder" if Path(name).is_dir() else "model"
         first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UsageError(
-            f"The {where} {name} cannot be loaded: {first_line[:200]}\n"
-            "If the hub cannot be reached from here, name a folder saved by save_pretrained (--model FOLDER),\n"
+            f"The {kind} {name} cannot be loaded: {first_line[:200]}\n"
+            "If this machine cannot reach the hub, name a folder saved by save_pretrained (--model FOLDER),\n"
             f"or use the embedded model, which needs no network: --model {EMBEDDED}"
         ) from error
 
 
 def _check_template_names(name: str, templates: str | dict[str, str] | None) -> None:
-    """A chat template's name becomes a file's when the tokenizer is saved: a path is refused before training."""
+    """Raise UsageError for a chat template named by a path: a saved tokenizer uses these names as file names."""
     if isinstance(templates, dict) and (paths := [key for key in templates if Path(key).name != key]):
         raise UsageError(
-            f"The tokenizer of {name} names a chat template {paths[0][:80]!r}, a path out of the output folder.\n"
-            "Mend chat_template in its tokenizer_config.json, or use another model."
+            f"The tokenizer of {name} names a chat template {paths[0][:80]!r}, a path outside the output folder.\n"
+            "Fix chat_template in its tokenizer_config.json, or use another model."
         )
 
 
 def save_merged(adapter: Path, folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
-    """The adapter's base, read again in `dtype` whatever it was trained in, and the adapter as one ordinary model."""
+    """Save base and adapter as one ordinary model; the base is read again in `dtype`, not as it was trained."""
     model = load_policy(str(adapter), dtype=dtype, checkpointing=False, trust_remote_code=trust_remote_code)
-    model.save_pretrained(folder, max_shard_size=SHARD)
+    model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
 
 
 @torch.no_grad()
 def first_bad_weight(model: torch.nn.Module) -> str | None:
-    """The first parameter that is not finite throughout; None: all are. One read of the weights and no copy of any."""
+    """Return the name of the first parameter with a value that is not finite, None if all are finite.
+
+    Reads the weights once and copies none.
+    """
     weights = {name: p for name, p in model.named_parameters() if p.is_floating_point() and p.numel()}
-    # All at once at the end: each value asked for is a wait for the card.
+    # One transfer for all: each value read by itself would wait for the card.
     finite = torch.stack([torch.linalg.vector_norm(p, torch.inf).float() for p in weights.values()]).isfinite()
     return next((name for name, is_finite in zip(weights, finite.tolist(), strict=True) if not is_finite), None)
 
 
-SHARD = "2GB"  # of a saved model: on its way to the file a shard is in host memory once more
-
-
 def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """An ordinary transformers folder; of a model with an adapter the adapter alone, as peft writes it.
+    """Save an ordinary transformers folder, or of a model with an adapter the adapter alone, as peft writes it.
 
-    ZeRO keeps all weights as views of one buffer, which save_pretrained takes for shared tensors and clones, all of
-    them at once and on the card. Through dlpack each view is a tensor of its own over the same bytes.
+    ZeRO keeps all weights as views of one buffer. save_pretrained would treat them as shared tensors and clone all of
+    them at once, on the card. Passed through dlpack, each view is a tensor of its own over the same bytes.
     """
     if getattr(model, "peft_config", None):
         return model.save_pretrained(folder)
     weights = {name: torch.from_dlpack(tensor.detach()) for name, tensor in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD)
+    model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_BYTES)

@@ -1,6 +1,6 @@
-"""Models by short name, and the recipe that suits each: defaults for the flags a person did not type.
+"""Models by short name, each with its recipe: defaults for the flags that were not typed.
 
-Standard library only: the command line needs it before anything heavy is loaded.
+Standard library only: the command line needs it before anything heavy is imported.
 """
 
 from collections.abc import Mapping
@@ -14,16 +14,16 @@ class Preset:
     """A named model."""
 
     name: str
-    hub_id: str | None  # None: comes from a wheel (models/embedded.py)
+    hub_id: str | None  # None: it comes from a wheel (models/embedded.py)
     parameters: int
     recipe: Mapping[str, object] = field(default_factory=dict)  # flag name -> default
 
 
 EMBEDDED = "smollm2-135m"
 
-# For a laptop: a 135M model keeps to the format only when shown (the opening tag prefilled, a worked example of each
-# class: with one it copies that one's answer for ever), learns at 5 times a large model's rate (at 20 times it was at
-# "yes" for every question in 12 steps: docs/results.md), and must not wait for 300 tokens on two cores.
+# For a laptop. A 135M model keeps the answer format only if it is shown: the opening tag prefilled, a worked example of
+# each class (with one example it always copies that answer). It learns at 5 times a large model's rate; at 20 times it
+# answered "yes" to every question after 12 steps (docs/results.md). 300 tokens would take too long on two cores.
 LAPTOP = {
     "few_shot": 2,
     "prefill": True,
@@ -47,10 +47,10 @@ PRESETS = {
 }
 
 
-LORA_RATE = 10  # times the rate of full fine-tuning suits an adapter (Schulman et al. 2025, LoRA Without Regret)
+LORA_RATE = 10  # an adapter's learning rate / that of full fine-tuning (Schulman et al. 2025, LoRA Without Regret)
 
 
 def lora_recipe(recipe: Mapping[str, object], config: TrainConfig) -> Mapping[str, object]:
-    """The model's recipe, with the learning rate of an adapter where one is trained."""
+    """Return the model's recipe, with the learning rate of an adapter if one is trained."""
     rate = recipe.get("learning_rate", TrainConfig.learning_rate)
     return {**recipe, "learning_rate": LORA_RATE * float(str(rate))} if config.lora_r else recipe

@@ -1,28 +1,24 @@
-"""Weight-only int8 layers: one byte a weight, a scale per group, products in the activations' dtype.
+"""Weight-only int8 layers: one byte per weight, a scale per group, products in the activations' dtype.
 
-Rows are cut into groups of at most GROUP input features; each group is scaled by its largest absolute
-value. Activations stay as they are, which is why the KL floor is a sixth of LLM.int8's, which rounds
-both. Weights become bf16 again one layer at a time, for as long as its matmul takes.
+Rows are cut into groups of at most SCALE_GROUP input features (models/shapes.py); each group is scaled by its largest
+absolute value. Activations are not rounded; the KL floor is therefore a sixth of LLM.int8's, which rounds both. Weights
+become bf16 again one layer at a time, for the duration of its matmul.
 """
-
-import math
 
 import torch
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
-GROUP = 64  # divides every hidden size in use; 128 saves 1.5 % of the memory and raises the floor
-MIN_GROUP = 16  # odd widths: below this the scales would cost more than they save
+from grpo_ds.models.shapes import scale_group
 
 
 def quantize(weight: Float[Tensor, "out in"]) -> tuple[Int8[Tensor, "out in"], Float[Tensor, "out groups"]]:
-    """Symmetric int8 with a scale per group of inputs, in the weight's dtype.
+    """Round to symmetric int8 codes with a scale per group of inputs, in the weight's dtype.
 
-    The codes are rounded against the scale as it is stored, so its own rounding adds no error.
+    The codes are computed with the scale as it is stored, so the rounding of the scale adds no error.
     """
     out_features, in_features = weight.shape
-    group = math.gcd(in_features, GROUP)
-    grouped = weight.detach().float().view(out_features, -1, group if group >= MIN_GROUP else in_features)
+    grouped = weight.detach().float().view(out_features, -1, scale_group(in_features))
     scale = (grouped.abs().amax(dim=2) / 127).to(weight.dtype)
     step = scale.float().clamp(min=torch.finfo(torch.float32).tiny)[..., None]
     codes = (grouped / step).round_().clamp_(-127, 127).to(torch.int8)
@@ -30,13 +26,13 @@ def quantize(weight: Float[Tensor, "out in"]) -> tuple[Int8[Tensor, "out in"], F
 
 
 def dequantize(codes: Int8[Tensor, "out in"], scale: Float[Tensor, "out groups"]) -> Float[Tensor, "out in"]:
-    """codes * scale in the scale's dtype (an int8 code is exact in bf16)."""
+    """Return codes * scale in the scale's dtype (an int8 code is exact in bf16)."""
     grouped = codes.view(*scale.shape, -1).to(scale.dtype)
     return grouped.mul_(scale[..., None]).view(codes.shape)
 
 
 class Int8Rows(nn.Module):
-    """A frozen weight [out, in] in int8 that hands out its rows, so that a head is never whole in 16 bits."""
+    """A frozen weight [out, in] in int8 that dequantises some rows at a time, so that a head never is 16-bit."""
 
     codes: Tensor  # int8
     scale: Tensor

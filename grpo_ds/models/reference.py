@@ -1,8 +1,8 @@
-"""The reference: a frozen copy of the policy that costs one byte a weight.
+"""The reference: a frozen copy of the policy that needs one byte per weight.
 
-It is made from the policy in memory, layer by layer, at the start of every outer iteration: nothing
-is read twice from disk, and no second 16-bit model exists at any moment (but for --reference bf16). With LoRA there
-is no second model at all: the reference is the policy with the adapter that it had then.
+It is made from the policy in memory, layer by layer, at the start of every outer iteration: nothing is read twice from
+disk, and a second 16-bit model never exists (except with --reference bf16). With LoRA there is no second model at all:
+the reference is the policy with an earlier state of its adapter.
 """
 
 import copy
@@ -19,10 +19,11 @@ from grpo_ds.core.losses import kl_k3
 from grpo_ds.core.packing import PackedRows
 from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.models.quantized import Int8Embedding, Int8Linear
+from grpo_ds.models.shapes import LARGEST_LAYER
 
 
 class Reference:
-    """Log-probs under the policy as it was when this object was made. Never seen by DeepSpeed."""
+    """Log-probs under the policy as it was when this object was made. DeepSpeed never sees it."""
 
     def __init__(self, policy: LogprobModel, kind: str) -> None:
         model = MAKERS[kind](policy.model)
@@ -31,33 +32,36 @@ class Reference:
 
     @torch.no_grad()
     def __call__(self, rows: PackedRows) -> Tensor:
-        """[B, C] on the rows' own device, wherever the reference lives."""
+        """Return log-probs [B, C] on the device of the rows, wherever the reference lives."""
         return self.model(rows.to(self.device)).to(rows.input_ids.device)
 
     def bytes(self) -> int:
-        """What it keeps in memory."""
+        """Return the bytes that the reference keeps in memory."""
         return sum(t.untyped_storage().nbytes() for t in _distinct(self.model))
 
     def state(self) -> dict[str, Tensor]:
-        """Everything `load_state` needs to make this object of another one of its kind."""
+        """Return everything that `load_state` needs to turn another reference of this kind into this one."""
         return self.model.state_dict()
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """In place."""
+        """Take over a state of `state()`, in place."""
         self.model.load_state_dict(state)
 
     @torch.no_grad()
     def mix(self, policy: LogprobModel, alpha: float) -> None:
-        """alpha policy + (1 - alpha) reference, weight by weight (Gorbatovski et al. 2024); of 16-bit weights alone."""
+        """Move towards the policy: alpha policy + (1 - alpha) reference (Gorbatovski et al. 2024).
+
+        Each weight by itself; works for 16-bit weights alone.
+        """
         own = dict(self.model.named_parameters())
         for name, parameter in policy.named_parameters():
             own[name].lerp_(parameter.to(own[name].device), alpha)
 
 
 class AdapterReference(Reference):
-    """The policy with its adapter's weights as they were when this object was made.
+    """The policy with the adapter's weights as they were when this object was made.
 
-    At the start of a run B = 0 adds exactly 0, so this is the base alone, as if the adapter were switched off.
+    At the start of a run B = 0 adds exactly 0, so this reference is the base alone.
     """
 
     def __init__(self, policy: LogprobModel) -> None:
@@ -66,7 +70,7 @@ class AdapterReference(Reference):
 
     @torch.no_grad()
     def __call__(self, rows: PackedRows) -> Tensor:
-        """[B, C]. Only pointers change hands, so that ZeRO finds its own memory again."""
+        """Return log-probs [B, C]. Only pointers are exchanged, so that ZeRO's memory stays in place."""
         trained = _trained(self.model)
         own = [parameter.data for parameter in trained]
         try:
@@ -86,12 +90,12 @@ class AdapterReference(Reference):
             weight.copy_(state[str(number)])
 
     def bytes(self) -> int:
-        """The adapter's; the base is the policy's own."""
+        """Return the bytes of the adapter's copy; the base is the policy's own."""
         return sum(weight.nbytes for weight in self.weights)
 
 
 def make_reference(policy: LogprobModel, kind: str) -> Reference:
-    """kind: of MAKERS below, or "adapter"."""
+    """Make a reference of this kind: a key of MAKERS below, or "adapter"."""
     return AdapterReference(policy) if kind == "adapter" else Reference(policy, kind)
 
 
@@ -101,12 +105,12 @@ def _trained(policy: LogprobModel) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def kl_floor(policy: LogprobModel, reference: Reference, rows: PackedRows) -> float:
-    """Mean per-token k3 between the policy and its own copy: the KL that training starts from, not 0."""
+    """Mean per-token k3 between the policy and its own copy: the KL at the start of training, which is not 0."""
     return float(kl_k3(policy(rows), reference(rows))[rows.mask].mean())
 
 
 def _distinct(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers, each storage once (tied weights are one)."""
+    """Yield parameters and buffers, each storage once (tied weights share one)."""
     seen: set[int] = set()
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.untyped_storage().data_ptr() not in seen:
@@ -115,15 +119,15 @@ def _distinct(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _rebuilt(policy: PreTrainedModel, replace: Callable[[Any], nn.Module]) -> PreTrainedModel:
-    """An empty model of the policy's kind, filled module by module with `replace(policy's layer)`.
+    """Build an empty model of the policy's class and fill it, module by module, with `replace(policy's layer)`.
 
-    What is no linear layer and no embedding (norms, buffers) is copied. Tied modules stay tied.
+    Everything but linear layers and embeddings (norms, buffers) is copied. Tied modules stay tied.
     """
     with init_empty_weights():
         kind = policy.config._attn_implementation
-        # Of the policy's own class: AutoModel would ask again whether a model's own code is trusted.
+        # The policy's own class: AutoModel would ask again whether the model's own code is trusted.
         model = type(policy)._from_config(policy.config, dtype=policy.dtype, attn_implementation=kind)
-    replaced: dict[int, nn.Module] = {}  # by the address of the weight, so that a tied head is made once
+    replaced: dict[int, nn.Module] = {}  # address of a weight -> its module, so that a tied head is made once
     for name, source in policy.named_modules():
         if not isinstance(source, nn.Linear | nn.Embedding | Conv1D):
             for key, tensor in (*source._parameters.items(), *source._buffers.items()):
@@ -133,7 +137,7 @@ def _rebuilt(policy: PreTrainedModel, replace: Callable[[Any], nn.Module]) -> Pr
                 elif tensor is not None:
                     target._buffers[key] = tensor.detach().clone()
             continue
-        address = source.weight.data_ptr()  # not its storage: ZeRO keeps all parameters in one
+        address = source.weight.data_ptr()  # not its storage, in which ZeRO keeps all parameters
         if address not in replaced:
             replaced[address] = replace(source)
         model.set_submodule(name, replaced[address])
@@ -143,13 +147,13 @@ def _rebuilt(policy: PreTrainedModel, replace: Callable[[Any], nn.Module]) -> Pr
 def _int8(source: Any) -> nn.Module:
     if isinstance(source, nn.Embedding):
         return Int8Embedding(source.weight)
-    # GPT-2's Conv1D is a linear layer with its weight stored the other way round.
+    # GPT-2's Conv1D is a linear layer with a transposed weight.
     weight = source.weight.T.contiguous() if isinstance(source, Conv1D) else source.weight
     return Int8Linear(weight, source.bias)
 
 
 def _llm_int8(source: Any) -> nn.Module:
-    """bitsandbytes' LLM.int8, with its own rule that embeddings and the head stay in 16 bits."""
+    """Make a layer of bitsandbytes' LLM.int8, which keeps embeddings and the head in 16 bits."""
     if not isinstance(source, nn.Linear) or source.out_features > LARGEST_LAYER:
         return _frozen_copy(source)
     from bitsandbytes.nn import Int8Params, Linear8bitLt
@@ -160,9 +164,6 @@ def _llm_int8(source: Any) -> nn.Module:
     layer.weight = Int8Params(weight.detach().cpu().clone(), requires_grad=False, has_fp16_weights=False)
     layer.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
     return layer.to(weight.device)
-
-
-LARGEST_LAYER = 40_000  # output rows; more than any hidden layer has and fewer than any vocabulary in use
 
 
 def _frozen_copy(source: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Decoding behind prompts repeated for every row, in transformers' cache: for models whose attention is their own."""
+"""Decoding with the prompt repeated for every row, in transformers' cache: for models with attention of their own."""
 
 import inspect
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 
 class RepeatedPrompts:
-    """What models/shared_prompt.py's SharedPrompts does, slower, for any causal LM that takes transformers' cache."""
+    """Slower version of models/shared_prompt.py's SharedPrompts, for any causal LM that uses transformers' cache."""
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, group_size: int) -> None:
         self.model, self.group_size = model, group_size
-        self.places_tokens = "position_ids" in inspect.signature(model.forward).parameters  # or by the mask alone
+        self.has_positions = "position_ids" in inspect.signature(model.forward).parameters  # else from the mask
         width = max(len(prompt) for prompt in prompts) - 1
         padded = [[0] * (width + 1 - len(prompt)) for prompt in prompts]
         ids = torch.tensor([[*pad, *prompt[:-1]] for pad, prompt in zip(padded, prompts, strict=True)])
@@ -28,18 +28,18 @@ class RepeatedPrompts:
 
     @torch.no_grad()
     def __call__(self, tokens: Int[Tensor, " B"], positions: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
-        """Logits of the token after `tokens`, which are taken into the cache."""
+        """Add `tokens` to the cache and return the logits of the next token."""
         self.seen = torch.cat([self.seen, torch.ones_like(self.seen[:, :1])], dim=1)
         return self._forward(tokens[:, None], positions[:, None])
 
     def keep(self, rows: Int[Tensor, " B"], *, group_size: int) -> None:
-        """Go on with these rows alone."""
+        """Drop all other rows."""
         self.group_size = group_size
         self.cache.batch_select_indices(rows)
         self.seen = self.seen[rows]
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        places = {"position_ids": positions} if self.places_tokens else {}
+        keywords = {"position_ids": positions} if self.has_positions else {}
         return self.model(
-            input_ids=ids, attention_mask=self.seen, past_key_values=self.cache, use_cache=True, **places
+            input_ids=ids, attention_mask=self.seen, past_key_values=self.cache, use_cache=True, **keywords
         ).logits[:, -1]

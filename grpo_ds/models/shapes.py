@@ -1,7 +1,8 @@
-"""A model's shape, read from its config alone: which matrices it has and how large they are.
+"""A model's shape, read from its config alone: its matrices and their sizes.
 
 Standard library only for Llama, Mistral, Qwen2, Qwen3 and GPT-2; any other architecture is counted on torch's meta
-device, which takes seconds and is just as exact.
+device, which takes seconds and is equally exact. Sizes that the memory plan shares with modules that import torch are
+defined here.
 """
 
 import json
@@ -14,11 +15,15 @@ from typing import Any
 from grpo_ds.errors import UsageError
 from grpo_ds.system.hub import check_hub
 
-GROUP, MIN_GROUP = 64, 16  # of models/quantized.py, which imports torch
-ALL_LINEAR = "all-linear"
-LARGEST_LAYER = 40_000  # of models/reference.py: LLM.int8 leaves wider matrices in 16 bits
+# Weights that share an int8 scale. 64 divides all hidden sizes in use; 128 saves 1.5 % of memory, raises the KL floor.
+SCALE_GROUP = 64
+MIN_SCALE_GROUP = 16  # for odd widths: in smaller groups the scales would cost more than they save
+QUANTIZE_BYTES = {2: 9, 4: 5}  # models/quantized.py, per weight of that size: its fp32 copy, the quotient, the code
+LARGEST_LAYER = 40_000  # output rows; more than any hidden layer has and fewer than any vocabulary in use
+SHARD_BYTES = 2 * 10**9  # of a saved model; on its way to the file a shard is copied from the card to RAM
 
-ADAPTER_FILE = "adapter_config.json"  # in a folder that peft wrote: it names the base
+ALL_LINEAR = "all-linear"
+ADAPTER_FILE = "adapter_config.json"  # in a folder that peft wrote: it names the base model
 
 Matrix = tuple[int, int, int]  # output rows, input columns, how many such matrices
 Linear = tuple[str, int, int, int]  # a linear layer's name within its block, and its matrix
@@ -26,7 +31,13 @@ Linear = tuple[str, int, int, int]  # a linear layer's name within its block, an
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What memory depends on. Heads count queries, kv_heads keys and values."""
+    """The sizes of a model that memory depends on. heads: of queries; kv_heads: of keys and values.
+
+    Example:
+        >>> shape = shape_of("qwen2.5-0.5b")
+        >>> shape.layers, shape.hidden, shape.parameters
+        (24, 896, 494032768)
+    """
 
     name: str
     vocab: int
@@ -38,9 +49,9 @@ class ModelShape:
     head_dim: int
     tied: bool  # the head is the embedding
     matrices: tuple[Matrix, ...]  # linear layers and embeddings, a tied head once
-    linears: tuple[Linear, ...]  # the linear layers of the blocks alone: what LoRA adapts and QLoRA quantises
-    vectors: int  # elements of norms and biases
-    positions: int | None = None  # tokens a row may have, where positions are learned
+    linears: tuple[Linear, ...]  # linear layers of the blocks alone, which LoRA adapts and QLoRA quantises
+    vectors: int  # elements of all norms and biases
+    positions: int | None = None  # most tokens of a row, where positions are learned
 
     @property
     def parameters(self) -> int:
@@ -53,7 +64,7 @@ class ModelShape:
 
     @property
     def widest(self) -> int:
-        """Elements of the largest matrix of a layer: the one alive in 16 bits while an int8 layer multiplies."""
+        """Elements of the largest matrix of a layer, which is alive in 16 bits while an int8 layer multiplies."""
         return max(rows * columns for rows, columns, _ in self.matrices if rows < LARGEST_LAYER)
 
     def lora_parameters(self, r: int, targets: Sequence[str]) -> int:
@@ -62,42 +73,42 @@ class ModelShape:
         if unknown := [target for target in targets if target not in (*names, ALL_LINEAR)]:
             raise UsageError(
                 f"--lora_target names {', '.join(unknown)}, which no block of {self.name} has.\n"
-                f"There are: {', '.join(names)}; or all of them: --lora_target {ALL_LINEAR}"
+                f"Available: {', '.join(names)}; or all of them: --lora_target {ALL_LINEAR}"
             )
         targeted = [linear for linear in self.linears if linear[0] in targets or ALL_LINEAR in targets]
         return sum(r * (rows + columns) * count for _, rows, columns, count in targeted)
 
     def base_bytes(self, bits: int, itemsize: int) -> int:
-        """A frozen base as bitsandbytes keeps it: linear layers in 4 or 8 bits, all else at `itemsize`."""
+        """Bytes of a frozen base under bitsandbytes: linear layers in 4 or 8 bits, the rest at `itemsize`."""
         if bits == 16:
             return self.parameters * itemsize
         weights = sum(rows * columns * count for _, rows, columns, count in self.linears)
-        # NF4: half a byte, a code of a byte for 64 weights, an fp32 scale for 256 of those codes (Dettmers et al.
-        # 2023, double quantisation). LLM.int8: a byte, and an fp32 scale a row.
+        # NF4: half a byte per weight, a one-byte code for 64 weights, an fp32 scale for 256 of those codes (Dettmers et
+        # al. 2023, double quantisation). LLM.int8: a byte per weight and an fp32 scale per row.
         rows = sum(rows * count for _, rows, _, count in self.linears)
         small = int(weights * (1 / 2 + 1 / 64 + 4 / (64 * 256))) if bits == 4 else weights + 4 * rows
         return small + (self.parameters - weights) * itemsize
 
     def int8_bytes(self, itemsize: int) -> int:
-        """models/quantized.py: a byte a weight and a scale per group of inputs; norms and biases stay."""
-        scales = sum(rows * (columns // group_of(columns)) * count for rows, columns, count in self.matrices)
+        """Bytes under models/quantized.py: a byte per weight, a scale per group of inputs; norms and biases stay."""
+        scales = sum(rows * (columns // scale_group(columns)) * count for rows, columns, count in self.matrices)
         return self.parameters - self.vectors + itemsize * (scales + self.vectors)
 
     def llm_int8_bytes(self, itemsize: int) -> int:
-        """bitsandbytes: a byte a weight and an fp32 scale a row; embeddings and head stay in 16 bits."""
+        """Bytes under LLM.int8: a byte per weight, an fp32 scale per row; embeddings and head stay in 16 bits."""
         small = [matrix for matrix in self.matrices if matrix[0] < LARGEST_LAYER]
         codes = sum(rows * columns * count for rows, columns, count in small)
         return codes + 4 * sum(rows * count for rows, _, count in small) + itemsize * (self.parameters - codes)
 
 
-def group_of(columns: int) -> int:
-    """Inputs that share a scale, as models/quantized.py chooses them."""
-    group = math.gcd(columns, GROUP)
-    return group if group >= MIN_GROUP else columns
+def scale_group(columns: int) -> int:
+    """Number of neighbouring inputs that share an int8 scale."""
+    group = math.gcd(columns, SCALE_GROUP)
+    return group if group >= MIN_SCALE_GROUP else columns
 
 
 def qwen25(hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, *, vocab: int = 151_936, tied: bool = True):
-    """What the config.json of a Qwen2.5 says about its shape."""
+    """Return the part of a Qwen2.5's config.json that describes its shape."""
     return {
         "model_type": "qwen2", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": kv_heads, "intermediate_size": mlp, "vocab_size": vocab, "tie_word_embeddings": tied,
@@ -114,20 +125,20 @@ PRESET_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def shape_of(model: str, *, trust_remote_code: bool = False) -> ModelShape:
-    """Of a preset, a folder with a config.json or a hub id. Raises UsageError when there is no config to read.
+    """Return the shape of a preset, a folder with a config.json or a hub id. Raises UsageError without a config.
 
-    trust_remote_code: code that the model brings may be run to build it.
+    trust_remote_code: the model's own code may be run to build it.
     """
     config = PRESET_CONFIGS.get(model) or read_config(model)
     family = FAMILIES.get(config.get("model_type", ""))
     try:
         return family(model, config) if family else meta_shape(model, config, trust_remote_code=trust_remote_code)
-    except KeyError:  # a key left to its class default
+    except KeyError:  # a key that is left to the default of its config class
         return meta_shape(model, config, trust_remote_code=trust_remote_code)
 
 
 def read_config(model: str) -> dict[str, Any]:
-    """The config.json of a folder, or of a hub id from the cache or the hub."""
+    """Read the config.json of a folder, or of a hub id from the cache or the hub."""
     model = adapter_base(model) or model
     if model in PRESET_CONFIGS:
         return PRESET_CONFIGS[model]
@@ -145,7 +156,7 @@ def read_config(model: str) -> dict[str, Any]:
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0][:150]
             raise UsageError(
-                f"--model {model}: no preset, no folder, and its config.json cannot be had: {reason}\n"
+                f"--model {model} is no preset and no folder, and its config.json cannot be loaded: {reason}\n"
                 f"Presets: {', '.join(PRESET_CONFIGS)}"
             ) from None
     try:
@@ -153,12 +164,15 @@ def read_config(model: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UsageError(f"--model {model}: {file} cannot be read: {error}") from None
     if not isinstance(config, dict):
-        raise UsageError(f"--model {model}: {file} holds no JSON object")
+        raise UsageError(f"--model {model}: {file} does not hold a JSON object")
     return config
 
 
 def adapter_base(model: str) -> str | None:
-    """The base of an adapter's folder, as peft noted it; None for any other model. Raises UsageError without one."""
+    """Return the base model named in an adapter's folder, None for any other model.
+
+    Raises UsageError where an adapter names no base.
+    """
     file = Path(model) / ADAPTER_FILE
     if not file.is_file():
         return None
@@ -172,7 +186,10 @@ def adapter_base(model: str) -> str | None:
 
 
 def gated_shape(name: str, config: Mapping[str, Any]) -> ModelShape:
-    """Llama, Mistral, Qwen2 and Qwen3: a gated MLP, RMS norms, grouped queries. Raises KeyError for a missing key."""
+    """Shape of Llama, Mistral, Qwen2 and Qwen3: a gated MLP, RMS norms, grouped queries.
+
+    Raises KeyError for a missing key.
+    """
     kind = config["model_type"]
     hidden, layers, mlp = config["hidden_size"], config["num_hidden_layers"], config["intermediate_size"]
     heads, vocab = config["num_attention_heads"], config["vocab_size"]
@@ -195,7 +212,7 @@ def gated_shape(name: str, config: Mapping[str, Any]) -> ModelShape:
 
 
 def gpt2_shape(name: str, config: Mapping[str, Any]) -> ModelShape:
-    """GPT-2: learned positions, biases everywhere. Raises KeyError for a missing key."""
+    """Shape of GPT-2: learned positions, biases everywhere. Raises KeyError for a missing key."""
     hidden, layers, heads, vocab = config["n_embd"], config["n_layer"], config["n_head"], config["vocab_size"]
     mlp, tied = config.get("n_inner") or 4 * hidden, config.get("tie_word_embeddings", True)
     linears = (
@@ -218,15 +235,15 @@ FAMILIES = {
 
 
 def brings_code(model: str) -> UsageError:
-    """The refusal of a model that transformers does not know by itself."""
+    """Return the error for a model that transformers supports only with the model's own code."""
     return UsageError(
-        f"The model {model} brings Python code of its own, which would run here with all your rights.\n"
-        "If you have read it and trust it: --trust_remote_code. Otherwise name a model that transformers knows itself."
+        f"The model {model} brings its own Python code, which would run here with all your permissions.\n"
+        "If you have read it and trust it, add --trust_remote_code. Otherwise use a model built into transformers."
     )
 
 
 def meta_shape(name: str, config: Mapping[str, Any], *, trust_remote_code: bool = False) -> ModelShape:
-    """Any causal LM transformers knows or, where it is trusted, the model's own code; built without weights."""
+    """Shape of any causal LM that transformers or the model's own trusted code builds; built without weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -242,7 +259,7 @@ def meta_shape(name: str, config: Mapping[str, Any], *, trust_remote_code: bool 
             raise brings_code(name) from None
         reason = (str(error).splitlines() or [""])[0][:150]
         raise UsageError(f"--model {name}: transformers builds no causal LM from its config.json: {reason}") from None
-    parameters = list(model.parameters())  # a tied head once
+    parameters = list(model.parameters())  # a tied head is in it once
     matrices = [(rows, columns, 1) for rows, columns in (p.shape for p in parameters if p.dim() == 2)]
     vectors = sum(p.numel() for p in parameters if p.dim() != 2)
     head = model.get_output_embeddings()

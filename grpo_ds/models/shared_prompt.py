@@ -1,10 +1,10 @@
-"""Decoding behind shared prompts: a prompt's keys and values are kept once for all completions of its group.
+"""Decoding with shared prompts: a prompt's keys and values are kept once for all completions of its group.
 
-transformers' own cache holds the prompt G times, and copies itself for every new token. Here a new token is written
-into its place, and the queries of a group are put to its prompt together: one product where there were G.
+transformers' own cache holds the prompt G times and copies itself for every new token. Here a new token is written in
+place, and all queries of a group are multiplied with its prompt together: one product instead of G.
 
-Q prompts x G completions, B = Q * G rows, groups side by side; P prompt tokens in the longest, C columns for what a
-row has taken in since. H heads of queries, K of keys (n = H / K share one), D wide.
+Q prompts x G completions, B = Q * G rows, groups side by side; P tokens of the longest prompt, C columns for the tokens
+that follow it. H heads of queries, K heads of keys (n = H / K queries share one), of width D.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,10 +19,10 @@ from grpo_ds.models.attention import NOT_MADE_FOR_US, attending, use_our_attenti
 
 
 class SharedPromptCache:
-    """Keys and values of every layer: the prompts' [Q K P D], and the rows' own [B K C D], written token by token."""
+    """Keys and values of every layer: of the prompts [Q K P D], and of each row [B K C D], written token by token."""
 
     def __init__(self, prompts: DynamicCache, lengths: Sequence[int], *, group_size: int, columns: int) -> None:
-        """prompts: the cache after a forward pass over Q prompts padded on the right, `lengths` their real tokens."""
+        """prompts: the cache after a forward pass over Q prompts padded on the right; lengths: their real tokens."""
         self.group_size = group_size
         layers: Sequence[Any] = prompts.layers
         self.prompts = [(layer.keys.contiguous(), layer.values.contiguous()) for layer in layers]
@@ -31,19 +31,19 @@ class SharedPromptCache:
             for pair in self.prompts
         ]
         first = self.prompts[0][0]
-        self.padding: Float[Tensor, "Q 1 1 P"] | None = None  # -inf where a prompt has ended; None if all are as long
+        self.padding: Float[Tensor, "Q 1 1 P"] | None = None  # -inf behind a prompt's end; None: all are equally long
         if min(lengths) < first.shape[2]:
             ends = torch.tensor(lengths, device=first.device).view(-1, 1, 1, 1)
             behind = torch.arange(first.shape[2], device=first.device) >= ends
             self.padding = torch.zeros(behind.shape, dtype=first.dtype, device=first.device)
             self.padding.masked_fill_(behind, -torch.inf)
-        self.taken = 0  # columns written; a forward pass writes one more
-        self.column = torch.zeros(1, dtype=torch.long, device=first.device)  # the one it writes
-        self.width = 1  # columns it looks at ...
+        self.written = 0  # number of columns; a forward pass writes one more
+        self.column = torch.zeros(1, dtype=torch.long, device=first.device)  # index of the column that it writes
+        self.width = 1  # number of columns that it attends to ...
         self.unwritten: Float[Tensor, " width"] | None = None  # ... of which these are -inf; None: none
 
     def keep(self, rows: Int[Tensor, " B"], *, group_size: int) -> None:
-        """Go on with these rows alone, groups of the new size side by side."""
+        """Drop all other rows; groups of the new size stand side by side."""
         prompts = rows[::group_size] // self.group_size
         self.own = [(keys[rows], values[rows]) for keys, values in self.own]
         if len(prompts) < len(self.prompts[0][0]):
@@ -52,7 +52,7 @@ class SharedPromptCache:
         self.group_size = group_size
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Float[Tensor, "B 1 H D"]:
-        """Take in one token a row, [B H 1 D] and [B K 1 D], and look at the prompt and the row's own tokens."""
+        """Add one token per row, [B H 1 D] and [B K 1 D], and attend to the prompt and to the row's own tokens."""
         prompt_keys, prompt_values = self.prompts[layer]
         for own, new in zip(self.own[layer], (key, value), strict=True):
             own.index_copy_(2, self.column, new)
@@ -83,7 +83,7 @@ def _by_row(groups: Float[Tensor, "Q K G*n X"], group_size: int) -> Float[Tensor
 
 
 class SharedPrompts:
-    """Tokens decoded one by one behind prompts that are kept once for their groups."""
+    """Decode token by token, with each prompt kept once for its group."""
 
     @torch.no_grad()
     def __init__(
@@ -95,16 +95,17 @@ class SharedPrompts:
         columns: int,
         cuda_graphs: bool = False,
     ) -> None:
-        """Takes in all but each prompt's last token, which is the first to be decoded; at least two tokens each.
+        """Compute the cache of all prompt tokens but the last, which is the first input of decoding.
 
-        columns: tokens a row may take in. cuda_graphs: launch the kernels of a token together; with a small model and
-        few rows launching them one by one takes longer than running them. On a CPU the same steps without a graph.
+        Prompts have at least two tokens. columns: most tokens per row. cuda_graphs: launch the kernels of a token
+        together; with a small model and few rows launching them one by one takes longer than running them. On a CPU
+        the same steps run without a graph.
         """
         use_our_attention(model)
         self.model, self.cuda_graphs = model, cuda_graphs
         lengths = [len(prompt) - 1 for prompt in prompts]
         width = max(lengths)
-        # Padded on the right, where causal attention hides the padding from every real token without a mask.
+        # Padded on the right, so that causal attention hides the padding from every real token without a mask.
         ids = torch.tensor([[*prompt[:-1], *[0] * (width - len(prompt) + 1)] for prompt in prompts])
         cache = DynamicCache(config=model.config)
         model.base_model(
@@ -116,23 +117,23 @@ class SharedPrompts:
         self.cache = SharedPromptCache(cache, lengths, group_size=group_size, columns=columns)
         self.keywords = attending(self.cache.attend, model.device)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.stale = True  # the graph, and where it finds its input, are not of these rows
+        self.stale = True  # the graph and its input tensors belong to other rows
 
     @torch.no_grad()
     def __call__(self, tokens: Int[Tensor, " B"], positions: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
-        """Logits of the token after `tokens`, which are taken into the cache; to be used before the next call."""
+        """Add `tokens` to the cache and return the logits of the next token, which the next call overwrites."""
         cache = self.cache
-        cache.column.fill_(cache.taken)
+        cache.column.fill_(cache.written)
         if self.cuda_graphs:
             logits = self._fixed(tokens, positions)
         else:
-            cache.width = cache.taken + 1
+            cache.width = cache.written + 1
             logits = self._forward(tokens, positions)
-        cache.taken += 1
+        cache.written += 1
         return logits
 
     def keep(self, rows: Int[Tensor, " B"], *, group_size: int) -> None:
-        """Go on with these rows alone."""
+        """Drop all other rows."""
         self.stale = True
         self.cache.keep(rows, group_size=group_size)
 
@@ -146,11 +147,14 @@ class SharedPrompts:
         ).logits[:, -1]
 
     def _fixed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """With tensors that keep their sizes and places, as a graph needs them: up to WIDTH columns too many are looked
-        at, and when they are full, or the rows have changed, there is a new graph."""
+        """Forward with tensors of fixed size and address, as a graph needs them.
+
+        Up to WIDTH unwritten columns are attended to (as -inf). When they are full, or the rows have changed, a new
+        graph is captured.
+        """
         cache = self.cache
-        if self.stale or cache.taken >= cache.width:
-            cache.width = min((cache.taken // WIDTH + 1) * WIDTH, cache.own[0][0].shape[2])
+        if self.stale or cache.written >= cache.width:
+            cache.width = min((cache.written // WIDTH + 1) * WIDTH, cache.own[0][0].shape[2])
             self.tokens, self.positions, self.stale = tokens.clone(), positions.clone(), False
             self.graph = _captured(self._fixed_step) if tokens.is_cuda else None
         self.tokens.copy_(tokens)
@@ -164,29 +168,29 @@ class SharedPrompts:
     def _fixed_step(self) -> None:
         cache = self.cache
         places = torch.arange(cache.width, device=cache.column.device)
-        written = torch.zeros(cache.width, dtype=cache.prompts[0][0].dtype, device=places.device)
-        cache.unwritten = written.masked_fill_(places > cache.column, -torch.inf)
+        mask = torch.zeros(cache.width, dtype=cache.prompts[0][0].dtype, device=places.device)
+        cache.unwritten = mask.masked_fill_(places > cache.column, -torch.inf)
         self.logits = self._forward(self.tokens, self.positions)
 
 
-WIDTH = 64  # columns by which what a graph looks at grows
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # of the logits' norm
+WIDTH = 64  # columns by which the width of a graph grows
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # share of the logits' norm
 
 
 @torch.no_grad()
 def can_share_prompts(model: PreTrainedModel) -> bool:
-    """Whether `attend` does all that this model's attention does: tried on a token behind two others."""
+    """Test on three tokens whether `attend` computes the same attention as the model does by itself."""
     tokens = torch.tensor([3], device=model.device)
     try:
         whole = model(input_ids=torch.tensor([[1, 2, 3]], device=model.device)).logits[0, -1]
         ours = SharedPrompts(model, [[1, 2, 3]], group_size=1, columns=1)(tokens, tokens - 1)[0]
     except NOT_MADE_FOR_US:
-        return False  # not made for transformers' AttentionInterface; some raise, some go on without the prompt
+        return False  # not made for transformers' AttentionInterface; others ignore the prompt and fail below
     return bool((ours - whole).float().norm() <= TOLERANCE.get(model.dtype, 0.05) * whole.float().norm())
 
 
 def _captured(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """A step as a graph; it runs twice, which is once too often and does no harm: a token is taken in where it was."""
+    """Capture a step as a graph. The step runs twice, which is harmless: it writes the same token in the same place."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):  # cuBLAS makes its workspaces outside the graph

@@ -1,4 +1,4 @@
-"""Optimizers that are as small as the memory they run in."""
+"""Optimizers with 8-bit moments, in RAM and in GPU memory."""
 
 from grpo_ds.optim.adamw8bit import CPUAdamW8bit, build_optimizer
 

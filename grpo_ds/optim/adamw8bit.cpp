@@ -1,8 +1,9 @@
-// Blockwise 8-bit AdamW in one pass: decode a block's moments, step, encode them, with nothing larger than a block
-// on the side. Plain C++ that the compiler vectorises three times (portable, AVX2, AVX-512); the processor chooses.
+// Blockwise 8-bit AdamW in one pass: decode the moments of a block, update, encode them; no temporary is larger than a
+// block. Plain C++ that the compiler vectorises three times (portable, AVX2, AVX-512); the best one for the processor
+// is chosen at run time.
 //
-// The arithmetic is bitsandbytes 0.50's CPU update, operation by operation, so that the codes are its codes:
-// contraction is off at compile time and every fused multiply-add is written out. On encoding, bitsandbytes rounds
+// The arithmetic is bitsandbytes 0.50's CPU update, operation by operation, so that the codes are the same:
+// contraction is off at compile time, and every fused multiply-add is written out. On encoding, bitsandbytes rounds
 // value / absmax to a grid of 65536 points over [-1, 1] and takes the code nearest to the grid point.
 
 #include <cstddef>
@@ -11,10 +12,10 @@
 
 namespace {
 
-constexpr int BLOCK = 256;         // values that share one scale
-constexpr int64_t CHUNK = 1024;        // blocks a thread takes at a time: long enough for the processor to prefetch
-constexpr float SMALLEST = 0x1p-127f;  // 1 / scale is finite from here up
-constexpr float LARGEST = 0x1.fffffep127f;
+constexpr int BLOCK = 256;             // values that share one scale
+constexpr int64_t CHUNK = 1024;        // blocks that a thread takes at a time: enough for the processor to prefetch
+constexpr float SMALLEST = 0x1p-127f;  // 1 / scale is finite above this
+constexpr float LARGEST = 0x1.fffffep127f;  // the largest finite float
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
@@ -27,13 +28,13 @@ ALWAYS_INLINE uint16_t nearest_bf16(float value) {  // ties to even, NaN stays N
     return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
-// Asks for the next block while this one is worked on; past the end it does no harm.
+// Prefetches the next block while this one is computed; past the end of the data it is harmless.
 template <class T> ALWAYS_INLINE void prefetch_next_block(const T* here) {
     for (size_t line = 0; line < BLOCK * sizeof(T); line += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(here + BLOCK) + line);
 }
 
-// How gradients and parameters lie in memory. A new layout is a new struct here and a line in choose_kernel.
+// Layouts of gradients and parameters in memory. To add one, add a struct here and a line in choose_kernel.
 struct Fp32 {
     float* data;
     ALWAYS_INLINE float load(int i) const { return data[i]; }
@@ -44,8 +45,10 @@ struct Bf16 {
     ALWAYS_INLINE float load(int i) const { return widen(data[i]); }
     ALWAYS_INLINE void store(int i, float value) const { data[i] = nearest_bf16(value); }
 };
-struct Split {  // fp32 as a nearest bf16 and the signed difference of the bit patterns; ties go away from zero,
-    uint16_t* data;  // because the difference +32768 of a tie to even does not fit 16 bits
+// fp32 as a nearest bf16 and the signed difference of the bit patterns. Ties are rounded away from zero, because the
+// difference +32768 of a tie to even does not fit 16 bits.
+struct Split {
+    uint16_t* data;
     int16_t* residual;
     ALWAYS_INLINE float load(int i) const {
         return float_of((uint32_t(data[i]) << 16) + uint32_t(int32_t(residual[i])));
@@ -56,9 +59,11 @@ struct Split {  // fp32 as a nearest bf16 and the signed difference of the bit p
         residual[i] = int16_t(bits - (half << 16));
     }
 };
-struct Stochastic {  // bf16, rounded up as often as the value is near the upper neighbour: right on average
+// bf16, rounded up with a probability that makes the mean equal to the value. The noise is a function of (key,
+// element), so there is no generator to save, and blocks can be updated in any order.
+struct Stochastic {
     uint16_t* data;
-    uint32_t key, start;  // the noise is a function of (key, element): no generator to save, any order of blocks
+    uint32_t key, start;
     ALWAYS_INLINE float load(int i) const { return widen(data[i]); }
     ALWAYS_INLINE void store(int i, float value) const {
         data[i] = uint16_t((bits_of(value) + (noise((start + uint32_t(i)) ^ key) >> 16)) >> 16);
@@ -74,11 +79,11 @@ struct Stochastic {  // bf16, rounded up as often as the value is near the upper
 
 extern "C" {
 
-struct Job {  // mirrored in native.py
+struct Job {  // native.py has the same fields in the same order
     int64_t elements;
     void* gradient;
     void* parameter;
-    int16_t* residual;  // with it, a bf16 parameter is the upper half of an fp32 one
+    int16_t* residual;  // if not null, a bf16 parameter is the upper half of an fp32 one
     uint8_t *codes1, *codes2;
     float *absmax1, *absmax2;
     const float *qmap1, *qmap2;
@@ -93,7 +98,7 @@ struct Job {  // mirrored in native.py
 
 namespace {
 
-// A block whose scale has no finite inverse (subnormal, or not finite): as bitsandbytes' clamp and cast treat it.
+// For a block whose scale has no finite inverse (subnormal, or not finite): the result of bitsandbytes' clamp and cast.
 ALWAYS_INLINE void encode_odd_block(const float* values, int n, float absmax, const uint8_t* grid, uint8_t* codes) {
     const float inverse = 1.0f / absmax;
     for (int i = 0; i < n; i++) {
@@ -111,7 +116,7 @@ ALWAYS_INLINE void encode(const float* values, int n, float absmax, const uint8_
     for (int i = 0; i < BLOCK; i++)
         point[i] = uint32_t(int32_t(__builtin_fmaf(values[i] * inverse + 1.0f, 32767.5f, 0.5f)));
     int i = 0;
-    for (; i + 8 <= n; i += 8) {  // one store of eight codes: eight stores would be the bottleneck
+    for (; i + 8 <= n; i += 8) {  // one store of eight codes; eight stores would be the bottleneck
         uint64_t word = 0;
 #pragma GCC unroll 8
         for (int k = 0; k < 8; k++) word |= uint64_t(grid[point[i + k]]) << (8 * k);
@@ -132,7 +137,7 @@ ALWAYS_INLINE void decode(const uint8_t* codes, int n, const float* qmap, float*
     for (; i < BLOCK; i++) values[i] = 0.0f;
 }
 
-// N is the block's length where the compiler may know it, else 0. Little-endian, like every machine torch runs on.
+// N is the block's length if it is known at compile time, else 0. Assumes little-endian, as on all machines of torch.
 template <int N, class Gradient, class Parameter>
 ALWAYS_INLINE void step_block(const Job& job, int64_t block, Gradient gradient, Parameter parameter) {
     const int64_t start = block * BLOCK;
@@ -147,7 +152,7 @@ ALWAYS_INLINE void step_block(const Job& job, int64_t block, Gradient gradient, 
     const float absmax1 = job.absmax1[block], absmax2 = job.absmax2[block];
     const float beta1 = job.beta1, beta2 = job.beta2, rest1 = job.one_minus_beta1, rest2 = job.one_minus_beta2;
     const float decay = job.decay, step_size = job.step_size, eps = job.eps;
-    int32_t largest1 = 0, largest2 = 0;  // as bit patterns: positive floats order like integers, and integers vectorise
+    int32_t largest1 = 0, largest2 = 0;  // bit patterns: positive floats have the order of integers, which vectorise
 #pragma GCC ivdep
     for (int i = 0; i < n; i++) {
         const float g = gradient.load(i);
@@ -227,11 +232,12 @@ Kernel choose_kernel(const Job& job) {
     return job.gradient_is_bf16 ? for_parameter<Bf16>(job, path) : for_parameter<Fp32>(job, path);
 }
 
-// The largest size in a stretch, as a bit pattern: sizes order like integers, infinities and NaN above all numbers.
+// Largest absolute value of n elements, as a bit pattern. Bit patterns of absolute values are ordered like integers;
+// infinities and NaN are above all numbers.
 template <class T, T MASK> ALWAYS_INLINE T largest_size(const T* bits, int64_t n) {
     T largest = 0;
     for (int64_t i = 0; i < n; i++) {
-        const T size = T(bits[i] & MASK);  // in T, or the promotion to int keeps 16-bit lanes from vectorising
+        const T size = T(bits[i] & MASK);  // cast to T: as int, 16-bit lanes would not vectorise
         largest = size > largest ? size : largest;
     }
     return largest;
@@ -266,7 +272,7 @@ extern "C" {
 
 int grpo_ds_best_path() { return best_path(); }
 
-// Code of each of the 65536 grid points, as bitsandbytes computes it.
+// Writes the code of each of the 65536 grid points, as bitsandbytes computes it.
 void grpo_ds_build_grid(const float* qmap, uint8_t* grid) {
     int code = 0;
     for (int i = 0; i < 65536; i++) {
@@ -276,7 +282,7 @@ void grpo_ds_build_grid(const float* qmap, uint8_t* grid) {
     }
 }
 
-// Index of the first value that is NaN, infinite or 2^64 and more in size (its square overflows); -1 if there is none.
+// Index of the first value that is NaN, infinite, or 2^64 and more in size (its square overflows); -1 if all are good.
 int64_t grpo_ds_first_bad(const void* data, int64_t n, int is_bf16, int threads) {
     if (is_bf16) return first_bad<int16_t, 0x7fff, 0x5f80>((const int16_t*)data, n, threads);
     return first_bad<int32_t, 0x7fffffff, 0x5f800000>((const int32_t*)data, n, threads);

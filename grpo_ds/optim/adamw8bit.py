@@ -1,10 +1,10 @@
-"""AdamW with 8-bit moments for parameters that live in host memory: bitsandbytes' update without its temporaries.
+"""AdamW with 8-bit moments for parameters in RAM: bitsandbytes' update without its temporaries.
 
-bitsandbytes dequantises the whole tensor first, which for ZeRO's flat partition is 20 bytes a parameter
-(62 GB for 3B); here the same update runs over a block at a time, so a step needs no room to speak of.
-State layout (keys, dtypes, shapes) is bitsandbytes', so a state dict moves between the two.
+bitsandbytes first dequantises the complete tensor, which takes 20 bytes a parameter for ZeRO's flat partition (62 GB
+for 3B parameters). Here the same update runs over one block at a time, so a step needs almost no extra memory. The
+state layout (keys, dtypes, shapes) is bitsandbytes', so either can load a state dict of the other.
 
-N elements of a tensor, K = ceil(N / 256) blocks of it that share one scale.
+N elements of a tensor, K = ceil(N / 256) blocks that share one scale.
 """
 
 import functools
@@ -20,14 +20,14 @@ from grpo_ds.optim import native, slices
 from grpo_ds.optim.slices import BLOCK
 
 MIN_8BIT_SIZE = 4096  # bitsandbytes keeps the moments of smaller tensors (norms, biases) in fp32
-# torch would cast these to the parameter's dtype on loading.
+# On loading, torch would cast these to the parameter's dtype.
 EXACT_KEYS = ("state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2", "residual")
 Rounding = Literal["nearest", "residual", "stochastic"]
 _BNB_WRAPPER = "__bnb_optimizer_quant_state__"  # bitsandbytes nests the exact keys under this one for FSDP
 
 
 class NonFiniteGradient(NumbersError):
-    """A step that was refused: nothing has changed. `element` indexes the flat tensor."""
+    """A step that was refused, before anything changed. `element` indexes the flat tensor."""
 
     def __init__(self, name: str, element: int, value: float):
         super().__init__(
@@ -40,15 +40,18 @@ class NonFiniteGradient(NumbersError):
 class CPUAdamW8bit(torch.optim.Optimizer):
     """bitsandbytes' blockwise 8-bit AdamW (Dettmers et al. 2022, arXiv:2110.02861) for CPU tensors in fp32 or bf16.
 
-    Gradients may be fp32 or bf16, whatever the parameter is. A step whose gradients are not all finite, or so large
-    that their square is not, raises NonFiniteGradient before anything changes.
+    Gradients may be fp32 or bf16, whatever the parameter is. If a gradient is not finite, or so large that its square
+    is not, the step raises NonFiniteGradient before anything changes.
 
-    rounding: what becomes of the new value of a bf16 parameter; fp32 parameters are never rounded.
-        nearest: is lost where the step is smaller than half of bf16's spacing, which at fine-tuning rates it mostly is.
-        residual: the parameter is the upper half of an fp32 master whose other 16 bits live in state["residual"]. The
-            steps are those of the fp32 master, bit by bit, at two bytes a parameter less than it and a bf16 copy.
-        stochastic: no memory at all, and right on average (Gupta et al. 2015, arXiv:1502.02551). The noise is a
-            function of `seed`, the tensor, its element and the step, and a state dict carries it on.
+    rounding: how the new value of a bf16 parameter is rounded; fp32 parameters are never rounded.
+        nearest: to the nearest bf16. A step smaller than half of bf16's spacing is lost, and at fine-tuning learning
+            rates most steps are.
+        residual: the parameter is the upper half of an fp32 master; its other 16 bits are in state["residual"]. The
+            steps are those of the fp32 master, bit by bit. It takes two bytes a parameter less than a master and a
+            bf16 copy.
+        stochastic: up or down at random, right on average, without extra memory (Gupta et al. 2015,
+            arXiv:1502.02551). The noise is a function of `seed`, the tensor, its element and the step; a state dict
+            keeps it.
     """
 
     def __init__(
@@ -64,13 +67,13 @@ class CPUAdamW8bit(torch.optim.Optimizer):
     ):
         _check_hyperparameters(lr, betas, eps, weight_decay)
         if rounding not in get_args(Rounding):
-            raise UsageError(f"rounding is {rounding!r}; CPUAdamW8bit knows {', '.join(get_args(Rounding))}.")
+            raise UsageError(f"rounding is {rounding!r}; it must be one of {', '.join(get_args(Rounding))}.")
         self.rounding, self.seed = rounding, seed
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step of every parameter that has a gradient; returns the closure's loss."""
+        """Update every parameter that has a gradient; return the closure's loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -98,20 +101,20 @@ class CPUAdamW8bit(torch.optim.Optimizer):
         if parameter.numel() == 0:  # a rank's partition can be empty
             return
         if state["state1"].dtype != torch.uint8:
-            take = slices.small_step
+            update = slices.small_step
         else:
-            take = slices.slice_step if native.library() is None else native.native_step
-        take(parameter, gradient, state, group, noise_key=_noise_key(state))
+            update = slices.slice_step if native.library() is None else native.native_step
+        update(parameter, gradient, state, group, noise_key=_noise_key(state))
 
     def _new_state(self, parameter: Tensor) -> dict[str, Any]:
-        """Zero moments (bitsandbytes starts at code 0 with scale 0, which decodes to zero) and what rounding needs."""
+        """Create zero moments (as in bitsandbytes, code 0 with scale 0 decodes to zero) and the rounding's state."""
         small = parameter.numel() < MIN_8BIT_SIZE
         dtype = torch.float32 if small else torch.uint8
         state = {"step": 0, **{key: torch.zeros_like(parameter, dtype=dtype) for key in ("state1", "state2")}}
         if parameter.dtype == torch.bfloat16 and self.rounding == "residual":
             state["residual"] = torch.zeros_like(parameter, dtype=torch.int16)
         if parameter.dtype == torch.bfloat16 and self.rounding == "stochastic":
-            state["noise"] = (self.seed << 16) + len(self.state)  # this tensor's own, and its for good
+            state["noise"] = (self.seed << 16) + len(self.state)  # unique for this tensor, and saved with it
         if not small:
             blocks = -(-parameter.numel() // BLOCK)
             state |= {"absmax1": torch.zeros(blocks), "absmax2": torch.zeros(blocks)}
@@ -119,7 +122,7 @@ class CPUAdamW8bit(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Takes this class's state dicts and bitsandbytes', wrapped for FSDP or not."""
+        """Load a state dict of this class or of bitsandbytes (wrapped for FSDP or not)."""
         saved_states = {
             key: {**{k: v for k, v in entry.items() if k != _BNB_WRAPPER}, **entry.get(_BNB_WRAPPER, {})}
             for key, entry in state_dict["state"].items()
@@ -144,7 +147,7 @@ def build_optimizer(
     rounding: Rounding = "nearest",
     seed: int = 0,
 ) -> torch.optim.Optimizer:
-    """The 8-bit AdamW for where the moments live: ours in host memory, bitsandbytes' on the card."""
+    """Build the 8-bit AdamW for the place of the moments: ours for RAM, bitsandbytes' for GPU memory."""
     settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     if offload or not torch.cuda.is_available():
         return CPUAdamW8bit(parameters, **settings, rounding=rounding, seed=seed)
@@ -154,7 +157,7 @@ def build_optimizer(
 
 
 def _noise_key(state: dict[str, Any]) -> int | None:
-    """32 bits that no other step and no other tensor has; None where nothing is rounded stochastically."""
+    """32 bits that differ for every step and tensor; None without stochastic rounding."""
     if "noise" not in state:
         return None
     return int.from_bytes(hashlib.blake2b(f"{state['noise']}/{state['step']}".encode(), digest_size=4).digest(), "big")
@@ -162,7 +165,7 @@ def _noise_key(state: dict[str, Any]) -> int | None:
 
 @functools.cache
 def _dynamic_maps() -> tuple[Tensor, Tensor]:
-    """What the 256 codes mean, for the first (signed) and the second (unsigned) moment."""
+    """Values of the 256 codes, for the first (signed) and the second (unsigned) moment."""
     from bitsandbytes.functional import create_dynamic_map
 
     return create_dynamic_map(signed=True), create_dynamic_map(signed=False)
@@ -178,12 +181,12 @@ def _refuse_bad_gradient(name: str, gradient: Tensor) -> None:
 def _check_tensor(what: str, tensor: Tensor) -> None:
     if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.bfloat16):
         raise UsageError(
-            f"CPUAdamW8bit steps fp32 and bf16 tensors in host memory, but {what} is {tensor.dtype} on "
-            f"{tensor.device}.\nUnder ZeRO-2 set offload_optimizer.device to cpu; on the card use "
+            f"CPUAdamW8bit updates fp32 and bf16 tensors in RAM, but {what} is {tensor.dtype} on {tensor.device}.\n"
+            "Under ZeRO-2 set offload_optimizer.device to cpu; for tensors in GPU memory use "
             "bitsandbytes.optim.AdamW8bit."
         )
     if not tensor.is_contiguous():
-        raise UsageError(f"CPUAdamW8bit steps contiguous tensors, but {what} is not. Call .contiguous() on it.")
+        raise UsageError(f"CPUAdamW8bit updates contiguous tensors, but {what} is not. Call .contiguous() on it.")
 
 
 def _check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
@@ -199,6 +202,6 @@ def _check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, we
 
 
 def _names(group: dict, group_index: int) -> list[str]:
-    """What torch's named_parameters form left in the group, else the position."""
+    """Names of the group's parameters: those given to torch (named_parameters), else their positions."""
     fallback = [f"parameter {i} of group {group_index}" for i in range(len(group["params"]))]
     return group.get("param_names", fallback)

@@ -1,8 +1,8 @@
-"""The compiled step: built with the machine's C++ compiler on first use, cached where torch caches its extensions.
+"""The compiled step: built with the machine's C++ compiler at first use, cached where torch caches its extensions.
 
-A bare shared object behind ctypes: torch's headers would make a nine-second build a minute, its loader needs ninja
-and waits for ever on the lock of a build that was killed. The file's name carries a hash of source and flags and is
-renamed into place, so ranks that build at once do not disturb each other.
+It is a plain shared object loaded with ctypes. With torch's headers a build would take a minute instead of nine
+seconds, and torch's loader needs ninja and waits for ever on the lock of a killed build. The file name has a hash of
+source and flags, and the file is renamed into place, so ranks can build at the same time.
 """
 
 import ctypes
@@ -22,12 +22,12 @@ from torch import Tensor
 
 NAME = "grpo_ds_adamw8bit"
 SOURCE = Path(__file__).with_name("adamw8bit.cpp")
-# No -march: the file serves every machine that shares the cache. No contraction: the codes would differ.
+# No -march: every machine that shares the cache can use the file. No contraction: it would change the codes.
 FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
-BUILD_SECONDS = 300  # nine on two cores
+BUILD_SECONDS = 300  # limit; a build takes nine on two cores
 PATHS = ("portable", "avx2", "avx512")
 
 logger = logging.getLogger(__name__)
@@ -59,10 +59,12 @@ def native_step(
     noise_key: int | None = None,
     path: str | None = None,
 ) -> None:
-    """The blockwise 8-bit update of [N] elements in place.
+    """Update [N] elements in place with the blockwise 8-bit update.
 
     With state["residual"] (int16) a bf16 parameter is the upper half of an fp32 one; with `noise_key` it is rounded
-    stochastically. `path` is for tests.
+    stochastically.
+
+    path: one of PATHS, for tests; None: the best one.
     """
     beta1, beta2 = group["betas"]
     correction1, correction2 = 1 - beta1 ** state["step"], math.sqrt(1 - beta2 ** state["step"])
@@ -82,7 +84,7 @@ def native_step(
         beta2=beta2,
         one_minus_beta2=1 - beta2,
         decay=1 - group["lr"] * group["weight_decay"],
-        # The correction of the second moment moves from the root to the step size: one division less.
+        # The second moment's bias correction is applied to the step size, not to the root: one division less.
         step_size=-group["lr"] * correction2 / correction1,
         eps=group["eps"] * correction2,
         gradient_is_bf16=gradient.dtype == torch.bfloat16,
@@ -96,20 +98,20 @@ def native_step(
 
 
 def native_first_bad_element(gradient: Tensor) -> int | None:
-    """As slices.first_bad_element, in one read of the gradient."""
+    """Like slices.first_bad_element, but reads the gradient once."""
     is_bf16 = int(gradient.dtype == torch.bfloat16)
     found = _kernels().grpo_ds_first_bad(gradient.data_ptr(), gradient.numel(), is_bf16, torch.get_num_threads())
     return None if found < 0 else found
 
 
 def best_path() -> str:
-    """Which of PATHS this processor takes."""
+    """Return the entry of PATHS that this processor uses."""
     return PATHS[_kernels().grpo_ds_best_path()]
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None, after one line that says why, on a machine that cannot build them."""
+    """Return the compiled kernels, or None (with one warning that says why) if this machine cannot build them."""
     try:
         loaded = ctypes.CDLL(str(_build()))
     except (OSError, subprocess.SubprocessError) as error:
@@ -128,7 +130,7 @@ def _kernels() -> ctypes.CDLL:
 
 @functools.cache
 def _grid(qmap: bytes) -> ctypes.Array:
-    """uint8[65536]: the code bitsandbytes gives to each point between -1 and 1."""
+    """uint8[65536]: the code that bitsandbytes gives to each grid point between -1 and 1."""
     grid = (ctypes.c_uint8 * 65536)()
     _kernels().grpo_ds_build_grid(qmap, grid)
     return grid
@@ -151,7 +153,7 @@ def _build() -> Path:
 
 
 def _cache_folder() -> Path:
-    """The folder torch.utils.cpp_extension.load would take for an extension of this name."""
+    """Return the folder that torch.utils.cpp_extension.load would use for an extension of this name."""
     if root := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(root) / NAME
     from torch.utils.cpp_extension import get_default_build_root

@@ -1,27 +1,27 @@
-"""bitsandbytes' own CPU kernels, a slice of the tensor at a time: the path that needs no compiler, and the oracle."""
+"""bitsandbytes' CPU kernels, run on one slice of the tensor at a time: needs no compiler, and is the tests' oracle."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-SLICE = 1 << 20  # elements: 20 MB of bitsandbytes' temporaries; smaller slices lose to its overhead per call
+SLICE = 1 << 20  # elements: 20 MB of bitsandbytes' temporaries; with smaller slices its overhead per call dominates
 BLOCK = 256  # values that share one scale; fixed by bitsandbytes' kernels
-LARGEST = 2.0**64  # the first gradient whose square overflows fp32 and would poison the second moment
+GRADIENT_LIMIT = 2.0**64  # the smallest gradient whose square overflows fp32, and with it the second moment
 
 
 def first_bad_element(gradient: Tensor) -> int | None:
-    """Index of the first element that is NaN, infinite or has an infinite square; None when there is none."""
+    """Index of the first element that is NaN, infinite or has an infinite square; None if all are good."""
     flat = gradient.view(-1)
     for start in range(0, flat.numel(), SLICE):
         window = flat[start : start + SLICE]
-        if not bool(window.abs().max() < LARGEST):  # a NaN makes the maximum NaN
-            return start + int((~(window.abs() < LARGEST)).nonzero()[0])
+        if not bool(window.abs().max() < GRADIENT_LIMIT):  # a NaN makes the maximum NaN
+            return start + int((~(window.abs() < GRADIENT_LIMIT)).nonzero()[0])
     return None
 
 
 def slice_step(parameter: Tensor, gradient: Tensor, state: dict, group: dict, *, noise_key: int | None = None) -> None:
-    """The blockwise 8-bit update of [N] elements in place, in windows of whole blocks."""
+    """Update [N] elements in place with the blockwise 8-bit update, in slices that do not split a block."""
     import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
 
     flat = {"parameter": parameter, "gradient": gradient, **{k: state[k] for k in ("state1", "state2")}}
@@ -43,7 +43,7 @@ def slice_step(parameter: Tensor, gradient: Tensor, state: dict, group: dict, *,
 
 
 def small_step(parameter: Tensor, gradient: Tensor, state: dict, group: dict, *, noise_key: int | None = None) -> None:
-    """bitsandbytes' update with fp32 moments, for tensors too small to be worth quantising."""
+    """Update a small tensor in place with fp32 moments: below MIN_8BIT_SIZE bitsandbytes does not quantise them."""
     import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
 
     def update(master: Tensor) -> None:
@@ -56,21 +56,21 @@ def small_step(parameter: Tensor, gradient: Tensor, state: dict, group: dict, *,
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 as a nearest bf16 (ties away from zero) and the int16 difference of the bit patterns; lossless."""
+    """Split fp32 into a nearest bf16 (ties away from zero) and the int16 difference of the bit patterns; lossless."""
     bits = master.view(torch.int32)
     half = (bits + 0x8000) >> 16  # a tie to even could leave +32768, which int16 does not hold
     return half.to(torch.int16).view(torch.bfloat16), (bits - (half << 16)).to(torch.int16)
 
 
 def join(half: Tensor, residual: Tensor) -> Tensor:
-    """The fp32 values that split() took apart."""
+    """Return the fp32 values that `split` took apart."""
     return ((half.view(torch.int16).to(torch.int32) << 16) + residual).view(torch.float32)
 
 
 def round_stochastically(master: Tensor, noise_key: int, *, first: int = 0) -> Tensor:
-    """fp32 to one of its two bf16 neighbours, the nearer one more often: the mean over keys is the value itself.
+    """Round fp32 to one of its two bf16 neighbours, more often to the nearer one: the mean over keys is the value.
 
-    The noise of an element is a hash (Wellons, "lowbias32") of its index, counted from `first`, and the key.
+    The noise of an element is a hash (Wellons, "lowbias32") of the key and its index, counted from `first`.
     """
     low = 0xFFFFFFFF
     x = (torch.arange(first, first + master.numel()).view(master.shape) & low) ^ noise_key
@@ -88,7 +88,7 @@ def _update_master(
     *,
     first: int = 0,
 ) -> None:
-    """`update` in fp32 of a parameter kept in whichever of the three ways."""
+    """Apply `update` in fp32 to a parameter that is stored in one of the three ways."""
     if noise_key is not None:
         master = parameter.float()
         update(master)

@@ -1,1 +1,1 @@
-"""What a person sees: console lines, metrics.jsonl, trackers."""
+"""What people read of a run: console, live view, metrics.jsonl, trackers, report page, model card."""

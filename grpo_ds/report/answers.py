@@ -1,18 +1,18 @@
-"""Texts side by side on the page: the held-out questions before and after, and what was sampled in training."""
+"""Texts on the page: held-out answers before and after training side by side, and completions sampled in training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from grpo_ds.report.run_files import JsonObject, RunFiles, mapping, name, number, rows, text
+from grpo_ds.report.run_files import JsonObject, RunFiles, as_label, as_number, as_object, as_objects, as_text
 
 MOST_PAIRS = 30
-MOST_OF_A_KIND = 10  # gained and lost are both to be seen
-MOST_SAMPLES = 4  # of a step
+MOST_OF_A_KIND = 10  # so that both gained and lost ones are shown
+MOST_SAMPLES = 4  # per step
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model wrote, whether it is right, what it earned."""
+    """A completion, whether it is right, and its rewards."""
 
     text: str
     right: bool | None  # None: the file does not say
@@ -37,8 +37,8 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
-    """A few of the completions of one step."""
+class SampledStep:
+    """Some completions of one step, and how many it had."""
 
     step: int
     count: int
@@ -47,7 +47,7 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Those that are shown, and how many there are of each kind."""
+    """The pairs on the page, and the number of all pairs, of gained and of lost ones."""
 
     shown: list[Pair]
     count: int
@@ -56,47 +56,49 @@ class Pairs:
 
 
 def pairs(run: RunFiles) -> Pairs | None:
-    """First some that changed, gained and lost, then others in their order."""
-    every = [_pair(row) for row in rows(run.held_out.get("questions", []))]
+    """Choose pairs for the page: first some that changed, gained and lost, then others in their order."""
+    every = [_pair(row) for row in as_objects(run.held_out.get("questions", []))]
     gained, lost = ([pair for pair in every if pair.change == change] for change in ("gained", "lost"))
     first = [*gained[:MOST_OF_A_KIND], *lost[:MOST_OF_A_KIND]]
-    seen = {id(pair) for pair in first}
-    shown = [*first, *(pair for pair in every if id(pair) not in seen)][:MOST_PAIRS]
+    chosen = {id(pair) for pair in first}
+    shown = [*first, *(pair for pair in every if id(pair) not in chosen)][:MOST_PAIRS]
     return Pairs(shown, len(every), len(gained), len(lost)) if every else None
 
 
-def samples(run: RunFiles) -> list[Sampled]:
-    return [_sampled(step, found) for step, found in run.completions.items()]
+def sampled_steps(run: RunFiles) -> list[SampledStep]:
+    return [_sampled_step(step, rows) for step, rows in run.completions.items()]
 
 
 def _pair(row: JsonObject) -> Pair:
-    after = _held_out(mapping(row["after"]), row["label"]) if "after" in row else None
-    return Pair(text(row["question"]), name(row["label"]), _held_out(mapping(row["before"]), row["label"]), after)
+    question, label = as_text(row["question"]), as_label(row["label"])
+    after = _held_out(as_object(row["after"]), row["label"]) if "after" in row else None
+    return Pair(question, label, _held_out(as_object(row["before"]), row["label"]), after)
 
 
 def _held_out(row: JsonObject, label: str) -> Answer:
     right, answer = row["answer"] == label, row["answer"]
-    verdict = "right" if right else "wrong: no answer in the asked form" if answer is None else f"wrong: {name(answer)}"
-    by_name = mapping(row.get("rewards", {}))
-    return Answer(text(row["text"]), right, verdict, _earned(row.get("reward"), by_name) if "reward" in row else [])
+    wrong = "wrong: no answer in the required form" if answer is None else f"wrong: {as_label(answer)}"
+    by_name = as_object(row.get("rewards", {}))
+    rewards = _shown_rewards(row.get("reward"), by_name) if "reward" in row else []
+    return Answer(as_text(row["text"]), right, "right" if right else wrong, rewards)
 
 
-def _sampled(step: int, found: Sequence[JsonObject]) -> Sampled:
-    return Sampled(step, len(found), [_sample(row) for row in found[:MOST_SAMPLES]])
+def _sampled_step(step: int, rows: Sequence[JsonObject]) -> SampledStep:
+    return SampledStep(step, len(rows), [_sample(row) for row in rows[:MOST_SAMPLES]])
 
 
 def _sample(row: JsonObject) -> tuple[str, str, Answer]:
     by_name = {key.removeprefix("rewards/"): value for key, value in row.items() if key.startswith("rewards/")}
-    earned = _earned(row.get("reward"), by_name)
-    if (advantage := number(row.get("advantage"))) is not None:
-        earned.append(("advantage", f"{advantage:+.2f}"))
-    return text(row["question"]), name(row["label"]), Answer(text(row["completion"]), None, "", earned)
+    rewards = _shown_rewards(row.get("reward"), by_name)
+    if (advantage := as_number(row.get("advantage"))) is not None:
+        rewards.append(("advantage", f"{advantage:+.2f}"))
+    return as_text(row["question"]), as_label(row["label"]), Answer(as_text(row["completion"]), None, "", rewards)
 
 
-def _earned(total: object, by_name: JsonObject) -> list[tuple[str, str]]:
-    return [(name(reward), _value(value)) for reward, value in {"reward": total, **by_name}.items()]
+def _shown_rewards(total: object, by_name: JsonObject) -> list[tuple[str, str]]:
+    return [(as_label(name), _shown_number(value)) for name, value in {"reward": total, **by_name}.items()]
 
 
-def _value(value: object) -> str:
-    found = number(value)
-    return "none" if found is None else f"{found:.2f}"
+def _shown_number(value: object) -> str:
+    number = as_number(value)
+    return "none" if number is None else f"{number:.2f}"

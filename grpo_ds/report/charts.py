@@ -1,6 +1,6 @@
-"""Charts as SVG inside a page: drawn by matplotlib, coloured by the page, so that they follow light and dark.
+"""Charts as SVG inside the page: drawn by matplotlib, coloured by the page's CSS, in its light and dark theme.
 
-No text of a run stands in a chart, only numbers on its axes: names stand in legends, which the page writes.
+A chart contains no text of a run, only numbers on its axes: names are in the legends, which the page writes.
 """
 
 import io
@@ -10,44 +10,44 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-WIDTH, HEIGHT = 420, 220  # of the viewBox, and about the pixels that a page gives it
+WIDTH, HEIGHT = 420, 220  # of the viewBox; about the pixels of a chart on the page
 FONT = 14
-# Of the axes, as shares: left, bottom, width, height. The same in all, so that steps stand under each other.
-PLACE = (54 / WIDTH, 28 / HEIGHT, 352 / WIDTH, 180 / HEIGHT)
-SERIES = 6  # colours that page.css has
-MUTED, RULE, TEXT = "#fe00f1", "#fe00f2", "#fe00f3"
+# Position of the axes, as shares: left, bottom, width, height. The same in all charts, so that their steps align.
+AXES_POSITION = (54 / WIDTH, 28 / HEIGHT, 352 / WIDTH, 180 / HEIGHT)
+SERIES = 6  # number of colours in page.css
+MUTED, RULE, TEXT = "#fe00f1", "#fe00f2", "#fe00f3"  # placeholders for the page's colours
 DASHES = ("-", (0, (6, 2.5)), (0, (1.5, 2)), (0, (6, 2, 1.5, 2)), (0, (10, 3)), (0, (3, 2)))
-FAINT = 0.3  # of points behind a line that smooths them
+FAINT = 0.3  # opacity of points behind the line that smooths them
 
 Points = Sequence[tuple[float, float]]
 
 
 def colour(number: int) -> str:
-    """The stand-in for series `number`, which becomes the page's own."""
+    """Return the placeholder for the colour of series `number`, which the page replaces by its own."""
     return f"#fe000{number % SERIES + 1}"
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line, broken where a value is NaN, over the points that it smooths, if it does."""
+    """A line, interrupted where a value is NaN, and the points that it smooths, if any."""
 
     line: Points
     points: Points
-    number: int  # which colour and dashes
+    number: int  # index of colour and dashes
 
 
 @dataclass(frozen=True, slots=True)
 class Area:
-    """Heights from one edge to the next: edges have one more than heights; below and above by place."""
+    """A filled band: heights `below` and `above` between neighbouring edges, so there is one more edge than heights."""
 
     edges: Sequence[float]
     below: Sequence[float]
     above: Sequence[float]
-    number: int
+    number: int  # index of the colour
 
 
 def line_chart(name: str, lines: Sequence[Line], *, level: float | None = None, percent: bool = False) -> str:
-    """Values by step from 0 or below; level: a dotted line across all of it."""
+    """Draw values by step; the axis includes 0. level: height of a dotted line across the chart."""
     with _axes(name, percent=percent) as (axes, svg):
         for line in lines:
             look = {"color": colour(line.number), "zorder": 3}
@@ -69,7 +69,7 @@ def line_chart(name: str, lines: Sequence[Line], *, level: float | None = None, 
 
 
 def area_chart(name: str, areas: Sequence[Area], *, level: float | None = None, by_step: bool = True) -> str:
-    """Filled heights over a common axis."""
+    """Draw filled bands over a common axis. level: height of a dashed line across the chart."""
     with _axes(name) as (axes, svg):
         for area in areas:
             heights = ([*values, values[-1]] for values in (area.below, area.above))
@@ -85,7 +85,7 @@ def area_chart(name: str, areas: Sequence[Area], *, level: float | None = None, 
 
 @contextmanager
 def _axes(name: str, *, percent: bool = False) -> Any:
-    """Quiet axes to draw on; the list holds what to put into an <svg> once they are drawn."""
+    """Yield axes to draw on and a list that afterwards holds the content of the <svg> element."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -98,7 +98,7 @@ def _axes(name: str, *, percent: bool = False) -> Any:
     }
     with matplotlib.rc_context(look):
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
-        axes, svg = figure.add_axes(PLACE), list[str]()
+        axes, svg = figure.add_axes(AXES_POSITION), list[str]()
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.grid(axis="y", color=RULE, linewidth=1)
         axes.tick_params(length=0, labelcolor=MUTED, labelsize=FONT)
@@ -108,7 +108,7 @@ def _axes(name: str, *, percent: bool = False) -> Any:
         yield axes, svg
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True)
-        svg.append(for_the_page(name, file.getvalue()))
+        svg.append(svg_content(name, file.getvalue()))
 
 
 def _whole_steps(axes: Any) -> None:
@@ -117,13 +117,12 @@ def _whole_steps(axes: Any) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
 
 
-def for_the_page(name: str, svg: str) -> str:
-    """What stands inside matplotlib's <svg>: its ids made the chart's own, its colours the page's, and nothing that
-    would style other elements."""
+def svg_content(name: str, svg: str) -> str:
+    """Return the content of matplotlib's <svg> with ids unique to the chart, the page's colours and no style rules."""
     body = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
     body = body[body.index(">", body.index("<svg")) + 1 : body.rindex("</svg>")]
     body = re.sub(r'( id="|xlink:href="#|url\(#)', rf"\1{name}-", body)
     body = re.sub(r"#fe000(\d)", r"var(--series-\1)", body)
-    for stand_in, name_of_it in ((MUTED, "muted"), (RULE, "rule"), (TEXT, "text")):
-        body = body.replace(stand_in, f"var(--{name_of_it})")
+    for placeholder, variable in ((MUTED, "muted"), (RULE, "rule"), (TEXT, "text")):
+        body = body.replace(placeholder, f"var(--{variable})")
     return body

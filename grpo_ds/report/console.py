@@ -1,4 +1,4 @@
-"""What a person reads of a run: rank 0 alone speaks, in plain lines when not at a terminal."""
+"""Console output of a run, from rank 0 alone: a live view at a terminal, plain lines elsewhere."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,37 +11,38 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo_ds.memory.phases import Profiler
-from grpo_ds.memory.plan import GIB, Plan, Where
-from grpo_ds.report.held_out import right
+from grpo_ds.memory.plan import GIB, MEMORY_NAMES, MemoryKind, Plan
+from grpo_ds.report.held_out import answered_right
 from grpo_ds.report.live import LOSS_NOTE, PHASES, History, LiveView, clock, memory_line
-from grpo_ds.report.memory import Comparison, compare, diagnosis
-from grpo_ds.report.plan import PLACES, phases
+from grpo_ds.report.memory_measured import Comparison, compare, diagnosis
+from grpo_ds.report.memory_plan import phase_table
+from grpo_ds.report.metric_names import MEAN_LENGTH, reward_name
 from grpo_ds.task.grading import Evaluation, Grades, mcnemar
 from grpo_ds.task.questions import Question
 from grpo_ds.terminal import escape_control_chars
 
 SAMPLES = 4
 STALE_NOTE = (
-    "Freed memory is kept for the next step, so a phase shows what larger ones before it have left; "
-    "launch/profile_memory.py measures each alone."
+    "Freed memory is kept for the next step, so the peak of a phase may include memory of a larger phase before it; "
+    "launch/profile_memory.py measures each phase alone."
 )
 
 
 class Console:
-    """Lines, progress bars and the tables of a run."""
+    """Lines, progress bars and tables of a run. speaks: False on every rank but 0."""
 
     def __init__(self, *, speaks: bool = True) -> None:
         self._rich = RichConsole(quiet=not speaks, highlight=False, soft_wrap=True)
-        self._is_live = speaks and self._rich.is_terminal  # a live view of a silent rank would swallow its warnings
+        self._is_live = speaks and self._rich.is_terminal  # a live view on a silent rank would hide its warnings
         self._view: LiveView | None = None
 
     def line(self, text: str) -> None:
-        """A Text and not a str: [red] in a model's name or answer is no markup."""
+        """Print a line. As a Text, not a str: [red] in a model's name or answer is not markup."""
         self._rich.print(Text(escape_control_chars(text)))
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar with time left at a terminal, nothing otherwise; yields `advance(by)`."""
+        """Show a bar with the time left at a terminal, nothing elsewhere; yields `advance(by)`."""
         if self._view:  # two live displays would draw over each other
             bars, task = self._view.bars, self._view.bars.add_task(what, total=total, left="")
             try:
@@ -57,7 +58,7 @@ class Console:
 
     @contextmanager
     def training(self, total: int, history: History, doing: Callable[[], str]) -> Iterator[None]:
-        """The live view at a terminal, which stays as it last was; a line a step otherwise."""
+        """Show the live view at a terminal and leave its last state there; elsewhere `step` prints a line per step."""
         self.line(LOSS_NOTE)
         if not self._is_live:
             yield
@@ -70,30 +71,26 @@ class Console:
             self._view = None
 
     def step(self, metrics: dict[str, float], *, step: int, total: int, seconds_left: float) -> None:
-        """One line a step, or none at a terminal: rewards first, loss last."""
+        """Print the line of a step, rewards first and loss last; at a terminal advance the live view."""
         if self._view:
             return self._view.advance_to(step, seconds_left)
-        rewards = " ".join(
-            f"{name.removeprefix('rewards/')} {value:.2f}"
-            for name, value in metrics.items()
-            if name.startswith("rewards/")
-        )
-        # A step resumed between its updates was sampled by the run before.
+        rewards = " ".join(f"{name} {value:.2f}" for metric, value in metrics.items() if (name := reward_name(metric)))
+        # A step resumed between its updates was sampled in the run before, so it has no such time.
         seconds = " ".join(f"{phase} {metrics.get(f'seconds/{phase}', 0):.1f}" for phase in PHASES)
         floor = f" (floor {metrics['kl_floor']:.4f})" if metrics.get("kl_floor") else ""
         self.line(
             f"step {step:>{len(str(total))}}/{total}  reward {metrics['reward']:.2f} ({rewards})  "
-            f"right {metrics['accuracy']:.0%}  kl {metrics['kl']:.4f}{floor}  "
-            f"length {metrics['completion_length']:.0f}  {metrics['tokens_per_second']:.0f} tok/s  {seconds} s  "
+            f"accuracy {metrics['accuracy']:.0%}  kl {metrics['kl']:.4f}{floor}  "
+            f"length {metrics[MEAN_LENGTH]:.0f}  {metrics['tokens_per_second']:.0f} tok/s  {seconds} s  "
             f"{memory_line(metrics)}  loss {metrics['loss']:+.4f}  left {clock(seconds_left)}"
         )
 
     def plan(self, plan: Plan, gpu_gib: float | None, ram_gib: float) -> None:
-        """What each phase will take, a row a memory."""
-        self._rich.print(phases(plan, gpu_gib, ram_gib))
+        """Print what each phase needs of each memory."""
+        self._rich.print(phase_table(plan, gpu_gib, ram_gib))
 
     def samples(self, rows: Sequence[dict[str, Any]]) -> None:
-        """The first completions, scored, before any update."""
+        """Print the first completions with their rewards, before any update."""
         self.line(f"The first {min(len(rows), SAMPLES)} completions, before any update:")
         for row in rows[:SAMPLES]:
             earned = " ".join(
@@ -105,50 +102,50 @@ class Console:
             self.line(f"    reward {row['reward']:.2f} ({earned})")
 
     def memory(self, profiler: Profiler) -> None:
-        """Each phase's peak beside its plan, on the card and on the host, and what binds."""
+        """Print each phase's peak beside its plan, and the phase that needs most."""
         uses = list(profiler.uses().values())
-        places: list[Where] = ["gpu", "host"] if any(use.gpu_peak for use in uses) else ["host"]
+        kinds: list[MemoryKind] = ["gpu", "ram"] if any(use.gpu_peak for use in uses) else ["ram"]
         table = Table(title="Memory by phase, GiB at the peak", title_justify="left")
         table.add_column("")
         table.add_column("seconds", justify="right")
-        for where in places:
-            for column in ("", " planned", " off by"):
-                table.add_column(f"{PLACES[where]}{column}", justify="right")
-        compared = {where: compare(uses, profiler.plan, where) for where in places}
+        for kind in kinds:
+            for column in (MEMORY_NAMES[kind], "planned", "plan error"):
+                table.add_column(column, justify="right")
+        compared = {kind: compare(uses, profiler.plan, kind) for kind in kinds}
         for i, use in enumerate(uses):
-            cells = [cell for where in places for cell in _memory_cells(compared[where][i])]
+            cells = [cell for kind in kinds for cell in _memory_cells(compared[kind][i])]
             table.add_row(use.phase, f"{use.seconds:.1f}", *cells)
         self._rich.print(table)
-        if "gpu" in places:
+        if "gpu" in kinds:
             reserved, pinned = max(use.gpu_reserved for use in uses), max(use.pinned for use in uses)
-            self.line(f"torch held {reserved / GIB:.2f} GiB of the card and {pinned / GIB:.2f} GiB of pinned memory.")
-        for where in places:
-            self.line(diagnosis(compared[where], profiler.plan, where))
-        if not profiler.exact and "gpu" not in places:
+            self.line(f"torch held {reserved / GIB:.2f} GiB of GPU memory and {pinned / GIB:.2f} GiB of pinned RAM.")
+        for kind in kinds:
+            self.line(diagnosis(compared[kind], profiler.plan, kind))
+        if not profiler.exact and "gpu" not in kinds:
             self.line(STALE_NOTE)
 
     def before_and_after(self, before: Evaluation, after: Evaluation, questions: Sequence[Question]) -> None:
-        """The held-out questions before and after training, with what chance and a constant answer would give."""
+        """Print the grades before and after training, with McNemar's test and the majority baseline."""
         table = Table(title=f"Held-out questions ({before.grades.count}, greedy)", title_justify="left")
         for column in ("", "before", "after"):
             table.add_column(column, justify="left" if not column else "right")
-        for name, show in _rows(before.grades):
+        for name, show in _grade_rows(before.grades):
             table.add_row(Text(escape_control_chars(name)), show(before.grades), show(after.grades))
         self._rich.print(table)
         self.line(
-            f"Always answering the commonest label scores {before.grades.majority_baseline:.1%}.  "
-            f"McNemar p = {mcnemar(right(before, questions), right(after, questions)):.3f}"
+            f"Majority baseline (always the most common label): {before.grades.majority_baseline:.1%}.  "
+            f"McNemar p = {mcnemar(answered_right(before, questions), answered_right(after, questions)):.3f}"
         )
         if after.grades.collapsed:
-            self.line("Warning: nearly all answers are one class; accuracy then says little (see macro-F1).")
+            self.line("Warning: nearly all answers are one class; then accuracy says little, see macro-F1.")
 
 
 def _memory_cells(row: Comparison) -> list[str]:
     planned = "" if row.planned is None else f"{row.planned / GIB:.2f}"
-    return [f"{row.measured / GIB:.2f}", planned, "" if row.difference is None else f"{row.difference:+.1%}"]
+    return [f"{row.measured / GIB:.2f}", planned, "" if row.error is None else f"{row.error:+.1%}"]
 
 
-def _rows(grades: Grades) -> list[tuple[str, Callable[[Grades], str]]]:
+def _grade_rows(grades: Grades) -> list[tuple[str, Callable[[Grades], str]]]:
     recalls = [(f"recall {label}", lambda g, label=label: f"{g.recall[label]:.1%}") for label in grades.recall]
     return [
         ("accuracy", lambda g: f"{g.accuracy:.1%}"),

@@ -1,5 +1,8 @@
-"""Which charts a run has, and what each says in words: legends with first and last value, captions, a text for who
-cannot see it. A chart of what was not measured is left out."""
+"""Curves of the page: reward, accuracy, KL, length, entropy, shares, gradient norm and seconds, step by step.
+
+One function per curve (`reward_curve`, `accuracy_curve`, ...). Each chart carries words: a legend with first and last
+value, a caption, and a text for people who cannot see it. Metrics that were not measured have no chart.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,14 +13,15 @@ from markupsafe import Markup
 
 from grpo_ds.report import charts
 from grpo_ds.report.charts import Area, Line
-from grpo_ds.report.run_files import JsonObject, RunFiles, mapping, name, number
+from grpo_ds.report.metric_names import CLIPPED_RATIO, MEAN_LENGTH, reward_name
+from grpo_ds.report.run_files import JsonObject, RunFiles, as_label, as_number, as_object
 
-FEW = 20  # steps up to which every one is drawn as it is
+FEW = 20  # up to so many steps every one is drawn as it is
 LONGEST_MEAN = 51  # steps
-MOST_DOTS = 150  # of a line; of a longer run a dot is a mean
+MOST_DOTS = 150  # of a line; in a longer run a dot is a mean
 MOST_BARS = 60
-PHASES = {"sample": 0, "reference": 1, "update": 2, "step": 3, "evaluate": 4}  # and their colours
-OTHERS = 5  # the colour of all other phases
+PHASES = {"sample": 0, "reference": 1, "update": 2, "step": 3, "evaluate": 4}  # phase -> index of its colour
+OTHERS = 5  # colour of all other phases
 
 Show = Callable[[float], str]
 
@@ -28,7 +32,7 @@ class Legend:
 
     name: str
     number: int
-    kind: str  # line, area or level
+    kind: str  # line, area, level or plan
     values: str = ""  # in words
 
 
@@ -43,155 +47,165 @@ class Chart:
 
     @property
     def label(self) -> str:
-        """The chart for who cannot see it."""
-        told = "; ".join(" ".join(filter(None, (legend.name, legend.values))) for legend in self.legends)
-        return f"{self.title}. {told}. {self.caption}"
+        """Text of the chart for people who cannot see it."""
+        legends = "; ".join(" ".join(filter(None, (legend.name, legend.values))) for legend in self.legends)
+        return f"{self.title}. {legends}. {self.caption}"
 
 
 def curves(run: RunFiles) -> list[Chart]:
-    """In the order in which a person asks."""
-    by_name = [metric for metric in _names(run.steps) if metric.startswith("rewards/")]
-    few = by_name[: charts.SERIES - 1]
-    more = f" {len(by_name) - len(few)} more rewards are not drawn." if len(by_name) > len(few) else ""
-    rewards = {"reward": "total", **{metric: metric.removeprefix("rewards/") for metric in few}}
-    shares = {
-        "ended": "completions that ended by themselves",
-        "frac_reward_zero_std": "groups with equal rewards",
-        "clip_fraction": "clipped tokens",
-    }
-    made = [
-        _lines(run.steps, "reward", "Reward", rewards, lambda v: f"{v:.2f}", more=more),
-        accuracy(run),
-        kl(run),
-        _lines(run.steps, "length", "Completion length", {"completion_length": "tokens, mean"}, lambda v: f"{v:.0f}"),
-        _lines(run.steps, "entropy", "Entropy of a token", {"entropy": "nats, mean"}, lambda v: f"{v:.2f}"),
-        _lines(run.steps, "shares", "Shares of a step", shares, _percent, percent=True),
-        _lines(run.steps, "gradients", "Gradient norm", {"grad_norm": "before clipping"}, lambda v: f"{v:.2f}"),
-        seconds(run),
+    """Draw all curves, the most important first."""
+    drawn = [
+        reward_curve(run),
+        accuracy_curve(run),
+        kl_curve(run),
+        _curve(run.steps, "length", "Completion length", {MEAN_LENGTH: "tokens, mean"}, lambda v: f"{v:.0f}"),
+        _curve(run.steps, "entropy", "Entropy per token", {"entropy": "nats, mean"}, lambda v: f"{v:.2f}"),
+        shares_curve(run),
+        _curve(run.steps, "gradients", "Gradient norm", {"grad_norm": "before clipping"}, lambda v: f"{v:.2f}"),
+        seconds_chart(run),
     ]
-    return [chart for chart in made if chart]
+    return [chart for chart in drawn if chart]
 
 
-def accuracy(run: RunFiles) -> Chart | None:
-    """Of what is sampled in training, and of the greedy answers to the held-out questions."""
-    made = _lines_of(run.steps, {"accuracy": "sampled in training"}, _percent)
+def reward_curve(run: RunFiles) -> Chart | None:
+    """Draw the mean reward, in total and by reward function."""
+    means = {metric: name for metric in _metrics(run.steps) if (name := reward_name(metric))}
+    shown = dict(list(means.items())[: charts.SERIES - 1])
+    note = f" {len(means) - len(shown)} more rewards are not drawn." if len(means) > len(shown) else ""
+    return _curve(run.steps, "reward", "Reward", {"reward": "total", **shown}, lambda v: f"{v:.2f}", note=note)
+
+
+def accuracy_curve(run: RunFiles) -> Chart | None:
+    """Draw the accuracy of completions sampled in training, and of greedy answers to the held-out questions."""
+    drawn = _lines(run.steps, {"accuracy": "sampled in training"}, _percent)
     held_out = held_out_accuracy(run)
     if held_out:
         legend = Legend("held-out questions, greedy", 1, "line", _ends(held_out, _percent))
-        made.append((Line(held_out, (), 1), legend))
-    if not made:
+        drawn.append((Line(held_out, (), 1), legend))
+    if not drawn:
         return None
-    level = number(_grades(run).get("majority_baseline"))
-    drawing = charts.line_chart("accuracy", [line for line, _ in made], level=level, percent=True)
-    legends = [legend for _, legend in made]
+    level = as_number(_grades(run).get("majority_baseline"))
+    drawing = charts.line_chart("accuracy", [line for line, _ in drawn], level=level, percent=True)
+    legends = [legend for _, legend in drawn]
     if level is not None:
-        legends.append(Legend("always the commonest held-out label", 0, "level", _percent(level)))
-    more = " Held-out: single evaluations." if held_out else ""
-    return Chart("Accuracy", Markup(drawing), legends, _caption(run.steps, ["accuracy"]) + more)
+        legends.append(Legend("held-out majority baseline: always the most common label", 0, "level", _percent(level)))
+    note = " Held-out: single evaluations." if held_out else ""
+    return Chart("Accuracy", Markup(drawing), legends, _caption(run.steps, ["accuracy"]) + note)
 
 
-def kl(run: RunFiles) -> Chart | None:
-    """Nothing where no reference was loaded: the trainer then logs a KL of 0."""
-    if not any(number(row.get("kl")) for row in run.steps):
+def kl_curve(run: RunFiles) -> Chart | None:
+    """Draw the KL and its floor; no chart without a reference, for which the trainer logs a KL of 0."""
+    if not any(as_number(row.get("kl")) for row in run.steps):
         return None
-    names = {"kl": "to the reference", "kl_floor": "floor: what an 8-bit copy of the start already has"}
-    return _lines(run.steps, "kl", "KL a token", names, lambda v: f"{v:.4f}")
+    names = {"kl": "to the reference", "kl_floor": "floor: KL of an 8-bit copy of the same policy"}
+    return _curve(run.steps, "kl", "KL per token", names, lambda v: f"{v:.4f}")
 
 
-def seconds(run: RunFiles) -> Chart | None:
-    """Phases on top of each other, each as high as it is long."""
+def shares_curve(run: RunFiles) -> Chart | None:
+    """Draw the shares that show whether a step can teach anything: cut completions, equal rewards, clipped tokens."""
+    names = {
+        CLIPPED_RATIO: "completions cut at the length limit",
+        "frac_reward_zero_std": "groups with equal rewards",
+        "clip_ratio/region_mean": "tokens with a clipped ratio",
+    }
+    return _curve(run.steps, "shares", "Shares per step", names, _percent, percent=True)
+
+
+def seconds_chart(run: RunFiles) -> Chart | None:
+    """Draw the seconds of each phase, stacked."""
     steps = run.steps
-    names = [metric for metric in _names(steps) if metric.startswith("seconds/")]
-    names.sort(key=lambda metric: PHASES.get(metric.removeprefix("seconds/"), OTHERS))
-    if not names:
+    metrics = [metric for metric in _metrics(steps) if metric.startswith("seconds/")]
+    metrics.sort(key=lambda metric: PHASES.get(metric.removeprefix("seconds/"), OTHERS))
+    if not metrics:
         return None
     size = math.ceil(len(steps) / MOST_BARS)
     parts = [steps[i : i + size] for i in range(0, len(steps), size)]
-    heights = [[_mean([number(row.get(metric)) or 0.0 for row in part]) for part in parts] for metric in names]
+    heights = [[_mean([as_number(row.get(metric)) or 0.0 for row in part]) for part in parts] for metric in metrics]
     tops = list(accumulate(heights, lambda below, more: [a + b for a, b in zip(below, more, strict=True)]))
     edges = [part[0]["step"] - 0.5 for part in parts] + [steps[-1]["step"] + 0.5]
     areas, legends = [], []
-    for i, metric in enumerate(names):
+    for i, metric in enumerate(metrics):
         phase = metric.removeprefix("seconds/")
-        number_ = PHASES.get(phase, OTHERS)
+        colour = PHASES.get(phase, OTHERS)
         below = tops[i - 1] if i else [0.0] * len(parts)
-        areas.append(Area(edges, below, tops[i], number_))
-        whole = sum(number(row.get(metric)) or 0.0 for row in steps)
-        legends.append(Legend(name(phase), number_, "area", f"{whole / len(steps):.1f}"))
+        areas.append(Area(edges, below, tops[i], colour))
+        total = sum(as_number(row.get(metric)) or 0.0 for row in steps)
+        legends.append(Legend(as_label(phase), colour, "area", f"{total / len(steps):.1f}"))
     caption = "Beside each phase its mean. By step" + (f", means of {size}." if size > 1 else ".")
-    return Chart("Seconds a step", Markup(charts.area_chart("seconds", areas)), legends, caption)
+    return Chart("Seconds per step", Markup(charts.area_chart("seconds", areas)), legends, caption)
 
 
 def held_out_accuracy(run: RunFiles) -> list[tuple[float, float]]:
-    """(step, accuracy) before, on the way and after."""
-    found = {row["step"]: number(row.get("eval/accuracy")) for row in run.evaluations}
-    found[0] = number(_grades(run, "before").get("accuracy"))
+    """Return (step, accuracy) of the evaluations before, during and after training."""
+    by_step = {row["step"]: as_number(row.get("eval/accuracy")) for row in run.evaluations}
+    by_step[0] = as_number(_grades(run, "before").get("accuracy"))
     if "after" in run.held_out and run.steps:
-        found[run.steps[-1]["step"]] = number(_grades(run, "after").get("accuracy"))
-    return [(step, share) for step, share in sorted(found.items()) if share is not None]
+        by_step[run.steps[-1]["step"]] = as_number(_grades(run, "after").get("accuracy"))
+    return [(step, share) for step, share in sorted(by_step.items()) if share is not None]
 
 
 def _grades(run: RunFiles, when: str = "before") -> JsonObject:
-    return mapping(run.held_out.get(when, {}))
+    return as_object(run.held_out.get(when, {}))
 
 
-def _lines(
+def _curve(
     steps: list[JsonObject],
     drawn_as: str,
     title: str,
-    named: dict[str, str],
+    names: dict[str, str],
     show: Show,
     *,
     percent: bool = False,
-    more: str = "",
+    note: str = "",
 ) -> Chart | None:
-    made = _lines_of(steps, named, show)
-    if not made:
+    """Draw a line for each metric of names: metric -> its name in the legend."""
+    drawn = _lines(steps, names, show)
+    if not drawn:
         return None
-    drawing = charts.line_chart(drawn_as, [line for line, _ in made], percent=percent)
-    return Chart(title, Markup(drawing), [legend for _, legend in made], _caption(steps, list(named)) + more)
+    drawing = charts.line_chart(drawn_as, [line for line, _ in drawn], percent=percent)
+    return Chart(title, Markup(drawing), [legend for _, legend in drawn], _caption(steps, list(names)) + note)
 
 
-def _lines_of(steps: list[JsonObject], named: dict[str, str], show: Show) -> list[tuple[Line, Legend]]:
-    """A line for each metric that was measured, with its legend."""
-    made = []
-    for i, (metric, called) in enumerate(named.items()):
+def _lines(steps: list[JsonObject], names: dict[str, str], show: Show) -> list[tuple[Line, Legend]]:
+    """Return a line and its legend for each metric that was measured."""
+    drawn = []
+    for i, (metric, name) in enumerate(names.items()):
         values = [(row["step"], _or_nan(row.get(metric))) for row in steps if metric in row]
         if any(math.isfinite(value) for _, value in values):
             line = smoothed(values, window(len(values)))
             dots = thinned(values) if len(values) > FEW else []
-            made.append((Line(line, dots, i), Legend(name(called), i, "line", _ends(line, show))))
-    return made
+            drawn.append((Line(line, dots, i), Legend(as_label(name), i, "line", _ends(line, show))))
+    return drawn
 
 
 def window(count: int) -> int:
-    """Steps that a line is the mean of, an odd number: 1 for a few, a tenth of many."""
+    """Return the number of steps in the mean that a line shows, always odd: 1 for few steps, a tenth of many."""
     return 1 if count <= FEW else min(LONGEST_MEAN, max(5, count // 10 | 1))
 
 
 def smoothed(values: Sequence[tuple[float, float]], size: int) -> list[tuple[float, float]]:
-    """The mean over `size` neighbours, fewer at the ends; NaN where none of them is a number."""
+    """Return means over `size` neighbours, fewer at the ends; NaN where none of them is a number."""
     half = size // 2
     around = [[v for _, v in values[max(0, i - half) : i + half + 1] if math.isfinite(v)] for i in range(len(values))]
     return [(step, _mean(some) if some else math.nan) for (step, _), some in zip(values, around, strict=True)]
 
 
 def thinned(values: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most MOST_DOTS, each the mean of as many neighbours as that takes."""
+    """Return at most MOST_DOTS points, each the mean of equally many neighbours."""
     size = math.ceil(len(values) / MOST_DOTS)
     parts = [[pair for pair in values[i : i + size] if math.isfinite(pair[1])] for i in range(0, len(values), size)]
     return [(_mean([step for step, _ in part]), _mean([value for _, value in part])) for part in parts if part]
 
 
 def _caption(steps: list[JsonObject], metrics: list[str]) -> str:
-    """What a line is, and what is missing in it."""
+    """Say how a line is smoothed and what is missing in it."""
     size, dot = window(len(steps)), math.ceil(len(steps) / MOST_DOTS)
     dots = "single steps" if dot == 1 else f"means of {dot} steps"
-    said = [f"Line: mean of {size} steps, fewer at the ends; dots: {dots}." if size > 1 else "By step, not smoothed."]
-    missing = sum(any(m in row and number(row[m]) is None for m in metrics) for row in steps)
+    parts = [f"Line: mean of {size} steps, fewer at the ends; dots: {dots}." if size > 1 else "By step, not smoothed."]
+    missing = sum(any(metric in row and as_number(row[metric]) is None for metric in metrics) for row in steps)
     if missing:
-        said.append(f"{missing} {'step' if missing == 1 else 'steps'} without a finite number left out.")
-    return " ".join(said)
+        parts.append(f"{missing} {'step' if missing == 1 else 'steps'} without a finite number left out.")
+    return " ".join(parts)
 
 
 def _ends(line: Sequence[tuple[float, float]], show: Show) -> str:
@@ -200,7 +214,7 @@ def _ends(line: Sequence[tuple[float, float]], show: Show) -> str:
     return first if first == last else f"{first} → {last}"
 
 
-def _names(steps: list[JsonObject]) -> list[str]:
+def _metrics(steps: list[JsonObject]) -> list[str]:
     return list(dict.fromkeys(metric for row in steps for metric in row))
 
 
@@ -209,8 +223,8 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _or_nan(value: object) -> float:
-    found = number(value)
-    return math.nan if found is None else found
+    number = as_number(value)
+    return math.nan if number is None else number
 
 
 def _percent(share: float) -> str:

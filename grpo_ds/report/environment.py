@@ -1,4 +1,4 @@
-"""environment.json: what a run was made with: versions, machine, command. No environment variable is in it."""
+"""environment.json: versions, machine and command of a run. It contains no environment variable."""
 
 import json
 import platform
@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from grpo_ds.report.reading import ENVIRONMENT_FILE
 from grpo_ds.run_folder.checkpoints import write_whole
+from grpo_ds.run_folder.files import ENVIRONMENT_FILE
 from grpo_ds.system.hardware import ram_gib
-from grpo_ds.system.invocation import flags, started
+from grpo_ds.system.invocation import flag_words, restart_words
 
 PACKAGES = ("grpo_ds", "torch", "transformers", "deepspeed", "bitsandbytes", "peft", "accelerate", "datasets")
 
 
 def write_environment(folder: Path, *, ranks: int) -> None:
-    """Overwrites that of the run before, if this one goes on with it."""
+    """Write environment.json; a resumed run overwrites it."""
     write_whole(folder / ENVIRONMENT_FILE, json.dumps(environment(ranks), indent=1) + "\n")
 
 
@@ -30,7 +30,7 @@ def environment(ranks: int) -> dict[str, Any]:
         "ram_gib": round(ram_gib(), 1),
         "gpus": [f"{card.name}, {card.total_memory / 2**30:.1f} GiB" for card in cards],
         "ranks": ranks,
-        "command": [*started(), *flags()],  # which holds no key: command_line.py refuses them
+        "command": [*restart_words(), *flag_words()],  # contains no key: command_line.py refuses them
     }
 
 

@@ -1,6 +1,6 @@
-"""What is seen of a run at a terminal while it goes on: one panel, drawn anew every second from the run's history.
+"""The live view of a run at a terminal: one panel, drawn every second from the run's history.
 
-Rewards stand first and the loss last: it is near 0 whatever happens (LOSS_NOTE).
+Rewards come first. The loss comes last, because it starts near 0 in every run (LOSS_NOTE).
 """
 
 from collections.abc import Callable, Sequence
@@ -12,19 +12,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from grpo_ds.report.metric_names import MEAN_LENGTH, reward_name
 from grpo_ds.terminal import escape_control_chars
 
 PHASES = ("sample", "reference", "update", "step")  # of a training step
 LOSS_NOTE = (
-    "The loss starts near 0 whatever happens: the advantages of a group sum to 0, and the ratio of a first update is 1."
+    "The loss starts near 0 in every run: the advantages of a group sum to 0, and the ratio of the first update is 1."
 )
-RECENT, TREND = 10, 40  # steps of the mean, and of the little chart beside it
+RECENT, TREND = 10, 40  # steps of the mean, and of the small chart beside it
 BARS = "▁▂▃▄▅▆▇█"
 History = Sequence[dict[str, Any]]
 
 
 class LiveView:
-    """A renderable; history: a line a step as in metrics.jsonl, growing. doing: the phase that is open."""
+    """A renderable. history: a line per step as in metrics.jsonl, growing. doing: returns the open phase."""
 
     def __init__(self, total: int, history: History, doing: Callable[[], str]) -> None:
         self.history, self.doing = history, doing
@@ -43,14 +44,14 @@ class LiveView:
 
 
 def metrics_table(steps: History) -> Table:
-    """The last step, the mean of the last ones, and how it came."""
+    """Table of the last step, the mean of the last steps and the trend."""
     table = Table(box=None, pad_edge=False)
     for column, justify in (("", "left"), ("now", "right"), (f"mean of {RECENT}", "right"), ("", "left"), ("", "left")):
         table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for name, shown, series in _series(steps):
         recent = [value for value in series[-RECENT:] if value is not None]
         mean = shown.format(fmean(recent)) if recent else ""
-        note = "near 0 at first, whatever happens" if name == "loss" else ""
+        note = "starts near 0 in every run" if name == "loss" else ""
         table.add_row(
             Text(escape_control_chars(name)), _show(shown, series[-1]), mean, sparkline(series[-TREND:]), note
         )
@@ -60,21 +61,22 @@ def metrics_table(steps: History) -> Table:
 
 
 def _series(steps: History) -> list[tuple[str, str, list[float | None]]]:
-    """(name, format, a value a step), rewards first and the loss last."""
-    named = [name for name in steps[-1] if name.startswith("rewards/")]
+    """Return (name, format, a value per step), rewards first and the loss last."""
     rows = [("reward", "{:.2f}", [line["reward"] for line in steps])]
-    rows += [(f"  {name.removeprefix('rewards/')}", "{:.2f}", [line.get(name) for line in steps]) for name in named]
+    for metric in steps[-1]:
+        if name := reward_name(metric):
+            rows.append((f"  {name}", "{:.2f}", [line.get(metric) for line in steps]))
     rows.append(("accuracy", "{:.0%}", [line.get("accuracy") for line in steps]))
     if "kl_floor" in steps[-1]:
         rows.append(("KL above its floor", "{:.4f}", [above_floor(line) for line in steps]))
-    rows.append(("length", "{:.0f}", [line.get("completion_length") for line in steps]))
+    rows.append(("length", "{:.0f}", [line.get(MEAN_LENGTH) for line in steps]))
     rows.append(("tokens/s", "{:.0f}", [line.get("tokens_per_second") for line in steps]))
     rows.append(("loss", "{:+.4f}", [line.get("loss") for line in steps]))
     return rows
 
 
 def above_floor(line: dict[str, Any]) -> float | None:
-    """The KL less what an 8-bit reference shows of an unchanged policy."""
+    """KL minus the floor that an 8-bit reference has for an unchanged policy."""
     kl, floor = line.get("kl"), line.get("kl_floor")
     return None if kl is None or floor is None else kl - floor
 
@@ -85,7 +87,7 @@ def memory_line(line: dict[str, Any]) -> str:
 
 
 def sparkline(values: Sequence[float | None]) -> str:
-    """One character a value, the lowest ▁ and the highest █; a gap where there is none."""
+    """Return one character per value, from ▁ for the lowest to █ for the highest; a gap for None."""
     known = [value for value in values if value is not None]
     low, high = min(known, default=0.0), max(known, default=0.0)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0

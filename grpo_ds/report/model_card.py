@@ -1,7 +1,7 @@
-"""README.md of a trained model: a model card as the hub reads it, made from what the run has left in its folder.
+"""README.md of a trained model: a model card for people and the hub, made from the files in the run's folder.
 
 Names of models and files, labels and versions are other people's texts: yaml quotes them in the header, `plain` and
-`fenced` in the rest.
+`fenced` escape them in the rest.
 """
 
 import json
@@ -13,24 +13,21 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from grpo_ds.memory.plan import MEMORY_NAMES
 from grpo_ds.models.presets import EMBEDDED, PRESETS
+from grpo_ds.models.shapes import ADAPTER_FILE
 from grpo_ds.report.markdown import fenced, plain, table
-from grpo_ds.report.reading import (
-    ENVIRONMENT_FILE,
-    HELD_OUT_FILE,
-    SUMMARY_FILE,
-    memory_by_phase,
-    read_config,
-    read_json,
-)
+from grpo_ds.report.run_files import memory_by_phase, read_json, read_settings
 from grpo_ds.run_folder.checkpoints import write_whole
-from grpo_ds.settings.config import EvaluateConfig, prompt_recipe
+from grpo_ds.run_folder.files import CARD_FILE, ENVIRONMENT_FILE, HELD_OUT_FILE, SUMMARY_FILE
+from grpo_ds.settings.config import EvaluateConfig
+from grpo_ds.settings.saved_config import prompt_recipe
 from grpo_ds.task.prompts import default_system_prompt
 from grpo_ds.task.records import NO_CONTEXT
 from grpo_ds.task.rewards import READY_MADE
 from grpo_ds.task.sources import HUB_ID, SAMPLE, is_hub_id
 
-CARD_FILE, TEMPLATE = "README.md", "model_card.md.jinja"
+TEMPLATE = "model_card.md.jinja"
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SETTINGS = (
     *("loss_type", "num_iterations", "num_steps", "mu", "batch_size", "num_generations", "learning_rate", "beta"),
@@ -38,7 +35,7 @@ SETTINGS = (
     *("max_prompt_length", "max_completion_length", "reward_funcs", "reward_weights", "balance_classes"),
     *("max_grad_norm", "weight_decay", "ds", "seed"),
 )
-OF_AN_ADAPTER = ("lora_r", "lora_alpha", "lora_target", "load_in_4bit", "load_in_8bit")
+ADAPTER_SETTINGS = ("lora_r", "lora_alpha", "lora_target", "load_in_4bit", "load_in_8bit")
 WITHOUT_PEFT = "AutoModelForCausalLM", "from transformers import AutoModelForCausalLM, AutoTokenizer"
 WITH_PEFT = (
     "AutoPeftModelForCausalLM",
@@ -58,16 +55,16 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 
 def write_card(folder: Path) -> Path:
-    """README.md in the folder of a run that is done."""
+    """Write README.md into the folder of a run that is done."""
     file = folder / CARD_FILE
     write_whole(file, card(folder))
     return file
 
 
 def card(folder: Path) -> str:
-    config, environment = read_config(folder), read_json(folder, ENVIRONMENT_FILE)
+    config, environment = read_settings(folder), read_json(folder, ENVIRONMENT_FILE)
     held_out, summary = read_json(folder, HELD_OUT_FILE), read_json(folder, SUMMARY_FILE)
-    is_adapter = (folder / "adapter_config.json").is_file()
+    is_adapter = (folder / ADAPTER_FILE).is_file()
     before, after = held_out["before"], held_out["after"]
     return _template().render(
         header=_header(folder, config, after, is_adapter=is_adapter),
@@ -78,10 +75,10 @@ def card(folder: Path) -> str:
         before=before,
         after=after,
         mcnemar=held_out["mcnemar"],
-        grades=table(("", "before", "after"), _grades(before, after)),
+        grades=table(("", "before", "after"), _grade_rows(before, after)),
         snippet=_snippet(folder, is_adapter=is_adapter),
         settings=table(("setting", "value"), _settings(config)),
-        judged_by_ours=set(config["reward_funcs"].split(",")) <= set(READY_MADE),
+        only_our_rewards=set(config["reward_funcs"].split(",")) <= set(READY_MADE),
         memory=_memory(folder),
         environment=table(("", ""), _environment(environment)),
         versions=environment["versions"],
@@ -91,7 +88,7 @@ def card(folder: Path) -> str:
 
 
 def base_model(name: str) -> str | None:
-    """The hub id that stands for --model; None for a folder of somebody's own."""
+    """Return the hub id of --model, None for a local folder."""
     if name == EMBEDDED:
         return EMBEDDED_HUB_ID
     if name in PRESETS:
@@ -107,7 +104,7 @@ def _template() -> Template:
 
 
 def _header(folder: Path, config: dict[str, Any], after: dict[str, Any], *, is_adapter: bool) -> str:
-    """What the hub reads; a base or data set that is nobody else's to find is left out."""
+    """Return the YAML that the hub reads, without a base model or data set that others cannot find."""
     base, data = base_model(config["model"]), _data_name(config)
     scores = [("accuracy", after["accuracy"]), ("f1", after["macro_f1"])]
     metrics = [{"type": kind, "value": round(value, 4), "name": f"held-out {kind}"} for kind, value in scores]
@@ -128,7 +125,7 @@ def _header(folder: Path, config: dict[str, Any], after: dict[str, Any], *, is_a
     return yaml.safe_dump(header, sort_keys=False, allow_unicode=True).rstrip()
 
 
-def _grades(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _grade_rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
     def row(name: str, show: Any) -> tuple[str, str, str]:
         return name, show(before), show(after)
 
@@ -143,8 +140,8 @@ def _grades(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, st
 
 
 def _settings(config: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Those that were set, files without the folders in which they lay."""
-    names = (*SETTINGS, *OF_AN_ADAPTER) if config["lora_r"] else SETTINGS
+    """Return the settings that have a value; files without their folders."""
+    names = (*SETTINGS, *ADAPTER_SETTINGS) if config["lora_r"] else SETTINGS
     values = {name: config[name] for name in names if config.get(name) is not None}
     files = {name: re.sub(r"[^,]*/", "", values[name]) for name in ("reward_funcs", "ds")}
     return list({**values, **files}.items())
@@ -163,10 +160,10 @@ def _data(config: dict[str, Any], summary: dict[str, Any]) -> str:
 
 
 def _data_name(config: dict[str, Any]) -> str:
-    """A hub id, or the file without the folders in which it lay."""
+    """Return a hub id, or the name of the file without its folders."""
     data = config["data"] or SAMPLE
     if data == SAMPLE:
-        return "the sample that grpo_ds brings along"
+        return "the sample that is part of grpo_ds"
     return data if _is_hub_data(config) else Path(data).name
 
 
@@ -180,9 +177,9 @@ def _either(labels: str) -> str:
 
 
 def _snippet(folder: Path, *, is_adapter: bool) -> str:
-    """Code that asks the model as training did, but for worked examples and a begun answer."""
+    """Return code that asks the model as in training, except for worked examples and a prefilled beginning."""
     recipe = prompt_recipe(folder)
-    config = EvaluateConfig(**{knob.name: recipe[knob.name] for knob in fields(EvaluateConfig) if knob.name in recipe})
+    config = EvaluateConfig(**{flag.name: recipe[flag.name] for flag in fields(EvaluateConfig) if flag.name in recipe})
     has_context = config.context_field != NO_CONTEXT
     system = config.system_prompt_text or default_system_prompt(config.answer_format, has_context)
     auto, imports = WITH_PEFT if is_adapter else WITHOUT_PEFT
@@ -192,11 +189,12 @@ def _snippet(folder: Path, *, is_adapter: bool) -> str:
 
 
 def _memory(folder: Path) -> str:
-    """Without the card's columns where there was none."""
+    """Return the table of memory by phase, without columns for GPU memory where none was used."""
     peaks = memory_by_phase(folder)
-    places = [place for place in ("host", "gpu") if any(peak[place] for peak in peaks.values())]
-    columns = [f"{place}{what}" for place in places for what in ("", " planned")]
-    return table(("phase", *columns), [(name, *(_two_digits(use[c]) for c in columns)) for name, use in peaks.items()])
+    names = {kind: name for kind, name in MEMORY_NAMES.items() if any(peak[kind] for peak in peaks.values())}
+    columns = {f"{kind}{what}": f"{name}{what}" for kind, name in names.items() for what in ("", " planned")}
+    rows = [(phase, *(_two_digits(peak[key]) for key in columns)) for phase, peak in peaks.items()]
+    return table(("phase", *columns.values()), rows)
 
 
 def _two_digits(gib: float | None) -> str:

@@ -1,7 +1,7 @@
-"""report.html: a run on one page that opens offline, made from the run's folder alone; no torch.
+"""report.html: a run on one page that opens offline, made from the run's folder alone. No torch.
 
-The page has no script and asks for nothing: its Content-Security-Policy refuses both. Every text goes through jinja2's
-autoescape; only the drawings of charts.py, which hold no text of a run, are put in as they are.
+The page has no script and loads nothing: its Content-Security-Policy forbids both. Every text goes through jinja2's
+autoescape; only the drawings of charts.py, which contain no text of a run, are inserted unescaped.
 """
 
 import shlex
@@ -12,29 +12,21 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from grpo_ds.report import answers, charts, curves, memory_use, verdict
-from grpo_ds.report.run_files import (
-    COMPLETIONS_FILE,
-    ENVIRONMENT_FILE,
-    HELD_OUT_FILE,
-    MEMORY_FILE,
-    Damaged,
-    RunFiles,
-    mapping,
-    read_run,
-    text,
-)
+from grpo_ds.report import answers, charts, curves, memory_page, verdict
+from grpo_ds.report.run_files import Damaged, RunFiles, as_object, as_text, read_run
 from grpo_ds.run_folder.checkpoints import write_whole
-from grpo_ds.settings.config import CONFIG_FILE, OF_ONE_RUN, TrainConfig
+from grpo_ds.run_folder.files import COMPLETIONS_FILE, ENVIRONMENT_FILE, HELD_OUT_FILE, MEMORY_FILE, REPORT_FILE
+from grpo_ds.settings.config import TrainConfig
+from grpo_ds.settings.saved_config import CONFIG_FILE, OF_ONE_RUN
 
-REPORT_FILE, TEMPLATE = "report.html", "page.html.jinja"
+TEMPLATE = "page.html.jinja"
 NEXT_LINE = " \\\n  "  # of a command
 WRONG = (Damaged, KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A flag of the run; default: in words, where the run's differs."""
+    """A flag of the run. default: in words, None where the run has the default."""
 
     name: str
     value: str
@@ -42,15 +34,15 @@ class Setting:
 
 
 def write_page(folder: Path, output: Path | None = None) -> Path:
-    """Raises UsageError where `folder` holds no run, OSError where the page cannot be written."""
+    """Write the page. Raises UsageError where `folder` holds no run, OSError where the page cannot be written."""
     output = output or folder / REPORT_FILE
     write_whole(output, page(read_run(folder)))
     return output
 
 
 def page(run: RunFiles) -> str:
-    """The whole file, of what the run has."""
-    _drop_what_is_wrong(run)
+    """Return the page, with everything that the run has."""
+    _drop_damaged(run)
     source = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -72,62 +64,65 @@ def _contents(run: RunFiles) -> dict[str, Any]:
         "tiles": verdict.tiles(run),
         "grades": verdict.grades_table(run),
         "curves": curves.curves(run),
-        "phase_bars": memory_use.phase_bars(run),
-        "timelines": memory_use.timelines(run),
+        "phase_bars": memory_page.phase_bars(run),
+        "timelines": memory_page.timeline_charts(run),
         "pairs": answers.pairs(run),
-        "samples": answers.samples(run),
+        "sampled_steps": answers.sampled_steps(run),
         "settings": settings(run),
         "machine": machine(run),
         "versions": versions(run),
-        "command": command(run),
+        "command": command_line(run),
     }
 
 
 def settings(run: RunFiles) -> list[Setting]:
-    """Those of grpo_config.yaml; of one that this version does not know there is no default to differ from."""
-    defaults = {knob.name: knob.default for knob in fields(TrainConfig) if knob.name not in OF_ONE_RUN}
+    """Return the settings of grpo_config.yaml; one that this version does not have has no default."""
+    defaults = {flag.name: flag.default for flag in fields(TrainConfig) if flag.name not in OF_ONE_RUN}
     made = []
     for name, value in run.config.items():
-        known = name in defaults and value == defaults[name]
-        default = None if known else text(defaults[name]) if name in defaults else "not known to this version"
-        made.append(Setting(text(name), text(value), default))
+        if name not in defaults:
+            default: str | None = "not in this version"
+        else:
+            default = None if value == defaults[name] else as_text(defaults[name])
+        made.append(Setting(as_text(name), as_text(value), default))
     return made
 
 
 def machine(run: RunFiles) -> list[tuple[str, str]]:
-    """What the run was computed on."""
-    found = run.environment
+    """Return the rows on the machine of the run."""
+    environment = run.environment
     shown = {
-        "Processor": found.get("cpu"),
-        "Threads": found.get("threads"),
-        "RAM": f"{found['ram_gib']} GiB" if "ram_gib" in found else None,
-        "Cards": "; ".join(found.get("gpus", [])) or "none" if found else None,
-        "Ranks": found.get("ranks"),
+        "Processor": environment.get("cpu"),
+        "Threads": environment.get("threads"),
+        "RAM": f"{environment['ram_gib']} GiB" if "ram_gib" in environment else None,
+        "GPUs": "; ".join(environment.get("gpus", [])) or "none" if environment else None,
+        "Ranks": environment.get("ranks"),
     }
-    return [(name, text(value)) for name, value in shown.items() if value is not None]
+    return [(name, as_text(value)) for name, value in shown.items() if value is not None]
 
 
 def versions(run: RunFiles) -> list[tuple[str, str]]:
-    found = mapping(run.environment.get("versions", {}))
-    return [(text(name), "not installed" if version is None else text(version)) for name, version in found.items()]
+    """Return the rows on the versions of packages."""
+    packages = as_object(run.environment.get("versions", {})).items()
+    return [(as_text(name), "not installed" if version is None else as_text(version)) for name, version in packages]
 
 
-def command(run: RunFiles) -> str:
-    """As a person types it, a line a flag."""
+def command_line(run: RunFiles) -> str:
+    """Return the command as a person types it, with a line for each flag."""
     words = [str(word) for word in run.environment.get("command", [])]
-    return text("".join((NEXT_LINE if word.startswith("--") else " ") + shlex.quote(word) for word in words).strip())
+    return as_text("".join((NEXT_LINE if word.startswith("--") else " ") + shlex.quote(word) for word in words).strip())
 
 
-def _drop_what_is_wrong(run: RunFiles) -> None:
-    """A file that parses and yet cannot be shown is left out as one that does not parse is."""
+def _drop_damaged(run: RunFiles) -> None:
+    """Leave out a file that parses but cannot be shown, as if it did not parse."""
     shown: dict[str, tuple[str, list[Callable[[RunFiles], object]]]] = {
         "held_out": (
             HELD_OUT_FILE,
             [verdict.verdict, verdict.collapsed, verdict.grades_table, answers.pairs, curves.held_out_accuracy],
         ),
-        "memory": (MEMORY_FILE, [memory_use.phase_bars, memory_use.bands]),
-        "completions": (COMPLETIONS_FILE, [answers.samples]),
-        "environment": (ENVIRONMENT_FILE, [machine, versions, command]),
+        "memory": (MEMORY_FILE, [memory_page.phase_bars, memory_page.timelines]),
+        "completions": (COMPLETIONS_FILE, [answers.sampled_steps]),
+        "environment": (ENVIRONMENT_FILE, [machine, versions, command_line]),
         "config": (CONFIG_FILE, [settings]),
     }
     for part, (file, makers) in shown.items():

@@ -1,11 +1,13 @@
-"""A run's folder as a report reads it: whatever is there, of a run that is done, stopped or going on; no torch.
+"""A run's folder, read back. No torch.
 
-Texts come from models, data and people: control characters are spelled out here, once, for all that show them. What
-cannot be read is left out, and `damaged` names it.
+`read_run` is for the report page: it takes a run that is done, stopped or still running, leaves out what it cannot read
+and lists that in `damaged`. Texts come from models, data and people; it escapes their control characters once, for all
+who show them. The functions below it are for trackers and the model card, at the end of a run whose files are sound.
 """
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,31 +16,44 @@ from typing import Any
 import yaml
 
 from grpo_ds.errors import UsageError
-from grpo_ds.report.reading import COMPLETIONS_FILE, ENVIRONMENT_FILE, HELD_OUT_FILE, MEMORY_FILE, METRICS_FILE, STEP
+from grpo_ds.memory.plan import GIB, MEMORY_NAMES
+from grpo_ds.run_folder.files import COMPLETIONS_FILE, ENVIRONMENT_FILE, HELD_OUT_FILE, MEMORY_FILE, METRICS_FILE
+from grpo_ds.run_folder.progress import current_names
 from grpo_ds.run_folder.status import STATUS_FILE
-from grpo_ds.settings.config import CONFIG_FILE
+from grpo_ds.settings.saved_config import CONFIG_FILE
 from grpo_ds.terminal import escape_control_chars
 
 SIGNS_OF_A_RUN = (METRICS_FILE, STATUS_FILE, HELD_OUT_FILE)
-SHOWN_STEPS = 3  # of completions: the first, the middle and the last
+COMPLETION_LINE = re.compile(rb'\{"step": (\d{1,12}),')  # beginning of a line of completions.jsonl
+SHOWN_STEPS = 3  # steps whose completions are read: the first, the middle and the last
 LONGEST_TEXT = 4000  # characters of one text; a completion of 300 tokens has about 1500
-LONGEST_NAME = 200  # of a label, a phase, a reward, a state
+LONGEST_LABEL = 200  # characters of an answer, a phase, a reward's name, a state
+OLD_MEMORY_KEYS = {"host": "ram", "host_peak": "ram_peak", "host_end": "ram_end"}
+ANSWER_COLUMNS = (
+    *("id", "question", "label", "before", "after", "reward before", "reward after", "text before", "text after"),
+)
 
 JsonObject = dict[str, Any]
 
 
 class Damaged(Exception):
-    """A file that parses but does not hold what it should."""
+    """A file that parses but does not have the expected content."""
 
 
 @dataclass(slots=True)
 class RunFiles:
-    """What a run's folder holds; a file that is missing or damaged leaves its field empty."""
+    """Content of a run's folder; the field of a missing or damaged file is empty.
+
+    Example: a run that was stopped in its second step.
+        >>> run = RunFiles("my run", steps=[{"step": 1, "reward": 0.5}], status={"state": "stopped"})
+        >>> run.steps[-1]["step"], run.held_out, run.damaged
+        (1, {}, [])
+    """
 
     name: str
-    steps: list[JsonObject] = field(default_factory=list)  # metrics, a row a step
-    evaluations: list[JsonObject] = field(default_factory=list)  # of the held-out questions on the way
-    completions: dict[int, list[JsonObject]] = field(default_factory=dict)  # of a few steps
+    steps: list[JsonObject] = field(default_factory=list)  # metrics, a line per step
+    evaluations: list[JsonObject] = field(default_factory=list)  # of the held-out questions, during training
+    completions: dict[int, list[JsonObject]] = field(default_factory=dict)  # of some steps
     status: JsonObject = field(default_factory=dict)
     held_out: JsonObject = field(default_factory=dict)
     environment: JsonObject = field(default_factory=dict)
@@ -48,25 +63,75 @@ class RunFiles:
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Raises UsageError where `folder` holds no run."""
+    """Read a run's folder for the report. Raises UsageError where `folder` holds no run."""
     if not any((folder / name).is_file() for name in SIGNS_OF_A_RUN):
         raise UsageError(
-            f"{folder} is no run's folder: {', '.join(SIGNS_OF_A_RUN[:-1])} and {SIGNS_OF_A_RUN[-1]} are not there.\n"
+            f"{folder} is not a run's folder: it has no {', '.join(SIGNS_OF_A_RUN[:-1])} or {SIGNS_OF_A_RUN[-1]}.\n"
             "Name the --output_dir of a training run: its folder, not a checkpoint in it."
         )
     run = RunFiles(escape_control_chars(folder.resolve().name) or "run")
-    run.status = _mapping(run, folder / STATUS_FILE, json.loads)
-    run.held_out = _mapping(run, folder / HELD_OUT_FILE, json.loads)
-    run.environment = _mapping(run, folder / ENVIRONMENT_FILE, json.loads)
-    run.memory = _mapping(run, folder / MEMORY_FILE, json.loads)
-    run.config = _mapping(run, folder / CONFIG_FILE, yaml.safe_load)
+    run.status = _read_object(run, folder / STATUS_FILE, json.loads)
+    run.held_out = _read_object(run, folder / HELD_OUT_FILE, json.loads)
+    run.environment = _read_object(run, folder / ENVIRONMENT_FILE, json.loads)
+    run.memory = _read_object(run, folder / MEMORY_FILE, lambda content: current_memory(json.loads(content)))
+    run.config = _read_object(run, folder / CONFIG_FILE, yaml.safe_load)
     _read_metrics(run, folder / METRICS_FILE)
     _read_completions(run, folder / COMPLETIONS_FILE)
     return run
 
 
-def number(value: Any) -> float | None:
-    """A finite number, or None for anything else: null stands for what was not finite."""
+def read_json(folder: Path, name: str) -> JsonObject:
+    """Read a JSON object of the folder; {} without the file. Raises ValueError where it is damaged."""
+    file = folder / name
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def read_settings(folder: Path) -> JsonObject:
+    """Read grpo_config.yaml, every setting of the run; {} without the file."""
+    file = folder / CONFIG_FILE
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def held_out_answers(folder: Path) -> list[tuple[Any, ...]]:
+    """Return each held-out question with its answers before and after training, in the columns of ANSWER_COLUMNS."""
+    return [_answers(question) for question in read_json(folder, HELD_OUT_FILE).get("questions", [])]
+
+
+def memory_by_phase(folder: Path) -> dict[str, dict[str, float | None]]:
+    """Return phase -> "ram", "ram planned", "gpu", "gpu planned" -> GiB at the peak; None: not planned."""
+    memory = current_memory(read_json(folder, MEMORY_FILE))
+    planned = memory.get("planned", {})
+    return {use["phase"]: _phase_gib(use, planned.get(use["phase"])) for use in memory.get("measured", [])}
+
+
+def flat_numbers(nested: JsonObject) -> dict[str, float]:
+    """Return every number of nested objects under the path to it, such as summary/after/accuracy."""
+    numbers: dict[str, float] = {}
+    for name, value in nested.items():
+        if isinstance(value, dict):
+            numbers |= {f"{name}/{inner}": number for inner, number in flat_numbers(value).items()}
+        elif isinstance(value, int | float):
+            numbers[name] = float(value)
+    return numbers
+
+
+def current_memory(content: Any) -> Any:
+    """Return the content of memory.json, of this version or an older one, under the keys of this version."""
+    if isinstance(content, list):
+        return [current_memory(item) for item in content]
+    if isinstance(content, dict):
+        return {OLD_MEMORY_KEYS.get(key, key): current_memory(item) for key, item in content.items()}
+    return content
+
+
+def completion_step(line: bytes) -> int:
+    """Return the step of a line of completions.jsonl, -1 for any other line."""
+    begins = COMPLETION_LINE.match(line)
+    return int(begins[1]) if begins else -1
+
+
+def as_number(value: Any) -> float | None:
+    """Return a finite number, None for anything else; null in a file stands for a number that was not finite."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -75,43 +140,59 @@ def number(value: Any) -> float | None:
         return None
 
 
-def text(value: Any, longest: int = LONGEST_TEXT) -> str:
-    """A text of bearable length; what is no text is written as JSON writes it."""
+def as_text(value: Any, longest: int = LONGEST_TEXT) -> str:
+    """Return a text of limited length; any other value is written as JSON."""
     written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     if len(written) <= longest:
         return written
     return f"{written[:longest]} … ({len(written) - longest} more characters)"
 
 
-def name(value: Any) -> str:
-    """A text of a few words."""
-    return text(value, LONGEST_NAME)
+def as_label(value: Any) -> str:
+    """Return a text of a few words."""
+    return as_text(value, LONGEST_LABEL)
 
 
-def mapping(value: Any) -> JsonObject:
+def as_object(value: Any) -> JsonObject:
+    """Return the value, which must be a JSON object. Raises Damaged."""
     if not isinstance(value, dict):
         raise Damaged
     return value
 
 
-def rows(value: Any) -> list[JsonObject]:
+def as_objects(value: Any) -> list[JsonObject]:
+    """Return the value, which must be a list of JSON objects. Raises Damaged."""
     if not isinstance(value, list):
         raise Damaged
-    return [mapping(row) for row in value]
+    return [as_object(item) for item in value]
 
 
-def _mapping(run: RunFiles, file: Path, parse: Callable[[str], Any]) -> JsonObject:
+def _answers(question: JsonObject) -> tuple[Any, ...]:
+    both = [question.get(when, {}) for when in ("before", "after")]
+    by_kind = [answers.get(kind) for kind in ("answer", "reward", "text") for answers in both]
+    return (question["id"], question["question"], question["label"], *by_kind)
+
+
+def _phase_gib(use: JsonObject, planned: dict[str, dict[str, int]] | None) -> dict[str, float | None]:
+    gib: dict[str, float | None] = {}
+    for kind in reversed(MEMORY_NAMES):
+        gib[kind] = use[f"{kind}_peak"] / GIB
+        gib[f"{kind} planned"] = sum(planned[kind].values()) / GIB if planned else None
+    return gib
+
+
+def _read_object(run: RunFiles, file: Path, parse: Callable[[str], Any]) -> JsonObject:
     if not file.is_file():
         return {}
     try:
-        return mapping(_escaped(parse(file.read_text(encoding="utf-8", errors="replace"))))
+        return as_object(_escaped(parse(file.read_text(encoding="utf-8", errors="replace"))))
     except (OSError, ValueError, RecursionError, yaml.YAMLError, Damaged):
         run.damaged.append(file.name)
         return {}
 
 
 def _escaped(value: Any) -> Any:
-    """Every text in it without what a terminal or a page would obey."""
+    """Escape the control characters of every text in it, which a terminal or a page would obey."""
     if isinstance(value, str):
         return escape_control_chars(value)
     if isinstance(value, list):
@@ -124,15 +205,14 @@ def _escaped(value: Any) -> Any:
 
 
 def _read_metrics(run: RunFiles, file: Path) -> None:
-    """Steps and evaluations in the order of their steps."""
-    lines = _lines(file)
-    parsed = [_row(line) for line in lines]
+    """Read steps and evaluations, in the order of their steps."""
+    parsed = [_parse_metrics(line) for line in _lines(file)]
     if parsed and parsed[-1] is None:
-        parsed.pop()  # a run that goes on is writing it
-    found = [row for row in parsed if row is not None]
-    if len(found) < len(parsed):
-        run.damaged.append(f"{file.name} ({len(parsed) - len(found)} of its lines)")
-    for row in sorted(found, key=lambda row: row["step"]):
+        parsed.pop()  # a running run is writing it
+    rows = [row for row in parsed if row is not None]
+    if len(rows) < len(parsed):
+        run.damaged.append(f"{file.name} ({len(parsed) - len(rows)} of its lines)")
+    for row in sorted(rows, key=lambda row: row["step"]):
         is_evaluation = any(name.startswith("eval/") for name in row)
         (run.evaluations if is_evaluation else run.steps).append(row)
 
@@ -144,47 +224,55 @@ def _lines(file: Path) -> list[bytes]:
         return []
 
 
-def _row(line: bytes) -> JsonObject | None:
-    """A line that belongs to a step, else None."""
+def _parse_line(line: bytes) -> JsonObject | None:
+    """Return a line that belongs to a step, else None."""
     try:
         row = _escaped(json.loads(line.decode(errors="replace")))
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and number(row.get("step")) is not None else None
+    return row if isinstance(row, dict) and as_number(row.get("step")) is not None else None
+
+
+def _parse_metrics(line: bytes) -> JsonObject | None:
+    row = _parse_line(line)
+    try:
+        return current_names(row) if row else None
+    except TypeError:  # a text in place of a number
+        return None
 
 
 def _read_completions(run: RunFiles, file: Path) -> None:
-    """Those of the first, the middle and the last step alone: the file of a long run holds gigabytes."""
+    """Read the completions of the first, the middle and the last step alone: a long run's file has gigabytes."""
     try:
-        where = _offsets(file) if file.is_file() else {}
-        for step in _spread(sorted(where)):
-            run.completions[step] = list(_rows_at(file, where[step]))
+        offsets = _offsets(file) if file.is_file() else {}
+        for step in _spread(sorted(offsets)):
+            run.completions[step] = list(_rows_at(file, offsets[step]))
     except OSError:
         run.damaged.append(file.name)
-    run.completions = {step: found for step, found in run.completions.items() if found}
+    run.completions = {step: rows for step, rows in run.completions.items() if rows}
 
 
 def _offsets(file: Path) -> dict[int, list[int]]:
-    """Where in the file the lines of each step begin."""
-    where: dict[int, list[int]] = {}
+    """Return step -> positions in the file at which its lines begin."""
+    offsets: dict[int, list[int]] = {}
     with file.open("rb") as lines:
-        at = 0
+        position = 0
         for line in lines:
-            if begins := STEP.match(line):
-                where.setdefault(int(begins[1]), []).append(at)
-            at += len(line)
-    return where
+            if (step := completion_step(line)) >= 0:
+                offsets.setdefault(step, []).append(position)
+            position += len(line)
+    return offsets
 
 
 def _rows_at(file: Path, offsets: list[int]) -> Iterator[JsonObject]:
     with file.open("rb") as lines:
         for offset in offsets:
             lines.seek(offset)
-            if row := _row(lines.readline()):
+            if row := _parse_line(lines.readline()):
                 yield row
 
 
 def _spread(steps: list[int]) -> list[int]:
-    """First, middle and last."""
-    at = {round(i * (len(steps) - 1) / (SHOWN_STEPS - 1)) for i in range(SHOWN_STEPS)} if steps else set()
-    return [steps[i] for i in sorted(at)]
+    """Return the first, the middle and the last."""
+    indices = {round(i * (len(steps) - 1) / (SHOWN_STEPS - 1)) for i in range(SHOWN_STEPS)} if steps else set()
+    return [steps[i] for i in sorted(indices)]

@@ -1,6 +1,6 @@
-"""Where metrics go: metrics.jsonl always, and to the trackers that --report_to names.
+"""Destinations of metrics: always metrics.jsonl, and the trackers that --report_to names.
 
-A tracker that fails costs its own figures and nothing else: it is told once, and the training goes on.
+A tracker that fails loses its own figures and nothing else: one warning is printed, and training continues.
 """
 
 import json
@@ -15,29 +15,24 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from grpo_ds.errors import UsageError, one_error
-from grpo_ds.report.reading import COMPLETIONS_FILE, ENVIRONMENT_FILE, METRICS_FILE, STEP, SUMMARY_FILE, read_json
+from grpo_ds.report.run_files import completion_step, read_json
 from grpo_ds.run_folder.checkpoints import write_whole
+from grpo_ds.run_folder.files import COMPLETIONS_FILE, ENVIRONMENT_FILE, METRICS_FILE, SUMMARY_FILE
 from grpo_ds.run_folder.progress import Progress, strict
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.terminal import escape_control_chars
 
 
 class Tracker(Protocol):
-    """Hears of every step, with --log_completions of what was written in it, and of the end."""
+    """Receives the metrics of every step, its completions with --log_completions, and the summary at the end."""
 
     name: str
 
     def log(self, metrics: dict[str, float], *, step: int) -> None: ...
     def completions(self, rows: Sequence[dict[str, Any]], *, step: int) -> None: ...
     def finish(self, summary: dict[str, Any]) -> str:
-        """The end of a run that is done; what to type to look at it, or ""."""
+        """Log the end of a complete run; return the command or URL to look at it, or ""."""
         ...
-
-
-def step_of(line: bytes) -> int:
-    """Of a row of completions.jsonl; -1 where it is none."""
-    begins = STEP.match(line)
-    return int(begins[1]) if begins else -1
 
 
 def _last_byte(file: Path) -> bytes:
@@ -51,87 +46,93 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
 
 
 class JsonLines:
-    """One JSON object a step, on disk before the next step begins; of a resumed run the steps before first."""
+    """Write one JSON object per step, on disk before the next step begins.
+
+    history: the lines of a resumed run, which are written first.
+    """
 
     name = METRICS_FILE
 
     def __init__(self, folder: Path, history: Sequence[dict[str, Any]] = ()) -> None:
-        self.path, self.texts, self._told = folder / METRICS_FILE, folder / COMPLETIONS_FILE, False
+        self.path, self.texts, self._warned = folder / METRICS_FILE, folder / COMPLETIONS_FILE, False
         if self.path.exists() or history:
-            with self._going_on():
+            with self._at_most_a_warning():
                 write_whole(self.path, "".join(json.dumps(line) + "\n" for line in history))
-                self._forget_after(max((line["step"] for line in history), default=0))
+                self._drop_completions_after(max((line["step"] for line in history), default=0))
 
     def log(self, metrics: dict[str, float], *, step: int) -> None:
-        with self._going_on(), self.path.open("a", encoding="utf-8") as file:
+        with self._at_most_a_warning(), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **strict(metrics)}) + "\n")
 
     def completions(self, rows: Sequence[dict[str, Any]], *, step: int) -> None:
-        with self._going_on(), self.texts.open("a", encoding="utf-8") as file:
-            # A disk that was full for a while may have cut the line before.
+        with self._at_most_a_warning(), self.texts.open("a", encoding="utf-8") as file:
+            # A disk that was full may have cut the previous line.
             file.write("" if not file.tell() or _last_byte(self.texts) == b"\n" else "\n")
             file.writelines(json.dumps({"step": step, **strict(row)}) + "\n" for row in rows)
 
     def finish(self, summary: dict[str, Any]) -> str:
         return ""
 
-    def _forget_after(self, step: int) -> None:
-        """Of the completions of steps that a resumed run makes again, and a line that a killed run left unfinished."""
+    def _drop_completions_after(self, step: int) -> None:
+        """Drop completions of steps that a resumed run repeats, and a line that a killed run left unfinished."""
         if not self.texts.exists():
             return
         kept = self.texts.with_name(f"{self.texts.name}.kept")
         with self.texts.open("rb") as lines, kept.open("wb") as file:
-            file.writelines(line for line in lines if line.endswith(b"}\n") and 0 <= step_of(line) <= step)
+            file.writelines(line for line in lines if line.endswith(b"}\n") and 0 <= completion_step(line) <= step)
         kept.replace(self.texts)
 
     @contextmanager
-    def _going_on(self) -> Iterator[None]:
-        """A full disk ends no run: every line is in the next checkpoint too."""
+    def _at_most_a_warning(self) -> Iterator[None]:
+        """Warn of a full disk instead of ending the run: the next checkpoint has every line too."""
         try:
             yield
         except OSError as error:
-            if not self._told:
+            if not self._warned:
                 print(f"Warning: {self.path} could not be written ({error.strerror}).", file=sys.stderr)
-            self._told = True
+            self._warned = True
 
 
 class Watched:
-    """A tracker that somebody else has written: what it raises becomes one warning."""
+    """A tracker of another library: any error that it raises becomes one warning."""
 
     def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
-        self.name, self._told, self._tracker = name, False, None
-        with self._going_on():
+        self.name, self._warned, self._tracker = name, False, None
+        with self._at_most_a_warning():
             self._tracker = make()
 
     def log(self, metrics: dict[str, float], *, step: int) -> None:
-        with self._going_on():
+        with self._at_most_a_warning():
             if self._tracker:
                 self._tracker.log(metrics, step=step)
 
     def completions(self, rows: Sequence[dict[str, Any]], *, step: int) -> None:
-        with self._going_on():
+        with self._at_most_a_warning():
             if self._tracker:
                 self._tracker.completions(rows, step=step)
 
     def finish(self, summary: dict[str, Any]) -> str:
-        with self._going_on():
+        with self._at_most_a_warning():
             return self._tracker.finish(summary) if self._tracker else ""
         return ""
 
     @contextmanager
-    def _going_on(self) -> Iterator[None]:
+    def _at_most_a_warning(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of a network, a disk, a server: they share no type
-            if not self._told:
+        except Exception as error:  # errors of networks, disks and servers have no common type
+            if not self._warned:
                 reason = escape_control_chars((str(error).strip() or type(error).__name__).splitlines()[0][:160])
-                what = f"Warning: {self.name} failed ({reason}). Training goes on; {METRICS_FILE} has every step."
-                print(what, file=sys.stderr, flush=True)
-            self._told = True
+                warning = f"Warning: {self.name} failed ({reason}). Training continues; {METRICS_FILE} has every step."
+                print(warning, file=sys.stderr, flush=True)
+            self._warned = True
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Before a model is loaded: each must be installed, and wandb able to log or told to stay offline."""
+    """Check, before a model is loaded, that trackers are installed and wandb has a key or stays offline.
+
+    Raises UsageError.
+    """
     missing = [name for name in names if name != "none" and find_spec(name) is None]
     if missing:
         lines = [f"{name} is not installed: pip install {name}" for name in missing]
@@ -144,7 +145,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def make_trackers(config: TrainConfig, folder: Path, progress: Progress) -> list[Tracker]:
-    """The trackers of a run; rank 0 alone makes them."""
+    """Make the trackers of a run, on rank 0 alone."""
     settings = {**asdict(config), "environment": read_json(folder, ENVIRONMENT_FILE)}
     lines: list[Tracker] = [JsonLines(folder, progress.log_history)]
     return lines + [
@@ -155,7 +156,7 @@ def make_trackers(config: TrainConfig, folder: Path, progress: Progress) -> list
 
 
 def _make(name: str, folder: Path, settings: dict[str, Any], progress: Progress) -> Tracker:
-    """Imported here, and so paid for, where it is asked for."""
+    """Make a tracker. Its library is imported here, so only where the tracker is used."""
     if name == "wandb":
         from grpo_ds.report.wandb_tracker import Wandb as Kind
     elif name == "tensorboard":

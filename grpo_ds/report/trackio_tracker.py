@@ -1,4 +1,4 @@
-"""Trackio: a data base on this machine (TRACKIO_DIR), or where TRACKIO_SPACE_ID or TRACKIO_SERVER_URL say."""
+"""Trackio: a database on this machine (TRACKIO_DIR), or on the server of TRACKIO_SPACE_ID or TRACKIO_SERVER_URL."""
 
 import atexit
 import io
@@ -14,14 +14,14 @@ from urllib.parse import urlsplit
 import trackio
 from huggingface_hub import constants
 
-from grpo_ds.report.reading import ANSWERS, held_out_answers, memory_by_phase, numbers
+from grpo_ds.report.run_files import ANSWER_COLUMNS, flat_numbers, held_out_answers, memory_by_phase
 from grpo_ds.run_folder.progress import Progress
 
-ELSEWHERE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
+REMOTE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
 
 
 class Trackio:
-    """A run there; it goes on by name, so a new run's name is one that no other has."""
+    """Log to a Trackio run. A run is resumed by its name, so each new run gets a unique name."""
 
     name = "trackio"
 
@@ -29,12 +29,12 @@ class Trackio:
         self._folder, known = folder, progress.trackers.get("trackio")
         self._project = os.environ.get("TRACKIO_PROJECT", "grpo_ds")
         name, resume = known or f"{folder.name}-{secrets.token_hex(2)}", "allow" if known else "never"
-        # The metrics have the run's memory; what else the machine does is not the run's to keep.
+        # The metrics have the run's memory; what other programs of the machine do is not logged.
         watch = {"auto_log_cpu": False, "auto_log_gpu": False, "embed": False}
         with _quiet():
             self._run = trackio.init(self._project, name=name, resume=resume, config=settings, **watch)
         progress.trackers["trackio"] = name
-        atexit.register(_finish)  # where the run ends before its time; before trackio's own, which speaks
+        atexit.register(_finish)  # for a run that ends early; runs before trackio's own handler, which prints
 
     def log(self, metrics: dict[str, float], *, step: int) -> None:
         self._run.log(dict(metrics), step=step)
@@ -44,12 +44,13 @@ class Trackio:
         self._run.log({"completions": trackio.Table(columns=list(rows[0]), data=data)}, step=step)
 
     def finish(self, summary: dict[str, Any]) -> str:
-        found = numbers({"summary": summary, "memory_gib": memory_by_phase(self._folder)})
-        answers = trackio.Table(columns=list(ANSWERS), data=[list(row) for row in held_out_answers(self._folder)])
-        self._run.log({**found, "held_out": answers}, step=summary["steps"])
+        numbers = flat_numbers({"summary": summary, "memory_gib": memory_by_phase(self._folder)})
+        rows = [list(row) for row in held_out_answers(self._folder)]
+        answers = trackio.Table(columns=list(ANSWER_COLUMNS), data=rows)
+        self._run.log({**numbers, "held_out": answers}, step=summary["steps"])
         _finish()
         if server := os.environ.get("TRACKIO_SERVER_URL"):
-            return urlsplit(server)._replace(query="", fragment="").geturl()  # which may hold a key
+            return urlsplit(server)._replace(query="", fragment="").geturl()  # the query may contain a key
         space = os.environ.get("TRACKIO_SPACE_ID")
         return (
             f"https://huggingface.co/spaces/{space}"
@@ -59,7 +60,7 @@ class Trackio:
 
 
 def _finish() -> None:
-    """What is still on its way is written; once."""
+    """Write what is not written yet; once."""
     if trackio.context_vars.current_run.get() is not None:
         with _quiet():
             trackio.finish()
@@ -67,9 +68,10 @@ def _finish() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without its lines, which speak of uploads where there are none; a run kept here asks the hub for no name."""
+    """Hide trackio's output, which mentions uploads where there are none, and keep a local run off the network."""
     before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not any(map(os.environ.get, ELSEWHERE))  # else it sends the token of `hf auth`
+    # While the hub library is online, trackio sends it the token of `hf auth`.
+    constants.HF_HUB_OFFLINE = before or not any(map(os.environ.get, REMOTE))
     try:
         with redirect_stdout(io.StringIO()):
             yield

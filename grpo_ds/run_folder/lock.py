@@ -1,4 +1,4 @@
-"""The folder of a run: that it can be written to is known before a model is loaded, and one run alone writes there."""
+"""The lock on a run's folder: checked for writing before a model is loaded, and used by one run at a time."""
 
 import fcntl
 import os
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from grpo_ds.errors import CheckpointError, UsageError
 
-LOCK_FILE = ".lock"  # holds the number of the process that has it locked; the system lets go when that one dies
-_taken: dict[Path, int] = {}  # folder -> the descriptor that holds the lock
+LOCK_FILE = ".lock"  # holds the PID of the process that has it locked; the system unlocks it when that process dies
+_locked: dict[Path, int] = {}  # folder -> file descriptor that holds the lock
 
 
 def check_writable(folder: Path) -> None:
-    """Raises UsageError where nothing can be written to `folder`, or it cannot be made; leaves nothing behind."""
+    """Raise UsageError if `folder` cannot be made or written to; leaves nothing behind."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryDirectory(dir=there, prefix=".grpo_ds-"):
@@ -22,43 +22,45 @@ def check_writable(folder: Path) -> None:
         raise cannot_be_written(folder, error) from None
 
 
-def take(folder: Path) -> None:
-    """Make the folder, and keep other runs out of it until `release` or the end of this process. For the first rank.
+def lock(folder: Path) -> None:
+    """Make the folder and keep other runs out of it until `release` or the end of this process; for rank 0.
 
-    Raises CheckpointError where another run has it.
+    Raises CheckpointError if another run uses it.
     """
-    if folder.resolve() in _taken:
+    if folder.resolve() in _locked:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise cannot_be_written(folder, error) from None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        owner = os.read(lock, 20).decode(errors="replace").strip()
-        os.close(lock)
+        owner = os.read(descriptor, 20).decode(errors="replace").strip()
+        os.close(descriptor)
         raise CheckpointError(
-            f"{folder} belongs to a run that is alive (process {owner}); two would spoil each other's files.\n"
-            "Wait for it, or stop it: on SIGTERM it saves and says how to go on."
+            f"{folder} is in use by a running process (PID {owner}); two runs would overwrite each other's files.\n"
+            "Wait for it, or stop it: on SIGTERM it saves and prints how to resume."
         ) from None
-    except OSError:  # a file system without locks
-        os.close(lock)
+    except OSError:  # the file system has no locks
+        os.close(descriptor)
         return
-    with suppress(OSError):  # on a full disk the lock holds all the same
-        os.ftruncate(lock, 0)
-        os.write(lock, str(os.getpid()).encode())
-    _taken[folder.resolve()] = lock
+    with suppress(OSError):  # on a full disk the lock holds anyway
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+    _locked[folder.resolve()] = descriptor
 
 
 def release(folder: Path) -> None:
-    if (lock := _taken.pop(folder.resolve(), None)) is not None:
-        os.close(lock)
+    """Let other runs use the folder."""
+    if (descriptor := _locked.pop(folder.resolve(), None)) is not None:
+        os.close(descriptor)
 
 
 def cannot_be_written(folder: Path, error: OSError) -> UsageError:
+    """Return the error for an output folder that refuses writing."""
     return UsageError(
         f"--output_dir {folder} cannot be written to: {error.strerror} ({error.filename}).\n"
-        "Name a folder on a disk with room that you may write to."
+        "Name a folder on a disk with free space that you may write to."
     )

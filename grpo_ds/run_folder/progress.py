@@ -1,4 +1,4 @@
-"""How far a run has come, as trainer_state.json keeps it: a transformers.TrainerState, and below it what is ours."""
+"""Progress of a run, saved as trainer_state.json: a transformers.TrainerState with our own fields below it."""
 
 import hashlib
 import json
@@ -13,58 +13,84 @@ from grpo_ds.settings.ds_config import DsConfig
 from grpo_ds.task.questions import Question
 
 STATE_FILE = "trainer_state.json"
-THEIRS = ("max_steps", "global_step", "log_history", "best_metric", "best_global_step")  # transformers' own names
-CALLBACKS, OURS = "stateful_callbacks", "grpo_ds"  # where a TrainerState keeps what it does not know
+# Fields of transformers.TrainerState; the rest is ours.
+THEIRS = (
+    "max_steps",
+    "global_step",
+    "epoch",
+    "num_input_tokens_seen",
+    "log_history",
+    "best_metric",
+    "best_global_step",
+)
+CALLBACKS, OURS = "stateful_callbacks", "grpo_ds"  # the place of a TrainerState for fields that it does not know
+# Metric names of runs made before this trainer took TRL's.
+RENAMED_METRICS = {
+    "completion_length": "completions/mean_length",
+    "clip_ratio/low": "clip_ratio/low_mean",
+    "clip_ratio/high": "clip_ratio/high_mean",
+    "clip_fraction": "clip_ratio/region_mean",
+}
 
 
 @dataclass(slots=True)
 class Progress:
-    """What is not in the weights, nor a function of (seed, step, rank)."""
+    """State of a run that is neither in the weights nor a function of (seed, step, rank).
+
+    Example:
+        Progress(max_steps=100, global_step=50, epoch=0.78, reference_step=0, kl_floor=0.0018, best_metric=0.61)
+    """
 
     max_steps: int
-    identity: dict[str, str] = field(default_factory=dict)  # what a resumed run must have in common with this one
-    global_step: int = 0  # rollouts done with
-    log_history: list[dict[str, Any]] = field(default_factory=list)  # a line a step, and one an evaluation on the way
-    reference_step: int | None = None  # for which the reference was last looked at
-    kl_floor: float | None = None  # of the reference to the policy it was made from
-    before: list[str] | None = None  # the held-out answers before training
-    best_metric: float | None = None  # of the evaluations along the way
+    identity: dict[str, str] = field(default_factory=dict)  # digests that a resumed run must share with this one
+    global_step: int = 0  # steps done: a rollout and all its updates
+    epoch: float = 0.0  # passes over the training questions
+    num_input_tokens_seen: int = 0  # prompt and completion tokens of all ranks; logged as num_tokens
+    log_history: list[dict[str, Any]] = field(default_factory=list)  # one line a step and one an evaluation
+    reference_step: int | None = None  # last step at which the reference was remade or confirmed
+    kl_floor: float | None = None  # KL of the reference to the policy that it was made from
+    before: list[str] | None = None  # held-out answers before training
+    best_metric: float | None = None  # best accuracy of the evaluations during training
     best_global_step: int | None = None
-    bad_steps: list[int] = field(default_factory=list)  # in a row, skipped up to here
-    limits: dict[str, float] = field(default_factory=dict)  # what --oom_retry has made smaller
-    trackers: dict[str, str] = field(default_factory=dict)  # what a tracker calls this run
+    bad_steps: list[int] = field(default_factory=list)  # skipped steps in a row, up to now
+    limits: dict[str, float] = field(default_factory=dict)  # limits that --oom_retry has made smaller
+    trackers: dict[str, str] = field(default_factory=dict)  # tracker -> its id of this run
 
     @property
     def rewards(self) -> list[float]:
         """Mean reward of each step."""
-        found = [line["reward"] for line in self.log_history if "reward" in line]
-        return [math.nan if reward is None else reward for reward in found]
+        rewards = [line["reward"] for line in self.log_history if "reward" in line]
+        return [math.nan if reward is None else reward for reward in rewards]
 
     def write(self, folder: Path) -> None:
+        """Write trainer_state.json."""
         ours = asdict(self)
         theirs = {name: ours.pop(name) for name in THEIRS}
         best = None if self.best_global_step is None else f"checkpoint-{self.best_global_step}"
-        whole = {**theirs, "best_model_checkpoint": best, CALLBACKS: {OURS: ours}}
-        (folder / STATE_FILE).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        state = {**theirs, "best_model_checkpoint": best, CALLBACKS: {OURS: ours}}
+        (folder / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> "Progress":
+        """Read trainer_state.json of this version or an older one. Raises CheckpointError if it is neither."""
         try:
-            found = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-            ours = found.pop(CALLBACKS, {}).get(OURS, {})  # a first version had them on top
-            found.pop("best_model_checkpoint", None)  # follows from best_global_step
-            return cls(**found, **ours)
+            state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+            ours = state.pop(CALLBACKS, {}).get(OURS, {})  # the first version kept them on the top level
+            state.pop("best_model_checkpoint", None)  # follows from best_global_step
+            progress = cls(**state, **ours)
+            progress.log_history = [current_names(line) for line in progress.log_history]
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{folder / STATE_FILE} is not what this version writes ({type(error).__name__}).\n"
-                f"To train on from its weights: --model {folder}, without --resume_from_checkpoint."
+                f"{folder / STATE_FILE} is not a file that this version writes ({type(error).__name__}).\n"
+                f"To train further from its weights: --model {folder}, without --resume_from_checkpoint."
             ) from None
+        return progress
 
 
 def identity(
     train: Sequence[Question], held_out: Sequence[Question], system_prompt: str, ds: DsConfig, ranks: int
 ) -> dict[str, str]:
-    """Digests of what decides the numbers of a run, beside its flags."""
+    """Digests of the inputs that decide the numbers of a run, beside its flags."""
     return {
         "the questions": _digest([[q.id, q.text, q.context, q.label] for q in (*train, *held_out)]),
         "the system prompt": _digest(system_prompt),
@@ -74,18 +100,31 @@ def identity(
 
 
 def check_identity(saved: Mapping[str, str], now: Mapping[str, str], checkpoint: Path) -> None:
-    """Raises CheckpointError where the run to be resumed was another one."""
+    """Raise CheckpointError if the checkpoint belongs to a run with other inputs."""
     changed = [what for what in now if saved.get(what) != now[what]]
     if changed:
         raise CheckpointError(
             f"{checkpoint} cannot be resumed: it was made with other values of {' and '.join(changed)}.\n"
-            "Give it what it was made with, "
-            f"or train on from its weights in a run of their own:\n--model {checkpoint} --output_dir ANOTHER"
+            "Use the same values again, "
+            f"or train further from its weights in a new run:\n--model {checkpoint} --output_dir ANOTHER"
         )
 
 
+def current_names(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a line of metrics, of this version or an older one, under the names of this version."""
+    renamed: dict[str, Any] = {}
+    for name, value in line.items():
+        if name == "ended":  # the share that was not cut at the length limit
+            renamed["completions/clipped_ratio"] = None if value is None else 1 - value
+        elif name.startswith("rewards/") and name.count("/") == 1:
+            renamed[f"{name}/mean"] = value
+        else:
+            renamed[RENAMED_METRICS.get(name, name)] = value
+    return renamed
+
+
 def strict(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no NaN and no infinity: null, as in a step that was skipped for them."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
 
 

@@ -1,5 +1,6 @@
-"""Which checkpoint a run goes on from, and with which flags. Nothing heavy: it is known before a model is loaded."""
+"""The resume rule: the checkpoint a run resumes from, and the flags it may change. No torch: checked before loading."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import fields
@@ -9,13 +10,14 @@ from typing import Any
 import yaml
 
 from grpo_ds.errors import CheckpointError, one_error
-from grpo_ds.run_folder.checkpoints import run_of, to_resume
-from grpo_ds.run_folder.lock import take
+from grpo_ds.run_folder.checkpoints import damage, found_in, step_of, tidy
+from grpo_ds.run_folder.lock import lock
 from grpo_ds.run_folder.progress import Progress
-from grpo_ds.settings.config import CONFIG_FILE, SYSTEM_PROMPT_FILE, TrainConfig
+from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsConfig
+from grpo_ds.settings.saved_config import CONFIG_FILE, SYSTEM_PROMPT_FILE
 
-# Flags that decide no number of a run, or are compared by what they lead to (progress.py: data, ds, prompt).
+# Flags that decide no number of a run, or whose effect is compared instead (progress.py: data, ds, prompt).
 MAY_CHANGE = {
     *("data", "ds", "eval_limit", "system_prompt", "output_dir", "num_steps", "save_steps", "save_total_limit"),
     *(
@@ -34,7 +36,7 @@ MAY_CHANGE = {
 
 
 def find_checkpoint(config: TrainConfig) -> tuple[Path, list[str]]:
-    """What --resume_from_checkpoint means, verified, and what to tell. Raises CheckpointError."""
+    """Return the verified checkpoint that --resume_from_checkpoint means, and warnings. Raises CheckpointError."""
     run, asked = (
         Path(os.path.expanduser(config.output_dir)) if config.output_dir else None,
         str(config.resume_from_checkpoint),
@@ -43,12 +45,50 @@ def find_checkpoint(config: TrainConfig) -> tuple[Path, list[str]]:
     first = os.environ.get("RANK", "0") == "0"
     branches = run is not None and there is not None and run.resolve() != there.resolve()  # into another folder
     if there is not None and there.is_dir() and first and not branches and not config.plan:
-        take(there)
+        lock(there)
     return to_resume(asked, run)
 
 
+def to_resume(asked: str, run: Path | None) -> tuple[Path, list[str]]:
+    """Return the checkpoint to resume from, and warnings about damaged ones that were passed over.
+
+    asked: "auto" (the newest complete one of `run`), a folder checkpoint-N (or the newest complete one before it), or
+    a run's folder. Raises CheckpointError if there is none: resuming never starts from the beginning.
+    """
+    named = None if asked == "auto" else Path(os.path.expanduser(asked))
+    run = run_of(asked, run)
+    if run is None:
+        raise CheckpointError("--resume_from_checkpoint auto needs the folder of the run: add --output_dir FOLDER.")
+    tidy(run)
+    if named and not named.is_dir():
+        raise CheckpointError(f"--resume_from_checkpoint {asked}: no such folder.{_others(run)}")
+    newest = step_of(named) if named and step_of(named) >= 0 else math.inf
+    candidates = [checkpoint for checkpoint in found_in(run) if step_of(checkpoint) <= newest]
+    warnings: list[str] = []
+    for candidate in candidates:
+        if (wrong := damage(candidate)) is None:
+            return candidate, warnings
+        warnings.append(f"{candidate} is damaged: {wrong}")
+    none = f"{run} holds no checkpoint" if not warnings else "No complete checkpoint is left"
+    start = "To start from the beginning, leave --resume_from_checkpoint out and name another --output_dir."
+    raise CheckpointError("\n".join([f"{none}, so nothing can be resumed.", *warnings[:3], start]))
+
+
+def run_of(asked: str, run: Path | None) -> Path | None:
+    """Return the run's folder that --resume_from_checkpoint names; `run` is --output_dir."""
+    if asked == "auto":
+        return run
+    named = Path(os.path.expanduser(asked))
+    return named.parent if step_of(named) >= 0 else named
+
+
+def _others(run: Path) -> str:
+    names = ", ".join(path.name for path in found_in(run)[:5])
+    return f" Checkpoints in {run}: {names}." if names else ""
+
+
 def flags_of(checkpoint: Path) -> dict[str, Any]:
-    """The flags it was made with."""
+    """Return the flags that the checkpoint was made with."""
     file = checkpoint / CONFIG_FILE
     try:
         saved = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -56,18 +96,18 @@ def flags_of(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} cannot be read ({type(error).__name__}).") from None
     if not isinstance(saved, dict):
         raise CheckpointError(f"{file} holds no settings.")
-    if saved.get("system_prompt"):  # the run's copy, which stays when checkpoints go
+    if saved.get("system_prompt"):  # the run's copy, which stays when checkpoints are deleted
         copies = [folder / SYSTEM_PROMPT_FILE for folder in (checkpoint.parent, checkpoint)]
         saved["system_prompt"] = str(next((copy for copy in copies if copy.is_file()), copies[0]))
-    # Whose code may run here is for the person to say, not for a file.
+    # The user decides whose code may run, not a file.
     others = {"resume_from_checkpoint", "plan", "output_dir", "trust_remote_code"}
-    known = {knob.name for knob in fields(TrainConfig)} - others
+    known = {flag.name for flag in fields(TrainConfig)} - others
     return {name: value for name, value in saved.items() if name in known}
 
 
 def refuse_other_flags(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Path) -> None:
-    """Raises CheckpointError where the flags would make another run of it."""
-    same = MAY_CHANGE - ({"num_steps"} if config.num_iterations > 1 else set())  # it says where references are remade
+    """Raise CheckpointError if the flags would change the numbers of the run."""
+    same = MAY_CHANGE - ({"num_steps"} if config.num_iterations > 1 else set())  # several: it sets the outer loop
     changed = [
         f"--{name} is {getattr(config, name)}, but was {value}"
         for name, value in saved.items()
@@ -78,12 +118,12 @@ def refuse_other_flags(config: TrainConfig, saved: Mapping[str, Any], checkpoint
             CheckpointError,
             f"{checkpoint} cannot be resumed with other settings:",
             changed,
-            f"Leave them out, or train on from its weights: --model {checkpoint} --output_dir ANOTHER",
+            f"Leave them out, or train further from its weights: --model {checkpoint} --output_dir ANOTHER",
         )
 
 
 def check_complete(checkpoint: Path, progress: Progress, config: TrainConfig, ds: DsConfig, ranks: int) -> None:
-    """Raises CheckpointError where something was never saved that a resume would have to do without."""
+    """Raise CheckpointError if a file that resuming needs was never saved."""
     shards = f"global_step{progress.global_step}"
     wanted = {
         "*.safetensors": 1,
@@ -94,6 +134,6 @@ def check_complete(checkpoint: Path, progress: Progress, config: TrainConfig, ds
     }
     if lacking := [name for name, count in wanted.items() if len(list(checkpoint.glob(name))) < count]:
         raise CheckpointError(
-            f"{checkpoint} lacks {', '.join(lacking)}, so it cannot be resumed; name an older one of the run.\n"
-            f"To train on from its weights alone: --model {checkpoint} --output_dir ANOTHER"
+            f"{checkpoint} lacks {', '.join(lacking)}, so it cannot be resumed; name an older one of this run.\n"
+            f"To train further from its weights alone: --model {checkpoint} --output_dir ANOTHER"
         )

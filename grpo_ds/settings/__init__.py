@@ -1,1 +1,1 @@
-"""Every flag, the command line, and the DeepSpeed JSON: read, checked and resolved."""
+"""Flags, command line and DeepSpeed JSON: read, checked and resolved."""

@@ -1,91 +1,161 @@
-"""argv and YAML to a checked config: jsonargparse, with errors that fit six lines.
+"""Command line and YAML to a checked config, by jsonargparse, with errors of at most six lines.
 
-Nothing heavy is imported here: --help and a mistyped flag are answered at once.
+`parse` reads argv once: unknown flags, wrong types and secrets are errors at once. Which defaults apply is known
+later (a model or a checkpoint brings a recipe), so a config is built and checked by `Parsed.config(recipe)`.
+Nothing heavy is imported here: `--help` and a mistyped flag are answered at once.
 """
 
 import difflib
 import re
-from argparse import SUPPRESS
+from argparse import SUPPRESS, HelpFormatter
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from itertools import pairwise
 from math import isfinite
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_args
+from types import NoneType
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from grpo_ds.core.objective import KlEstimator, LossType, RewardScale
 from grpo_ds.errors import UsageError, one_error
-from grpo_ds.settings.config import AskConfig, ReferenceKind
+from grpo_ds.settings.config import AskConfig
+from grpo_ds.settings.flags import Flags, all_flags, flags_by_heading
+from grpo_ds.settings.grpo_flags import ReferenceKind
 from grpo_ds.system.invocation import program
 from grpo_ds.task.prompts import worked_examples
 from grpo_ds.task.scoring import OnRewardError
 
 ConfigType = TypeVar("ConfigType", bound=AskConfig)
 SECRET = re.compile(r"[\w-]*(api_?key|token|secret|passw(or)?d)|([\w-]*[_-])?key", re.IGNORECASE)
+PRINT_CONFIG = "--print_config"
 
 
 @dataclass(frozen=True)
 class Parsed(Generic[ConfigType]):
-    """What the command line and its YAML file said."""
+    """The flags that the person gave, on the command line and in its YAML file; types checked, values not yet."""
 
-    config: ConfigType
-    typed: frozenset[str]  # names given by the person, not by a default or a recipe
+    config_type: type[ConfigType]
+    given: Mapping[str, Any]  # flag -> value
+    parser: ArgumentParser
+
+    @property
+    def typed(self) -> frozenset[str]:
+        """Names of the given flags: those that no default and no recipe may replace."""
+        return frozenset(self.given)
+
+    def config(self, recipe: Mapping[str, Any] | None = None, **decided: Any) -> ConfigType:
+        """Build the config from defaults < recipe < given < decided. Raises UsageError, one for all that is wrong.
+
+        recipe: defaults that suit the model, or the flags of a checkpoint; names of other commands' flags are skipped.
+        decided: flags that the command itself sets, such as the model that "auto" stands for.
+        """
+        config = self.unchecked(recipe, **decided)
+        if problems := [*_not_finite(config), *config.problems()]:
+            raise one_error(UsageError, "These settings cannot work:", problems)
+        return config
+
+    def unchecked(self, recipe: Mapping[str, Any] | None = None, **decided: Any) -> ConfigType:
+        """The same without the check of its values: to find out which recipe applies.
+
+        A value that cannot work with the defaults may be right with the recipe. Raises UsageError for wrong types.
+        """
+        flags, recipe = all_flags(self.config_type), recipe or {}
+        own = {flag.name: recipe[flag.name] for flag in flags if flag.name in recipe}
+        values: dict[str, Any] = {flag.name: flag.default for flag in flags}
+        values |= _converted(self.parser, own)
+        values |= {**self.given, **decided}
+        if empty := [flag.name for flag in flags if values[flag.name] is None and not _may_be_none(flag)]:
+            raise UsageError(f"{', '.join(empty)} cannot be null: give a value, or leave it out.")
+        if "few_shot" in own and "few_shot" not in self.given:  # of a recipe's examples, those that fit the labels
+            values["few_shot"] = min(values["few_shot"], _fitting_examples(values))
+        return self.config_type(**values)
 
 
-def parse(
-    config_type: type[ConfigType],
-    argv: list[str],
-    *,
-    about: str,
-    recipe: Mapping[str, Any] | None = None,
-) -> Parsed[ConfigType]:
-    """argv -> a checked config. Raises UsageError, one for all that is wrong.
-
-    recipe: defaults that suit the model.
-    """
-    names = {knob.name for knob in fields(config_type)}
+def parse(config_type: type[ConfigType], argv: list[str], *, about: str) -> Parsed[ConfigType]:
+    """Read argv and its --config file. Raises UsageError for unknown flags, wrong types and secrets."""
+    names = {flag.name for flag in all_flags(config_type)}
     _check_secrets(argv, names)
-    parser = _parser(config_type, about, {k: v for k, v in (recipe or {}).items() if k in names})
-    _check_names(argv, {*names, "config", "print_config", "local_rank", "help"})
+    parser = _parser(config_type, about)
+    _check_names(argv, {*names, "config", PRINT_CONFIG.lstrip("-"), "local_rank", "help"})
     for file in _config_files(argv):
         _check_file(file)
+    printing = any(word.startswith(PRINT_CONFIG) for word in argv)  # prints all values, defaults too, and exits
     try:
-        values = parser.parse_args(argv).as_dict()
-        typed = parser.parse_args(argv, defaults=False).as_dict()
+        given = parser.parse_args(argv, defaults=printing).as_dict()
     except (ArgumentError, ValueError, OSError) as error:
         raise UsageError(_shortened(str(error), names)) from None
-    if "few_shot" in (recipe or {}) and "few_shot" not in typed:  # a recipe's examples are those that fit the labels
-        values["few_shot"] = min(values["few_shot"], _fitting_examples(values))
-    config = config_type(**{name: values[name] for name in names})
-    if problems := [*_not_finite(config), *config.problems()]:
-        raise one_error(UsageError, "These settings cannot work:", problems)
-    return Parsed(config, frozenset(typed) & names)
+    return Parsed(config_type, {name: value for name, value in given.items() if name in names}, parser)
 
 
-def _fitting_examples(values: Mapping[str, Any]) -> int:
-    asked = AskConfig(**{knob.name: values[knob.name] for knob in fields(AskConfig)})
-    return len(worked_examples(asked.answer_format))
-
-
-def _parser(config_type: type, about: str, recipe: dict[str, Any]) -> ArgumentParser:
+def _parser(config_type: type[Flags], about: str) -> ArgumentParser:
     parser = ArgumentParser(
-        prog=program(), description=about, exit_on_error=False, allow_abbrev=False, default_env=False
+        prog=program(),
+        usage="%(prog)s [options]",
+        description=about,
+        formatter_class=OneColumn,
+        exit_on_error=False,
+        allow_abbrev=False,
+        default_env=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of the flags below")
+    parser.add_argument("--config", action="config", metavar="FILE", help="YAML file with any of the flags below")
     parser.add_argument("--local_rank", type=int, default=0, help=SUPPRESS)  # the deepspeed launcher adds it
-    for knob in fields(config_type):
-        default = recipe.get(knob.name, knob.default)
-        switch: dict[str, Any] = {"nargs": "?", "const": True} if knob.type in (bool, bool | None) else {}
-        parser.add_argument(f"--{knob.name}", type=knob.type, default=default, help=knob.metadata["help"], **switch)
+    for heading, flags in flags_by_heading(config_type).items():
+        group = parser.add_argument_group(heading)
+        for flag in flags:
+            switch: dict[str, Any] = {"nargs": "?", "const": True} if flag.type in (bool, bool | None) else {}
+            shown: dict[str, Any] = {"help": _help(flag), "metavar": _metavar(flag.type)}
+            group.add_argument(f"--{flag.name}", type=flag.type, default=flag.default, **shown, **switch)
     return parser
 
 
+class OneColumn(HelpFormatter):
+    """Formatter of --help that starts all texts in one column."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
+
+
+def _help(flag: "Field[Any]") -> str:
+    """The flag's line of --help, with its default unless that is nothing, false or in the line already."""
+    meaning, default = flag.metadata["help"], "true" if flag.default is True else flag.default
+    plain = default in (None, "") or default is False or "default:" in meaning
+    return (meaning if plain else f"{meaning} (default: {default})").replace("%", "%%")
+
+
+def _metavar(kind: Any) -> str:
+    """The values of a type, for --help."""
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    names: dict[Any, str] = {bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT"}
+    return next(name for type_, name in names.items() if type_ in (kind, *get_args(kind)))
+
+
+def _may_be_none(flag: "Field[Any]") -> bool:
+    return NoneType in get_args(flag.type)
+
+
+def _converted(parser: ArgumentParser, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's values in the types of their flags. Raises UsageError for a wrong type."""
+    if not recipe:
+        return {}
+    try:
+        return parser.parse_object(dict(recipe), defaults=False).as_dict()
+    except (ArgumentError, ValueError) as error:
+        message = _shortened(str(error), set(recipe), lines=4)
+        raise UsageError(f"Settings saved with a model or a checkpoint cannot be used:\n{message}") from None
+
+
+def _fitting_examples(values: Mapping[str, Any]) -> int:
+    asked = AskConfig(**{flag.name: values[flag.name] for flag in fields(AskConfig)})
+    return len(worked_examples(asked.answer_format))
+
+
 def _check_secrets(argv: list[str], known: set[str]) -> None:
-    """A key among the arguments stands in every process list, and is refused without being repeated."""
+    """Refuse a key among the arguments without repeating it: every process list shows them."""
     named = [word.partition("=")[0] for word in argv if word.startswith("--") or "=" in word]
     secrets = [
         name[:40]
@@ -97,20 +167,21 @@ def _check_secrets(argv: list[str], known: set[str]) -> None:
     ]
     if secrets:
         raise UsageError(
-            f"{', '.join(secrets)}: keys and tokens are not taken as arguments, which every user here can read.\n"
-            "Take this one for known and replace it. Set the new one in the environment (WANDB_API_KEY, HF_TOKEN),\n"
-            "or let the tools keep it: `wandb login`, `hf auth login`."
+            f"{', '.join(secrets)}: keys and tokens are refused as arguments, which every user here can read.\n"
+            "Treat this key as compromised and replace it. Set the new one in the environment (WANDB_API_KEY,\n"
+            "HF_TOKEN), or let the tools store it: `wandb login`, `hf auth login`."
         )
 
 
 def _check_names(argv: list[str], known: set[str]) -> None:
-    """A mistyped flag names the nearest real one; all of them in one error."""
+    """Report every mistyped flag with the nearest real one, all in one error."""
     given = [word[2:].split("=")[0] for word in argv if word.startswith("--") and len(word) > 2]
     problems = []
     for name in given:
         if name not in known:
             close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
-            problems.append(f"--{name}: did you mean --{close[0]}?" if close else f"--{name} is no flag of this script")
+            guess = f"did you mean --{close[0]}?" if close else "this command has no such flag"
+            problems.append(f"--{name}: {guess}")
     if problems:
         raise one_error(UsageError, "Unknown flags:", problems, "--help lists them all.")
 
@@ -121,36 +192,37 @@ def _config_files(argv: list[str]) -> list[str]:
 
 
 def _check_file(file: str) -> None:
-    """What the YAML reader lets pass or tells without the file's name; what else is wrong it tells itself."""
+    """Report what jsonargparse accepts, or reports without the file's name; it reports the rest itself."""
     try:
         root = yaml.compose(Path(file).read_bytes().decode("utf-8-sig"), Loader=yaml.SafeLoader)
     except UnicodeDecodeError as error:
         byte = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
-        raise UsageError(f"--config {file} is not UTF-8 text: {byte}.\nSave it as UTF-8, unpacked.") from None
+        raise UsageError(f"--config {file} is not UTF-8 text: {byte}.\nSave it as UTF-8, uncompressed.") from None
     except RecursionError:
-        raise UsageError(f"--config {file} is nested too deeply; settings stand one a line: num_steps: 40") from None
+        raise UsageError(f"--config {file} is nested too deeply; write one setting per line: num_steps: 40") from None
     except (OSError, ValueError, yaml.YAMLError):
         return
     if not isinstance(root, yaml.MappingNode):
-        raise UsageError(f"--config {file} holds no settings; they stand one a line: num_steps: 40")
+        raise UsageError(f"--config {file} holds no settings; write one per line: num_steps: 40")
     counts = Counter(str(name.value) for name, _ in root.value)
-    if twice := [f"{name} stands there {count} times; keep one" for name, count in counts.items() if count > 1]:
+    if twice := [f"{name} is set {count} times; keep one" for name, count in counts.items() if count > 1]:
         raise one_error(UsageError, f"--config {file}:", twice)
 
 
 def _not_finite(config: AskConfig) -> list[str]:
-    """Numbers that no bound holds back: every comparison with NaN is false."""
-    values = {knob.name: getattr(config, knob.name) for knob in fields(config)}
+    """Messages for NaN and infinity, which pass the other checks: every comparison with NaN is false."""
+    values = {flag.name: getattr(config, flag.name) for flag in fields(config)}
     numbers = {name: value for name, value in values.items() if isinstance(value, float)}
     return [f"{name} is {value}; it must be a number" for name, value in numbers.items() if not isfinite(value)]
 
 
-def _shortened(message: str, known: set[str]) -> str:
-    """jsonargparse's message in five lines, with the choices of a Literal in plain words and a likely name."""
+def _shortened(message: str, known: set[str], *, lines: int = 5) -> str:
+    """jsonargparse's message in so many lines, with the choices of a Literal in plain words and a likely name."""
     if unknown := re.fullmatch(r"Option '(\S+)' is not accepted", message.strip()):
         close = difflib.get_close_matches(unknown[1], known, n=1)
-        message = f"The --config file: {unknown[1]} is no flag{f'; did you mean {close[0]}?' if close else ''}"
+        guess = f"; did you mean {close[0]}?" if close else ""
+        message = f"The --config file: there is no flag {unknown[1]}{guess}"
     for choices in (ReferenceKind, LossType, KlEstimator, RewardScale, OnRewardError):
         message = message.replace(str(choices), " | ".join(get_args(choices)))
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return "\n".join([*(line[:200] for line in lines[:5]), "--help lists every flag and its default."])
+    texts = [line.strip() for line in message.splitlines() if line.strip()]
+    return "\n".join([*(text[:200] for text in texts[:lines]), "--help lists every flag and its default."])

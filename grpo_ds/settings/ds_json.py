@@ -1,4 +1,4 @@
-"""Reading a DeepSpeed JSON strictly: what the file breaks is an error with a place and a cure.
+"""Read a DeepSpeed JSON strictly: every mistake is an error with its place and a remedy.
 
 Standard library only, as ds_config.py.
 """
@@ -10,10 +10,11 @@ from typing import Any
 from grpo_ds.errors import UsageError
 
 SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
+AUTO = "auto"  # a value that the flags fill
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in the file; duplicate keys, NaN and comments are errors with a place."""
+    """The JSON object in the file. Raises UsageError, with line and column for broken JSON."""
     path = here_or_shipped(path)
     if not path.is_file():
         raise UsageError(no_such_file(path))
@@ -25,7 +26,7 @@ def read_json(path: Path) -> dict[str, Any]:
         line = lines[min(error.lineno, len(lines)) - 1].strip()[:80] or "(nothing there)"
         place = f"{path}, line {error.lineno}, column {error.colno}: {error.msg}"
         raise UsageError(f"{place}\n  {line}\n  {json_hint(error)}") from None
-    except (ValueError, RecursionError) as error:  # our two hooks, bytes that are no UTF-8, nesting without end
+    except (ValueError, RecursionError) as error:  # our two hooks, bytes that are not UTF-8, endless nesting
         raise UsageError(f"{path} is not a DeepSpeed JSON: {error}") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
@@ -37,13 +38,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def here_or_shipped(path: Path) -> Path:
-    """ds_configs/NAME.json means the shipped one in a folder that has none of that name: grpo-ds runs anywhere."""
+    """The path, or the shipped file if ds_configs/NAME.json is not in the working folder: grpo-ds runs anywhere."""
     shipped = SHIPPED / path.name
     named_so = path.parent == Path(SHIPPED.name)
     return shipped if named_so and shipped.is_file() and not path.exists() else path
 
 
 def no_such_file(path: Path) -> str:
+    """Message for a path that is no file, with the names of the shipped ones."""
     shipped = sorted(f"{SHIPPED.name}/{file.name}" for file in SHIPPED.glob("*.json"))
     what = "is a folder, not a JSON file" if path.is_dir() else "does not exist"
     named = ", ".join(shipped) or "none here, as they come with a checkout of the project"
@@ -51,7 +53,7 @@ def no_such_file(path: Path) -> str:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """One JSON object, without its nulls: to most of DeepSpeed null means left out, to the rest it is a crash."""
+    """A JSON object without its nulls: for most of DeepSpeed null means left out, the rest crashes on it."""
     seen = [key for key, _ in pairs]
     twice = sorted({key for key in seen if seen.count(key) > 1})
     if twice:
@@ -60,11 +62,12 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON; write a finite number")
+    """Refuse NaN and Infinity, which Python's reader accepts."""
+    raise ValueError(f"{name} is not a number in JSON; write a finite number")
 
 
 def json_hint(error: json.JSONDecodeError) -> str:
-    """The usual reason why JSON breaks at this place."""
+    """The most likely reason why JSON breaks at this place."""
     before, here = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
     if here.startswith(("//", "/*", "#")):
         return f"JSON has no comments; {SHIPPED.name}/README.md explains every key."
@@ -80,7 +83,7 @@ def json_hint(error: json.JSONDecodeError) -> str:
 
 
 def kind(value: Any) -> str:
-    """A JSON value in words: true, the number 3, the text "auto", a list, an object."""
+    """Describe a JSON value: true, the number 3, the text "auto", a list, an object."""
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
     if isinstance(value, str):
@@ -88,3 +91,26 @@ def kind(value: Any) -> str:
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "a list"
     return f"the number {value}"
+
+
+# --- nested sections by dotted path ------------------------------------------------------------------------
+
+
+def get_value(config: dict[str, Any], path: str) -> Any:
+    """The value at "a.b.c", or None if it or a section above it is missing."""
+    value: Any = config
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def set_value(config: dict[str, Any], path: str, value: Any) -> None:
+    """Set the value at "a.b.c", whose section exists."""
+    section, _, key = path.rpartition(".")
+    (get_value(config, section) if section else config)[key] = value
+
+
+def has_section(config: dict[str, Any], path: str) -> bool:
+    """True if the section of "a.b.c" exists: a.b."""
+    section = path.rpartition(".")[0]
+    return not section or isinstance(get_value(config, section), dict)

@@ -1,6 +1,6 @@
-"""What DeepSpeed 0.19.8 reads from its JSON, and what of it cannot work here: tables only.
+"""Tables of the keys that DeepSpeed 0.19.8 reads from its JSON, and of the values that cannot work here.
 
-tests/test_ds_config.py holds them against the installed DeepSpeed. Sources: runtime/config.py and constants.py
+tests/settings/test_ds_config.py compares them with the installed DeepSpeed. Sources: runtime/config.py and constants.py
 (top level, optimizer, scheduler, data_types), precision_config.py, zero/config.py, zero/offload_config.py and the
 constructors of its Adams and schedules.
 """
@@ -74,14 +74,14 @@ PARAMS_BY_TYPE = {
 }
 
 FP32_NAMES = ("fp32", "float32", "float", "torch.float32")
-# Real keys of DeepSpeed with a value that cannot work here: path, is the value that one, why and what to do.
+# Real keys of DeepSpeed with a value that cannot work here: path, test of the value, the reason and what to do.
 REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("bfloat16", lambda value: True, 'is DeepSpeed\'s old name: write "bf16"'),
-    ("fp16.enabled", bool, 'overflows in Qwen and needs loss scaling; all else here is bf16: write "bf16" instead'),
+    ("fp16.enabled", bool, 'overflows in Qwen and needs loss scaling; everything here is bf16: write "bf16" instead'),
     (
         "data_types.grad_accum_dtype",
         lambda value: value in FP32_NAMES,
-        "puts 4 bytes a parameter on the GPU: leave it out, one backward a step needs no accumulator",
+        "takes 4 bytes a parameter of GPU memory: leave it out, one backward a step needs no accumulator",
     ),
     (
         "zero_optimization.offload_param",
@@ -103,8 +103,8 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("compile.deepcompile", bool, "cannot sum gradients over ranks, which token weights need: remove it"),
     ("prescale_gradients", bool, "has no effect on summed gradients: remove it"),
     ("gradient_predivide_factor", lambda value: value != 1, "has no effect on summed gradients: remove it"),
-    ("wandb.enabled", bool, "sends figures away whatever --report_to says: remove it, and use --report_to wandb"),
-    ("comet.enabled", bool, "sends figures away whatever --report_to says: remove it"),
+    ("wandb.enabled", bool, "sends metrics to wandb whatever --report_to says: remove it, use --report_to wandb"),
+    ("comet.enabled", bool, "sends metrics to comet whatever --report_to says: remove it"),
     ("optimizer.params.max_grad_norm", lambda value: True, 'belongs at the top level as "gradient_clipping"'),
     ("zero_optimization.offload_optimizer.ratio", lambda value: value != 1, "exists in ZeRO stage 3 only: remove it"),
     ("zero_optimization.offload_optimizer.super_offload", bool, "exists in ZeRO stage 3 only: remove it"),

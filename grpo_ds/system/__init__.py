@@ -1,1 +1,1 @@
-"""The machine and the process: signals, hardware, ranks, how we were started, the hub's door."""
+"""The machine and the process: hardware, ranks, signals, the command that started us, the model hub."""

@@ -1,19 +1,29 @@
-"""What this machine has, found out without importing torch, which takes seconds."""
+"""What this machine has: torch and other versions, GPU memory, RAM, bf16 on the CPU. No torch is imported."""
 
 import os
 import re
 import shutil
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-from grpo_ds.errors import UsageError
+from grpo_ds.errors import PreflightError, UsageError, one_error
 
-OLDEST_TORCH = (2, 10)  # until then a crafted file could run code under weights_only as well (CVE-2026-24747)
+OLDEST_TORCH = (2, 10)  # before it a crafted file could run code even under weights_only (CVE-2026-24747)
+# Packages that do not fail in an older version but train something else.
+WHY_NEWER = {
+    "deepspeed": "before 0.19.0 it silently lost the gradients of all backwards of a step but one",
+    "bitsandbytes": "before 0.50 its 8-bit AdamW does not step on a CPU",
+    "transformers": "before 5.0 our attention for packed rows cannot be registered",
+}
+
+
+# --- versions ------------------------------------------------------------------------------------------------
 
 
 def check_torch() -> None:
-    """Raises UsageError for a torch that cannot be trusted to read weights; without any, its import will say so."""
+    """Raise UsageError for a torch that is not safe for reading weights; without torch, its import reports that."""
     try:
         installed = version("torch")
     except PackageNotFoundError:
@@ -25,8 +35,42 @@ def check_torch() -> None:
         )
 
 
+def check_versions() -> None:
+    """Raise PreflightError, one for all packages that are too old or too new."""
+    if problems := list(version_problems(requirements())):
+        remedy = "Install versions that are known to work: make install, or pip install -U -c constraints.txt -e ."
+        raise one_error(PreflightError, "Installed versions that this trainer cannot rely on:", problems, remedy)
+
+
+def requirements() -> list[str]:
+    """Requirements in setup.cfg, as noted at installation; [] for a copy that was not installed."""
+    try:
+        return requires("grpo_ds") or []
+    except PackageNotFoundError:
+        return []
+
+
+def version_problems(wanted: Iterable[str]) -> Iterator[str]:
+    """A line for each package whose version `wanted`, such as "deepspeed>=0.19.6", rules out."""
+    from packaging.requirements import Requirement  # 30 ms that --help should not wait for
+
+    for requirement in map(Requirement, wanted):
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = version(requirement.name)
+        except PackageNotFoundError:  # reported by its import, where it is needed at all
+            continue
+        if not requirement.specifier.contains(found, prereleases=True):
+            why = f": {WHY_NEWER[requirement.name]}" if requirement.name in WHY_NEWER else ""
+            yield f"{requirement.name} {found}, but {requirement.specifier} is needed{why}"
+
+
+# --- memory --------------------------------------------------------------------------------------------------
+
+
 def gpu_memory_gib() -> float | None:
-    """Memory of the smallest visible NVIDIA card, or None. By nvidia-smi: importing torch takes seconds."""
+    """GPU memory of the smallest visible NVIDIA card in GiB, or None; asked of nvidia-smi, as torch takes seconds."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shutil.which("nvidia-smi") is None or visible in ("", "-1"):
         return None
@@ -38,16 +82,16 @@ def gpu_memory_gib() -> float | None:
 
 
 def ram_gib() -> float:
-    """Memory this process may use: the machine's, or less where a container's limit says so."""
+    """RAM that this process may use, in GiB: the machine's, or a container's limit if that is less."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(physical, cgroup_limit() or physical) / 2**30
 
 
 def cgroup_limit(membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes the tightest cgroup around this process allows (v1 or v2), None without a limit.
+    """Bytes that the tightest cgroup around this process allows (v1 or v2), None without a limit.
 
-    A container may see its own group as the root of the mount while `membership` still names the host's path:
-    every folder from the named one up to the mount is looked at, and those that are not there say nothing.
+    A container may see its own group as the root of the mount while `membership` still has the host's path, so every
+    folder from that path up to the mount is read; missing ones are skipped.
     """
     lines = membership.read_text(encoding="utf-8").splitlines() if membership.is_file() else []
     limits = []
@@ -60,12 +104,15 @@ def cgroup_limit(membership: Path = Path("/proc/self/cgroup"), mount: Path = Pat
         for group in [folder, *folder.parents]:
             limit = group / name
             if group.is_relative_to(top) and limit.is_file() and (text := limit.read_text().strip()).isdigit():
-                limits.append(int(text))  # v2 says "max" for none, v1 a number beyond any machine
+                limits.append(int(text))  # no limit: v2 has "max", v1 a number larger than any machine
     return min(limits, default=None)
 
 
+# --- CPU -----------------------------------------------------------------------------------------------------
+
+
 def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 itself. Others imitate it: one backward matmul was 80 times slower than fp32."""
+    """True if the CPU multiplies bf16 itself. Others emulate it: one backward matmul was 80 times slower than fp32."""
     flags = Path("/proc/cpuinfo")
     words = set(flags.read_text(encoding="utf-8", errors="replace").split()) if flags.is_file() else set()
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})

@@ -1,4 +1,4 @@
-"""Whether the model hub answers: its own clients retry for up to a minute before they say no."""
+"""Check that the model hub answers: its own clients retry for up to a minute before they fail."""
 
 import os
 from urllib.error import HTTPError
@@ -9,13 +9,13 @@ PROBE_SECONDS = 5
 
 
 def check_hub() -> None:
-    """Raise OSError (ValueError where HF_ENDPOINT is no address) at once if the hub does not answer.
+    """Raise OSError at once if the hub does not answer, ValueError if HF_ENDPOINT is not an address.
 
-    Silent when the user set HF_HUB_OFFLINE: then only the local cache is looked into.
+    Does nothing if the user set HF_HUB_OFFLINE: then only the local cache is used.
     """
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "TRUE", "ON", "YES"}:
         return
     try:
         urlopen(Request(os.environ.get("HF_ENDPOINT", HUB), method="HEAD"), timeout=PROBE_SECONDS).close()
     except HTTPError:
-        return  # an answer, if an unfriendly one
+        return  # also an answer

@@ -1,7 +1,7 @@
-"""How this process was started, so that the commands it names are ones the person can type.
+"""How this process was started, so that messages name commands that the person can type.
 
-Three doors lead to a command: `grpo-ds train`, `python -m grpo_ds train` and `python launch/train.py`; launchers
-take the last two.
+A command has three entry points: `grpo-ds train`, `python -m grpo_ds train` and `python launch/train.py`; launchers
+use the last two.
 """
 
 import os
@@ -9,7 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
-LOCAL_RANK = "--local_rank="  # the deepspeed launcher puts it before all other words
+LOCAL_RANK = "--local_rank="  # the deepspeed launcher puts it before all other arguments
 SCRIPTS = {  # command -> its script in launch/
     "train": "train.py",
     "eval": "evaluate_model.py",
@@ -21,7 +21,7 @@ SCRIPTS = {  # command -> its script in launch/
 
 
 def entry() -> str:
-    """`grpo-ds` or `python -m grpo_ds`, where one of them was typed; "" where a script was."""
+    """`grpo-ds` or `python -m grpo_ds`, as typed; "" for a script of launch/."""
     file = Path(sys.argv[0])
     if file.name == "grpo-ds":
         return "grpo-ds"
@@ -29,12 +29,12 @@ def entry() -> str:
 
 
 def program() -> str | None:
-    """What --help calls this program: None leaves it to argparse, which takes the script's name."""
+    """Name of this program in --help; None leaves it to argparse, which takes the script's name."""
     return f"{entry()} {_name()}" if entry() else None
 
 
 def command(name: str, *, launcher: str = "python") -> str:
-    """Another command, through the door that this one came through; the launcher is a script's."""
+    """Words that start another command through the same entry point; `launcher` is used for scripts alone."""
     if entry():
         return f"{entry()} {name}"
     script = Path(sys.argv[0])
@@ -42,12 +42,12 @@ def command(name: str, *, launcher: str = "python") -> str:
     return f"{launcher} {shlex.quote(os.path.join(folder, SCRIPTS[name]))}"
 
 
-def started() -> list[str]:
-    """The words that start this command again, its launcher's among them and its flags not."""
+def restart_words() -> list[str]:
+    """Words that start this command again, with its launcher, without its flags."""
     ranks = os.environ.get("WORLD_SIZE", "1")
     here = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", ranks))  # on this machine
     if any(word.startswith(LOCAL_RANK) for word in sys.argv):
-        # One rank is what deepspeed starts by itself on one card; told a number it overlooks CUDA_VISIBLE_DEVICES.
+        # On one card deepspeed starts one rank by itself; with --num_gpus it would ignore CUDA_VISIBLE_DEVICES.
         cards = ["--hostfile", "HOSTS"] if here != ranks else ["--num_gpus", ranks] if ranks != "1" else []
         return ["deepspeed", *cards, *_launched("--module")]
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -56,17 +56,17 @@ def started() -> list[str]:
     return [*entry().split(), _name()] if entry() else ["python", os.path.relpath(sys.argv[0])]
 
 
-def flags() -> list[str]:
-    """What was typed behind them."""
+def flag_words() -> list[str]:
+    """Flags of this command, as typed."""
     words = [word for word in sys.argv[1:] if not word.startswith(LOCAL_RANK)]
     return words[1:] if entry() else words
 
 
 def _launched(module_flag: str) -> list[str]:
-    """What a launcher is given to start."""
+    """Script or module that a launcher is given."""
     return [module_flag, "grpo_ds", _name()] if entry() else [os.path.relpath(sys.argv[0])]
 
 
 def _name() -> str:
-    """The command that was typed."""
+    """Name of the command, as typed."""
     return next((word for word in sys.argv[1:] if not word.startswith(LOCAL_RANK)), "")

@@ -1,7 +1,6 @@
-"""The ranks of a run, and what they exchange: sums, objects, barriers. Identity on one process.
+"""The ranks of a run and what they exchange: sums, objects, barriers. With one process all of it does nothing.
 
-Works under `deepspeed`, `accelerate launch`, `torchrun` and plain `python`, which differ in which of the
-rendezvous variables they set.
+Works under `deepspeed`, `accelerate launch`, `torchrun` and plain `python`, which set different rendezvous variables.
 """
 
 import os
@@ -21,7 +20,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among its peers."""
+    """This process and its peers.
+
+    Example: the second of two processes on one machine
+        World(rank=1, size=2, device=torch.device("cuda", 1))
+    """
 
     rank: int
     size: int
@@ -32,7 +35,7 @@ class World:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Elementwise sum over ranks, on every rank, on the tensor's own device."""
+        """Elementwise sum over ranks, returned on every rank, on the tensor's own device."""
         if self.size == 1:
             return tensor
         summed = tensor.to(self.device, copy=True)
@@ -40,11 +43,11 @@ class World:
         return summed.to(tensor.device)
 
     def largest(self, number: int) -> int:
-        """The largest of all ranks' numbers, on every rank."""
+        """Largest number of all ranks, returned on every rank."""
         return max(self.gather(number))
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value`, in order of rank, on every rank."""
+        """Values of all ranks in order of rank, returned on every rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -54,9 +57,10 @@ class World:
     def run_on_all_ranks(
         self, run: Callable[[], Result], *, signum: Callable[[], int] = lambda: 0
     ) -> tuple[Result, int]:
-        """`run` on this rank, which waits for no other in it; and a signal that any rank has got by its end, or 0.
+        """Call `run` on every rank; return its result and the signal that any rank has received by then, or 0.
 
-        Where it fails with a GrpoError on one rank it does on all, and none is left waiting.
+        `run` must not wait for other ranks. If it raises a GrpoError on one rank, all ranks raise one, so that none is
+        left waiting.
         """
         result, own = None, None
         try:
@@ -72,27 +76,27 @@ class World:
         return cast(Result, result), max(number for number, _ in others)
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank has called this."""
         if self.size > 1:
             dist.barrier()
 
 
 def start(*, needs_gpu: bool = False) -> World:
-    """Join the process group, alone if no launcher made one.
+    """Join the process group; without a launcher, one of this process alone.
 
-    needs_gpu: the model was chosen for a card that must then be usable by this torch.
+    needs_gpu: the model was chosen for a GPU, so this torch must be able to use it. Raises UsageError if it cannot.
     """
     has_gpu = torch.cuda.is_available()
     if needs_gpu and not has_gpu:
         raise UsageError(
             "There is a graphics card, but this torch cannot use it (torch.cuda.is_available() is False).\n"
-            f"Installed is torch {torch.__version__}; install a CUDA build that fits the driver,\n"
+            f"torch {torch.__version__} is installed; install a CUDA build that fits the driver,\n"
             "or train on the CPU: CUDA_VISIBLE_DEVICES= with --model smollm2-135m."
         )
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:  # two runs on one machine must not meet
+    if "MASTER_PORT" not in os.environ:  # two runs on one machine need different ports
         os.environ["MASTER_PORT"] = str(_free_port())
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if has_gpu else torch.device("cpu")
     if has_gpu:

@@ -1,7 +1,7 @@
-"""Being asked to stop: by SIGTERM or SIGUSR1 (pre-empted), by Ctrl-C, or because the launcher has died.
+"""Stop requests: SIGTERM or SIGUSR1 (pre-empted), Ctrl-C, or a launcher that has died.
 
 A run notes the first such signal and ends at its next safe point, where nothing is half done. The deepspeed launcher
-sends a second one behind Ctrl-C and kills after 30 seconds, so only a second Ctrl-C a person typed is taken for haste.
+forwards Ctrl-C a second time and kills after 30 seconds, so only a second Ctrl-C typed by a person ends it at once.
 """
 
 import os
@@ -20,8 +20,8 @@ from grpo_ds.errors import BY_CTRL_C, PREEMPTED, GrpoError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LAUNCHERS = {"deepspeed", "torchrun", "accelerate"}  # as scripts, or as modules: deepspeed.launcher.launch
-DOUBLE_CLICK = 1.0  # seconds within which two Ctrl-C are one, passed on by the launcher
-LOOK_EVERY = 1.0  # seconds between two looks at the launcher
+SAME_CTRL_C = 1.0  # seconds: two Ctrl-C within them are one, which the launcher has forwarded as well
+CHECK_EVERY = 1.0  # seconds between two checks of the launcher
 
 
 class Stopping(Exception):
@@ -29,7 +29,7 @@ class Stopping(Exception):
 
 
 class Interrupted(GrpoError):
-    """A run that ended before its time, with everything saved."""
+    """A run that was stopped, with everything saved."""
 
     opening = ""
 
@@ -39,20 +39,20 @@ class Interrupted(GrpoError):
 
 
 class Interruption:
-    """The first signal that came, if any."""
+    """The first stop signal that arrived, if any."""
 
     def __init__(self) -> None:
         self.signum = 0
         self._since = 0.0
 
     def check(self) -> None:
-        """Raises Stopping once a signal has come; for places where nothing is half done."""
+        """Raise Stopping if a signal has arrived; for safe points, where nothing is half done."""
         if self.signum:
             raise Stopping
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Signals are noted instead of obeyed; and the launcher's death is one. In the main thread only."""
+        """Note signals instead of ending at once; the launcher's death counts as one. In the main thread only."""
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
         try:
             with _launcher_watched():
@@ -63,40 +63,43 @@ class Interruption:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
-        if self.signum == number == signal.SIGINT and now - self._since > DOUBLE_CLICK:
+        if self.signum == number == signal.SIGINT and now - self._since > SAME_CTRL_C:
             raise KeyboardInterrupt
         if not self.signum:
             self.signum, self._since = number, now
             if os.environ.get("RANK", "0") == "0":
-                line = f"{name(number)}: saving at the next safe point; Ctrl-C twice ends it now, unsaved.\n"
-                os.write(sys.stderr.fileno(), line.encode())  # a print may have been interrupted itself
+                how = "; press Ctrl-C again to end now without saving" if number == signal.SIGINT else ""
+                line = f"{name(number)}: saving at the next safe point{how}.\n"
+                os.write(sys.stderr.fileno(), line.encode())  # not print, which the signal may have interrupted
 
 
 def name(number: int) -> str:
+    """Name of a signal, such as SIGTERM."""
     return signal.Signals(number).name
 
 
 def exit_code(number: int) -> int:
+    """Exit code of a process that a signal ended."""
     return BY_CTRL_C if number == signal.SIGINT else PREEMPTED
 
 
 @contextmanager
 def exit_on_signal() -> Iterator[None]:
-    """Where there is nothing to save, a signal ends the process with its exit code and no traceback.
+    """End the process at a signal, with its exit code and no traceback; for code that has nothing to save.
 
-    At once: an exception raised in the middle of an import would be taken for a failed import by some library. After
-    it signals are ignored, for the process is about to end with an exit code that a second one must not replace.
+    It ends without an exception, which some library would mistake for a failed import. Afterwards signals are ignored:
+    the process is about to end with an exit code that a second signal must not replace.
     """
 
     def leave(number: int, _: FrameType | None) -> None:
         if os.environ.get("RANK", "0") == "0":
-            os.write(sys.stderr.fileno(), f"{name(number)}: stopped; there was nothing to save here.\n".encode())
+            os.write(sys.stderr.fileno(), f"{name(number)}: stopped; there was nothing to save.\n".encode())
         os._exit(exit_code(number))
 
     for number in SIGNALS:
         signal.signal(number, leave)
     try:
-        with _launcher_watched():  # it may die while a model is loaded, too
+        with _launcher_watched():  # it may also die while a model is loaded
             yield
     finally:
         for number in SIGNALS:
@@ -104,7 +107,7 @@ def exit_on_signal() -> Iterator[None]:
 
 
 def _launchers() -> list[psutil.Process]:
-    """Those above this process that started it to train: deepspeed's two, torchrun, accelerate."""
+    """Parent processes that launched this one: deepspeed's two, torchrun, accelerate."""
     found = []
     for parent in psutil.Process().parents():
         try:
@@ -128,8 +131,8 @@ def _launcher_watched() -> Iterator[None]:
 
 
 def _watch(launchers: list[psutil.Process], over: threading.Event) -> None:
-    """A launcher that was killed cannot tell its children."""
-    while launchers and not over.wait(LOOK_EVERY):
+    """Send SIGTERM to this process once a launcher is gone: one that was killed cannot tell its children."""
+    while launchers and not over.wait(CHECK_EVERY):
         if not all(map(_alive, launchers)):
             os.kill(os.getpid(), signal.SIGTERM)
             return

@@ -1,8 +1,8 @@
-"""Grading: how good a set of answers is, and whether a model is better than it was.
+"""Grading: accuracy and macro-F1 of a set of answers, and a test of whether a model became better.
 
-Accuracy alone flatters: always answering "yes" scores 62 % on PubMedQA's yes/no test items. So macro-F1,
-recall by class and the majority baseline stand beside it. An answer that did not parse (None) is wrong and
-is no class's prediction.
+Accuracy alone is misleading: the answer "yes" to every question is right for 62 % of PubMedQA's yes/no test items. So
+macro-F1, recall by class and the majority baseline are reported with it. An answer that did not parse (None) is wrong
+and counts as a prediction of no class.
 """
 
 from collections import Counter
@@ -16,27 +16,42 @@ from grpo_ds.task.questions import Question
 
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 COLLAPSED_SHARE = 0.95
-FEWEST_TO_COLLAPSE = 5  # four answers alike are chance
+FEWEST_TO_COLLAPSE = 5  # parsed answers; four equal ones can be chance
 
 
 @dataclass(frozen=True, slots=True)
 class Grades:
-    """Every share is in [0, 1]; the dicts are by label."""
+    """Accuracy and its companions; every share is in [0, 1], the dicts are by label.
+
+    Example: one question of each class, both answered "yes".
+        >>> questions = [Question("1", "Is it?", "", "yes"), Question("2", "Was it?", "", "no")]
+        >>> grades = grade(["yes", "yes"], questions, labels=("yes", "no"))
+        >>> grades.accuracy, grades.recall, grades.predicted
+        (0.5, {'yes': 1.0, 'no': 0.0}, {'yes': 2, 'no': 0})
+    """
 
     count: int
     accuracy: float
     accuracy_interval: tuple[float, float]  # Wilson, 95 %
-    macro_f1: float  # mean over the classes that occur among the questions
-    recall: dict[str, float]  # of the classes that occur among the questions
+    macro_f1: float  # mean F1 of the classes that occur among the questions
+    recall: dict[str, float]  # the same classes
     well_formed: float  # share of answers that parsed
-    majority_baseline: float  # accuracy of always giving the commonest label
-    predicted: dict[str, int]  # parsed answers by label
-    collapsed: bool  # nearly all parsed answers are one class, though the labels are not
+    majority_baseline: float  # accuracy of always giving the most common label
+    predicted: dict[str, int]  # number of parsed answers
+    collapsed: bool  # nearly all parsed answers are one class, but the labels are not
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Answers in the order of the questions, and their grades."""
+    """Completions and parsed answers in the order of the questions, and the grades of all.
+
+    Example:
+        >>> texts = ["<reasoning>It fell.</reasoning><answer>yes</answer>", "I am not sure."]
+        >>> questions = [Question("1", "Is it?", "", "yes"), Question("2", "Was it?", "", "no")]
+        >>> evaluation = graded(texts, questions, AnswerFormat())
+        >>> evaluation.answers, evaluation.grades.accuracy
+        (['yes', None], 0.5)
+    """
 
     texts: list[str]
     answers: list[str | None]
@@ -44,13 +59,13 @@ class Evaluation:
 
 
 def graded(texts: list[str], questions: Sequence[Question], answer_format: AnswerFormat) -> Evaluation:
-    """Parse and grade one answer text for each question."""
+    """Parse and grade one completion for each question."""
     answers = [answer_format.parse(text).answer for text in texts]
     return Evaluation(texts, answers, grade(answers, questions, labels=answer_format.labels))
 
 
 def grade(answers: Sequence[str | None], questions: Sequence[Question], *, labels: Sequence[str]) -> Grades:
-    """Compare answers[i] with questions[i].label."""
+    """Grade answers[i] against questions[i].label. Raises DataError if there are no questions."""
     if not questions:
         raise DataError("There is no question to grade. Give a data file with at least one record.")
     count = len(questions)
@@ -75,7 +90,7 @@ def grade(answers: Sequence[str | None], questions: Sequence[Question], *, label
 
 
 def wilson_interval(successes: int, count: int) -> tuple[float, float]:
-    """95 % confidence interval of a share (Wilson 1927); unlike p +- 1.96 s it stays in [0, 1] and holds for few."""
+    """95 % confidence interval of a share (Wilson 1927); unlike p +- 1.96 s it stays in [0, 1], also for few."""
     share, z2 = successes / count, Z_95**2
     centre = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = Z_95 / (1 + z2 / count) * sqrt(share * (1 - share) / count + z2 / (4 * count**2))
@@ -83,16 +98,16 @@ def wilson_interval(successes: int, count: int) -> tuple[float, float]:
 
 
 def mcnemar(before_correct: Sequence[bool], after_correct: Sequence[bool]) -> float:
-    """Exact two-sided p-value that the same questions are answered equally well before and after.
+    """Exact two-sided p-value of McNemar's test: are the same questions answered equally well before and after?
 
-    Only questions whose verdict changed count; under the null each change is a fair coin.
+    Only questions whose answer became right or wrong count; under the null hypothesis both are equally likely.
     """
     pairs = list(zip(before_correct, after_correct, strict=True))
     gained = sum(after and not before for before, after in pairs)
     lost = sum(before and not after for before, after in pairs)
     changed = gained + lost
-    as_lopsided = sum(comb(changed, k) for k in range(min(gained, lost) + 1))
-    return min(1.0, 2 * as_lopsided / 2**changed)
+    at_least_as_extreme = sum(comb(changed, k) for k in range(min(gained, lost) + 1))
+    return min(1.0, 2 * at_least_as_extreme / 2**changed)
 
 
 def _is_one_sided(predicted: Counter[str]) -> bool:

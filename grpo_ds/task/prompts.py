@@ -1,8 +1,9 @@
-"""Prompts: a question as chat messages, and as token ids within a budget.
+"""Prompts: a question as chat messages, and as token ids within a length limit.
 
-A context may hold "<|im_end|>" or any other control token as plain text. So the chat template is rendered
-around two marks, cut there, and only its own pieces are tokenised with control tokens; the user's pieces are
-tokenised as text and put in between. Shortening then is dropping tokens of the context, with no re-rendering.
+A context may hold "<|im_end|>" or any other control token as plain text. So the chat template is rendered with two
+marks in place of the user's texts and cut at the marks. Only the template's pieces are tokenised with control tokens;
+the user's texts are tokenised as text and put in between. To shorten a prompt, tokens of the context are dropped,
+without rendering again.
 """
 
 import os
@@ -19,11 +20,11 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-# Private-use characters, which no chat template has reason to hold or to strip.
+# Private-use characters: no chat template has a reason to contain or remove them.
 CONTEXT_MARK = "\ue000context\ue001"
 QUESTION_MARK = "\ue000question\ue001"
-# Characters, twice Qwen's 128 spaces. What of a context lies further back than this for every token is cut anyway, and
-# tokenising 10 MB takes half a minute and 1.5 GB.
+# Characters; twice Qwen's longest token, 128 spaces. A context is cut to this many characters for each token before it
+# is tokenised, because tokenising 10 MB takes half a minute and 1.5 GB.
 LONGEST_TOKEN = 256
 
 WORKED_EXAMPLES = (
@@ -52,17 +53,22 @@ WORKED_EXAMPLES = (
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """A prompt ready to be continued by the model."""
+    """Token ids of a prompt, for the model to continue.
+
+    Example: a prompt for which the context was cut by 12 tokens (real ones have more ids).
+        >>> EncodedPrompt(ids=[151644, 872, 198, 151645], text_tokens_dropped=12)
+        EncodedPrompt(ids=[151644, 872, 198, 151645], text_tokens_dropped=12)
+    """
 
     ids: list[int]  # at most max_prompt_length
-    text_tokens_dropped: int  # tokens cut from the front of the context, or of as much of it as could matter
+    text_tokens_dropped: int  # tokens cut from the front of the context, not counting text too far back to be tokenised
 
 
 def read_system_prompt(file: str) -> str:
-    """The text of --system_prompt, read and checked like a text of --data. Raises Unusable, which says what it is."""
+    """Read the file of --system_prompt and check it like a text of --data. Raises Unusable with the reason."""
     path = Path(os.path.expanduser(file))
     if not os.path.isfile(path):
-        raise Unusable("is no file with a text in it")
+        raise Unusable("is not a file")
     try:
         return sound_text(path.read_bytes().decode().replace("\r\n", "\n").replace("\r", "\n"))
     except UnicodeDecodeError as error:
@@ -73,7 +79,7 @@ def read_system_prompt(file: str) -> str:
 
 
 def worked_examples(answer_format: AnswerFormat) -> list[tuple[Question, str]]:
-    """Questions that a label answers, with their reasoning, in the labels' spelling."""
+    """Worked examples (question, reasoning) whose answer is one of the labels, spelled as the labels are."""
     spelled = [(replace(q, label=answer_format.label_of(q.label) or ""), reasoning) for q, reasoning in WORKED_EXAMPLES]
     return [example for example in spelled if example[0].label]
 
@@ -81,7 +87,7 @@ def worked_examples(answer_format: AnswerFormat) -> list[tuple[Question, str]]:
 def build_messages(
     question: Question, *, answer_format: AnswerFormat, few_shot: int, system_prompt: str = ""
 ) -> list[dict[str, str]]:
-    """System prompt ("": our own), `few_shot` worked examples as turns of their own, then the question."""
+    """Build the chat: system prompt ("": the default), `few_shot` worked examples as separate turns, the question."""
     turns = [
         {"role": "system", "content": system_prompt or default_system_prompt(answer_format, bool(question.context))}
     ]
@@ -92,7 +98,7 @@ def build_messages(
 
 
 def default_system_prompt(answer_format: AnswerFormat, has_context: bool = True) -> str:
-    """What is asked for; its placeholders ("...", "yes|no") earn nothing when they are repeated."""
+    """The default instructions. A model that repeats their placeholders ("...", "yes|no") earns nothing."""
     labels, source = answer_format.labels, " from the given context" * has_context
     return (
         f"You answer biomedical questions{source}. First reason briefly, then answer with "
@@ -110,10 +116,11 @@ def encode_prompt(
     max_prompt_length: int,
     system_prompt: str = "",
 ) -> EncodedPrompt:
-    """Token ids of a prompt; the context loses its front to fit, as an abstract's results stand at its end.
+    """Encode a prompt. If it is too long, the front of the context is cut: an abstract has its results at the end.
 
-    prefill: the prompt ends with an opened <reasoning>, which the completion continues.
-    Raises DataError where not even the question fits.
+    prefill: end the prompt with an opening <reasoning> tag, which the completion continues.
+    max_prompt_length: tokens.
+    Raises DataError if the prompt does not fit even without any context.
     """
     marked = replace(question, text=QUESTION_MARK, context=CONTEXT_MARK if question.context else "")
     messages = build_messages(marked, answer_format=answer_format, few_shot=few_shot, system_prompt=system_prompt)
@@ -131,7 +138,7 @@ def encode_prompt(
 
 
 def ensure_chat_template(tokenizer: Any) -> None:
-    """Give a tokenizer without a chat template the plain default, behind BOS where it starts texts with one."""
+    """Give a tokenizer without a chat template the default one, after BOS if the tokenizer starts texts with BOS."""
     if tokenizer.chat_template:
         return
     starts_with_bos = tokenizer.bos_token_id is not None and tokenizer.encode("a")[0] == tokenizer.bos_token_id
@@ -143,10 +150,10 @@ def _user_text(question: Question) -> str:
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    """The chat as text, its system prompt in the first user turn where the template refuses or ignores that role."""
+    """Render the chat. The system prompt goes into the first user turn if the template refuses or ignores its role."""
     try:
         rendered = _apply_template(tokenizer, messages)
-    except Exception:  # the template engine's own; any other fault is raised again just below
+    except Exception:  # the template refuses the role; any other error is raised again by the next line
         return _apply_template(tokenizer, _without_system_role(messages))
     if messages[0]["content"] in rendered:
         return rendered
@@ -163,29 +170,29 @@ def _without_system_role(messages: list[dict[str, str]]) -> list[dict[str, str]]
 
 
 def _cut_at_marks(rendered: str, has_context: bool) -> tuple[str, str, str]:
-    """The template's text before the context ("" without one), between context and question, and after.
+    """Return the template's text before the context ("" without one), between context and question, and after.
 
-    The space before a mark goes to the user's text: tokenizers join a word with the space before it.
+    The space before a mark belongs to the user's text, because tokenizers join a word with the space before it.
     """
     mark = f" {CONTEXT_MARK}"
-    # The last of each: a system prompt before them may hold any text.
+    # The last occurrence of each mark: a system prompt before them may hold any text.
     rest, found_question, after = rendered.rpartition(f" {QUESTION_MARK}")
     before, found_context, between = rest.rpartition(mark) if has_context else ("", mark, rest)
     if not (found_context and found_question):
         raise UsageError(
-            "The tokenizer's chat template does not repeat the last user turn as it stands, so no question can be put "
-            "into it.\nUse an instruction-tuned model, or mend chat_template in its tokenizer_config.json."
+            "The tokenizer's chat template does not repeat the last user turn unchanged, so no question can be put "
+            "into it.\nUse an instruction-tuned model, or fix chat_template in its tokenizer_config.json."
         )
     return before, between, after
 
 
 def _template_ids(tokenizer: Any, text: str) -> list[int]:
-    """Our own text: control tokens are control tokens; the template holds BOS if it wants it."""
+    """Tokenise text of the template, in which control tokens are control tokens; a template adds BOS itself."""
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
 
 
 def _text_ids(tokenizer: Any, text: str) -> list[int]:
-    """A user's text: control tokens are spelled out (all that the tokenizer calls special)."""
+    """Tokenise a user's text, in which control tokens (those the tokenizer calls special) are plain characters."""
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
@@ -193,5 +200,5 @@ def _too_long(question: Question, needed: int, max_prompt_length: int) -> DataEr
     return DataError(
         f"Question {question.id} needs {needed} tokens without any context, but --max_prompt_length is "
         f"{max_prompt_length}.\nThe question and the instructions are never cut: "
-        f"raise --max_prompt_length to {needed} and room for the context, or lower --few_shot."
+        f"raise --max_prompt_length to {needed} plus room for the context, or lower --few_shot."
     )

@@ -1,7 +1,7 @@
-"""Questions: read them, split them once and for all, and say which of them a step asks.
+"""Questions: read them, split them into training and held-out ones, and choose those of a step.
 
-The split and the order are pure functions of (seed, ids) and (seed, step): there is no sampler to save,
-and a resumed run asks what the unbroken one would have asked.
+The split is a pure function of (seed, ids), the choice of (seed, step). So there is no sampler state to save, and a
+resumed run asks the same questions as an uninterrupted one.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from random import Random
 from typing import Any
 
 from grpo_ds.errors import DataError, UsageError, one_error
-from grpo_ds.task.records import check_record, clip
+from grpo_ds.task.records import check_record, quote
 from grpo_ds.task.sources import ACCEPTED, Source, open_source
 
 PUBMEDQA_LABELS = ("yes", "no", "maybe")
@@ -23,33 +23,45 @@ PUBMEDQA_LABELS = ("yes", "no", "maybe")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question with the abstract that answers it."""
+    """A question, the abstract that answers it, and the right answer.
+
+    Example:
+        >>> Question("17", "Did it fall?", "It fell by half.", "yes", columns={"year": 2011}).columns["year"]
+        2011
+    """
 
     id: str  # from the file, or a hash of the texts
     text: str
-    context: str  # "" where the data has none
-    label: str  # the right answer, spelled as in `labels`
+    context: str  # "" if the data has none
+    label: str  # the right answer, spelled as in `labels`; "" if unknown
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # the record as it was read
 
 
 @dataclass(frozen=True, slots=True)
 class QuestionSet:
-    """All usable questions of a source."""
+    """The usable questions of a source.
+
+    Example: the packaged records.
+        >>> questions = read_questions("sample")
+        >>> questions.source, questions.questions[0].label, questions.left_out
+        ('sample: 160 questions (80 yes, 80 no)', 'yes', {})
+    """
 
     questions: tuple[Question, ...]  # in the order of the file
-    source: str  # what was read and how much of it, on one line
-    left_out: dict[str, int]  # records by label that PubMedQA knows and `labels` does not ask for
+    source: str  # name and counts, on one line
+    left_out: dict[str, int]  # number of records by label, for PubMedQA labels that are not among `labels`
 
 
 def read_questions(
     data: str | None, *, labels: tuple[str, ...] = ("yes", "no"), fields: Mapping[str, str] | None = None
 ) -> QuestionSet:
-    """Read --data (file, hub id, "sample", None for the default); one DataError names every bad record.
+    """Read --data (file, hub id, "sample", None for the default). Raises one DataError that names every bad record.
 
-    fields: which of a record's fields are its "question", "context" and "label"; those not named are found.
+    labels: the answers to keep.
+    fields: names of a record's fields for "question", "context" and "label"; a name that is not given is detected.
     """
     source = open_source(data)
-    found = _sound_questions(source, labels, fields or {})
+    found = _checked_questions(source, labels, fields or {})
     kept = tuple(question for question in found if question.label in labels)
     left_out = dict(Counter(question.label for question in found if question.label not in labels))
     if not kept:
@@ -60,8 +72,8 @@ def read_questions(
 def unanswered_questions(
     source: Source, *, labels: tuple[str, ...] = ("yes", "no"), fields: Mapping[str, str] | None = None
 ) -> list[Question]:
-    """The questions of a source that is only to be answered: a record without a label has "" for one."""
-    if found := _sound_questions(source, labels, fields or {}, label_needed=False):
+    """Questions of a source that may have no labels; a missing label becomes ""."""
+    if found := _checked_questions(source, labels, fields or {}, label_needed=False):
         return found
     raise _none_left(source.name, labels, {})
 
@@ -69,14 +81,14 @@ def unanswered_questions(
 def split_questions(
     questions: Sequence[Question], *, eval_fraction: float, seed: int
 ) -> tuple[list[Question], list[Question]]:
-    """(training, held-out), stratified by class; the order of the records in their file does not matter.
+    """Split into (training, held-out), stratified by class; the order of the records does not matter.
 
-    Each class gives its share of the held-out part, rounded by largest remainder, so that the sizes are exact:
-    500 records at 0.2 are 400 and 100 whatever their mix.
+    Each class gives its share to the held-out part, rounded by largest remainder. So the sizes are exact: 500 records
+    at 0.2 give 400 and 100, whatever their classes.
     """
     if not 0 < eval_fraction < 1:
         raise UsageError(f"eval_fraction is {eval_fraction}, but it must lie between 0 and 1. Try --eval_fraction 0.2.")
-    mixed = sorted(questions, key=lambda question: _draw(seed, question))
+    mixed = sorted(questions, key=lambda question: _random_key(seed, question))
     by_label = defaultdict(list)
     for question in mixed:
         by_label[question.label].append(question.id)
@@ -88,41 +100,42 @@ def split_questions(
 def questions_at(
     step: int, questions: Sequence[Question], *, per_step: int, seed: int, balanced: bool = False
 ) -> list[Question]:
-    """The questions of one step (from 0), for all ranks together.
+    """Choose the questions of one step (from 0), for all ranks.
 
-    Steps take `per_step` places at a time of an endless row of epochs; epoch e is a permutation seeded by (seed, e),
-    so within an epoch each question comes once, and a step may straddle two.
-    balanced: the places go to the classes in turn, each with a row of epochs of its own: no step's classes differ by
-    more than one question, and questions of a smaller class come round more often.
+    The questions are asked in an endless sequence of epochs; epoch e is a permutation seeded by (seed, e). Each step
+    takes the next `per_step` questions, so a question comes once in an epoch, and a step may cross two epochs.
+
+    balanced: take the questions from the classes in turn, where each class has its own sequence of epochs. The classes
+        of a step then differ by at most one question, and questions of a smaller class come more often.
     """
     labels = sorted({question.label for question in questions})
-    rows = [[q for q in questions if q.label == label] for label in labels] if balanced else [questions]
+    pools = [[q for q in questions if q.label == label] for label in labels] if balanced else [questions]
     asked = []
     for place in range(step * per_step, (step + 1) * per_step):
-        turn, kind = divmod(place, len(rows))
-        count = len(rows[kind])
-        asked.append(rows[kind][_permutation(count, seed, turn // count)[turn % count]])
+        turn, kind = divmod(place, len(pools))
+        count = len(pools[kind])
+        asked.append(pools[kind][_permutation(count, seed, turn // count)[turn % count]])
     return asked
 
 
-@lru_cache(maxsize=8)  # a step straddles at most two epochs of any sensible size, of each class
+@lru_cache(maxsize=8)  # a step needs at most two epochs of each class, unless they are tiny
 def _permutation(count: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(Random(f"{seed}/{epoch}").sample(range(count), count))
 
 
-def _draw(seed: int, question: Question) -> bytes:
-    """A fixed random draw for each id: unlike a shuffle it depends on no other record."""
+def _random_key(seed: int, question: Question) -> bytes:
+    """A random sort key that depends on seed and id only; a shuffle would depend on the other records."""
     return hashlib.sha256(f"{seed}/{question.id}".encode()).digest()
 
 
 def _apportion(counts: dict[str, int], eval_fraction: float) -> dict[str, int]:
-    """How many of each class are held out (largest remainder)."""
+    """Number of held-out records of each class (largest remainder)."""
     fraction = Fraction(str(eval_fraction))  # exact: 0.29 * 100 is 28.999999999999996 in floats
-    total = _held_out(sum(counts.values()), fraction)
+    total = _held_out_count(sum(counts.values()), fraction)
     if not 0 < total < sum(counts.values()):
         raise DataError(
             f"{sum(counts.values())} records cannot be split: --eval_fraction {eval_fraction} leaves one part empty.\n"
-            f"It needs at least {_fewest_to_split(fraction)} records; give more, or another --eval_fraction."
+            f"It needs at least {_fewest_to_split(fraction)} records: add records, or change --eval_fraction."
         )
     shares = {label: floor(count * fraction) for label, count in counts.items()}
     by_remainder = sorted(counts, key=lambda label: (shares[label] - counts[label] * fraction, label))
@@ -131,20 +144,20 @@ def _apportion(counts: dict[str, int], eval_fraction: float) -> dict[str, int]:
     return shares
 
 
-def _held_out(count: int, fraction: Fraction) -> int:
+def _held_out_count(count: int, fraction: Fraction) -> int:
     return floor(count * fraction + Fraction(1, 2))
 
 
 def _fewest_to_split(fraction: Fraction) -> int:
-    """The smallest count of which _held_out takes at least one and not all."""
+    """Smallest count of which _held_out_count takes at least one, but not all."""
     return max(ceil(1 / (2 * fraction)), floor(1 / (2 * (1 - fraction))) + 1)
 
 
-def _sound_questions(
+def _checked_questions(
     source: Source, labels: tuple[str, ...], fields: Mapping[str, str], *, label_needed: bool = True
 ) -> list[Question]:
-    """A question a record, or one DataError that names every bad record."""
-    # PubMedQA's other answers are left out where its answers are asked for; to other labels they are mistakes.
+    """Return a question for each record, or raise one DataError that names every bad record."""
+    # If all labels are PubMedQA's, its other labels are accepted here and left out later; else they are mistakes.
     asks_pubmedqa = {label.casefold() for label in labels} <= set(PUBMEDQA_LABELS)
     others = [label for label in PUBMEDQA_LABELS if label not in map(str.casefold, labels)] if asks_pubmedqa else []
     found, problems = _check_all(source, (*labels, *others), fields, label_needed)
@@ -152,21 +165,21 @@ def _sound_questions(
         headline = (
             f"{source.name}: {_counted(len(problems), 'problem')} ({_counted(len(source.records), 'record')} read):"
         )
-        without = "" if label_needed else " Labels may be missing."
-        raise one_error(DataError, headline, problems, _accepted(labels, fields) + without)
+        optional = "" if label_needed else " Labels may be missing."
+        raise one_error(DataError, headline, problems, _accepted(labels, fields) + optional)
     return found
 
 
 def _check_all(
     source: Source, known_labels: tuple[str, ...], names: Mapping[str, str], label_needed: bool
 ) -> tuple[list[Question], list[str]]:
-    """Every sound record as a question, and every problem of the others with its place."""
+    """Return the usable records as questions, and every problem of the others with its place."""
     placed, problems = [], list(source.problems)
     columns = {name: None for _, record in source.records if isinstance(record, dict) for name in record}
     for place, record in source.records:
         fields, wrong = check_record(record, known_labels=known_labels, names=names, label_needed=label_needed)
         if isinstance(record, dict) and not wrong:
-            # A view of the two: with a field of its own in every record, copies would fill the memory.
+            # A view of the two dicts: if every record has a field of its own, copies would fill the memory.
             placed.append((place, _question(fields, ChainMap(record, columns))))
         else:
             problems.append(f"{place}: {', '.join(wrong)}" if isinstance(record, dict) else f"{place} {wrong[0]}")
@@ -179,14 +192,14 @@ def _question(fields: dict[str, str], columns: Mapping[str, Any]) -> Question:
 
 
 def _accepted(labels: Sequence[str], fields: Mapping[str, str]) -> str:
-    """What a record must look like; our own words for it where nothing was said about its fields or labels."""
+    """Describe a valid record; by its flags if fields or labels were given."""
     if not fields and {"yes", "no"} >= set(labels):
         return ACCEPTED
     return f"Labels: {' or '.join(labels)} (--labels). Fields: --question_field, --context_field, --label_field."
 
 
 def _duplicates(placed: Sequence[tuple[str, Question]]) -> Iterator[str]:
-    """A record twice would weigh double, and could be trained on and held out at once."""
+    """Yield a problem for each record that appears twice: it could be both trained on and held out."""
     by_id: dict[str, str] = {}
     by_content: dict[tuple[str, str], tuple[str, str]] = {}
     for place, question in placed:
@@ -194,11 +207,11 @@ def _duplicates(placed: Sequence[tuple[str, Question]]) -> Iterator[str]:
         if content in by_content:
             first, label = by_content[content]
             conflict = (
-                "" if label == question.label else f", but its answer is {clip(label)}, not {clip(question.label)}"
+                "" if label == question.label else f", but its answer is {quote(label)}, not {quote(question.label)}"
             )
             yield f"{place}: same question and context as {first}{conflict}; remove one"
         elif question.id in by_id:
-            yield f"{place}: id {clip(question.id)} is taken by {by_id[question.id]}; ids must differ"
+            yield f"{place}: id {quote(question.id)} is taken by {by_id[question.id]}; ids must differ"
         by_id.setdefault(question.id, place)
         by_content.setdefault(content, (place, question.label))
 

@@ -1,6 +1,6 @@
-"""What a record is: three spellings of its fields, and every check of one record, with no file in sight.
+"""Records: the three spellings of their fields, and every check of a single record. Knows nothing of files.
 
-`check_record` returns the fields or all that is wrong with them; who calls it knows the file and the place.
+`check_record` returns the fields, or everything that is wrong with them; the caller knows the file and the place.
 """
 
 import re
@@ -9,18 +9,18 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import isfinite, isnan
 
-NO_CONTEXT = "none"  # in place of the name of a context's field: the questions stand alone
-CLIP = 40  # characters of a bad value that an error repeats
+NO_CONTEXT = "none"  # as the name of the context field: the questions have no context
+LONGEST_QUOTE = 40  # characters of a bad value that an error repeats
 LONGEST_ID = 200  # characters: errors and reports name a record by its id, on one line
-# What damaged files leave behind: control characters that lay nothing out (an old code page read as another, a tape's
-# end), half a surrogate pair, which JSON can spell and no tokenizer takes, U+FFFD in place of what could not be read.
+# Traces of damaged files: control characters that are not layout (text read in the wrong code page, an end-of-file
+# mark), half a surrogate pair, which JSON can spell but no tokenizer accepts, U+FFFD in place of unreadable bytes.
 BROKEN = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffd-\uffff]")
-UNSEEN = "\ufeff\u200b"  # byte order mark and zero-width space: around a text they are white space
+INVISIBLE = "\ufeff\u200b"  # byte order mark and zero-width space: around a text they count as white space
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
-    """The names one spelling of a record gives to its fields."""
+class FieldNames:
+    """Names of a record's fields in one of the known spellings."""
 
     question: str
     context: str
@@ -28,14 +28,14 @@ class Form:
     id: str
 
 
-OURS = Form("question", "context", "ground_truth", "id")
-ORIGINAL = Form("QUESTION", "CONTEXTS", "final_decision", "id")  # ori_pqal.json; its PMIDs arrive here as ids
-HUB = Form("question", "context", "final_decision", "pubid")  # qiaojin/PubMedQA
-REQUIRED_NAMES = {name for form in (OURS, ORIGINAL, HUB) for name in (form.question, form.context, form.label)}
+OURS = FieldNames("question", "context", "ground_truth", "id")
+ORIGINAL = FieldNames("QUESTION", "CONTEXTS", "final_decision", "id")  # ori_pqal.json; its PMIDs become ids before this
+HUB = FieldNames("question", "context", "final_decision", "pubid")  # qiaojin/PubMedQA
+REQUIRED_NAMES = {name for names in (OURS, ORIGINAL, HUB) for name in (names.question, names.context, names.label)}
 
 
 class Unusable(Exception):
-    """One field cannot be used; the message starts with a verb ("is missing")."""
+    """A field that cannot be used; the message starts with a verb ("is missing")."""
 
 
 def check_record(
@@ -45,20 +45,20 @@ def check_record(
     names: Mapping[str, str] | None = None,
     label_needed: bool = True,
 ) -> tuple[dict[str, str], list[str]]:
-    """(fields, problems): text, context, label and, where the record has one, id; a problem names its field.
+    """Return (fields, problems): text, context, label and the id if there is one; each problem names its field.
 
-    names: what the fields "question", "context" and "label" are called, where that was said.
+    names: the names of the fields "question", "context" and "label", if they were given.
     """
     if not isinstance(record, dict):
         return {}, [f"is {describe(record)}, not an object with fields"]
-    form = _form_of(record, names or {})
+    spelling = _spelling_of(record, names or {})
     checks: list[tuple[str, str, Callable[[object], str]]] = [
-        ("text", form.question, sound_text),
-        ("context", form.context, _context),
-        ("label", form.label, lambda value: _label(value, known_labels)),
-        ("id", form.id, _id),
+        ("text", spelling.question, sound_text),
+        ("context", spelling.context, _context),
+        ("label", spelling.label, lambda value: _label(value, known_labels)),
+        ("id", spelling.id, _id),
     ]
-    fields: dict[str, str] = {"context": ""} if form.context == NO_CONTEXT else {}
+    fields: dict[str, str] = {"context": ""} if spelling.context == NO_CONTEXT else {}
     problems, optional = [], {"id"} if label_needed else {"id", "label"}
     for field, name, check in checks:
         if field in fields or (name not in record and field in optional):
@@ -68,12 +68,12 @@ def check_record(
         except Unusable as problem:
             problems.append(f"{name} {problem}")
     if "label" in fields and "label" not in (names or {}):
-        problems += _rivals(record, form.label, fields["label"], known_labels)
+        problems += _contradictions(record, spelling.label, fields["label"], known_labels)
     return fields, problems
 
 
 def describe(value: object) -> str:
-    """A JSON value, as an error names it."""
+    """Name a JSON value for an error message."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float) and not isfinite(value):
@@ -84,26 +84,26 @@ def describe(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def clip(value: str) -> str:
-    """A value on one line of at most CLIP characters, quoted."""
-    return repr(value if len(value) <= CLIP else value[: CLIP - 3] + "...")
+def quote(value: str) -> str:
+    """Quote a value, on one line and shortened to LONGEST_QUOTE characters."""
+    return repr(value if len(value) <= LONGEST_QUOTE else value[: LONGEST_QUOTE - 3] + "...")
 
 
-def _form_of(record: dict, names: Mapping[str, str]) -> Form:
-    # The spelling that most fields agree with, so that a missing field is named as its file spells it.
-    forms = [replace(form, **names) for form in (OURS, HUB, ORIGINAL)]
-    return max(forms, key=lambda form: sum(n in record for n in (form.question, form.context, form.label)))
+def _spelling_of(record: dict, names: Mapping[str, str]) -> FieldNames:
+    # The spelling with the most fields in the record, so that a missing field is named as its file would spell it.
+    spellings = [replace(spelling, **names) for spelling in (OURS, HUB, ORIGINAL)]
+    return max(spellings, key=lambda known: sum(n in record for n in (known.question, known.context, known.label)))
 
 
 def sound_text(value: object) -> str:
-    """A text with something to see in it and nothing broken, stripped. Raises Unusable."""
+    """Return the text without surrounding white space. Raises Unusable if it is empty, invisible or broken."""
     if not isinstance(value, str):
         raise Unusable(f"is {describe(value)}, not a text")
     if broken := BROKEN.search(value):
         raise Unusable(f"holds a broken character, U+{ord(broken[0]):04X}, at position {broken.start()}")
     if not any(character.isprintable() and character != " " for character in value):
         raise Unusable("is empty")
-    return value.strip().strip(UNSEEN).strip()
+    return value.strip().strip(INVISIBLE).strip()
 
 
 def _present(record: dict, name: str) -> object:
@@ -112,43 +112,43 @@ def _present(record: dict, name: str) -> object:
     return record[name]
 
 
-def _rivals(record: dict, name: str, label: str, known_labels: Collection[str]) -> Iterator[str]:
-    """The field that another spelling reads the answer from, where it holds another answer: which is right?"""
-    for rival in {OURS.label, HUB.label} & set(record) - {name}:
+def _contradictions(record: dict, name: str, label: str, known_labels: Collection[str]) -> Iterator[str]:
+    """Yield a problem if the label field of another spelling is there too and holds another answer."""
+    for other_name in {OURS.label, HUB.label} & set(record) - {name}:
         with suppress(Unusable):
-            if (other := _label(record[rival], known_labels)) != label:
-                yield f"{name} says {clip(label)} and {rival} {clip(other)}; choose with --label_field"
+            if (other := _label(record[other_name], known_labels)) != label:
+                yield f"{name} says {quote(label)} and {other_name} {quote(other)}; choose with --label_field"
 
 
 def _context(value: object) -> str:
-    """A text, or PubMedQA's list of paragraphs (on the hub: an object around it), one a line."""
+    """Accept a text, or PubMedQA's list of paragraphs (on the hub: in an object); return one paragraph per line."""
     if isinstance(value, dict) and "contexts" in value:
         value = value["contexts"]
     if not isinstance(value, list):
         return sound_text(value)
-    strays = [describe(part) for part in value if not isinstance(part, str)]
-    if strays:
-        raise Unusable(f"is a list that holds {strays[0]}; every part must be a text")
+    wrong = [describe(part) for part in value if not isinstance(part, str)]
+    if wrong:
+        raise Unusable(f"is a list that holds {wrong[0]}; every part must be a text")
     return sound_text("\n".join(part.strip() for part in value))
 
 
 def _label(value: object, known_labels: Collection[str]) -> str:
-    label = _name(value)
+    label = _text_or_integer(value)
     spelled = {known.casefold(): known for known in known_labels}.get(label.casefold())
     if spelled is None:
-        raise Unusable(f"is {clip(label)}; it must be {' or '.join(known_labels)}")
+        raise Unusable(f"is {quote(label)}; it must be {' or '.join(known_labels)}")
     return spelled
 
 
-def _name(value: object) -> str:
-    """Numbers serve as well: PMIDs are numbers on the hub, and so are the answers of many a quiz."""
+def _text_or_integer(value: object) -> str:
+    """Accept integers too: PMIDs are numbers on the hub, and so are the answers of many data sets."""
     if isinstance(value, float) and isfinite(value):
-        raise Unusable(f"is {value}, but a number here must be whole (1, not 1.0)")
+        raise Unusable(f"is {value}, but a number here must be an integer (1, not 1.0)")
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else sound_text(value)
 
 
 def _id(value: object) -> str:
-    name = _name(value)
-    if len(name) > LONGEST_ID or len(name.splitlines()) > 1:
-        raise Unusable(f"is {clip(name)}; it must be one line of at most {LONGEST_ID} characters")
-    return name
+    record_id = _text_or_integer(value)
+    if len(record_id) > LONGEST_ID or len(record_id.splitlines()) > 1:
+        raise Unusable(f"is {quote(record_id)}; it must be one line of at most {LONGEST_ID} characters")
+    return record_id

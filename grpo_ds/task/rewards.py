@@ -1,8 +1,8 @@
-"""The ready-made reward functions, and the signature that they share with a user's own (docs/rewards.md).
+"""Ready-made reward functions, and the signature that they share with a user's own functions (docs/rewards.md).
 
-As in TRL a reward function takes keyword arguments, `completions` and each column of the data by the name its
-field has in the record, all lists of length B with a group's record repeated G times; always among them are
-`id`, `question`, `context` and `label`. It returns one float a completion, or None where it does not apply.
+As in TRL, a reward function takes keyword arguments: `completions`, and each column of the data under its field's name
+in the record. All are lists of length B, in which a group's record is repeated G times; `id`, `question`, `context`
+and `label` are always there. It returns one float for each completion, or None where it does not apply.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,16 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from grpo_ds.task.answers import AnswerFormat
 
 RewardFunction = Callable[..., Sequence[float | None]]
-WeightedFunctions = Mapping[str, tuple[RewardFunction, float]]  # by the name that metrics give them
+WeightedFunctions = Mapping[str, tuple[RewardFunction, float]]  # name in metrics -> function, weight
 READY_MADE = ("correctness", "format", "length_penalty", "repetition_penalty")
-CHARACTERS_PER_TOKEN = 4  # of English under a vocabulary of 50,000 or more, roughly
-NGRAM = 3
+CHARACTERS_PER_TOKEN = 4  # roughly, for English and a vocabulary of 50,000 or more
+NGRAM = 3  # words
 
 
 def correctness(
     completions: Sequence[str], label: Sequence[str], *, answer_format: AnswerFormat, reward: float = 1.0, **_: object
 ) -> list[float]:
-    """`reward` where a completion keeps to the answer contract and its answer is right."""
+    """Give `reward` to a completion that keeps to the answer contract and whose answer is right, else 0."""
     pairs = zip(completions, label, strict=True)
     return [reward * (answer_format.parse(completion).answer == right) for completion, right in pairs]
 
@@ -27,21 +27,21 @@ def correctness(
 def tag_pairs(
     completions: Sequence[str], *, answer_format: AnswerFormat, reward: float = 1.0, **_: object
 ) -> list[float]:
-    """`reward` for each of the two tag pairs that stands well-formed, right answer or not."""
+    """Give `reward` for each of the two tag pairs that is well-formed, whether the answer is right or not."""
     parsed = [answer_format.parse(completion) for completion in completions]
     return [reward * (answer.reasoning_tags + answer.answer_tags) for answer in parsed]
 
 
 def length_penalty(completions: Sequence[str], *, full_length: int, **_: object) -> list[float]:
-    """-(characters / full_length), never below -1: each character costs the same up to `full_length` of them.
+    """-(characters / full_length), at least -1: every character costs the same, up to `full_length` characters.
 
-    In characters, not words: text without spaces would be free.
+    It counts characters, because with words a text without spaces would cost nothing.
     """
     return [-min(1.0, len(completion) / full_length) for completion in completions]
 
 
 def repetition_penalty(completions: Sequence[str], **_: object) -> list[float]:
-    """-(1 - distinct / all) over the completion's 3-grams of words, case aside; 0 below three words.
+    """-(1 - distinct / all) over the completion's 3-grams of words, ignoring case; 0 below three words.
 
     Demystifying Long Chain-of-Thought Reasoning (Yeo et al. 2025), appendix C.2, on words instead of tokens.
     """
@@ -54,7 +54,7 @@ def _repetition(words: list[str]) -> float:
 
 
 def _with_options(function: RewardFunction, **options: object) -> RewardFunction:
-    """The function with these options, whatever the records' fields are called: partial's would give way to them."""
+    """Bind options that no column of the same name can replace (with functools.partial, the column would win)."""
 
     def reward(**columns: object) -> Sequence[float | None]:
         return function(**{**columns, **options})
@@ -69,7 +69,11 @@ def ready_made(
     format_reward: float = 0.2,
     max_completion_length: int = 300,
 ) -> dict[str, RewardFunction]:
-    """Every function of READY_MADE by name."""
+    """Return every function of READY_MADE by name.
+
+    correctness_reward, format_reward: rewards for a right answer and for each well-formed tag pair.
+    max_completion_length: tokens; the length penalty reaches -1 at about this length.
+    """
     return {
         "correctness": _with_options(correctness, answer_format=answer_format, reward=correctness_reward),
         "format": _with_options(tag_pairs, answer_format=answer_format, reward=format_reward),

@@ -1,7 +1,7 @@
-"""Scoring: reward functions called on completions, what they return checked, summed by weight.
+"""Scoring: call the reward functions on completions, check the returned values, and sum them by weight.
 
-A function of the user's own may raise, hang or return nonsense. That is told with its name, the record and the
-line of its file, and then either ends the run or counts as "does not apply" for the whole batch.
+A user's function may raise, hang or return unusable values. The error names the function, the record and the line of
+its file; it either ends the run or counts as "does not apply" for all completions of the call.
 """
 
 import signal
@@ -20,29 +20,35 @@ from grpo_ds.task.questions import Question
 from grpo_ds.task.rewards import RewardFunction, WeightedFunctions
 
 OnRewardError = Literal["stop", "zero"]
-Batch = Mapping[str, Sequence[Any]]  # what a reward function is called with: name -> list of length B
-REMEDY = "Mend it, or go on without its rewards where it fails: --on_reward_error zero."
-CLIP = 80  # characters of a completion or of a line of code that an error repeats
-LARGEST = 1e15  # of a reward: float32 holds the squares of a group's, which its deviation adds up
-LONGEST_REASON = 160  # characters of an exception's own message
+Columns = Mapping[str, Sequence[Any]]  # arguments of a reward function: name -> list of length B
+REMEDY = "Fix it, or continue without its rewards where it fails: --on_reward_error zero."
+LONGEST_QUOTE = 80  # characters of a completion, a value or a line of code that an error repeats
+LARGEST_REWARD = 1e15  # a group's standard deviation sums squares of rewards, which float32 must hold
+LONGEST_REASON = 160  # characters of an exception's message
 
 
 @dataclass(frozen=True, slots=True)
 class Rewards:
-    """The rewards of B completions, weights applied: total[i] is the sum of by_name[...][i], None counting as 0."""
+    """Rewards of B completions, weights applied: total[i] is the sum of by_name[...][i], with None as 0.
+
+    Example: two completions; the second function does not apply to the second one.
+        >>> functions = {"short": (lambda **_: [1.0, 0.0], 1.0), "cites": (lambda **_: [1.0, None], 0.5)}
+        >>> score(["a", "bb"], [Question("1", "Is it?", "", "yes")] * 2, functions=functions)
+        Rewards(total=[1.5, 0.0], by_name={'short': [1.0, 0.0], 'cites': [0.5, None]}, errors={})
+    """
 
     total: list[float]  # [B]
     by_name: Mapping[str, Sequence[float | None]]  # [B] each; None where the function does not apply
-    errors: dict[str, str] = field(default_factory=dict)  # function -> what went wrong; its rewards are all None
+    errors: dict[str, str] = field(default_factory=dict)  # function -> its error; its rewards are then all None
 
     def plus(self, name: str, values: Sequence[float]) -> "Rewards":
-        """These and one more, [B], that no text decides."""
+        """Add one more reward, [B], that is not computed from the text."""
         total = [reward + value for reward, value in zip(self.total, values, strict=True)]
         return Rewards(total, {**self.by_name, name: list(values)}, self.errors)
 
 
 def joined(parts: Sequence[Rewards]) -> Rewards:
-    """The rewards of one batch after the other, by the same functions."""
+    """Concatenate rewards of several calls of the same functions."""
     names = parts[0].by_name
     return Rewards(
         [reward for part in parts for reward in part.total],
@@ -52,15 +58,15 @@ def joined(parts: Sequence[Rewards]) -> Rewards:
 
 
 class _Faulty(Exception):
-    """A call came to nothing: what the function did, and in which rows (none: not known)."""
+    """A call that failed: what the function did, and at which completions (none: not known)."""
 
-    def __init__(self, what: str, rows: Sequence[int] = ()) -> None:
+    def __init__(self, what: str, indices: Sequence[int] = ()) -> None:
         super().__init__(what)
-        self.rows = rows
+        self.indices = indices
 
 
 class _TimedOut(BaseException):
-    """Not an Exception, so that a function's own `except Exception` lets it through."""
+    """Time limit reached. Not an Exception, so that a function's own `except Exception` does not catch it."""
 
 
 def score(
@@ -71,30 +77,30 @@ def score(
     timeout: float = 0.0,
     on_error: OnRewardError = "stop",
 ) -> Rewards:
-    """Reward each completion for its question; both have length B, a group's question repeated G times.
+    """Compute the rewards of B completions; `questions` has length B too, a group's question repeated G times.
 
-    timeout: seconds a call may take, 0 for any number; see `_time_limit` for what it can stop.
-    on_error: "stop" raises RewardError, "zero" takes the function's rewards as None for this batch.
+    timeout: seconds for a call, 0 for no limit; `_time_limit` says what it can stop.
+    on_error: "stop" raises RewardError, "zero" sets all rewards of the function to None for this call.
     """
-    batch = columns_of(completions, questions)
+    columns = columns_of(completions, questions)
     by_name: dict[str, list[float | None]] = {}
     errors: dict[str, str] = {}
     for name, (function, weight) in functions.items():
         try:
-            values = _weighted(_call(function, batch, timeout), weight)
+            values = _weighted(_call(function, columns, timeout), weight)
         except _Faulty as fault:
             errors[name] = f"The reward function '{name}' {fault}"
             if on_error == "stop":
-                rows = fault.rows or _rows_at_fault(function, batch, timeout)
-                raise RewardError(f"{errors[name]}\n{_place(rows, batch)}\n{REMEDY}") from None
+                indices = fault.indices or _find_faulty(function, columns, timeout)
+                raise RewardError(f"{errors[name]}\n{_place(indices, columns)}\n{REMEDY}") from None
             values = [None] * len(completions)
         by_name[name] = values
     total = [sum(column[i] or 0.0 for column in by_name.values()) for i in range(len(completions))]
     return Rewards(total, by_name, errors)
 
 
-def columns_of(completions: Sequence[str], questions: Sequence[Question]) -> Batch:
-    """What reward functions are called with; a record's field named as one of our own gives way to it."""
+def columns_of(completions: Sequence[str], questions: Sequence[Question]) -> Columns:
+    """Build the arguments of the reward functions; our own five columns replace a record's fields of the same name."""
     names = questions[0].columns if questions else ()
     return {
         **{name: [question.columns.get(name) for question in questions] for name in names},
@@ -106,8 +112,11 @@ def columns_of(completions: Sequence[str], questions: Sequence[Question]) -> Bat
     }
 
 
-def in_a_line(error: BaseException, file: str | None = None) -> str:
-    """The exception, and the last line it passed in `file`; None: in the file of the function that was called."""
+def describe_exception(error: BaseException, file: str | None = None) -> str:
+    """Describe an exception on one line, with the last line of `file` in its traceback.
+
+    file: None for the file of the function that was called.
+    """
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_REASON].removesuffix(":")
     if isinstance(error, SyntaxError) and error.filename == file:
         return f"{reason} ({Path(error.filename).name}, line {error.lineno})" if error.filename else reason
@@ -116,60 +125,64 @@ def in_a_line(error: BaseException, file: str | None = None) -> str:
     within = [frame for frame in frames if frame.filename == file]
     if not within:
         return reason
-    return f"{reason} ({Path(within[-1].filename).name}, line {within[-1].lineno}: {(within[-1].line or '')[:CLIP]})"
+    last = within[-1]
+    return f"{reason} ({Path(last.filename).name}, line {last.lineno}: {(last.line or '')[:LONGEST_QUOTE]})"
 
 
 def _weighted(values: Sequence[float | None], weight: float) -> list[float | None]:
     rewards = [None if value is None else weight * float(value) for value in values]
-    for row, reward in enumerate(rewards):
-        if reward is not None and not abs(reward) <= LARGEST:
-            raise _Faulty(
-                f"returned {_shown(values[row])}, with its weight {reward:g}; {LARGEST:g} is the most.", [row]
-            )
+    for index, reward in enumerate(rewards):
+        if reward is not None and not abs(reward) <= LARGEST_REWARD:
+            value = _shown(values[index])
+            raise _Faulty(f"returned {value} ({reward:g} after its weight); the limit is {LARGEST_REWARD:g}.", [index])
     return rewards
 
 
-def _call(function: RewardFunction, batch: Batch, timeout: float) -> list[float | None]:
-    """What the function returned, if it is one finite number or None a completion."""
+def _call(function: RewardFunction, columns: Columns, timeout: float) -> list[float | None]:
+    """Call the function; return one finite number or None for each completion. Raises _Faulty."""
     try:
         with _time_limit(timeout):
-            values = _returned(function, batch)
+            values = _returned(function, columns)
     except _TimedOut:
-        everything = range(len(batch["completions"]))
+        everything = range(len(columns["completions"]))
         raise _Faulty(f"took longer than the {timeout:g} seconds of --reward_timeout.", everything) from None
-    count = len(batch["completions"])
+    count = len(columns["completions"])
     if len(values) != count:
-        told = f"more than {count}" if len(values) > count else len(values)
-        raise _Faulty(f"returned {told} values for {count} completions, not one for each.")
-    for row, value in enumerate(values):
+        number = f"more than {count}" if len(values) > count else len(values)
+        raise _Faulty(f"returned {number} values for {count} completions, not one for each.")
+    for index, value in enumerate(values):
         if value is not None and not _is_finite(value):
-            raise _Faulty(f"returned {_shown(value)}; it must return finite numbers, or None.", [row])
+            raise _Faulty(f"returned {_shown(value)}; it must return finite numbers, or None.", [index])
     return values
 
 
-def _returned(function: RewardFunction, batch: Batch) -> list[Any]:
+def _returned(function: RewardFunction, columns: Columns) -> list[Any]:
     try:
-        returned = function(**{name: list(column) for name, column in batch.items()})  # its own, to change as it likes
-        # Of a set the order is lost, of a mapping the values would be, and bytes would pass for numbers.
+        returned = function(**{name: list(column) for name, column in columns.items()})  # copies: it may change them
+        # A set has no order, a mapping would give its keys, and bytes would pass as numbers.
         if isinstance(returned, Iterable) and not isinstance(returned, str | bytes | bytearray | Mapping | Set):
-            return list(islice(returned, len(batch["completions"]) + 1))  # a generator may have no end
-    except (Exception, SystemExit) as error:  # whatever a user's function raises is theirs to read
-        raise _Faulty(f"raised {in_a_line(error)}") from None
+            return list(islice(returned, len(columns["completions"]) + 1))  # a generator may be endless
+    except (Exception, SystemExit) as error:  # a user's function may raise anything; the message repeats it
+        raise _Faulty(f"raised {describe_exception(error)}") from None
     raise _Faulty(f"returned {_shown(returned)}, not a list of one number for each completion.")
 
 
 def _shown(value: object) -> str:
-    """A value as an error repeats it; an integer of 5,000 digits has no repr, and a user's class may have none."""
+    """Show a value in an error. An integer of 5,000 digits has no repr, and a user's class may have none."""
     try:
-        return " ".join(repr(value).split())[:CLIP]
-    except Exception:  # whatever a user's class raises
+        return " ".join(repr(value).split())[:LONGEST_QUOTE]
+    except Exception:  # a user's class may raise anything
         return f"a {type(value).__name__}"
 
 
 def _is_finite(value: object) -> bool:
     try:
         return isinstance(value, Real) and isfinite(value)
-    except (ArithmeticError, TypeError, ValueError):  # an int beyond all floats, a number that is none after all
+    except (
+        ArithmeticError,
+        TypeError,
+        ValueError,
+    ):  # an int too large for a float, a class that only claims to be a number
         return False
 
 
@@ -177,45 +190,45 @@ def _is_finite(value: object) -> bool:
 def _time_limit(seconds: float) -> Iterator[None]:
     """Raise _TimedOut in the body after `seconds`, or never at 0.
 
-    By SIGALRM, so only in the main thread: it stops Python code, regular expressions, sleeping and waiting for a
-    network. Other C code is interrupted when it comes back to Python; a bare `except:` can swallow the alarm, and a
-    function that sets one itself replaces it. A worker thread could be left behind but not be stopped, and
-    verifiers that use signal.alarm refuse to run in one.
+    It uses SIGALRM, so it works only in the main thread. It stops Python code, regular expressions, sleeping and
+    waiting for a network. Other C code is interrupted when it returns to Python. A bare `except:` can catch the alarm,
+    and a function that sets an alarm itself replaces ours. A worker thread is no alternative: it cannot be stopped, and
+    verifiers that use signal.alarm do not run in one.
     """
     if not seconds:
         yield
         return
 
-    def ring(*_: object) -> None:
+    def time_out(*_: object) -> None:
         raise _TimedOut
 
-    handler = signal.signal(signal.SIGALRM, ring)
-    others_alarm = signal.setitimer(signal.ITIMER_REAL, seconds)
+    handler = signal.signal(signal.SIGALRM, time_out)
+    previous_alarm = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
-        signal.setitimer(signal.ITIMER_REAL, *others_alarm)
+        signal.setitimer(signal.ITIMER_REAL, *previous_alarm)
 
 
-def _rows_at_fault(function: RewardFunction, batch: Batch, timeout: float) -> Sequence[int]:
-    """The first completion that fails by itself as well; all where none does, or none in time."""
-    rows = range(len(batch["completions"]))
+def _find_faulty(function: RewardFunction, columns: Columns, timeout: float) -> Sequence[int]:
+    """Find the first completion that also fails alone; return all if none does, or none in time."""
+    indices = range(len(columns["completions"]))
     try:
         with _time_limit(timeout):
-            for row in rows:
+            for i in indices:
                 try:
-                    _call(function, {name: column[row : row + 1] for name, column in batch.items()}, timeout=0.0)
+                    _call(function, {name: column[i : i + 1] for name, column in columns.items()}, timeout=0.0)
                 except _Faulty:
-                    return [row]
+                    return [i]
     except _TimedOut:
         pass
-    return rows
+    return indices
 
 
-def _place(rows: Sequence[int], batch: Batch) -> str:
-    ids = list(dict.fromkeys(batch["id"][row] for row in rows))
-    if len(rows) == 1:
-        return f"Record {ids[0]}, completion {batch['completions'][rows[0]][:CLIP]!r}"
-    return f"It was judging completions for record{'s' * (len(ids) > 1)} {', '.join(ids)}."[:250]
+def _place(indices: Sequence[int], columns: Columns) -> str:
+    ids = list(dict.fromkeys(columns["id"][i] for i in indices))
+    if len(indices) == 1:
+        return f"Record {ids[0]}, completion {columns['completions'][indices[0]][:LONGEST_QUOTE]!r}"
+    return f"It was scoring completions for record{'s' * (len(ids) > 1)} {', '.join(ids)}."[:250]

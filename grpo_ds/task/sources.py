@@ -1,6 +1,6 @@
-"""Where records come from: a file, the packaged sample or a hub data set, all to one form.
+"""Sources of records: a file, the packaged sample or a hub data set, all read into one form.
 
-What a file holds is told by its content, never by its name: a JSON list, PubMedQA's mapping of PMIDs, or lines.
+The content of a file decides how it is read (a JSON list, PubMedQA's mapping of PMIDs, or lines), never its name.
 """
 
 import json
@@ -14,15 +14,15 @@ from pathlib import Path
 
 from grpo_ds.errors import DataError
 from grpo_ds.system.hub import check_hub
-from grpo_ds.task.records import BROKEN, REQUIRED_NAMES, clip, describe
+from grpo_ds.task.records import BROKEN, REQUIRED_NAMES, describe, quote
 
 SAMPLE = "sample"
-GOLDEN_FILE = "golden_dataset_pubmedqa_qwen2.5_pro_test_500.json"  # the default where it lies in the working folder
+GOLDEN_FILE = "golden_dataset_pubmedqa_qwen2.5_pro_test_500.json"  # the default if it is in the working folder
 HUB_CONFIGS = {"qiaojin/pubmedqa": "pqa_labeled"}
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".yaml", ".gz", ".zip"}
-OTHERWISE = f"Use a file (--data FILE.json), the packaged records (--data {SAMPLE}) or a hub id (qiaojin/PubMedQA)."
-FOREIGN = {  # how files begin that are no UTF-8 text -> what they are, what to do
+ALTERNATIVES = f"Use a file (--data FILE.json), the packaged records (--data {SAMPLE}) or a hub id (qiaojin/PubMedQA)."
+FOREIGN = {  # first bytes of a file that is not UTF-8 text -> its kind, what to do
     b"\xff\xfe\0\0": ("text in UTF-32", "Save it as UTF-8 (for instance: iconv -f UTF-32 -t UTF-8)."),
     b"\xff\xfe": ("text in UTF-16", "Save it as UTF-8 (for instance: iconv -f UTF-16 -t UTF-8)."),
     b"\xfe\xff": ("text in UTF-16", "Save it as UTF-8 (for instance: iconv -f UTF-16 -t UTF-8)."),
@@ -44,35 +44,41 @@ ACCEPTED = (
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Records as they were read, unchecked."""
+    """Records as they were read, not yet checked.
+
+    Example: two lines, the second one broken.
+        >>> parse_file("data.jsonl", b'{"question": "Is it?"}\\n{oops}')  # doctest: +NORMALIZE_WHITESPACE
+        Source(name='data.jsonl', records=(('line 1', {'question': 'Is it?'}),),
+               problems=('line 2: broken JSON, column 2: Expecting property name enclosed in double quotes',))
+    """
 
     name: str  # the file, hub id or "sample"
-    records: tuple[tuple[str, object], ...]  # (where it stands: "record 3" or "line 3", the JSON value)
-    problems: tuple[str, ...] = ()  # what could not even be read as a record, with its place
+    records: tuple[tuple[str, object], ...]  # (place, JSON value); a place is "record 3" or "line 3"
+    problems: tuple[str, ...] = ()  # everything that could not be read as a record, with its place
 
 
 def data_or_default(data: str | None) -> str:
-    """--data, or the default here and now."""
+    """Return --data, or the default for the working folder."""
     return data if data is not None else GOLDEN_FILE if os.path.exists(GOLDEN_FILE) else SAMPLE
 
 
 def open_source(data: str | None) -> Source:
-    """Find and read what --data names."""
+    """Find and read the source that --data names. Raises DataError."""
     data = data_or_default(data)
     if data == SAMPLE:
         return parse_file(SAMPLE, resources.files("grpo_ds.task").joinpath("sample.json").read_bytes())
-    if BROKEN.search(data) or len(data.splitlines()) > 1:  # the config written beside the model could not name it
-        raise DataError(f"--data {data!r} holds a broken character or a line break: rename the file.\n{OTHERWISE}")
+    if BROKEN.search(data) or len(data.splitlines()) > 1:  # the saved config could not name it
+        raise DataError(f"--data {data!r} holds a broken character or a line break: rename the file.\n{ALTERNATIVES}")
     path = os.path.expanduser(data)
     if os.path.exists(path):
         return parse_file(data, _read_bytes(path))
     if is_hub_id(data):
         return _read_hub(data)
-    raise DataError(f"There is no data file {data} (in {os.getcwd()}).\n{OTHERWISE}")
+    raise DataError(f"There is no data file {data} (in {os.getcwd()}).\n{ALTERNATIVES}")
 
 
 def parse_file(name: str, content: bytes) -> Source:
-    """A file's bytes to records, whatever its name says."""
+    """Read records from the bytes of a file, whatever its name. Raises DataError."""
     text = _decode(name, content)
     if not text.strip():
         raise DataError(f"{name} is empty.\n{ACCEPTED}")
@@ -82,7 +88,7 @@ def parse_file(name: str, content: bytes) -> Source:
     except json.JSONDecodeError as error:
         if _looks_like_lines(text):
             return _parse_lines(name, text)
-        raise DataError(f"{name} is not valid JSON: {_where(error)}.\nMend it there. {ACCEPTED}") from None
+        raise DataError(f"{name} is not valid JSON: {_position(error)}.\nFix it there. {ACCEPTED}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{name} cannot be read as JSON: {_reason(error)}.\n{ACCEPTED}") from None
     records = tuple(_numbered(name, value))
@@ -99,16 +105,17 @@ def _read_bytes(path: str) -> bytes:
         raise DataError(f"{path} is a folder. Give the data file in it: --data {os.path.join(path, 'FILE.json')}.")
     if not os.path.isfile(path):
         raise DataError(
-            f"{path} is a pipe or a device, which every rank and every later evaluation would find empty.\n{OTHERWISE}"
+            f"{path} is a pipe or a device: it can be read only once, but every rank and evaluation reads the data.\n"
+            f"{ALTERNATIVES}"
         )
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.\n{OTHERWISE}") from None
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.\n{ALTERNATIVES}") from None
 
 
 def _decode(name: str, content: bytes) -> str:
-    """The text, its lines ended by line feeds: JSON has carriage returns between values alone."""
+    """Decode UTF-8 and turn every line end into a line feed: in JSON, carriage returns occur only between values."""
     for beginning, (kind, remedy) in FOREIGN.items():
         if content.startswith(beginning):
             raise DataError(f"{name} is not UTF-8 text: it begins like {kind}.\n{remedy}")
@@ -127,7 +134,7 @@ def _decode(name: str, content: bytes) -> str:
 
 
 def _loads(text: str, repeated: list[tuple[dict, str]]) -> object:
-    """json.loads that also notes the names standing twice in one object, of which JSON keeps the last alone."""
+    """Parse JSON, and add to `repeated` the names that appear twice in one object: JSON keeps only the last value."""
 
     def note_repeated(pairs: list[tuple[str, object]]) -> dict[str, object]:
         as_dict = dict(pairs)
@@ -140,12 +147,12 @@ def _loads(text: str, repeated: list[tuple[dict, str]]) -> object:
 
 
 def _numbered(name: str, value: object) -> Iterator[tuple[str, object]]:
-    """(place, record) of a whole JSON value: a list, PubMedQA's mapping, or one record alone."""
+    """Yield (place, record) from a JSON value: a list, PubMedQA's mapping, or a single record."""
     if isinstance(value, dict) and REQUIRED_NAMES.isdisjoint(value) and not _is_flat(value):
         for number, (key, record) in enumerate(value.items(), start=1):
             if isinstance(record, dict):
                 record.setdefault("id", key)
-            yield f"record {number} ({clip(key)})", record
+            yield f"record {number} ({quote(key)})", record
     elif isinstance(value, list | dict):
         for number, record in enumerate(value if isinstance(value, list) else [value], start=1):
             yield f"record {number}", record
@@ -154,12 +161,12 @@ def _numbered(name: str, value: object) -> Iterator[tuple[str, object]]:
 
 
 def _is_flat(value: dict) -> bool:
-    # One record whose fields have names of their own; a mapping of PMIDs holds objects.
+    # A single record with other field names; a mapping of PMIDs holds objects.
     return bool(value) and not any(isinstance(part, dict | list) for part in value.values())
 
 
 def _looks_like_lines(text: str) -> bool:
-    # Half of a JSONL file's lines or more open an object; in an indented JSON file few do. A list is never lines.
+    # In JSON Lines at least half of the lines begin an object; in an indented JSON file few do. A list is never lines.
     if text.lstrip().startswith("["):
         return False
     lines = [line for line in text.split("\n") if line.strip()]
@@ -167,9 +174,9 @@ def _looks_like_lines(text: str) -> bool:
 
 
 def _parse_lines(name: str, text: str) -> Source:
-    """One JSON value a line; a broken line is one more problem, not the end."""
+    """Read one JSON value per line; a broken line becomes a problem, and reading continues."""
     records, problems = [], []
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand in a text
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: a text may hold U+2028
         if not line.strip():
             continue
         repeated: list[tuple[dict, str]] = []
@@ -183,23 +190,23 @@ def _parse_lines(name: str, text: str) -> Source:
 
 
 def _repetitions(records: Sequence[tuple[str, object]], repeated: list[tuple[dict, str]]) -> list[str]:
-    """Each name that stands twice, with the record it stands in; outside of all it is a key of the file's mapping."""
+    """Describe each name that appears twice, with its record; outside all records it is a key of the file's mapping."""
     places = {id(part): place for place, record in records for part in _objects(record)} if repeated else {}
     return [
-        f"{places.get(id(part), 'the file')}: {clip(name)} stands twice in one object; keep one"
+        f"{places.get(id(part), 'the file')}: {quote(name)} appears twice in one object; keep one"
         for part, name in repeated
     ]
 
 
 def _objects(value: object) -> Iterator[object]:
-    """A JSON value and all within it."""
+    """Yield a JSON value and every value inside it."""
     waiting = [value]
     while waiting:
         yield (part := waiting.pop())
         waiting += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
 
 
-def _where(error: json.JSONDecodeError) -> str:
+def _position(error: json.JSONDecodeError) -> str:
     return f"line {error.lineno}, column {error.colno}: {error.msg}"
 
 
@@ -210,26 +217,26 @@ def _reason(error: Exception) -> str:
 
 
 def _read_hub(hub_id: str) -> Source:
-    """A hub data set through `datasets`; its rows are records in the hub's spelling."""
+    """Read a hub data set with `datasets`; its rows are records in the hub's spelling."""
     try:
         check_hub()
         from datasets import load_dataset  # heavy, and only hub ids need it
 
         rows = load_dataset(hub_id, HUB_CONFIGS.get(hub_id.lower()), split="train")
-    except Exception as error:  # the hub's failures share no type: what matters is that it was not read
+    except Exception as error:  # the hub's errors have no common type
         raise _hub_error(hub_id, error) from error
     return rows_to_source(hub_id, rows)
 
 
 def rows_to_source(name: str, rows: Iterable[Mapping]) -> Source:
-    """Rows of a table as records, numbered from 1."""
+    """Turn rows of a table into records, numbered from 1."""
     return Source(name, tuple((f"record {number}", dict(row)) for number, row in enumerate(rows, start=1)))
 
 
 def _hub_error(hub_id: str, error: Exception) -> DataError:
     reason = (str(getattr(error, "reason", error)).splitlines() or [type(error).__name__])[0][:160]
     return DataError(
-        f"{hub_id} is no file here, and as a hub data set it could not be read:\n"
+        f"{hub_id} is not a file here, and it could not be read as a hub data set:\n"
         f"  {reason}\n"
         f"Use a file (--data FILE.json) or the packaged records (--data {SAMPLE});\n"
         "set HF_HUB_OFFLINE=1 to use a copy that was downloaded before."

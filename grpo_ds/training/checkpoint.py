@@ -1,98 +1,190 @@
-"""All of a trainer's state, in a checkpoint's folder: what is written, and how it is taken up again.
+"""A trainer's state in a checkpoint's folder: how it is saved, and how it is loaded.
 
 checkpoint-N/
     config.json, model.safetensors, tokenizer.json ...   an ordinary model folder (of an adapter, the adapter)
     grpo_config.yaml        the flags
-    trainer_state.json      how far the run has come (progress.py)
-    rank0.pt                a rollout between two of its updates, the random states of user code (rank_state.py)
+    trainer_state.json      how far the run has come (run_folder/progress.py)
+    rank0.pt, rank1.pt ...  of each rank: a rollout between two of its updates, the random states of user code
     reference.pt            the frozen copy of the policy, if there is one
     global_stepN/           DeepSpeed's shards: masters, moments, schedule
-    MANIFEST.json           every file's size and SHA-256 (checkpoint.py)
+    MANIFEST.json           every file's size and SHA-256 (run_folder/checkpoints.py)
 """
 
+import random
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+import numpy
 import torch
 from safetensors import SafetensorError
 
+from grpo_ds.core.tally import Tally
 from grpo_ds.errors import CheckpointError, GrpoError
 from grpo_ds.models.policy import save_model
-from grpo_ds.models.reference import make_reference
 from grpo_ds.run_folder import checkpoints
-from grpo_ds.run_folder.progress import Progress
-from grpo_ds.settings.config import write_config
-from grpo_ds.training import rank_state
+from grpo_ds.run_folder.progress import Progress, current_names
+from grpo_ds.settings.saved_config import write_config
+from grpo_ds.task.questions import Question
+from grpo_ds.task.scoring import Rewards
 from grpo_ds.training.nonfinite import refuse_bad_weights
+from grpo_ds.training.rollout import PartialStep, Rollout
+from grpo_ds.training.sampling import Completions
 from grpo_ds.training.trainer import Trainer
 
 REFERENCE_FILE = "reference.pt"
+State = dict[str, Any]
 
 
-def write(trainer: Trainer, run: Path) -> Path:
-    """checkpoint-N in the folder of the run; every rank calls it.
+def save_checkpoint(trainer: Trainer, run: Path) -> Path:
+    """Write checkpoint-N into the folder of the run and return its path; every rank calls it.
 
-    Raises CheckpointError, or NumbersError for weights that are not finite, with what was there before untouched.
+    Raises CheckpointError, or NumbersError for weights that are not finite; earlier checkpoints stay untouched.
     """
-    step, world = trainer.progress.global_step, trainer.world
+    state, world = trainer.state_dict(), trainer.world
+    progress: Progress = state["progress"]
     refuse_bad_weights(trainer.engine.model)
-    partial = checkpoints.partial_of(run, step)
+    partial = checkpoints.partial_of(run, progress.global_step)
     try:
-        with trainer.profiler.phase("save"):
-            if world.is_first:
-                checkpoints.begin(partial)
-            world.wait()
-            trainer.engine.save_checkpoint(partial, _tag(step))
-            rank_state.write(partial, world.rank, trainer.partial_step)
-            world.wait()
-            if world.is_first:
-                _look_for_all_ranks(partial, world.size)
-                _write_shared(trainer, partial)
-                checkpoints.finish(partial)
-            world.wait()
+        trainer.guard.run("save", _write, trainer, state, partial)
     except (OSError, RuntimeError, SafetensorError) as error:
         checkpoints.remove(partial)
-        raise CheckpointError(checkpoints.why_not_written(run, step, error)) from error
+        raise CheckpointError(checkpoints.why_not_written(run, progress.global_step, error)) from error
     except GrpoError:  # out of memory
         checkpoints.remove(partial)
         raise
     if world.is_first:
-        checkpoints.rotate(run, trainer.config.save_total_limit, newest=step, best=trainer.progress.best_global_step)
-    return checkpoints.folder_of(run, step)
+        limit, best = trainer.config.save_total_limit, progress.best_global_step
+        checkpoints.rotate(run, limit, newest=progress.global_step, best=best)
+    return checkpoints.folder_of(run, progress.global_step)
 
 
-def _look_for_all_ranks(partial: Path, ranks: int) -> None:
-    missing = [rank for rank in range(ranks) if not rank_state.file_of(partial, rank).is_file()]
+def load_checkpoint(trainer: Trainer, folder: Path, *, branch: bool = False) -> None:
+    """Load what `save_checkpoint` wrote; every rank calls it, with a full model's weights loaded from there already.
+
+    branch: the run continues in another folder, so trackers do not take it for the same run.
+    """
+    trainer.guard.run("resume", _read, trainer, folder, branch)
+
+
+def _write(trainer: Trainer, state: State, partial: Path) -> None:
+    world = trainer.world
+    if world.is_first:
+        checkpoints.begin(partial)
+    world.wait()
+    trainer.engine.save_checkpoint(partial, _tag(state["progress"]))
+    torch.save(_rank_state(state["partial_step"]), rank_file(partial, world.rank))
+    world.wait()
+    if world.is_first:
+        _check_all_ranks_wrote(partial, world.size)
+        _write_shared(trainer, state, partial)
+        checkpoints.finish(partial)
+    world.wait()
+
+
+def _check_all_ranks_wrote(partial: Path, ranks: int) -> None:
+    missing = [rank for rank in range(ranks) if not rank_file(partial, rank).is_file()]
     if missing:
-        raise OSError(f"what rank {missing[0]} wrote is not there; all machines need one shared folder")
+        raise OSError(f"the file of rank {missing[0]} is missing; all machines need one shared folder")
 
 
-def _write_shared(trainer: Trainer, folder: Path) -> None:
-    """What is the same on all ranks."""
+def _write_shared(trainer: Trainer, state: State, folder: Path) -> None:
+    """Write what is the same on all ranks."""
     save_model(trainer.engine.model, folder)
     trainer.tokenizer.save_pretrained(folder)
     write_config(trainer.config, folder)
-    if trainer.reference:
-        torch.save(trainer.reference.state(), folder / REFERENCE_FILE)
-    trainer.progress.limits = trainer.limits.halved(trainer.config)
-    trainer.progress.bad_steps = trainer.bad_steps.in_a_row
-    trainer.progress.write(folder)
+    if state["reference"] is not None:
+        torch.save(state["reference"], folder / REFERENCE_FILE)
+    state["progress"].write(folder)
 
 
-def read(trainer: Trainer, folder: Path) -> None:
-    """Take up what `write` wrote; every rank calls it, with a whole model's weights loaded from there already."""
-    with trainer.profiler.phase("resume"):
-        progress = Progress.read(folder)
-        trainer.engine.load_checkpoint(folder, _tag(progress.global_step))
-        if (file := folder / REFERENCE_FILE).exists():
-            trainer.reference = make_reference(trainer.engine.policy, trainer.config.reference_kind)
-            trainer.reference.load_state(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
-        trainer.partial_step = rank_state.read(folder, trainer.world.rank, trainer.world.device)
-    trainer.progress, trainer.bad_steps.in_a_row = progress, progress.bad_steps
-    progress.max_steps = trainer.config.total_steps
-    for name, value in progress.limits.items():
-        setattr(trainer.limits, name, min(value, getattr(trainer.limits, name)))
-    trainer.apply_limits()
+def _read(trainer: Trainer, folder: Path, branch: bool) -> None:
+    progress, reference = Progress.read(folder), folder / REFERENCE_FILE
+    if branch:
+        progress.trackers.clear()
+    trainer.engine.load_checkpoint(folder, _tag(progress))
+    trainer.load_state_dict(
+        {
+            "progress": progress,
+            "partial_step": _read_rank_state(rank_file(folder, trainer.world.rank), trainer.world.device),
+            "reference": _mapped(reference) if reference.exists() else None,
+        }
+    )
 
 
-def _tag(step: int) -> str:
-    return f"global_step{step}"
+def _mapped(file: Path) -> Any:
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _tag(progress: Progress) -> str:
+    return f"global_step{progress.global_step}"
+
+
+# --- the state of one rank: plain tensors, numbers and texts, read without pickle's power to run code ---------------
+
+
+def rank_file(folder: Path, rank: int) -> Path:
+    """Path of a rank's own file in a checkpoint."""
+    return folder / f"rank{rank}.pt"
+
+
+def _rank_state(step: PartialStep | None) -> State:
+    return {"partial_step": step and _as_plain(step), "random": {name: get() for name, (get, _) in RANDOM.items()}}
+
+
+def _read_rank_state(file: Path, device: torch.device) -> PartialStep | None:
+    """Return the partial step, if there is one, and set the random states of user code."""
+    try:
+        saved = torch.load(file, map_location=device, weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from None
+    plain = saved.get("partial_step") or saved.get("in_hand")  # its name in older checkpoints
+    step = _from_plain(plain) if plain else None
+    for name, (_, put) in RANDOM.items():
+        if name in saved["random"]:
+            put(saved["random"][name])
+    return step
+
+
+def _numpy_state() -> list[Any]:
+    kind, keys, *rest = numpy.random.get_state(legacy=True)
+    return [kind, numpy.asarray(keys).tolist(), *rest]
+
+
+# Nothing in this package draws from these generators; a reward function may.
+RANDOM: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "python": (random.getstate, random.setstate),
+    "numpy": (_numpy_state, lambda state: numpy.random.set_state(tuple(state))),
+    "torch": (torch.get_rng_state, lambda state: torch.set_rng_state(state.cpu())),
+}
+
+
+def _as_plain(step: PartialStep) -> State:
+    rollout = step.rollout
+    completions, rewards = rollout.completions, rollout.rewards
+    return {
+        "questions": [asdict(replace(question, columns={})) for question in rollout.questions],  # rewards are done
+        "prompts": rollout.prompts,
+        "completions": [completions.ids, completions.mask, completions.ended],
+        "texts": rollout.texts,
+        "rewards": [rewards.total, {name: list(values) for name, values in rewards.by_name.items()}, rewards.errors],
+        "tensors": [rollout.advantages, rollout.counted, rollout.ref_logprobs],
+        "redrawn": step.redrawn,
+        "updates": step.updates,
+        "old_logprobs": step.old_logprobs,
+        "tally": step.tally.as_pairs(),
+    }
+
+
+def _from_plain(plain: State) -> PartialStep:
+    rollout = Rollout(
+        [Question(**question) for question in plain["questions"]],
+        plain["prompts"],
+        Completions(*plain["completions"]),
+        plain["texts"],
+        Rewards(*plain["rewards"]),
+        *plain["tensors"],
+    )
+    tally = Tally.of_pairs(current_names(plain["tally"]))
+    return PartialStep(rollout, plain["redrawn"], plain["updates"], plain["old_logprobs"], tally)

@@ -1,22 +1,37 @@
-"""The questions of a step, asked: completions sampled and rewarded on this rank."""
+"""The groups of a step: questions asked, completions sampled and rewarded on this rank.
 
-from collections.abc import Sequence
+Dynamic sampling: a group whose rewards are all equal teaches nothing, so another question is asked in its place.
+Source: DAPO (Yu et al. 2025), section 3.2 and eq. 11; bounded here, so that a step also ends when no group differs.
+Each rank draws by itself, as often as it needs; afterwards every rank holds as many groups as without.
+
+Q questions, G completions each, B = Q * G.
+"""
+
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeVar
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grpo_ds.core.advantages import overlong
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.system.ranks import World
 from grpo_ds.task.questions import Question, questions_at
 from grpo_ds.task.rewards import WeightedFunctions
-from grpo_ds.task.scoring import score
-from grpo_ds.training.dynamic_sampling import draw_groups
-from grpo_ds.training.rollout import Groups, PromptStyle, reward, sample
-from grpo_ds.training.sampling import Sampler, seed_at
+from grpo_ds.task.scoring import Rewards, score
+from grpo_ds.training.prompt_style import PromptStyle
+from grpo_ds.training.rollout import Groups
+from grpo_ds.training.sampling import Completions, Sampler, seed_at
 
-NO_RANK = -1  # in a seed of a whole attempt: no rank's own draw has it
+NO_RANK = -1  # stands for all ranks in the seed of a later attempt; no rank's own draw has it
+Draw = Callable[[int, Sequence[int]], Groups]  # (attempt, places in the step) -> one group for each place
+Item = TypeVar("Item")
 
 
 class Collector:
-    """What it collects is a function of the policy and (seed, step, rank, attempt): it has no state to save."""
+    """Collects the groups of a step, as a function of the policy and (seed, step, rank, attempt): no state to save."""
 
     def __init__(
         self,
@@ -25,25 +40,30 @@ class Collector:
         sampler: Sampler,
         style: PromptStyle,
         reward_functions: WeightedFunctions,
+        warn: Callable[[str], None] = lambda line: None,
     ) -> None:
+        """warn: prints a line; called at the first failure of each reward function."""
         self.config, self.world, self.sampler, self.style = config, world, sampler, style
         self.score = partial(
             score, functions=reward_functions, timeout=config.reward_timeout, on_error=config.on_reward_error
         )
+        self.warn = warn
+        self._warned: set[str] = set()  # names of reward functions
 
     def collect(self, step: int, questions: list[Question]) -> tuple[Groups, int]:
-        """batch_size groups of a step, and how many were asked anew by --dynamic_sampling."""
-        config = self.config
+        """Return batch_size groups, and how many groups --dynamic_sampling exchanged for them."""
         draw = partial(self.draw, step, questions)
-        return draw_groups(draw, count=config.batch_size, attempts=config.dynamic_sampling)
+        groups, exchanged = draw_groups(draw, count=self.config.batch_size, attempts=self.config.dynamic_sampling)
+        self.warn_of_failures(groups.rewards)
+        return groups, exchanged
 
     def draw(self, step: int, questions: list[Question], attempt: int, places: Sequence[int]) -> Groups:
-        """A group for each of these places of the step; later attempts ask other questions there."""
+        """One group for each of these places of the step; later attempts ask other questions there."""
         config = self.config
         seed = seed_at(config.seed, attempt, NO_RANK) if attempt else config.seed
         here = self.questions_of(step, questions, seed)
         asked = [here[place] for place in places]
-        prompts, completions = sample(
+        prompts, completions = sample_completions(
             self.sampler,
             self.style,
             asked,
@@ -52,16 +72,8 @@ class Collector:
             seed=seed_at(seed, step, self.world.rank),
         )
         texts = self.style.texts(self.sampler.tokenizer, completions)
-        rewards = reward(
-            texts,
-            asked,
-            completions,
-            score=self.score,
-            max_completion_length=config.max_completion_length,
-            overlong_buffer=config.overlong_buffer,
-            overlong_penalty=config.overlong_penalty,
-        )
-        return Groups(asked, prompts, completions, texts, rewards)
+        rewards = self.score(texts, [question for question in asked for _ in range(config.num_generations)])
+        return Groups(asked, prompts, completions, texts, self.with_overlong_penalty(rewards, completions))
 
     def questions_of(self, step: int, questions: list[Question], seed: int) -> list[Question]:
         """This rank's share of the step's questions."""
@@ -69,3 +81,84 @@ class Collector:
         balanced = self.config.balance_classes
         asked = questions_at(step, questions, per_step=size * self.world.size, seed=seed, balanced=balanced)
         return asked[first : first + size]
+
+    def warn_of_failures(self, rewards: Rewards) -> None:
+        """Report the first failure of each reward function that --on_reward_error zero passed over."""
+        for name, error in rewards.errors.items():
+            if name not in self._warned:
+                self.warn(f"Warning: {error}\nThis batch is scored without it; reward_errors counts later failures.")
+                self._warned.add(name)
+
+    def with_overlong_penalty(self, rewards: Rewards, completions: Completions) -> Rewards:
+        """Subtract the penalty of completions that reach into --overlong_buffer, as a reward of its own."""
+        config = self.config
+        if not config.overlong_buffer:
+            return rewards
+        share = overlong(completions.lengths(), max_length=config.max_completion_length, buffer=config.overlong_buffer)
+        return rewards.plus("overlong", (share * config.overlong_penalty).tolist())
+
+
+def sample_completions(
+    sampler: Sampler,
+    style: PromptStyle,
+    questions: list[Question],
+    *,
+    group_size: int,
+    temperature: float,
+    seed: int,
+) -> tuple[list[Tensor], Completions]:
+    """Return the prompt of each question as a tensor of ids, and group_size completions of it; `seed` decides them."""
+    prompts = style.encode(sampler.tokenizer, questions)
+    completions = sampler(prompts, group_size=group_size, temperature=temperature, seed=seed)
+    return [torch.tensor(prompt, device=completions.ids.device) for prompt in prompts], completions
+
+
+def draw_groups(draw: Draw, *, count: int, attempts: int) -> tuple[Groups, int]:
+    """Return `count` groups and how many were exchanged: attempt 0 draws all, attempts 1 and later those without
+    spread."""
+    groups, exchanged = draw(0, range(count)), 0
+    for attempt in range(1, attempts + 1):
+        places = groups.without_spread()
+        if not places:
+            break
+        groups = exchange(groups, places, draw(attempt, places))
+        exchanged += len(places)
+    return groups, exchanged
+
+
+def exchange(groups: Groups, places: Sequence[int], fresh: Groups) -> Groups:
+    """Return `groups` with those at `places` replaced by the groups of `fresh`, in order."""
+    count, size = len(groups.questions), groups.group_size
+    fresh_at = {place: count + number for number, place in enumerate(places)}
+    order = [fresh_at.get(place, place) for place in range(count)]
+    rows = [place * size + row for place in order for row in range(size)]
+    names = groups.rewards.by_name
+    return Groups(
+        _pick(groups.questions, fresh.questions, order),
+        _pick(groups.prompts, fresh.prompts, order),
+        _pick_rows(groups.completions, fresh.completions, rows),
+        _pick(groups.texts, fresh.texts, rows),
+        Rewards(
+            _pick(groups.rewards.total, fresh.rewards.total, rows),
+            {name: _pick(names[name], fresh.rewards.by_name[name], rows) for name in names},
+            {**groups.rewards.errors, **fresh.rewards.errors},
+        ),
+    )
+
+
+def _pick(first: Sequence[Item], second: Sequence[Item], order: Sequence[int]) -> list[Item]:
+    both = [*first, *second]
+    return [both[i] for i in order]
+
+
+def _pick_rows(first: Completions, second: Completions, rows: Sequence[int]) -> Completions:
+    mask = _stacked(first.mask, second.mask)[rows]
+    width = int(mask.sum(dim=1).max())  # the longest completion may have gone
+    ids = _stacked(first.ids, second.ids)[rows]
+    return Completions(ids[:, :width], mask[:, :width], torch.cat([first.ended, second.ended])[rows])
+
+
+def _stacked(first: Tensor, second: Tensor) -> Tensor:
+    """Rows of both, the narrower padded with 0, which the mask hides."""
+    width = max(first.shape[1], second.shape[1])
+    return torch.cat([F.pad(part, (0, width - part.shape[1])) for part in (first, second)])

@@ -2,10 +2,14 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
+
+from grpo_ds.models.policy import load_policy, load_tokenizer
+from grpo_ds.settings.config import AskConfig
 from grpo_ds.system.ranks import World
 from grpo_ds.task.grading import Evaluation, graded
 from grpo_ds.task.questions import Question
-from grpo_ds.training.rollout import PromptStyle
+from grpo_ds.training.prompt_style import PromptStyle, prompt_style
 from grpo_ds.training.sampling import Sampler
 
 
@@ -16,11 +20,12 @@ def evaluate(
     world: World,
     *,
     advance: Callable[[int], None] = lambda answered: None,
-    together: Callable[[Callable[[], list[str]]], list[str]] = lambda run: run(),
+    run: Callable[[str, Callable[[], list[str]]], list[str]] = lambda phase, work: work(),
 ) -> Evaluation:
-    """Every rank answers its share; every rank returns the whole. `advance` hears of answers as they come.
+    """Answer and grade the questions: every rank answers its share and returns the complete evaluation.
 
-    together: how a rank's own work is run, that ranks may stop in it (Trainer.together).
+    advance: called with the number of questions answered since the last call. run: Guard.run, so that ranks may be
+    stopped while they answer.
     """
 
     def answer() -> list[str]:
@@ -28,9 +33,22 @@ def evaluate(
         if not mine:
             return []
         prompts = style.encode(sampler.tokenizer, mine)
-        heard = lambda answered: advance(answered * world.size)  # noqa: E731
-        return style.texts(sampler.tokenizer, sampler(prompts, group_size=1, temperature=0.0, advance=heard))
+        report = lambda answered: advance(answered * world.size)  # noqa: E731
+        return style.texts(sampler.tokenizer, sampler(prompts, group_size=1, temperature=0.0, advance=report))
 
-    shares = world.gather(together(answer))
-    whole = [shares[i % world.size][i // world.size] for i in range(len(questions))]
-    return graded(whole, questions, style.answer_format)
+    shares = world.gather(run("evaluate", answer))
+    texts = [shares[i % world.size][i // world.size] for i in range(len(questions))]
+    return graded(texts, questions, style.answer_format)
+
+
+def load_for_asking(config: AskConfig, *, bf16: bool) -> tuple[Sampler, PromptStyle]:
+    """Load a model to answer questions outside any engine, on the GPU if there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    trust = config.trust_remote_code
+    tokenizer = load_tokenizer(config.model, trust_remote_code=trust)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    model = load_policy(config.model, dtype=dtype, checkpointing=False, trust_remote_code=trust)
+    model.to(device).eval()  # type: ignore[arg-type]  # transformers hides the signature of .to
+    stop = config.answer_format.stop
+    sampler = Sampler(model, tokenizer, max_completion_length=config.max_completion_length, stop=stop)
+    return sampler, prompt_style(config)

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: found before a step takes them, told by name, counted, and at last a reason to stop.
+"""Numbers that are not finite: found before a step uses them, reported, counted, and in the end a reason to stop.
 
 B completions of Q questions, C tokens in the longest.
 """
@@ -20,13 +20,13 @@ from grpo_ds.training.engine import Engine
 from grpo_ds.training.rollout import Rollout
 
 BAD_BATCH = "bad_batch.json"
-# In the order in which one makes the next one bad, and what to do where it is the first.
+# Kinds of numbers in the order in which one spoils the next, each with the remedy if it is the first.
 REMEDIES = {
     "reward": "A reward function returned numbers too large for fp32: scale them down, or its --reward_weights.",
     "advantage": "Rewards lie so far apart that fp32 cannot hold their spread: scale them down, or --reward_weights.",
-    "reference log-prob": "The reference computes no numbers there: try --reference bf16, or --beta 0 for none.",
+    "reference log-prob": "The reference returns NaN there: try --reference bf16, or --beta 0 for none.",
     "old log-prob": "Try a lower --learning_rate, or --mu 1.",
-    "log-prob": "The policy itself computes no numbers any more: start again with a lower --learning_rate.",
+    "log-prob": "The policy itself returns NaN: start again with a lower --learning_rate.",
     "loss": "Try a lower --learning_rate, a smaller --beta, or --kl_estimator k2.",
     "gradient": "Try a lower --learning_rate, a smaller --beta, or smaller rewards.",
 }
@@ -40,18 +40,20 @@ def find_bad(
     loss: float,
     world: World,
 ) -> list[str]:
-    """What is not finite on any rank before a step, cause first, as "reward (completion 1 of question 17)"; the same
-    on every rank. All that ranks exchange where nothing is wrong is a sum of eight numbers."""
+    """Name the numbers that are not finite on any rank before a step, cause first; the same list on every rank.
+
+    Example: ["reward (completion 1 of question 17)", "loss"]. If all is well, ranks exchange one sum of eight numbers.
+    """
     norms = engine.gradient_norms()
     places = {
         **_bad_completions(rollout, old_logprobs, logprobs),
         "loss": [] if isfinite(loss) else [""],
         "gradient": [name for name, norm in norms.items() if not isfinite(norm)],
     }
-    # The square in fp32, as DeepSpeed sums it over the ranks: that of two finite halves may be infinite.
+    # Squared in fp32, as DeepSpeed sums it over the ranks: the square of a finite norm may be infinite.
     squared = sum(norm * norm for norm in norms.values())
-    together = world.sum(torch.tensor([*map(len, places.values()), squared], dtype=torch.float32))
-    if not together[:-1].any() and together[-1].isfinite():
+    counts = world.sum(torch.tensor([*map(len, places.values()), squared], dtype=torch.float32))
+    if not counts[:-1].any() and counts[-1].isfinite():
         return []
     ranks = world.gather(places)
     everywhere = {kind: [place for rank in ranks for place in rank[kind]] for kind in places}
@@ -59,35 +61,35 @@ def find_bad(
 
 
 def refuse_bad_weights(model: torch.nn.Module) -> None:
-    """Raise NumbersError, before anything is written, where the model is not to be saved."""
+    """Raise NumbersError if a weight is not finite; call it before anything is written."""
     if (name := first_bad_weight(model)) is not None:
         raise NumbersError(
             f"The model is not saved: its weight {name} is not finite.\n"
-            "What was saved before is as it was. Start again from there with a lower --learning_rate."
+            "Earlier checkpoints are untouched. Start again from there with a lower --learning_rate."
         )
 
 
 class NonfiniteSteps:
-    """Steps in a row that were skipped, each told in a line; more than `limit` of them end the run."""
+    """Counts skipped steps in a row and reports each; more than `limit` of them end the run."""
 
     def __init__(self, limit: int, world: World, say: Callable[[str], None]) -> None:
         self.limit, self.world, self.say = limit, world, say
         self.in_a_row: list[int] = []
-        self.folder: Path | None = None  # where the last batch is left; set when there is one
+        self.folder: Path | None = None  # place of bad_batch.json; None: none is written
 
     def record_step(self, bad: Sequence[str], step: int, rollout: Rollout, **logprobs: Tensor | None) -> None:
-        """What an update of `step`, from 0, has found; every rank calls it. Raises NumbersError where it is too much.
+        """Record the result of an update of `step` (from 0); every rank calls it.
 
-        logprobs: name -> [B, C], for the file.
+        bad: from `find_bad`. logprobs: name -> [B, C], for bad_batch.json. Raises NumbersError above the limit.
         """
         if not bad:
             self.in_a_row = []
             return
-        if step not in self.in_a_row:  # the later updates of --mu are as bad as the first
+        if step not in self.in_a_row:  # the later updates of --mu fail like the first
             self.in_a_row.append(step)
             count = f"{len(self.in_a_row)} in a row, of at most {self.limit}"
             self.say(
-                f"Step {step + 1} is skipped ({count}): not finite are {', '.join(bad)}. The weights have not moved."
+                f"Step {step + 1} is skipped ({count}): {', '.join(bad)} not finite. The weights have not changed."
             )
         if len(self.in_a_row) > self.limit:
             self._stop(bad, rollout, logprobs)
@@ -105,15 +107,15 @@ class NonfiniteSteps:
                 (self.folder / BAD_BATCH).write_text(f"{text}\n", encoding="utf-8")
         causes = [kind for kind in REMEDIES if bad[0].startswith(kind)]
         raise NumbersError(
-            f"Skipped as numbers were not finite: {'steps' if last > first else 'step'} "
-            f"{f'{first} to {last}' if last > first else first}, more than --max_bad_steps {self.limit} in a row.\n"
+            f"Numbers were not finite in {'steps' if last > first else 'step'} "
+            f"{f'{first} to {last}' if last > first else first}: more than --max_bad_steps {self.limit} in a row.\n"
             f"In the last batch: {', '.join(bad)[:250]}.\n{where}\n"
             f"The weights are those before step {first}; no model is written from here.\n{REMEDIES[causes[0]]}"
         )
 
 
 def _bad_completions(rollout: Rollout, old_logprobs: Tensor | None, logprobs: Tensor) -> dict[str, list[str]]:
-    """Where rewards, advantages and log-probs that count are not finite."""
+    """Places at which counted rewards, advantages and log-probs are not finite, by kind."""
     counted = rollout.counted
 
     def bad(values: Float[Tensor, "B C"] | None) -> Bool[Tensor, " B"]:
@@ -142,7 +144,7 @@ def _named(kind: str, places: Sequence[str]) -> str:
 
 
 def _described(rollout: Rollout, logprobs: Mapping[str, Tensor | None]) -> list[dict[str, Any]]:
-    """A completion a line of what led to its numbers."""
+    """Describe each completion and the numbers that it led to, for bad_batch.json."""
     given = {**logprobs, "reference": rollout.ref_logprobs}
     group_size, lengths = len(rollout.texts) // len(rollout.questions), rollout.completions.lengths().tolist()
     return [
@@ -169,7 +171,7 @@ def _statistics(values: Float[Tensor, " N"]) -> dict[str, float]:
 
 
 def _strict(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become the strings "nan", "inf" and "-inf"."""
+    """Replace NaN and infinity, which JSON does not have, by the strings "nan", "inf" and "-inf"."""
     if isinstance(value, dict):
         return {key: _strict(part) for key, part in value.items()}
     if isinstance(value, list):

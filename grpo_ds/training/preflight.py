@@ -1,8 +1,8 @@
-"""Preflight: what training rests on, tried on four made-up completions through the very parts that train.
+"""Preflight: the assumptions of training, tested on four made-up completions through the parts that will train.
 
-A few tokens each, so that it takes seconds and next to no memory on any model; nothing is left behind, bit for bit.
-Whether packed rows suit the model at all is asked before (models/logprob_model.py, why_not_packed), on one row; here
-they have prompts and completions of unequal length. Versions are checked before anything is loaded (versions.py).
+Each has a few tokens, so preflight takes seconds and little memory with any model, and leaves every bit as it was.
+why_not_packed (models/logprob_model.py) has decided before whether the model can take packed rows, on one row; here
+prompts and completions have unequal lengths. Versions are checked before anything is loaded (system/hardware.py).
 
 Q prompts, G completions each, B = Q * G, C tokens in the longest.
 """
@@ -29,36 +29,37 @@ from grpo_ds.training.rollout import MicroBatch, micro_batches
 from grpo_ds.training.sampling import Completions, PartialCompletion, Sampler
 from grpo_ds.training.update import step_weights
 
-PROMPTS, COMPLETIONS = (7, 4), (5, 3, 2, 5)  # tokens: two groups of two; the first of each has ended
+PROMPTS, COMPLETIONS = (7, 4), (5, 3, 2, 5)  # tokens: two groups of two; the first completion of each has ended
 GROUP = len(COMPLETIONS) // len(PROMPTS)
-SMALL = 1 << 22  # elements: of a parameter whose gradient is looked at, 16 MiB in fp32
-# Of a gradient's norm: DeepSpeed rounds what it adds up over backwards and ranks to the weights' own precision.
+SMALL = 1 << 22  # elements of a parameter whose gradient is compared at most: 16 MiB in fp32
+# Relative to a gradient's norm: DeepSpeed rounds sums over backwards and ranks to the precision of the weights.
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
-# Of a log-prob, a token on average. smollm2-135m: 3e-6 in fp32, 0.05 in bf16; a wrong mask moves every token.
+# Mean difference of a log-prob. smollm2-135m has 3e-6 in fp32, 0.05 in bf16; a wrong mask changes every token.
 LOGPROB_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-LLM_INT8_TOLERANCE = 2.0  # it rounds in training otherwise than in sampling: smollm2-135m by 0.5
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # all that a neutral generation config may say
-REMEDY = (
-    "Nothing was trained or written. Install the versions of constraints.txt; --preflight false goes on regardless."
-)
+LLM_INT8_TOLERANCE = 2.0  # it rounds differently in training and in sampling: smollm2-135m by 0.5
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # the only settings of a neutral generation config
+REMEDY = "Nothing was trained or written. Install the versions of constraints.txt; --preflight false skips the checks."
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeBatch:
-    """The made-up completions, another draw on every rank, and how they are computed."""
+    """Made-up completions, drawn anew on every rank, and how they are computed."""
 
     prompts: list[Tensor]  # Q
     completions: Completions  # B rows
-    parts: list[MicroBatch]  # one, or several where the run's steps have several backwards
+    parts: list[MicroBatch]  # one; several if the run's steps have several backwards
     weights: Float[Tensor, "B C"]
 
 
 def preflight(engine: Engine, sampler: Sampler, world: World, *, objective: Objective, pack_tokens: int) -> None:
-    """Every rank calls it, and every rank raises PreflightError where one has found something."""
+    """Check generation config, EOS, log-probs and gradients; every rank calls it.
+
+    Every rank raises PreflightError if one of them has found a problem.
+    """
     if (name := first_bad_weight(engine.model)) is not None:
         raise PreflightError(
             f"The model's weight {name} is not finite, so nothing can be learned from it.\n"
-            "Load it from where it was last whole: --model names a hub id or a folder."
+            "Load the last good copy: --model takes a hub id or a folder."
         )
     was_training = engine.policy.training
     batch = made_up(engine.policy, sampler, world, objective=objective, pack_tokens=pack_tokens)
@@ -71,13 +72,13 @@ def preflight(engine: Engine, sampler: Sampler, world: World, *, objective: Obje
     here = [problem for check in checks for problem in check]
     engine.policy.train(was_training)
     if found := list(dict.fromkeys(problem for rank in world.gather(here) for problem in rank)):
-        raise one_error(PreflightError, "Preflight found what would spoil the training:", found, REMEDY)
+        raise one_error(PreflightError, "Preflight checks failed:", found, REMEDY)
 
 
 def made_up(
     policy: LogprobModel, sampler: Sampler, world: World, *, objective: Objective, pack_tokens: int
 ) -> ProbeBatch:
-    """Through the sampler's own masks and the run's own rows and weights; ordinary tokens, EOS where one has ended."""
+    """Make the completions with the sampler's masks and the run's rows and weights: plain tokens, EOS at an end."""
     draw, probe = Random(world.rank), copy.copy(sampler)
     ordinary = [id for id in range(policy.options["vocab_size"]) if id not in sampler.eos_ids]
     prompts = [draw.choices(ordinary, k=length) for length in PROMPTS]
@@ -96,21 +97,21 @@ def made_up(
 
 
 def rows_of(policy: LogprobModel, prompts: Sequence[Tensor]) -> list[Tensor]:
-    """A prompt for each row: of a group, or of a completion where the model cannot pack."""
+    """One prompt for each row: a row is a group, or a completion if the model cannot pack."""
     return [prompt for prompt in prompts for _ in range(1 if policy.packs else GROUP)]
 
 
 def generation_config_problems(config: GenerationConfig | None) -> list[str]:
-    """What the model would change in its own sampling (top_k, repetition_penalty, ...), unknown to the log-probs."""
-    said = config.to_diff_dict() if config else {}
-    changes = [f"{key} {said[key]}" for key in said if key not in (*TOKEN_IDS, "transformers_version")]
+    """Settings (top_k, repetition_penalty, ...) that would change sampling without the log-probs knowing."""
+    settings = config.to_diff_dict() if config else {}
+    changes = [f"{key} {settings[key]}" for key in settings if key not in (*TOKEN_IDS, "transformers_version")]
     changes = [change for change in changes if not change.startswith("_")]
     listed = ", ".join(changes)
     return [f"The generation config is not neutral: {listed} would be sampled and not trained."] if changes else []
 
 
 def ending_problems(batch: ProbeBatch, eos_ids: Sequence[int]) -> list[str]:
-    """A completion that ended is trained up to and with its EOS, and one that was cut has none."""
+    """Check that a completion that ended is trained up to and including its EOS, and one that was cut has none."""
     trained: dict[int, tuple[list[int], Tensor]] = {}
     for rows, part in batch.parts:
         for i, b in enumerate(part.tolist()):
@@ -127,7 +128,7 @@ def ending_problems(batch: ProbeBatch, eos_ids: Sequence[int]) -> list[str]:
 
 @torch.no_grad()
 def logprob_problems(engine: Engine, batch: ProbeBatch) -> list[str]:
-    """Packed rows against a row a completion; the policy that trains against the one that samples."""
+    """Compare packed rows with one row for each completion, and the training mode with the sampling mode."""
     policy, done = engine.policy, batch.completions
     in_8_bits, problems = getattr(policy.model, "is_loaded_in_8bit", False), []
     tolerance = LLM_INT8_TOLERANCE if in_8_bits else LOGPROB_TOLERANCE[policy.model.dtype]
@@ -138,19 +139,19 @@ def logprob_problems(engine: Engine, batch: ProbeBatch) -> list[str]:
         off = _distance(sampled, alone, done.mask)
         if not off <= tolerance:
             problems.append(
-                f"Packed rows give other log-probs than a row a completion: {off:.2g} a token (at most {tolerance:g})."
+                f"Packed rows give other log-probs than single completions: {off:.2g} a token (at most {tolerance:g})."
             )
     off = _distance(_logprobs(engine, batch.parts, done), sampled, done.mask)
     if not off <= tolerance:
         problems.append(
-            f"The first ratio is not 1: log-probs in training mode are {off:.2g} a token off those in sampling mode "
-            f"(at most {tolerance:g}), as with dropout."
+            f"The first ratio is not 1: log-probs in training and in sampling mode differ by {off:.2g} a token "
+            f"(at most {tolerance:g}), as dropout would cause."
         )
     return problems
 
 
 def gradient_problems(engine: Engine, batch: ProbeBatch, world: World, *, objective: Objective) -> list[str]:
-    """Gradients where the optimizer will find them, of all backwards and ranks, against torch.autograd.grad's."""
+    """Compare the gradients that the optimizer will use, over all backwards and ranks, with torch.autograd.grad's."""
     chosen = some_parameters(engine.policy)
     advantages = torch.ones(len(COMPLETIONS), device=batch.weights.device)
     advantages[1::GROUP] = -0.5  # not -1: two completions that begin alike must not cancel out
@@ -175,19 +176,18 @@ def gradient_problems(engine: Engine, batch: ProbeBatch, world: World, *, object
     largest, tolerance = max(norms.values()), GRADIENT_TOLERANCE[engine.model.dtype]
     if not largest > 0:
         return [f"No gradient, or none that is finite, reaches {', '.join(chosen)}."]
-    # What is nearly 0 beside the others, as a bias that cancels out, is all rounding.
+    # A gradient that is tiny beside the others, such as a bias that cancels out, is mostly rounding.
     wrong = {name: off[name] / max(norms[name], largest / 100) for name in chosen}
     worst = max(wrong, key=lambda name: wrong[name] if wrong[name] == wrong[name] else torch.inf)
     if wrong[worst] <= tolerance:
         return []
     return [
-        f"The gradient of {worst} in DeepSpeed is {wrong[worst]:.1%} off plain autograd's (at most {tolerance:.1%})."
+        f"The gradient of {worst} in DeepSpeed is off by {wrong[worst]:.1%} from autograd's (at most {tolerance:.1%})."
     ]
 
 
 def some_parameters(policy: LogprobModel) -> dict[str, nn.Parameter]:
-    """A few trained ones of little memory: the first, through whose gradient goes the whole depth, the last, and the
-    largest of the small."""
+    """Pick a few small trained parameters: the first, whose gradient passes all layers, the last, and the largest."""
     trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
     small = {name: parameter for name, parameter in trained.items() if parameter.numel() <= SMALL} or trained
     names = list(small)
@@ -203,7 +203,7 @@ def _logprobs(run: Callable, parts: Sequence[MicroBatch], done: Completions) -> 
 
 
 def _distance(one: Tensor, two: Tensor, mask: Bool[Tensor, "B C"]) -> float:
-    """A token's on average: a single rare one may be off by more in 16 bits, a wrong mask moves them all."""
+    """Mean difference of a token: in 16 bits one rare token may differ more; a wrong mask changes all of them."""
     return float((one - two).abs()[mask].mean())
 
 

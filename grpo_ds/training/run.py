@@ -1,13 +1,11 @@
-"""A run's life around the steps: evaluation before and after, logging, checkpoints, the saved model.
+"""The life of a run around its steps: evaluation before and after, logging, checkpoints, the saved model.
 
-However it ends (done, a signal, an error), what was learned is in the folder and run_status.json says so.
+However a run ends (finished, a signal, an error), what was learned is in its folder, and run_status.json says so.
 """
 
 import shlex
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +15,24 @@ from safetensors import SafetensorError
 from grpo_ds.errors import BY_CTRL_C, CheckpointError, GrpoError, NumbersError
 from grpo_ds.memory.phases import OutOfMemory
 from grpo_ds.models.policy import save_merged, save_model
-from grpo_ds.report import environment, held_out
-from grpo_ds.report.memory import write_memory
-from grpo_ds.report.model_card import write_card
-from grpo_ds.report.trackers import Tracker, make_trackers, write_summary
+from grpo_ds.report.environment import write_environment
+from grpo_ds.report.trackers import Tracker, make_trackers
 from grpo_ds.run_folder.checkpoints import folder_of, renamed_into
-from grpo_ds.run_folder.lock import cannot_be_written, release, take
-from grpo_ds.run_folder.progress import strict
+from grpo_ds.run_folder.lock import cannot_be_written, lock, release
+from grpo_ds.run_folder.progress import Progress, strict
 from grpo_ds.run_folder.status import RunStatus, resume_command
-from grpo_ds.settings.config import write_config
+from grpo_ds.settings.saved_config import write_config
 from grpo_ds.system.ranks import stop
 from grpo_ds.system.signals import Interrupted, Stopping, name
-from grpo_ds.task.grading import Evaluation, graded
+from grpo_ds.task.grading import graded
 from grpo_ds.task.questions import Question
-from grpo_ds.task.scoring import Rewards, joined
-from grpo_ds.training import checkpoint as snapshot
+from grpo_ds.training.checkpoint import save_checkpoint
 from grpo_ds.training.nonfinite import refuse_bad_weights
+from grpo_ds.training.reports import Outcome, Reports
 from grpo_ds.training.trainer import Trainer
 
-EVAL_ACCURACY = "eval/accuracy"  # a line of its own in metrics.jsonl
-MERGED = "merged"  # in the run's folder: an adapter beside a whole model would be loaded on top of it
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run achieved."""
-
-    rewards: list[float]  # mean reward of each step, over all ranks
-    before: Evaluation
-    after: Evaluation
-
-    def quarters(self) -> tuple[float, float]:
-        """Mean reward of the first and of the last quarter of the steps."""
-        size = max(1, len(self.rewards) // 4)
-        return sum(self.rewards[:size]) / size, sum(self.rewards[-size:]) / size
-
-    def summary(self, questions: Sequence[Question]) -> dict[str, Any]:
-        """What trackers keep of the whole run."""
-        rewards = {"steps": len(self.rewards), "reward_first": self.rewards[0], "reward_last": self.rewards[-1]}
-        return {**rewards, **held_out.grades(questions, {"before": self.before, "after": self.after})}
+EVAL_ACCURACY = "eval/accuracy"  # in a line of its own of metrics.jsonl
+MERGED = "merged"  # folder in the run's folder: beside a full model an adapter would be loaded on top of it
 
 
 class Run:
@@ -63,24 +40,31 @@ class Run:
 
     def __init__(self, trainer: Trainer, train: list[Question], held_out: Sequence[Question], folder: Path) -> None:
         self.trainer, self.questions, self.held_out, self.folder = trainer, train, held_out, folder
-        self.config, self.progress, self.console = trainer.config, trainer.progress, trainer.console
-        self.writes, trainer.bad_steps.folder = trainer.world.is_first, folder
+        self.config, self.console = trainer.config, trainer.console
+        self.writes = trainer.world.is_first
+        trainer.use_folder(folder)
         self.best = self.progress.best_metric, self.progress.best_global_step
-        self.saved_at: tuple[int, int] | None = None  # steps, and updates on the next one's rollout
+        self.saved_at: tuple[int, int] | None = None  # (steps done, updates done on the next step's rollout)
         self.trackers: list[Tracker] = []
+        self.reports = Reports(trainer, held_out, folder)
         self.status = RunStatus(folder, max_steps=self.config.total_steps, speaks=self.writes)
 
-    def whole(self) -> Outcome:
-        """Evaluate, train, evaluate, save. Whatever ends it early, what can be saved is."""
+    @property
+    def progress(self) -> Progress:
+        """The trainer's progress."""
+        return self.trainer.progress
+
+    def run(self) -> Outcome:
+        """Evaluate, train, evaluate, save; on a signal or an error save all that can be saved."""
         trainer = self.trainer
-        # A question too long for its budget stops us here.
+        # Encoded now, so that a question too long for its prompt stops the run before it begins.
         trainer.collector.style.encode(trainer.tokenizer, [*self.questions, *self.held_out])
         if self.config.preflight:
             trainer.preflight()
-        with trainer.interruption.noted():  # also while what is left is saved
+        with trainer.interruption.noted():  # also during the last save
             self._begin()
             try:
-                return self._in_order()
+                return self._run()
             except Stopping:
                 raise self._stopped() from None
             except GrpoError as error:
@@ -96,54 +80,49 @@ class Run:
     def _begin(self) -> None:
         if not self.writes:
             return
-        take(self.folder)
+        lock(self.folder)
         try:
             write_config(self.config, self.folder)
-            environment.write_environment(self.folder, ranks=self.trainer.world.size)
+            write_environment(self.folder, ranks=self.trainer.world.size)
         except OSError as error:
             raise cannot_be_written(self.folder, error) from None
 
-    def _in_order(self) -> Outcome:
+    def _run(self) -> Outcome:
         trainer, progress = self.trainer, self.progress
         self.status.write("evaluating", step=progress.global_step)
         if progress.before is None:
             progress.before = trainer.evaluate("Before training", self.held_out).texts
-        before = graded(progress.before, self.held_out, trainer.collector.style.answer_format)
-        self.write_held_out({"before": before})
+        before = graded(progress.before, self.held_out, self.config.answer_format)
+        self.reports.held_out({"before": before})
         rewards = self.train()
         self.status.write("evaluating", step=progress.global_step)
         after = trainer.evaluate("After training", self.held_out)
         outcome = Outcome(rewards, before, after)
         self.save_model()
-        self.write_held_out({"before": before, "after": after})
-        self.report_memory()
-        self._report(outcome)
+        self.reports.held_out({"before": before, "after": after})
+        self.reports.memory()
+        summary = self.reports.summary(outcome, train=len(self.questions))
+        self.status.write("done", exit_code=0)
+        self.reports.page()
+        self._finish_trackers(summary)
         return outcome
 
-    def _report(self, outcome: Outcome) -> None:
-        """What the folder says of the whole run, and then the trackers, which may have to wait for a network."""
-        counts = {"train": len(self.questions), "held_out": len(self.held_out)}
-        summary = {**outcome.summary(self.held_out), "questions": counts}
-        if self.writes:
-            with self._at_most_a_warning("summary or model card"):
-                write_summary(self.folder, summary)
-                write_card(self.folder)
-        self.status.write("done", exit_code=0)
-        self.report_page()
+    def _finish_trackers(self, summary: dict[str, Any]) -> None:
+        """Let the trackers finish, which may have to wait for a network."""
         try:
             for tracker in self.trackers:
                 if where := tracker.finish(summary):
                     self.console.line(f"{tracker.name}: {where}")
         except KeyboardInterrupt:
-            self.console.line("Trackers were not waited for; everything is in the folder.")
+            self.console.line("Stopped waiting for the trackers; everything is in the folder.")
 
     def train(self) -> list[float]:
-        """All steps that are left, each logged, and saved where it is time; the mean reward of every step."""
+        """Run the remaining steps, log each, save when due; return the mean reward of every step."""
         trainer, progress, total = self.trainer, self.progress, self.config.total_steps
         self.trackers = make_trackers(self.config, self.folder, progress) if self.writes else []
         started, first = time.monotonic(), progress.global_step
         with self.console.training(total, progress.log_history, lambda: trainer.profiler.doing):
-            self.evaluate_if_due()  # the run before was stopped in it
+            self.evaluate_if_due()  # the run may have been stopped while it evaluated
             for metrics in trainer.steps(self.questions):
                 step = progress.global_step
                 self.log(metrics)
@@ -151,68 +130,54 @@ class Run:
                 left = (time.monotonic() - started) / (step - first) * (total - step)
                 self.console.step(metrics, step=step, total=total, seconds_left=left)
                 self.status.write("training", step=step)
-                trainer.safe_point()
+                trainer.guard.safe_point()
                 self.evaluate_if_due()
                 if self.config.saves_at(step):
                     self.save_checkpoint()
         return progress.rewards
 
     def log(self, metrics: dict[str, float]) -> None:
-        """Into the history that checkpoints keep, and wherever --report_to says."""
+        """Add a line to the history that checkpoints keep, and send it to the trackers."""
         step = self.progress.global_step
         self.progress.log_history.append({"step": step, **strict(metrics)})
         for tracker in self.trackers:
             tracker.log(metrics, step=step)
 
     def log_completions(self, step: int) -> None:
+        """Send the step's completions to the trackers if --log_completions asks for it."""
         for tracker in self.trackers if self.config.log_completions else ():
             tracker.completions(self.trainer.completions, step=step)
 
-    def write_held_out(self, evaluations: dict[str, Evaluation]) -> None:
-        """held_out.json. Rewards are for the end: a function of the user's own may count how often it is called."""
-        if self.writes:
-            over = "after" in evaluations
-            score = self._score_in_parts if over else None
-            with self._at_most_a_warning(held_out.HELD_OUT_FILE):
-                held_out.write_held_out(self.folder, self.held_out, evaluations, score)
-
-    def _score_in_parts(self, texts: Sequence[str], questions: Sequence[Question]) -> Rewards:
-        """As many in a call as in training, for the time a reward function may take is meant for those."""
-        size, score = self.config.batch_size * self.config.num_generations, self.trainer.collector.score
-        parts = [
-            score(texts[start : start + size], questions[start : start + size], on_error="zero")
-            for start in range(0, len(texts), size)
-        ]
-        rewards = joined(parts)
-        for error in rewards.errors.values():
-            self.console.line(f"Warning: {error}\nIn {held_out.HELD_OUT_FILE} these answers go without.")
-        return rewards
-
     def evaluate_if_due(self) -> None:
-        """The held-out questions between two steps, once; the best of those that are saved is remembered."""
-        progress, every, step = self.progress, self.config.eval_steps, self.progress.global_step
-        done = any(EVAL_ACCURACY in line for line in progress.log_history if line["step"] == step)
-        if not every or not step or step % every or step == self.config.total_steps or done:
+        """Evaluate during training every --eval_steps, once a step, and note the best saved step."""
+        step, progress = self.progress.global_step, self.progress
+        due = self.config.eval_steps and step and step % self.config.eval_steps == 0 and step < self.config.total_steps
+        if not due or any(line["step"] == step and EVAL_ACCURACY in line for line in progress.log_history):
             return
         grades = self.trainer.evaluate(f"After step {step}", self.held_out).grades
         if self.config.saves_at(step) and (progress.best_metric is None or grades.accuracy > progress.best_metric):
             progress.best_metric, progress.best_global_step = grades.accuracy, step
-        shares = {EVAL_ACCURACY: grades.accuracy, "eval/macro_f1": grades.macro_f1}
-        self.log({**shares, "eval/well_formed": grades.well_formed})
+        self.log(
+            {
+                EVAL_ACCURACY: grades.accuracy,
+                "eval/macro_f1": grades.macro_f1,
+                "eval/well_formed": grades.well_formed,
+            }
+        )
 
     def save_checkpoint(self) -> None:
-        """At its time. Where it cannot be written the run goes on: the last one is whole, and stopping loses more."""
+        """Save a checkpoint that is due. If it cannot be written the run continues: stopping would lose more."""
         try:
             self.status.write("training", **self._save())
             self.best = self.progress.best_metric, self.progress.best_global_step
         except CheckpointError as error:
             if self.trainer.world.size > 1:
                 raise
-            self.progress.best_metric, self.progress.best_global_step = self.best  # of those that were saved
-            self.console.line(f"Warning: {error}\nTraining goes on; the next one is tried at its time.")
+            self.progress.best_metric, self.progress.best_global_step = self.best  # the best that was saved
+            self.console.line(f"Warning: {error}\nTraining continues; the next checkpoint is tried when it is due.")
 
     def _stopped(self) -> Interrupted:
-        """A signal came: everything is saved, and how to go on is said."""
+        """Save everything after a signal; return the error that says how to resume."""
         signum, step = self.trainer.interruption.signum, self.progress.global_step
         try:
             where = self._save()
@@ -221,40 +186,40 @@ class Run:
             raise
         stopped = Interrupted(
             f"{name(signum)}: stopped at step {step} of {self.config.total_steps}, saved in {where['checkpoint']}.\n"
-            f"Go on with: {where['resume']}",
+            f"Resume with: {where['resume']}",
             signum,
         )
         self.status.write("stopped", exit_code=stopped.exit_code, step=step, **where)
         return stopped
 
     def _failed(self, error: GrpoError) -> None:
-        """Save what is sound, so that the steps up to here are not paid for twice, and say so."""
+        """Save what is sound after an error, so that the steps so far need not be repeated, and say so."""
         step, where = self.progress.global_step, dict[str, str]()
         if self._is_sound(error):
             try:
                 where = self._save()
-                further = f"Go on with: {where['resume']}"
-                if isinstance(error, NumbersError):  # the same numbers would come again
+                further = f"Resume with: {where['resume']}"
+                if isinstance(error, NumbersError):  # resuming would give the same numbers again
                     where.pop("resume")
-                    further = f"To train on from there with other settings: --model {shlex.quote(where['checkpoint'])}"
+                    further = f"To train further with other settings: --model {shlex.quote(where['checkpoint'])}"
                 self.console.line(f"Saved up to step {step}. {further}")
             except GrpoError as second:
                 self.console.line(f"Nothing more could be saved: {str(second).splitlines()[0]}")
         self.status.write("failed", exit_code=error.exit_code, message=str(error), step=step, **where)
 
     def _save(self) -> dict[str, str]:
-        """A checkpoint of this very moment, and how to go on from it."""
-        trainer = self.trainer
-        moment = self.progress.global_step, trainer.partial_step.updates if trainer.partial_step else 0
+        """Save the present moment unless it is saved already; return the checkpoint and the command that resumes."""
+        partial = self.trainer.partial_step
+        moment = self.progress.global_step, partial.updates if partial else 0
         if moment != self.saved_at:
-            snapshot.write(trainer, self.folder)
+            save_checkpoint(self.trainer, self.folder)
             self.saved_at = moment
         checkpoint = folder_of(self.folder, moment[0])
         command = resume_command(checkpoint, trust_remote_code=self.config.trust_remote_code)
         return {"checkpoint": str(checkpoint), "resume": command}
 
     def _is_sound(self, error: GrpoError) -> bool:
-        """Whether weights and moments belong together after this error, on every rank, and none is saved yet."""
+        """Return True if weights and moments still belong together on every rank, and there is something to save."""
         half_done = isinstance(error, OutOfMemory) and error.phase in ("sync", "step", "save", "resume")
         if half_done or isinstance(error, CheckpointError) or self.progress.global_step == 0:
             return False
@@ -263,7 +228,8 @@ class Run:
         return self.trainer.world.size == 1 or error.on_every_rank
 
     def save_model(self) -> None:
-        """The fine-tuned model as an ordinary transformers folder, or its adapter and if asked for the merged model."""
+        """Write the fine-tuned model as an ordinary transformers folder: the model, or its adapter and on request the
+        merged model."""
         refuse_bad_weights(self.trainer.engine.model)
         if self.writes:
             try:
@@ -282,34 +248,10 @@ class Run:
             dtype, trust = torch.bfloat16 if trainer.ds.bf16 else torch.float32, config.trust_remote_code
             save_merged(folder, folder / MERGED, dtype=dtype, trust_remote_code=trust)
             trainer.tokenizer.save_pretrained(folder / MERGED)
-            write_config(config, folder / MERGED)  # how the model wants to be asked
-        self.progress.write(folder)
-
-    def report_memory(self) -> None:
-        """The table of phases, and memory.json and memory.svg in the folder."""
-        with self._at_most_a_warning("memory report"):
-            self.console.memory(self.trainer.profiler)
-            if self.writes:
-                self.console.line("Written: {} and {}".format(*write_memory(self.trainer.profiler, self.folder)))
-
-    def report_page(self) -> None:
-        """report.html in the folder. It can be made again at any time, so nothing about it fails a run that is done."""
-        if not self.writes:
-            return
-        with self._at_most_a_warning("report"):
-            from grpo_ds.report.page import write_page
-
-            self.console.line(f"Report: {write_page(self.folder)}")
-
-    @contextmanager
-    def _at_most_a_warning(self, what: str) -> Iterator[None]:
-        """What is only told of a run must not end it, whatever is wrong with it: a disk, a library, ourselves."""
-        try:
-            yield
-        except Exception as error:
-            self.console.line(f"Warning: no {what} was written ({type(error).__name__}: {error}).")
+            write_config(config, folder / MERGED)  # the prompt that this model was trained with
+        trainer.state_dict()["progress"].write(folder)
 
     def close(self) -> None:
-        """Release the engine and leave the ranks."""
+        """Release the engine and leave the process group."""
         self.trainer.engine.close()
         stop()

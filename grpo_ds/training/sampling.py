@@ -1,13 +1,13 @@
 """Prompts to completions: each distinct prompt is prefilled once and shared by its G completions.
 
-Row r draws its t-th token with the t-th number of its own stream, which (seed, r) alone decides: what is sampled
-does not depend on how many rows are sampled at once, nor on which have left the batch, and there is no state to save.
+Row r draws its t-th token with the t-th number of its own stream, which depends on (seed, r) alone. So the samples do
+not depend on how many rows are sampled at once or which rows have left the batch, and there is no state to save.
 
-Sampling is from the policy's own distribution at the given temperature and nothing else: no top-k, no
-top-p, no penalties, and never an id the tokenizer cannot name. A row ends at EOS or at `stop`.
+Samples come from the policy's own distribution at the given temperature: no top-k, no top-p, no penalties, and never
+an id that the tokenizer does not know. A row ends at EOS or at `stop`.
 
-The loop is our own and not transformers' generate() for what that has no place for: prompts kept once, finished rows
-that leave the batch, a draw that belongs to a row. benchmarks/step.py has the two side by side.
+Why not transformers' generate(): it cannot keep a prompt once for its group, let finished rows leave the batch, or
+give each row a stream of its own. benchmarks/step.py compares the two.
 
 Q prompts of at most P tokens, G completions each, B = Q * G, C tokens in the longest completion.
 """
@@ -28,32 +28,39 @@ from grpo_ds.models.repeated_prompt import RepeatedPrompts
 from grpo_ds.models.shared_prompt import SharedPrompts, can_share_prompts
 
 STOP = "</answer>"
-SPARE = 3  # tokens looked at beyond the length of `stop`, which is ASCII: a token is at least a byte
-SHRINK = 0.75  # of its rows, or fewer, a batch is made smaller: it costs a copy of their cache
+SPARE = 3  # tokens decoded beyond the length of `stop`, which is ASCII: a token has at least one byte
+SHRINK = 0.75  # a batch is made smaller once this share of its rows is left: shrinking copies their cache
 
 
 @dataclass(frozen=True, slots=True)
 class Completions:
-    """B completions, padded on the right."""
+    """B completions, padded on the right.
+
+    Example: two completions, one cut at max_completion_length 3, one ended by EOS (id 2)
+        ids    [[11, 12, 13], [14, 2, 0]]
+        mask   [[True, True, True], [True, True, False]]
+        ended  [False, True]
+    """
 
     ids: Int[Tensor, "B C"]
-    mask: Bool[Tensor, "B C"]  # True counts: up to and including the EOS or the last token of `stop`
-    ended: Bool[Tensor, " B"]  # by EOS or `stop`, not by the length limit
+    mask: Bool[Tensor, "B C"]  # True counts: up to and including EOS or the last token of `stop`
+    ended: Bool[Tensor, " B"]  # by EOS or `stop`; False: cut at the length limit
 
     def lengths(self) -> Int[Tensor, " B"]:
+        """Tokens of each completion."""
         return self.mask.sum(dim=1)
 
 
 @dataclass(slots=True)
 class PartialCompletion:
-    """A completion on its way."""
+    """A completion while it is sampled."""
 
     ids: list[int] = field(default_factory=list)
     ended: bool = False
 
 
 class Sampler:
-    """Completions from `model`, wherever it lives and however it is wrapped for training."""
+    """Samples completions from `model`, on any device, while an engine may train it."""
 
     def __init__(
         self,
@@ -62,14 +69,19 @@ class Sampler:
         *,
         max_completion_length: int,
         stop: str = STOP,
+        cuda_graphs: bool = False,
+        poll: Callable[[], None] = lambda: None,
     ) -> None:
+        """max_completion_length: tokens. stop: text that ends a completion. poll: called before every token; may raise.
+
+        cuda_graphs: launch the kernels of a token together, on a GPU.
+        """
         self.model, self.tokenizer, self.stop = model, tokenizer, stop
         self.max_completion_length = max_completion_length
-        self.rows_at_once: int | None = None  # all; fewer take less memory
-        self.cuda_graphs = False  # on a card
-        self.shares: bool | None = None  # prompts kept once for a group; None: to be found out
-        self.poll: Callable[[], None] = lambda: None  # called before every token; may raise
-        self.full_length = False  # no row ends early: for rehearsals and benchmarks
+        self.cuda_graphs, self.poll = cuda_graphs, poll
+        self.rows_at_once: int | None = None  # None: all; fewer take less memory
+        self.shares: bool | None = None  # keeps a prompt once for its group; None: not known before the first call
+        self.full_length = False  # True: no row ends early, for rehearsals and benchmarks
         self.eos_ids = _eos_ids(model, tokenizer)
         tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         self.may_close = {id for id, token in enumerate(tokens) if stop[-1] in token}
@@ -84,9 +96,9 @@ class Sampler:
         seed: int = 0,
         advance: Callable[[int], None] = lambda sampled: None,
     ) -> Completions:
-        """group_size completions for each prompt, a group's rows together; temperature 0 is greedy.
+        """Return group_size completions for each prompt, the rows of a group side by side; temperature 0 is greedy.
 
-        advance: hears how many prompts have their completions, batch by batch.
+        advance: called after each batch with the number of prompts that it finished.
         """
         draws = _uniforms(seed, len(prompts) * group_size, self.max_completion_length).to(self.model.device)
         draws = draws.view(len(prompts), group_size, -1)
@@ -101,8 +113,17 @@ class Sampler:
         return self.pad_rows([row for q in range(len(prompts)) for row in groups[q]])
 
     @contextmanager
+    def to_full_length(self) -> Iterator[None]:
+        """Let no row end early, for the worst case of a step."""
+        self.full_length = True
+        try:
+            yield
+        finally:
+            self.full_length = False
+
+    @contextmanager
     def _ready(self) -> Iterator[None]:
-        """The model in evaluation mode, which switches gradient checkpointing off: a cache cannot go with it."""
+        """Put the model in evaluation mode, which turns gradient checkpointing off: it does not work with a cache."""
         was_training = self.model.training
         self.model.eval()
         try:
@@ -114,11 +135,11 @@ class Sampler:
     def _sample(
         self, prompts: Sequence[Sequence[int]], group_size: int, draws: Float[Tensor, "B C"], temperature: float
     ) -> list[PartialCompletion]:
-        """The completions of prompts that are sampled together."""
-        rows = batch = [PartialCompletion() for _ in draws]  # the batch loses what has ended
+        """Sample the completions of one batch of prompts."""
+        rows = batch = [PartialCompletion() for _ in draws]  # rows that have ended leave the batch
         tokens = torch.tensor([prompt[-1] for prompt in prompts], device=draws.device).repeat_interleave(group_size)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=draws.device).repeat_interleave(group_size)
-        decode = self._behind(prompts, group_size)
+        decode = self._decoder(prompts, group_size)
         for t in range(self.max_completion_length):
             self.poll()
             logits = decode(tokens, lengths - 1 + t)
@@ -136,8 +157,8 @@ class Sampler:
                 tokens, lengths, draws = tokens[chosen], lengths[chosen], draws[chosen]
         return rows
 
-    def _behind(self, prompts: Sequence[Sequence[int]], group_size: int) -> SharedPrompts | RepeatedPrompts:
-        """What decodes the tokens after these prompts."""
+    def _decoder(self, prompts: Sequence[Sequence[int]], group_size: int) -> SharedPrompts | RepeatedPrompts:
+        """Prefill these prompts; return the function that decodes the tokens after them."""
         columns = self.max_completion_length
         if self.shares is None:
             self.shares = can_share_prompts(self.model)
@@ -146,10 +167,10 @@ class Sampler:
         return SharedPrompts(self.model, prompts, group_size=group_size, columns=columns, cuda_graphs=self.cuda_graphs)
 
     def _ends(self, ids: list[int]) -> bool:
-        """Whether a completion's newest token ends it.
+        """Return True if the newest token of a completion ends it.
 
-        Text is looked at only where that token holds a ">", which is rare: transformers' own stop_strings matches
-        all rows at every step.
+        Text is decoded only where that token contains a ">", which is rare; transformers' stop_strings matches all
+        rows at every step.
         """
         if self.full_length:
             return False
@@ -158,7 +179,8 @@ class Sampler:
         return self.stop in self.tokenizer.decode(ids[-len(self.stop) - SPARE :], skip_special_tokens=False)
 
     def pad_rows(self, rows: list[PartialCompletion]) -> Completions:
-        """As one batch, masked by where each row ended. Not by `ids != pad`: pad may be EOS, which must be trained."""
+        """Pad rows to one batch. The mask comes from each row's length, not from `ids != pad`: pad may be EOS, which
+        must be trained."""
         device, width = self.model.device, max(len(row.ids) for row in rows)
         pad = self.tokenizer.pad_token_id
         return Completions(
@@ -169,20 +191,22 @@ class Sampler:
 
 
 def draw(logits: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"], temperature: float) -> Int[Tensor, " B"]:
-    """Each row's next token: by its own uniform number through the inverse of the cumulative distribution, or the most
-    likely one at temperature 0."""
+    """Draw each row's next token from its own uniform number by the inverse of the cumulative distribution.
+
+    Temperature 0 takes the most likely token.
+    """
     if not temperature:
         return logits.argmax(dim=-1)
-    # In fp64: at 150,000 tokens the rounding of an fp32 sum is as large as the rare tokens' probabilities.
+    # fp64: over 150,000 tokens the rounding of an fp32 sum is as large as the probability of a rare token.
     cumulative = (logits.float() / temperature).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     token = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
     return token.squeeze(1).clamp_(max=logits.shape[1] - 1)
 
 
 def unfinished(ended: Sequence[bool], group_size: int) -> tuple[list[int], int]:
-    """Which rows have to go on, and the new size of a group: groups stay equally large, a finished group leaves.
+    """Return the rows to continue and the new group size: groups stay equally large, and a finished group leaves.
 
-    Where one group has more to do than another, the other keeps finished rows to match it.
+    A group with fewer unfinished rows than another keeps finished rows to match it.
     """
     firsts = range(0, len(ended), group_size)
     groups = [sorted(range(first, first + group_size), key=lambda b: ended[b]) for first in firsts]
@@ -192,12 +216,12 @@ def unfinished(ended: Sequence[bool], group_size: int) -> tuple[list[int], int]:
 
 
 def seed_at(seed: int, step: int, rank: int) -> int:
-    """Seeds that never meet: neighbouring steps and ranks share no draw, and no state has to be saved."""
+    """Return a seed of its own for each step and rank, so that no draw is shared and no state has to be saved."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=4).digest(), "big")
 
 
 def _uniforms(seed: int, rows: int, columns: int) -> Float[Tensor, "B C"]:
-    """Numbers in [0, 1): each row from a stream of its own, the same on every device."""
+    """Uniform numbers in [0, 1), each row from a stream of its own; the same on every device."""
     streams = []
     for row in range(rows):
         digest = hashlib.blake2b(f"{seed}/{row}".encode(), digest_size=8).digest()
@@ -207,7 +231,7 @@ def _uniforms(seed: int, rows: int, columns: int) -> Float[Tensor, "B C"]:
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a turn: the tokenizer's and all that the model's generation config names."""
+    """Ids that end a turn: the tokenizer's EOS and those of the model's generation config."""
     own = model.generation_config.eos_token_id
     listed = own if isinstance(own, list) else [own]
     return sorted({id for id in (*listed, tokenizer.eos_token_id) if id is not None})

@@ -1,8 +1,8 @@
 """One optimizer step on a rollout: the clipped GRPO update.
 
-The weights of all tokens are fixed before the batch is split into backwards, so splitting it
-(--pack_tokens), or sharing it among ranks, changes memory and nothing else (bnpo aside). Completions that add exactly
-nothing are not computed; the weights of the others stay what they were.
+The weights of all tokens are fixed before the batch is split into backwards. So a split (--pack_tokens) or several
+ranks change memory and nothing else (except bnpo). Completions that add exactly 0 to the gradient are not computed;
+the weights of the others stay the same.
 """
 
 from collections.abc import Sequence
@@ -21,14 +21,20 @@ from grpo_ds.training.engine import Engine, flag_last
 from grpo_ds.training.nonfinite import find_bad
 from grpo_ds.training.rollout import Rollout
 
+TOKEN_METRICS = ("kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
+
 
 @dataclass(frozen=True, slots=True)
 class Updated:
-    """What became of an update."""
+    """The result of an update on this rank.
 
-    tally: Tally  # for all ranks' to be summed
-    logprobs: Float[Tensor, "B C"]  # the policy's before the step
-    bad: list[str]  # what was not finite on any rank, the cause first; then the step was not taken
+    Example: a step that was skipped on all ranks
+        Updated(tally, logprobs, bad=["log-prob (completion 2 of question 17)", "loss"])
+    """
+
+    tally: Tally  # this rank's sums, to be added over ranks
+    logprobs: Float[Tensor, "B C"]  # of the policy before the step
+    bad: list[str]  # numbers not finite on any rank, the cause first; if there are any, no step was taken
 
 
 def update(
@@ -41,19 +47,19 @@ def update(
     world: World,
     objective: Objective,
 ) -> Updated:
-    """One step of all ranks, or of none where a number on any of them is not finite.
+    """Take one step on all ranks, or on none if a number on any of them is not finite.
 
-    old_logprobs: of the policy that sampled; None when that is the policy itself, whose own are then the old ones.
+    old_logprobs: of the policy that sampled; None if that is the present policy, whose own log-probs are then used.
+    pack_tokens: tokens of a backward at most; 0: all in one.
     """
     tally, step_loss = Tally(), 0.0
-    # A rank that skips everything has the others' names.
-    tally.add_all({name: [] for name in ("kl", "entropy", "clip_ratio/low", "clip_ratio/high", "clip_fraction")})
+    tally.add_all({name: [] for name in TOKEN_METRICS})  # a rank that skips everything has the same names
     counted = rollout.counted
     batches = rollout.micro_batches(pack_tokens, only=contributing(rollout, objective))
     weights = step_weights(counted, [part for _, part in batches], world, objective)
     logprobs = torch.zeros(counted.shape, device=counted.device)
     backwards = world.largest(len(batches))
-    # Ranks meet in every backward, so a rank with fewer batches runs some that count for nothing.
+    # Ranks exchange gradients in every backward, so a rank with fewer batches adds some of weight 0.
     spare = (batches or rollout.micro_batches(pack_tokens))[:1] * (backwards - len(batches))
     for number, ((rows, part), last) in enumerate(flag_last([*spare, *batches])):
         policy_logprobs = engine(rows)
@@ -74,26 +80,29 @@ def update(
         tokens = counted[part].sum()
         tally.add("kl", terms.kl.sum(), tokens)
         tally.add("entropy", engine.policy.entropies[counted[part]].sum(), tokens)
-        tally.add("clip_ratio/low", terms.low.sum(), tokens)
-        tally.add("clip_ratio/high", terms.high.sum(), tokens)
-        tally.add("clip_fraction", terms.clipped.sum(), tokens)
+        tally.add("clip_ratio/low_mean", terms.low.sum(), tokens)
+        tally.add("clip_ratio/high_mean", terms.high.sum(), tokens)
+        tally.add("clip_ratio/region_mean", terms.clipped.sum(), tokens)
     bad: list[str] = []
     with profiler.phase("step"):
-        # Where there is nothing to learn, momentum and weight decay must not move the weights either.
+        # Without a backward there is nothing to learn, and momentum and weight decay must not move the weights.
         if backwards:
-            # Only now, for a rank that left half-way would leave the others waiting in a backward.
+            # Checked only now: a rank that stopped earlier would leave the others waiting in a backward.
             bad = find_bad(engine, rollout, old_logprobs, logprobs, step_loss, world)
             if bad:
                 engine.abandon()
         tally.add("grad_norm", float("nan") if bad else engine.step() if backwards else 0.0)
     tally.add("bad_steps", bool(bad))
-    tally.add("loss", step_loss * world.size)  # a rank holds its share of the sum; the mean over ranks is the whole
+    tally.add("loss", step_loss * world.size)  # each rank holds a share of the sum
     return Updated(tally, logprobs, bad)
 
 
 def contributing(rollout: Rollout, objective: Objective) -> list[int]:
-    """The completions whose gradient is not exactly 0: not those that do not count, nor, without a KL, those of
-    advantage 0. (bnpo divides by the tokens of its micro-batch, so there they have to be in it.)"""
+    """Indices of the completions whose gradient is not exactly 0.
+
+    Completions without counted tokens are left out, and without a KL those of advantage 0; not under bnpo, which
+    divides by the tokens of its micro-batch.
+    """
     some = rollout.counted.any(dim=1)
     if not objective.beta and objective.loss_type != "bnpo":
         some &= rollout.advantages != 0
@@ -103,7 +112,7 @@ def contributing(rollout: Rollout, objective: Objective) -> list[int]:
 def step_weights(
     counted: Bool[Tensor, "B C"], parts: Sequence[Tensor], world: World, objective: Objective
 ) -> Float[Tensor, "B C"]:
-    """Each token's share of the loss of the whole step: all micro-batches (`parts` of the B rows), all ranks."""
+    """Share of each token in the loss of the step, over all micro-batches (`parts` of the B rows) and all ranks."""
     here = torch.stack([counted.any(dim=1).sum(), counted.sum(), torch.tensor(len(parts), device=counted.device)])
     sequences, tokens, micro_batches = world.sum(here).tolist()
     kind, longest = objective.loss_type, objective.max_completion_length

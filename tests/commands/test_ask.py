@@ -1,4 +1,4 @@
-"""Asking a model: one question, a file of them, one after another at a terminal; answers that a pipe can take."""
+"""`ask`: one question, a file of them, questions typed at a terminal; answers that a pipe can read."""
 
 import io
 import json
@@ -20,7 +20,8 @@ from grpo_ds.commands import ask
 from grpo_ds.commands.ask import Answered, QuestionConfig, opened
 from grpo_ds.commands.evaluate import ROWS_AT_ONCE
 from grpo_ds.errors import MAX_LINES, DataError, GrpoError
-from grpo_ds.settings.config import TrainConfig, write_config
+from grpo_ds.settings.config import TrainConfig
+from grpo_ds.settings.saved_config import write_config
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.questions import Question, unanswered_questions
 from grpo_ds.terminal import CONTROL_CHARS
@@ -48,7 +49,7 @@ def lines(records):
 
 @pytest.fixture
 def file(tmp_path):
-    """Writes records to a file of JSON lines, or a text as it stands."""
+    """Function that writes records as JSON lines, or a text unchanged, and returns the file."""
 
     def write(content, name="questions.jsonl"):
         (tmp_path / name).write_text(content if isinstance(content, str) else lines(content))
@@ -57,11 +58,11 @@ def file(tmp_path):
     return write
 
 
-# What can be told before a model is loaded.
+# Errors before a model is loaded.
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "said"),
     [
         ([], ["--question is empty", "--context is empty", "--file FILE"]),
         (["--question", "Is it?"], ["--context is empty"]),
@@ -72,16 +73,16 @@ def file(tmp_path):
         (["--file", "."], ["--file . cannot be read: Is a directory"]),
     ],
 )
-def test_what_cannot_be_asked_is_told_before_a_model_is_loaded(monkeypatch, words, told):
-    monkeypatch.setattr(sys, "stdin", io.StringIO())  # no terminal
+def test_what_cannot_be_asked_is_reported_before_a_model_is_loaded(monkeypatch, words, said):
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # not a terminal
     with pytest.raises(GrpoError) as caught:
         ask.main(["--model", "nowhere", *words])
     message = str(caught.value)
-    assert all(word in message for word in told) and len(message.splitlines()) <= MAX_LINES, message
+    assert all(word in message for word in said) and len(message.splitlines()) <= MAX_LINES, message
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "said"),
     [
         ([BARE, {"question": "Was it?"}], ["line 2: context is missing", "Labels may be missing"]),
         ([BARE, {**BARE, "question": " "}], ["line 2: question is empty"]),
@@ -92,14 +93,14 @@ def test_what_cannot_be_asked_is_told_before_a_model_is_loaded(monkeypatch, word
         ("[]", ["has no records"]),
     ],
 )
-def test_a_bad_record_is_named_with_number_and_field_before_a_model_is_loaded(file, content, told):
+def test_a_bad_record_is_named_with_number_and_field_before_a_model_is_loaded(file, content, said):
     with pytest.raises(DataError) as caught:
         ask.main(["--model", "nowhere", "--file", file(content)])
     message = str(caught.value)
-    assert all(word in message for word in told) and len(message.splitlines()) <= MAX_LINES, message
+    assert all(word in message for word in said) and len(message.splitlines()) <= MAX_LINES, message
 
 
-def test_a_record_needs_no_label_and_one_that_is_there_is_read(file):
+def test_a_label_is_optional_and_is_read_if_present(file):
     records = [
         BARE,
         {**BARE, "context": "No.", "ground_truth": "NO"},
@@ -110,7 +111,7 @@ def test_a_record_needs_no_label_and_one_that_is_there_is_read(file):
 
 
 @pytest.mark.parametrize("content", [json.dumps([BARE]), lines([BARE]), json.dumps(BARE), json.dumps({"7": BARE})])
-def test_a_file_may_have_every_form_that_data_may_have(file, content):
+def test_a_file_may_have_every_form_of_a_data_file(file, content):
     (found,) = unanswered_questions(opened(file(content)))
     assert (found.text, found.context, found.label) == ("Is it?", "It is.", "")
 
@@ -122,8 +123,8 @@ def test_a_file_may_be_a_pipe(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["null", "123", "yes: no", "- one\n- two", "{a}", "'quoted'", "#1?"])
-def test_a_question_is_a_text_whatever_yaml_would_make_of_it(text):
-    config = ask.parse(QuestionConfig, ["--question", text, "--context", text], about="").config
+def test_a_question_stays_text_even_if_it_is_valid_yaml(text):
+    config = ask.parse(QuestionConfig, ["--question", text, "--context", text], about="").config()
     assert (config.question, config.context) == (text, text)
 
 
@@ -140,7 +141,7 @@ def answered(text, *, label=""):
     [
         ("<reasoning>So.</reasoning><answer>yes</answer>", "yes", "yes", True),
         ("<reasoning>So.</reasoning><answer>yes</answer>", "no", "yes", False),
-        ("<reasoning>So.</reasoning> yes", "yes", None, False),  # not in the asked form
+        ("<reasoning>So.</reasoning> yes", "yes", None, False),  # not in the required form
     ],
 )
 def test_an_answer_to_a_labelled_question_says_whether_it_is_right(text, label, answer, right):
@@ -161,7 +162,7 @@ def test_without_a_label_nothing_is_called_right():
 @pytest.mark.parametrize(
     "nasty", ["\x1b[31mred", "\x9b2J", "a\rb", "\x7f", "\u202eevil", "\ud800", "one\ntwo", "\u2028"]
 )
-def test_no_answer_says_anything_to_the_terminal_and_json_keeps_it_whole(nasty):
+def test_no_answer_controls_the_terminal_and_json_keeps_the_complete_text(nasty):
     found = answered(f"<reasoning>{nasty}</reasoning>{nasty}")
     assert not CONTROL_CHARS.search(found.as_text() + found.as_json())
     assert found.as_json().isascii() and len(found.as_json().splitlines()) == 1
@@ -169,8 +170,8 @@ def test_no_answer_says_anything_to_the_terminal_and_json_keeps_it_whole(nasty):
 
 
 def stub(monkeypatch, capsys):
-    """A model in whose place is one that answers yes, and what was on the screen whenever it was asked."""
-    from grpo_ds.training import inference
+    """Replace the model by one that answers yes; return what was on the screen each time it was asked."""
+    from grpo_ds.training import evaluate
 
     seen = []
 
@@ -181,7 +182,7 @@ def stub(monkeypatch, capsys):
     sampler.tokenizer = None
     texts = lambda _, prompts: ["<reasoning>So.</reasoning><answer>yes</answer>"] * len(prompts)  # noqa: E731
     style = SimpleNamespace(answer_format=AnswerFormat(), encode=lambda _, questions: questions, texts=texts)
-    monkeypatch.setattr(inference, "load_for_asking", lambda *_, **__: (sampler, style))
+    monkeypatch.setattr(evaluate, "load_for_asking", lambda *_, **__: (sampler, style))
     return seen
 
 
@@ -202,7 +203,7 @@ def test_a_files_answers_come_with_their_questions(monkeypatch, capsys, file):
     assert two.startswith(f"q1: {RECORDS[0]['question']}\n")
 
 
-# With the tiny model, which answers nothing sensible.
+# With the tiny model, whose answers are nonsense.
 
 
 def run(*words, model, stdin=""):
@@ -212,7 +213,7 @@ def run(*words, model, stdin=""):
 
 @pytest.fixture(scope="module")
 def quizzed(tiny_folder, tmp_path_factory):
-    """The tiny model as a run on A, B, C, D without contexts leaves it."""
+    """The tiny model as saved by a run on A, B, C, D without contexts."""
     folder = tmp_path_factory.mktemp("quizzed") / "checkpoint-2"
     folder.mkdir()
     for file in tiny_folder.iterdir():
@@ -221,7 +222,7 @@ def quizzed(tiny_folder, tmp_path_factory):
     return folder
 
 
-def test_a_file_is_answered_as_its_questions_are_one_by_one(tiny_folder, file, capsys, monkeypatch):
+def test_questions_of_a_file_get_the_answers_they_get_one_by_one(tiny_folder, file, capsys, monkeypatch):
     monkeypatch.setattr(ask, "gpu_memory_gib", lambda: None)
     monkeypatch.setattr(ask, "cpu_has_bf16", lambda: False)  # in fp32 no two tokens are equally likely
     model = ["--model", str(tiny_folder), "--max_completion_length", "6", "--json"]
@@ -251,7 +252,7 @@ def test_standard_output_is_json_and_nothing_else(tiny_folder):
     assert [json.loads(line)["id"] for line in result.stdout.splitlines()] == ["q1", "q2"]
 
 
-def test_a_reader_who_has_seen_enough_is_no_error(tiny_folder, file):
+def test_a_closed_pipe_is_not_an_error(tiny_folder, file):
     words = [sys.executable, "launch/ask.py", "--model", str(tiny_folder), "--max_completion_length", "2", "--json"]
     command = '"$@" | true; echo "${PIPESTATUS[0]}"'
     result = subprocess.run(
@@ -261,7 +262,7 @@ def test_a_reader_who_has_seen_enough_is_no_error(tiny_folder, file):
     assert result.stdout == "0\n" and "Traceback" not in result.stderr and "BrokenPipe" not in result.stderr
 
 
-def test_a_question_that_is_too_long_is_told_before_any_is_answered(tiny_folder, file, capsys):
+def test_a_question_that_is_too_long_is_reported_before_any_is_answered(tiny_folder, file, capsys):
     long = {"id": "long", "question": "Is it " * 200 + "?", "context": "It is."}
     with pytest.raises(DataError, match="Question long needs"):
         ask.main(["--model", str(tiny_folder), "--file", file([*RECORDS, long])])
@@ -272,18 +273,18 @@ def test_a_question_that_is_too_long_is_told_before_any_is_answered(tiny_folder,
 
 
 class Terminal:
-    """Python in a terminal of its own, from which Ctrl-C and Ctrl-D arrive as they do from a keyboard."""
+    """Python in its own terminal, which receives Ctrl-C and Ctrl-D as from a keyboard."""
 
     def __init__(self, *words: str) -> None:
         self.seen, self.ended = "", False
         self.pid, self.keys = pty.fork()
         if not self.pid:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # what starts tests in the background has it ignored
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell that starts tests in the background ignores it
             os.chdir(ROOT)
             os.execve(sys.executable, [sys.executable, *words], {**os.environ, "TERM": "xterm", "PYTHONPATH": "."})
 
     def waits_at(self, prompt: str) -> str:
-        """What was shown since the last prompt."""
+        """Output since the last prompt."""
         self._read_until(lambda: prompt in self.seen)
         shown, found, self.seen = self.seen.partition(prompt)
         assert found or not prompt, shown
@@ -293,19 +294,19 @@ class Terminal:
         os.write(self.keys, text.encode())
 
     def interrupts(self) -> None:
-        """Ctrl-C, again where it fell between two looks of Python's own at the keyboard, which then waits for a key."""
+        """Press Ctrl-C, twice if the first fell between two checks of Python's, which then waits for a key."""
         self.types("\x03")
         if not self._read_until(lambda: False, seconds=5):
             self.types("\x03")
 
     def ends(self) -> tuple[int, str]:
-        """(exit code, what was shown at last)."""
+        """Wait for the end; return the exit code and the last output."""
         assert self._read_until(lambda: False), self.seen
         self.ended = True
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), self.seen
 
     def _read_until(self, enough: Callable[[], bool], seconds: float = 120) -> bool:
-        """Whether nobody has the terminal open any more."""
+        """Read until `enough`; return True if no process has the terminal open any more."""
         deadline = time.monotonic() + seconds
         while not enough() and (left := deadline - time.monotonic()) > 0:
             if not select.select([self.keys], [], [], left)[0]:
@@ -345,10 +346,10 @@ converse(lambda question: print("arrived:", len(question.text), repr(question.co
 """
 
 
-def test_a_line_may_be_longer_than_a_terminals_own(terminal):
+def test_a_line_may_be_longer_than_a_terminals_limit(terminal):
     keyboard = terminal("-c", CONVERSATION)
     keyboard.waits_at("Question: ")
-    keyboard.types("x" * 5000 + "\n")  # 4096 is where those end
+    keyboard.types("x" * 5000 + "\n")  # the limit is 4096
     keyboard.waits_at("Context: ")
     keyboard.types("It is.\n\n")
     assert "arrived: 5000 'It is.'" in keyboard.waits_at("Question: ")
@@ -357,7 +358,7 @@ def test_a_line_may_be_longer_than_a_terminals_own(terminal):
 @pytest.mark.skipif(
     "libedit" in (readline.__doc__ or ""), reason="this Python edits lines by libedit: no marked pastes"
 )
-def test_what_is_pasted_may_hold_empty_lines(terminal):
+def test_a_paste_may_hold_empty_lines(terminal):
     keyboard = terminal("-c", CONVERSATION)
     keyboard.waits_at("Question: ")
     keyboard.types("Did 9?\n")
@@ -380,12 +381,12 @@ def test_questions_are_typed_one_after_another_until_ctrl_d(tiny_folder, termina
         keyboard.waits_at("Context: ")
         keyboard.types("\n")
         shown = keyboard.waits_at("Question: ")
-        _, _, said = shown.partition("Reasoning:")  # what stands before it is readline's
+        _, _, said = shown.partition("Reasoning:")  # the text before it is readline's
         said, _, _ = said.replace("\r\n", "\n").rpartition("\n")
         assert "Answer:" in said and not CONTROL_CHARS.search(said)
     keyboard.types("Is it?\n")
     keyboard.waits_at("Context: ")
-    keyboard.types("\x04")  # ends the context, which has nothing in it
+    keyboard.types("\x04")  # ends an empty context
     assert "The context is empty" in keyboard.waits_at("Question: ")
     keyboard.types("Is it " * 150 + "?\n")  # more than --max_prompt_length
     keyboard.waits_at("Context: ")
@@ -396,7 +397,7 @@ def test_questions_are_typed_one_after_another_until_ctrl_d(tiny_folder, termina
     assert code == 0 and "Traceback" not in last
 
 
-def test_an_empty_question_leaves_and_a_model_without_contexts_asks_for_none(quizzed, terminal):
+def test_an_empty_question_quits_and_a_model_without_contexts_asks_for_none(quizzed, terminal):
     keyboard = terminal("launch/ask.py", "--model", quizzed)
     assert "ends a context" not in keyboard.waits_at("Question: ")
     keyboard.types("What is 1 + 1?\n")
@@ -405,11 +406,11 @@ def test_an_empty_question_leaves_and_a_model_without_contexts_asks_for_none(qui
     assert keyboard.ends()[0] == 0
 
 
-def test_ctrl_c_leaves_cleanly(tiny_folder, terminal):
+def test_ctrl_c_ends_cleanly(tiny_folder, terminal):
     keyboard = terminal("launch/ask.py", "--model", tiny_folder)
     keyboard.waits_at("Question: ")
     keyboard.types("Does it")
-    keyboard.waits_at("Does it")  # its echo: Ctrl-C drops what is typed and not read, and readline would wait for it
+    keyboard.waits_at("Does it")  # wait for the echo: Ctrl-C drops unread keys, and readline would wait for them
     keyboard.interrupts()
     code, last = keyboard.ends()
     assert code == 130 and "Interrupted." in last and "Traceback" not in last

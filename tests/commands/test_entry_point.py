@@ -1,8 +1,9 @@
-"""`grpo-ds`: one door to every command, which tells the next command in its own words."""
+"""`grpo-ds`: entry point of every command; messages name commands as the user typed this one."""
 
 import configparser
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -21,14 +22,14 @@ from grpo_ds.settings.ds_json import SHIPPED, read_json
 from grpo_ds.system.invocation import SCRIPTS, command
 
 ROOT = Path(__file__).resolve().parents[2]
-# What pip makes of an entry point.
+# As pip writes an entry point.
 CONSOLE_SCRIPT = "import sys\nsys.path.insert(0, {root!r})\nfrom {module} import {name}\nsys.exit({name}())\n"
 HEAVY = ("torch", "transformers", "deepspeed", "datasets", "numpy", "matplotlib", "wandb")
 
 
 @pytest.fixture(scope="module")
-def door(tmp_path_factory):
-    """The console script that setup.cfg asks pip for."""
+def console_script(tmp_path_factory):
+    """The console script that setup.cfg defines."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     name, _, target = setup["options.entry_points"]["console_scripts"].strip().partition(" = ")
@@ -39,11 +40,11 @@ def door(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def grpo_ds(door):
-    """Runs it in a folder."""
+def grpo_ds(console_script):
+    """Function that runs it in a folder."""
 
     def run(*words, cwd=ROOT):
-        command = [sys.executable, str(door), *map(str, words)]
+        command = [sys.executable, str(console_script), *map(str, words)]
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
 
     return run
@@ -80,7 +81,7 @@ def test_the_version_is_the_installed_one(grpo_ds):
 def test_a_mistyped_command_names_the_nearest(grpo_ds, typed, meant):
     result = grpo_ds(typed, "--num_steps", 3)
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert f"{typed} is no command; did you mean {meant}?" in result.stderr
+    assert f"{typed} is not a command; did you mean {meant}?" in result.stderr
 
 
 def test_errors_of_a_command_keep_their_exit_codes(grpo_ds, tmp_path):
@@ -99,9 +100,9 @@ def test_what_needs_no_model_loads_nothing_heavy(words):
     assert result.stderr == "[]\n"
 
 
-# The next command, in the words of this one.
+# Commands in messages.
 
-DOORS = [
+ENTRY_POINTS = [
     (["/home/me/.venv/bin/grpo-ds", "train"], {}, "grpo-ds train"),
     (["/src/grpo_ds/__main__.py", "train"], {}, "python -m grpo_ds train"),
     (["launch/train.py"], {}, "python launch/train.py"),
@@ -131,8 +132,8 @@ DOORS = [
 ]
 
 
-@pytest.mark.parametrize(("argv", "environment", "words"), DOORS)
-def test_a_run_goes_on_through_the_door_it_came_by(monkeypatch, argv, environment, words):
+@pytest.mark.parametrize(("argv", "environment", "words"), ENTRY_POINTS)
+def test_the_command_to_resume_uses_the_same_entry_point(monkeypatch, argv, environment, words):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [*argv, "--num_steps", "3"])
     for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
@@ -150,7 +151,7 @@ def test_a_run_goes_on_through_the_door_it_came_by(monkeypatch, argv, environmen
         ("t.py", "python launch/ask.py"),
     ],
 )
-def test_other_commands_are_named_likewise(monkeypatch, script, words):
+def test_other_commands_use_the_same_entry_point(monkeypatch, script, words):
     monkeypatch.setattr(sys, "argv", [script, "train"])
     assert command("ask") == words
 
@@ -159,10 +160,10 @@ def test_the_command_that_select_advises_is_one_that_grpo_ds_takes(grpo_ds):
     result = grpo_ds("select", "--gpu_gib", 24, "--ram_gib", 32, "--num_generations", 8)
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("Run: ")]
     assert line.split()[1:3] == ["grpo-ds", "train"]
-    assert parse(TrainConfig, line.split()[3:], about="").config.num_generations == 8
+    assert parse(TrainConfig, line.split()[3:], about="").config().num_generations == 8
 
 
-def test_the_module_is_the_same_door():
+def test_the_module_is_the_same_entry_point():
     result = subprocess.run(
         [sys.executable, "-m", "grpo_ds", "--local_rank=0", "train", "--num_stepz", "3"],
         cwd=ROOT, capture_output=True, text=True, timeout=60,
@@ -171,7 +172,7 @@ def test_the_module_is_the_same_door():
 
 
 def test_the_launcher_takes_the_module_from_any_folder(tiny_folder, tmp_path):
-    from grpo_ds.system import ranks  # torch, which the rest here does without
+    from grpo_ds.system import ranks  # imports torch; the other tests here do not need it
 
     flags = {
         "model": tiny_folder, "data": "sample", "output_dir": "run", "num_steps": 1, "num_generations": 2,
@@ -197,7 +198,7 @@ def test_the_shipped_json_is_found_from_every_folder(grpo_ds, tmp_path):
     assert "Memory plan:" in result.stdout
 
 
-def test_a_json_of_that_name_in_the_working_folder_goes_before(monkeypatch, tmp_path):
+def test_a_json_in_the_working_folder_wins_over_the_shipped_one(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     name = Path("ds_configs/zero2.json")
     assert read_json(name) == json.loads((SHIPPED / "zero2.json").read_text())
@@ -220,19 +221,19 @@ def test_an_installation_without_a_checkout_says_so(monkeypatch, tmp_path):
         read_json(Path("ds_configs/zero2.json"))
 
 
-# What TAB completes.
+# Completion at TAB.
 
 COMPLETED = [
     ("grpo-ds tra", "train"),
     ("grpo-ds train --num_g", "--num_generations"),
-    ("grpo-ds train --plan --num_it", "--num_iterations"),  # a switch may stand without a value
+    ("grpo-ds train --plan --num_it", "--num_iterations"),  # a switch needs no value
     ("grpo-ds train --plan ", "true false"),
     ("grpo-ds train --loss_type d", "dapo dr_grpo"),
     ("grpo-ds profile --model qwen2.5-3", "qwen2.5-3b"),
     ("grpo-ds train --ds ds_configs/zero2_l", "ds_configs/zero2_lowram.json"),
     ("grpo-ds ask --fi", "--file"),
     ("grpo-ds ask --num_g", ""),  # a flag of training
-    ("grpo-ds train --config conf", ""),  # nothing of ours: bash's own, files
+    ("grpo-ds train --config conf", ""),  # nothing of ours: bash completes files
     ("grpo-ds completion ", "bash zsh"),
     ("grpo-ds nonsense --num", ""),
 ]
@@ -244,7 +245,7 @@ def script(grpo_ds):
 
 
 def complete(script: str, line: str) -> str:
-    """What a real bash finds at a TAB behind this line."""
+    """Return what a real bash completes after this line."""
     ask = 'COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _grpo_ds; echo "${COMPREPLY[*]}"'
     words = ["bash", "--norc", "-c", f"set -u\n{script}\n{ask}", "bash", *line.split(" ")]
     result = subprocess.run(words, capture_output=True, text=True, timeout=60)
@@ -259,9 +260,8 @@ def test_bash_completes_commands_flags_and_choices(script, line, words):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_flag_of_help_is_completed(grpo_ds, script, name):
-    usage = grpo_ds(name, "--help").stdout.partition("\n\n")[0]
-    flags = {word.strip("[]") for word in usage.split() if word.startswith("[--")}
-    assert flags and flags <= set(complete(script, f"grpo-ds {name} --").split())
+    flags = set(re.findall(r"^  (--\w+)", grpo_ds(name, "--help").stdout, re.M))
+    assert len(flags) > 10 and flags <= set(complete(script, f"grpo-ds {name} --").split())
 
 
 def test_zsh_takes_the_same_script_as_bash(grpo_ds, script):
@@ -269,7 +269,7 @@ def test_zsh_takes_the_same_script_as_bash(grpo_ds, script):
     assert "bashcompinit" in beginning and same and not rest
 
 
-def test_a_shell_unknown_to_it_is_told_the_two(grpo_ds):
+def test_an_unknown_shell_gets_the_names_of_the_two(grpo_ds):
     result = grpo_ds("completion", "fish")
     assert result.returncode == 2 and "completion bash or zsh" in result.stderr
     assert len(result.stderr.splitlines()) <= MAX_LINES

@@ -1,4 +1,4 @@
-"""The door: what a person gets wrong is answered at once, in six lines at most, with nothing written."""
+"""Before a run starts: mistakes are reported at once, in six lines at most, and nothing is written."""
 
 import json
 import os
@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grpo_ds.commands.train import settle
+from grpo_ds.commands.settle import settle
 from grpo_ds.errors import MAX_LINES, UsageError
 from grpo_ds.memory.choose import choose_model
 from grpo_ds.memory.select import Job, fits
 from grpo_ds.models.presets import EMBEDDED, PRESETS
 from grpo_ds.models.shapes import shape_of
 from grpo_ds.settings.command_line import parse
-from grpo_ds.settings.config import CONFIG_FILE, EvaluateConfig, TrainConfig, prompt_recipe, write_config
+from grpo_ds.settings.config import EvaluateConfig, TrainConfig
 from grpo_ds.settings.ds_config import resolve_ds_config
+from grpo_ds.settings.saved_config import CONFIG_FILE, prompt_recipe, write_config
 from grpo_ds.task.answers import AnswerFormat
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,7 +106,7 @@ def test_a_bad_deepspeed_json_is_named(tmp_path, change, words):
     check(launch("--ds", json_file(tmp_path, change, "ds.json")), 2, words)
 
 
-def test_a_folder_that_holds_a_run_is_never_written_over(tmp_path):
+def test_a_folder_that_holds_a_run_is_never_overwritten(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("precious")
     check(launch("--output_dir", tmp_path), 2, ["already holds"])
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -120,13 +121,16 @@ def test_wandb_without_a_key_is_refused_before_the_model(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("report_to", "words"),
-    [("wandb,none", ["wandb,none", "stands alone"]), ("csv,wandb", ["report_to names csv", "tensorboard, trackio"])],
+    [
+        ("wandb,none", ["wandb,none", "none cannot be combined"]),
+        ("csv,wandb", ["report_to names csv", "tensorboard, trackio"]),
+    ],
 )
-def test_trackers_that_there_are_not_are_named(report_to, words):
+def test_unknown_trackers_are_named(report_to, words):
     check(launch("--report_to", report_to), 2, words)
 
 
-def test_the_settings_of_a_run_name_the_data_it_took_by_itself(tmp_path, monkeypatch):
+def test_the_saved_config_names_the_default_data(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     write_config(settle(["--model", EMBEDDED]).config, tmp_path)
     assert "data: sample\n" in (tmp_path / CONFIG_FILE).read_text()
@@ -134,7 +138,7 @@ def test_the_settings_of_a_run_name_the_data_it_took_by_itself(tmp_path, monkeyp
 
 def test_a_hub_that_cannot_be_reached_names_the_alternatives(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # a port without a server
     monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
     result = launch("--model", "qwen2.5-0.5b", "--output_dir", tmp_path / "run")
     check(result, 2, ["qwen2.5-0.5b", "--model", EMBEDDED])
@@ -160,7 +164,7 @@ def test_rewards_are_checked_against_the_data_before_a_model_is_loaded(tmp_path)
 
 
 def test_a_model_is_asked_as_it_was_trained(tmp_path):
-    """The recipe beside a model carries its labels, tags, fields and system prompt, wherever the folder goes."""
+    """The config beside a model holds its labels, tags, fields and system prompt, wherever the folder is moved."""
     prompt = json_file(tmp_path, " Be brief.\n", "prompt.txt")
     asked = TrainConfig(
         model="base", labels="A,B", reasoning_tag="think", answer_tag="choice", system_prompt=str(prompt),
@@ -171,7 +175,7 @@ def test_a_model_is_asked_as_it_was_trained(tmp_path):
     write_config(asked, folder)
     prompt.unlink()
     folder = folder.rename(tmp_path / "moved")
-    config = parse(EvaluateConfig, ["--model", str(folder)], about="", recipe=prompt_recipe(folder)).config
+    config = parse(EvaluateConfig, ["--model", str(folder)], about="").config(prompt_recipe(folder))
     assert config.answer_format == asked.answer_format == AnswerFormat(("A", "B"), "think", "choice")
     assert config.system_prompt_text == "Be brief."
     assert config.field_names == {"question": "stem", "context": "none", "label": "key"}
@@ -182,7 +186,7 @@ def test_the_written_config_makes_the_same_run_in_a_folder_of_its_own(tmp_path):
     reward_funcs, weights = "correctness,my_rewards.py:concise", "1,0.5"
     asked = TrainConfig(labels="A,B", reward_funcs=reward_funcs, reward_weights=weights, beta=0.0, learning_rate=3e-6)
     write_config(replace(asked, output_dir="taken"), tmp_path)
-    again = parse(TrainConfig, ["--config", str(tmp_path / CONFIG_FILE)], about="").config
+    again = parse(TrainConfig, ["--config", str(tmp_path / CONFIG_FILE)], about="").config()
     assert again == asked
 
 
@@ -196,7 +200,7 @@ def test_numbers_that_the_json_decides_are_written_as_the_run_uses_them(tmp_path
     assert again.config.learning_rate == again.job.ds.learning_rate == 5e-6
 
 
-WORKED = {  # file in configs/ -> the machine it is for, GiB of card and RAM
+WORKED = {  # file in configs/ -> its machine: GiB of GPU memory and of RAM
     "qwen2.5-1.5b-16gb.yaml": (16, 32),
     "qwen2.5-3b-24gb.yaml": (24, 32),
     "smollm2-laptop.yaml": (0, 8),
@@ -204,14 +208,14 @@ WORKED = {  # file in configs/ -> the machine it is for, GiB of card and RAM
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
-def test_a_worked_config_is_one_that_train_takes(file):
-    assert parse(TrainConfig, ["--config", str(file)], about="").config.model in PRESETS
+def test_train_accepts_a_worked_config(file):
+    assert parse(TrainConfig, ["--config", str(file)], about="").config().model in PRESETS
 
 
 @pytest.mark.parametrize(("name", "machine"), WORKED.items())
 def test_a_worked_config_fits_the_machine_it_names(name, machine):
     gpu_gib, ram_gib = machine
-    config = parse(TrainConfig, ["--config", str(ROOT / "configs" / name)], about="").config
+    config = parse(TrainConfig, ["--config", str(ROOT / "configs" / name)], about="").config()
     ds = resolve_ds_config(ROOT / config.ds, fill=config.ds_sizes(bf16=gpu_gib > 0))
     job = Job(shape_of(config.model), config, ds, "cuda" if gpu_gib else "cpu")
     assert fits(job.plan(), gpu_gib, ram_gib)
@@ -226,10 +230,10 @@ def check(result, code, words):
         assert word in message, message
 
 
-def test_the_door_loads_nothing_heavy():
-    """Arguments, data and JSON are checked before torch and its kind are imported."""
+def test_checks_before_a_run_load_nothing_heavy():
+    """Arguments, data and JSON are checked before torch and similar libraries are imported."""
     code = (
-        "import sys; sys.argv = ['train.py']; from grpo_ds.commands.train import settle; "
+        "import sys; sys.argv = ['train.py']; from grpo_ds.commands.settle import settle; "
         "from grpo_ds.task.questions import read_questions; settle([]); read_questions('sample'); "
         "print([m for m in ('torch', 'transformers', 'deepspeed', 'datasets', 'numpy') if m in sys.modules])"
     )
@@ -241,7 +245,7 @@ def test_a_yaml_file_and_flags_go_together(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("num_steps: 7\nbeta: 0.1\n")
     parsed = parse(TrainConfig, ["--config", str(path), "--beta", "0", "--local_rank=0"], about="")
-    assert (parsed.config.num_steps, parsed.config.beta) == (7, 0.0)
+    assert (parsed.config().num_steps, parsed.config().beta) == (7, 0.0)
     assert parsed.typed == {"num_steps", "beta"}
 
 
@@ -258,21 +262,21 @@ def test_what_is_wrong_in_a_yaml_file_is_named(tmp_path, text, words):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(UsageError) as caught:
-        parse(TrainConfig, ["--config", str(path)], about="")
+        parse(TrainConfig, ["--config", str(path)], about="").config()
     assert [word for word in words if word not in str(caught.value)] == [], caught.value
     assert len(str(caught.value).splitlines()) <= MAX_LINES
 
 
 def test_a_recipe_gives_way_to_what_was_typed():
-    parsed = parse(TrainConfig, ["--few_shot", "0"], about="", recipe={"few_shot": 2, "prefill": True})
-    assert (parsed.config.few_shot, parsed.config.prefill) == (0, True)
+    config = parse(TrainConfig, ["--few_shot", "0"], about="").config({"few_shot": 2, "prefill": True})
+    assert (config.few_shot, config.prefill) == (0, True)
 
 
 @pytest.mark.parametrize(
     ("gpu_gib", "ram_gib", "model"),
     [
         (None, 32, EMBEDDED),
-        (16, 32, "qwen2.5-1.5b"),  # the card would take 3B, 32 GB of RAM would not
+        (16, 32, "qwen2.5-1.5b"),  # 3B fits the GPU, but not 32 GB of RAM
         (24, 64, "qwen2.5-3b"),
         (16, 16, "qwen2.5-0.5b"),
         (80, 256, "qwen2.5-7b"),
@@ -294,15 +298,15 @@ def test_auto_takes_the_largest_qwen_that_fits(gpu_gib, ram_gib, model):
     ],
 )
 def test_references_and_adapters_that_go_together(flags):
-    assert not parse(TrainConfig, flags, about="").config.problems()
+    assert not parse(TrainConfig, flags, about="").config().problems()
 
 
 @pytest.mark.parametrize(
     ("flags", "rate"),
     [
         ([], 1e-6),
-        (["--lora_r", "8"], 1e-5),  # ten times as much suits an adapter
-        (["--lora_r", "8", "--learning_rate", "3e-6"], 3e-6),  # what was typed wins
+        (["--lora_r", "8"], 1e-5),  # an adapter needs ten times the rate
+        (["--lora_r", "8", "--learning_rate", "3e-6"], 3e-6),  # a typed flag wins
         (["--model", EMBEDDED], 5e-6),
         (["--model", EMBEDDED, "--lora_r", "8"], 5e-5),
     ],
@@ -312,7 +316,7 @@ def test_an_adapter_has_a_learning_rate_of_its_own(flags, rate):
     assert settled.config.learning_rate == pytest.approx(rate) == settled.job.ds.learning_rate
 
 
-def test_an_adapter_upon_an_adapter_is_refused_before_anything_is_loaded(tmp_path):
+def test_an_adapter_on_an_adapter_is_refused_before_anything_is_loaded(tmp_path):
     json_file(tmp_path, {"base_model_name_or_path": "qwen2.5-0.5b"}, "adapter_config.json")
     check(launch("--model", tmp_path, "--lora_r", "8"), 2, ["is an adapter on qwen2.5-0.5b", "--merge_adapter"])
     json_file(tmp_path, {}, "adapter_config.json")
@@ -326,15 +330,15 @@ def test_more_tokens_than_learned_positions_are_refused(tmp_path):
     assert launch("--model", tmp_path, "--plan", "--max_prompt_length", "724").returncode == 0
 
 
-def test_an_adapter_on_four_bits_brings_a_larger_model():
+def test_with_an_adapter_on_four_bits_a_larger_model_fits():
     config = TrainConfig(lora_r=16, load_in_4bit=True)
     ds = resolve_ds_config(ROOT / config.ds, fill=config.ds_sizes(bf16=True))
     assert choose_model("auto", gpu_gib=16, ram_gib=32, run=lambda: (config, ds)).model == "qwen2.5-7b"
 
 
-def test_unknown_values_raise_one_error_for_all():
+def test_several_wrong_values_raise_one_error():
     with pytest.raises(UsageError) as caught:
-        parse(TrainConfig, ["--mu", "0", "--batch_size", "0"], about="")
+        parse(TrainConfig, ["--mu", "0", "--batch_size", "0"], about="").config()
     assert "mu" in str(caught.value) and "batch_size" in str(caught.value)
 
 
@@ -358,14 +362,14 @@ def test_unknown_values_raise_one_error_for_all():
 )
 def test_wrong_settings_of_the_algorithm_are_named(flags, words):
     with pytest.raises(UsageError) as caught:
-        parse(TrainConfig, flags.split(), about="")
+        parse(TrainConfig, flags.split(), about="").config()
     message = str(caught.value)
     assert all(word in message for word in words) and len(message.splitlines()) <= MAX_LINES, message
 
 
 @pytest.mark.parametrize(("flags", "high"), [("--epsilon 0.1", 0.1), ("--epsilon 0.1 --epsilon_high 0.3", 0.3)])
 def test_the_upper_bound_is_the_lower_one_unless_given(flags, high):
-    objective = parse(TrainConfig, flags.split(), about="").config.objective
+    objective = parse(TrainConfig, flags.split(), about="").config().objective
     assert (objective.epsilon, objective.epsilon_high) == (0.1, high)
 
 
@@ -377,7 +381,7 @@ def test_the_plan_is_printed_and_nothing_else_is_done(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_does_not_fit_says_what_would(tmp_path):
+def test_a_run_that_does_not_fit_names_changes(tmp_path):
     result = launch("--plan", "--model", "qwen2.5-7b")
     assert result.returncode == 0 and "does not fit" in result.stdout
 
@@ -391,12 +395,12 @@ def test_the_examples_of_a_recipe_are_those_that_fit_the_labels():
     recipe = PRESETS[EMBEDDED].recipe
 
     def examples(labels):
-        return parse(TrainConfig, ["--labels", labels], about="", recipe=recipe).config.few_shot
+        return parse(TrainConfig, ["--labels", labels], about="").config(recipe).few_shot
 
     assert [examples(labels) for labels in ("yes,no", "yes,unsure", "A,B,C,D")] == [2, 1, 0]
 
 
-def test_what_the_locale_cannot_show_ends_no_command(tmp_path):
+def test_characters_that_the_locale_cannot_show_end_no_command(tmp_path):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, str(ROOT / "launch/train.py"), "--data", str(tmp_path / "\u2265.json")]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grpo_ds.core import advantages
 from grpo_ds.core.advantages import group_advantages, overlong
+from tests.conftest import load_unchecked
 
 REWARDS = torch.tensor([0.0, 2.0, 2.0, 4.0, 1.0, 1.0, 1.0, 3.0])
 
@@ -23,13 +25,19 @@ def test_a_group_is_standardised_by_its_own_mean_and_deviation():
         ("none", None, 1.0),
         # mean 1.75; squares 3.0625 + 2 x 0.0625 + 5.0625 + 3 x 0.5625 + 1.5625 = 11.5, over 7
         ("batch", None, (11.5 / 7) ** 0.5 + 1e-4),
-        ("batch", torch.tensor([0.0, 2.0]), 2**0.5 + 1e-4),  # of all ranks, not of this one
+        ("batch", torch.tensor([0.0, 2.0]), 2**0.5 + 1e-4),  # the step's rewards on all ranks, not those of this rank
     ],
 )
 def test_rewards_are_centred_on_their_group_whatever_scales_them(scale, step_rewards, std):
     expected = torch.tensor([-2.0, 0, 0, 2, -0.5, -0.5, -0.5, 1.5]) / std
-    advantages = group_advantages(REWARDS, group_size=4, scale=scale, step_rewards=step_rewards)
-    torch.testing.assert_close(advantages, expected)
+    scaled = group_advantages(REWARDS, group_size=4, scale=scale, step_rewards=step_rewards)
+    torch.testing.assert_close(scaled, expected)
+
+
+def test_an_unknown_scale_is_refused():
+    unchecked = load_unchecked(advantages)
+    with pytest.raises(ValueError, match=r"scale is 'std'; it must be one of group, batch, none\."):
+        unchecked.group_advantages(REWARDS, group_size=4, scale="std")
 
 
 @given(st.floats(-1e4, 1e4, width=32), st.integers(2, 16), st.sampled_from(["group", "batch", "none"]))

@@ -66,8 +66,8 @@ def test_no_tokens_give_no_logprobs_and_no_gradient():
 
 
 def test_a_token_that_is_nearly_certain_still_has_a_gradient_in_16_bits(monkeypatch):
-    """p - 1 is rounded, not p, which 16 bits would round to 1."""
-    monkeypatch.setattr(logprobs, "_factor_dtype", lambda hidden: hidden.dtype)  # as on a card
+    """p - 1 is rounded, not p: 16 bits would round p to 1."""
+    monkeypatch.setattr(logprobs, "_factor_dtype", lambda hidden: hidden.dtype)  # as on a GPU
     hidden = torch.tensor([[7.0]], dtype=torch.bfloat16, requires_grad=True)  # logits 7 and 0: 1 - p is 9e-4
     head = torch.tensor([[1.0], [0.0]], dtype=torch.bfloat16)
     ours = token_logprobs(hidden, head, torch.tensor([0]), vocab_size=2)
@@ -85,7 +85,7 @@ def test_entropies_equal_those_of_the_full_softmax(scale, block, temperature, mo
     options = {"vocab_size": vocab, "temperature": temperature, "chunk_mib": 0}
     values, entropies = token_logprobs(hidden, head, targets, **options, entropy=True)
     full = ((hidden.double() @ head.double().T)[:, :vocab] / temperature).log_softmax(-1)
-    # an entropy is a difference of logits, which reach 1,000 here: fp32 has 1e-7 of that
+    # an entropy is a difference of logits, which reach 1,000 here; the error of fp32 is 1e-7 of that
     torch.testing.assert_close(
         entropies.double(), -(full.exp() * full).sum(-1), atol=3e-6 * max(10, 30 * scale), rtol=0
     )
@@ -125,7 +125,7 @@ def test_a_head_in_8_bits_gives_the_logprobs_and_the_hidden_gradient_of_its_rows
 
 
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    """Watches every tensor that any operator returns, forward and backward."""
+    """Size of the largest tensor that any operator returns, forward and backward."""
 
     elements = 0
 
@@ -147,4 +147,4 @@ def test_no_tensor_of_tokens_by_vocabulary_exists_beyond_one_chunk():
         (hidden @ head.T).log_softmax(-1).gather(1, targets[:, None]).sum().backward()
     # 1 MiB holds two fp32 tiles of 131,072 elements; the head and its gradient are 320,000
     assert ours.elements == vocab * width
-    assert naive_way.elements == tokens * vocab  # the watcher does see what it must see
+    assert naive_way.elements == tokens * vocab  # the check itself works: it sees the full tensor of the naive way

@@ -1,4 +1,4 @@
-"""Every objective on numbers worked out by hand, and its independence of how a batch is split."""
+"""Every objective against numbers worked out by hand; the loss does not depend on how a batch is split."""
 
 import math
 from typing import get_args
@@ -6,10 +6,14 @@ from typing import get_args
 import pytest
 import torch
 
-from grpo_ds.core.losses import grpo_loss, kl_estimate, kl_k3, token_weights
+from grpo_ds.core import losses
+from grpo_ds.core.losses import cispo_surrogate, clipped_surrogate, grpo_loss, kl_estimate, kl_k3, token_weights
 from grpo_ds.core.objective import KlEstimator, LossType, Objective
+from tests.conftest import load_unchecked
 
 LOSS_TYPES, LN2 = get_args(LossType), math.log(2)
+RATIOS = torch.tensor([[0.5, 1.1, 1.5], [0.5, 1.1, 1.5]])  # below, within and above 0.8 to 1.2
+SIGNS = torch.tensor([1.0, -1.0])  # advantages
 
 
 def batch(seed=0, sequences=8, length=5):
@@ -31,16 +35,16 @@ def weigh(mask, loss_type="grpo", length=5):
 @pytest.mark.parametrize(
     ("loss_type", "one", "four"),
     [
-        ("grpo", 1 / 2, 1 / 8),  # each sequence the same, whatever its length
+        ("grpo", 1 / 2, 1 / 8),  # the same for each sequence, whatever its length
         ("gspo", 1 / 2, 1 / 8),
-        ("dapo", 1 / 5, 1 / 5),  # each token the same
+        ("dapo", 1 / 5, 1 / 5),  # the same for each token
         ("cispo", 1 / 5, 1 / 5),
         ("bnpo", 1 / 5, 1 / 5),
         ("dr_grpo", 1 / 20, 1 / 20),  # 2 sequences of at most 10
     ],
 )
 def test_what_a_token_weighs(loss_type, one, four):
-    # the third completion does not count, and is no third sequence
+    # the third completion is masked, so there are two sequences
     mask = torch.tensor([[True, False, False, False], [True, True, True, True], [False] * 4])
     expected = torch.tensor([[one, 0, 0, 0], [four] * 4, [0.0] * 4])
     torch.testing.assert_close(weigh(mask, loss_type, length=10), expected)
@@ -56,17 +60,17 @@ def test_a_step_in_which_nothing_counts_has_a_loss_of_0(loss_type):
 @pytest.mark.parametrize(
     ("settings", "ratio", "advantage", "expected", "flags", "slope"),
     [  # slope: d loss / d log policy; flags: low, high, clipped
-        ({}, 1.5, 1.0, -1.2, (0, 1, 1), 0),  # a good token already pushed far enough: held at 1 + epsilon
-        ({}, 1.5, -1.0, 1.5, (0, 0, 0), 1.5),  # a bad token made likelier: full pull back
-        ({}, 0.5, 1.0, -0.5, (0, 0, 0), -0.5),  # a good token made less likely: full push
-        ({}, 0.5, -1.0, 0.8, (1, 0, 1), 0),  # a bad token already pushed down: held at 1 - epsilon
+        ({}, 1.5, 1.0, -1.2, (0, 1, 1), 0),  # a good token that is already likelier: clipped at 1 + epsilon
+        ({}, 1.5, -1.0, 1.5, (0, 0, 0), 1.5),  # a bad token that became likelier: full gradient down
+        ({}, 0.5, 1.0, -0.5, (0, 0, 0), -0.5),  # a good token that became less likely: full gradient up
+        ({}, 0.5, -1.0, 0.8, (1, 0, 1), 0),  # a bad token that is already less likely: clipped at 1 - epsilon
         ({}, 1.1, 2.0, -2.2, (0, 0, 0), -2.2),  # inside the trust region nothing is clipped
         ({"epsilon_high": 0.28}, 1.25, 1.0, -1.25, (0, 0, 0), -1.25),  # clip-higher: not yet
         ({"epsilon_high": 0.28}, 1.5, 1.0, -1.28, (0, 1, 1), 0),
-        ({"epsilon_high": 0.28}, 0.75, -1.0, 0.8, (1, 0, 1), 0),  # below it is still epsilon
+        ({"epsilon_high": 0.28}, 0.75, -1.0, 0.8, (1, 0, 1), 0),  # the lower bound is still 1 - epsilon
         ({"delta": 4.0}, 3.0, -1.0, 3.0, (0, 0, 0), 3.0),
-        ({"delta": 4.0}, 8.0, -1.0, 4.0, (0, 0, 1), 0),  # the pull back is bounded
-        ({"delta": 4.0}, 8.0, 1.0, -1.2, (0, 1, 1), 0),  # where the advantage is positive delta changes nothing
+        ({"delta": 4.0}, 8.0, -1.0, 4.0, (0, 0, 1), 0),  # beyond delta there is no gradient
+        ({"delta": 4.0}, 8.0, 1.0, -1.2, (0, 1, 1), 0),  # with a positive advantage delta changes nothing
         # cispo: -min(ratio, 1 + epsilon_high) A log policy, log policy = ln ratio - 1; always a slope
         ({"loss_type": "cispo"}, 1.5, 1.0, 1.2 * (1 - math.log(1.5)), (0, 1, 1), -1.2),
         ({"loss_type": "cispo"}, 0.5, -1.0, -0.5 * (1 + LN2), (0, 0, 0), 0.5),
@@ -85,10 +89,62 @@ def test_the_surrogate_of_one_token(settings, ratio, advantage, expected, flags,
     assert policy.grad.item() == pytest.approx(slope, rel=1e-6)
 
 
+def test_clipped_surrogates_by_hand():
+    # A = 1: 0.5 and 1.1 stay as they are, 1.5 becomes 1.2. A = -1: 0.5 becomes -0.8, 1.1 and 1.5 stay.
+    surrogate = clipped_surrogate(RATIOS, SIGNS, epsilon=0.2, epsilon_high=0.2)
+    torch.testing.assert_close(surrogate.values, torch.tensor([[0.5, 1.1, 1.2], [-0.8, -1.1, -1.5]]))
+    assert surrogate.low.tolist() == [[False] * 3, [True, False, False]]
+    assert surrogate.high.tolist() == [[False, False, True], [False] * 3]
+    assert not surrogate.beyond_delta.any()
+
+
+def test_two_sided_clipping_also_bounds_a_negative_surrogate_by_hand():
+    # As above, but for A = -1 the ratio 1.5 is held at delta = 1.4.
+    surrogate = clipped_surrogate(RATIOS, SIGNS, epsilon=0.2, epsilon_high=0.2, delta=1.4)
+    torch.testing.assert_close(surrogate.values, torch.tensor([[0.5, 1.1, 1.2], [-0.8, -1.1, -1.4]]))
+    assert surrogate.low.tolist() == [[False] * 3, [True, False, False]]
+    assert surrogate.high.tolist() == [[False, False, True], [False] * 3]
+    assert surrogate.beyond_delta.tolist() == [[False] * 3, [False, False, True]]
+
+
+def test_cispo_surrogates_and_their_gradients_by_hand():
+    # log policy is -2. A = 1: -2 * 0.5, -2 * 1.1 and -2 * 1.2; A = -1 the opposite. The gradient is min(ratio, 1.2) A.
+    policy_logprobs = torch.full((2, 3), -2.0, requires_grad=True)
+    surrogate = cispo_surrogate(RATIOS, SIGNS, policy_logprobs, epsilon_high=0.2)
+    torch.testing.assert_close(surrogate.values, torch.tensor([[-1.0, -2.2, -2.4], [1.0, 2.2, 2.4]]))
+    assert surrogate.high.tolist() == [[False, False, True]] * 2
+    assert not surrogate.low.any() and not surrogate.beyond_delta.any()
+    (gradient,) = torch.autograd.grad(surrogate.values.sum(), policy_logprobs)
+    torch.testing.assert_close(gradient, torch.tensor([[0.5, 1.1, 1.2], [-0.5, -1.1, -1.2]]))
+
+
+def test_an_unknown_loss_type_is_refused_by_everything_that_depends_on_it():
+    unchecked = load_unchecked(losses)
+    policy, old, ref, advantages, mask = batch()
+    unknown = objective()
+    object.__setattr__(unknown, "loss_type", "ppo")
+    message = r"loss_type is 'ppo'; it must be one of grpo, dapo, dr_grpo, bnpo, gspo, cispo\."
+    with pytest.raises(ValueError, match=message):
+        unchecked.token_weights(mask, loss_type="ppo", sequences=8, tokens=20, max_completion_length=5)
+    with pytest.raises(ValueError, match=message):
+        unchecked.importance_ratio(policy, old, mask, loss_type="ppo")
+    with pytest.raises(ValueError, match=message):
+        unchecked.choose_surrogate(policy, advantages, policy, unknown)
+    with pytest.raises(ValueError, match=message):
+        unchecked.grpo_loss(policy, old, ref, advantages, weigh(mask), unknown)
+
+
+def test_an_unknown_kl_estimator_is_refused():
+    unchecked = load_unchecked(losses)
+    policy, _, ref, _, _ = batch()
+    with pytest.raises(ValueError, match=r"kl_estimator is 'k4'; it must be one of k1, k2, k3, k3_corrected\."):
+        unchecked.kl_estimate(policy, ref, policy, estimator="k4")
+
+
 def test_gspo_has_one_ratio_a_sequence_by_hand():
-    # Log-ratios ln 2, 0 and, masked, 9: their mean over two tokens is ln 2 / 2, the ratio sqrt 2. Advantage -1:
-    # not clipped, loss sqrt 2, and each of the two tokens has half of its slope. The second sequence's ratio is 4
-    # with advantage 1: clipped at 1.2, no slope.
+    # Log-ratios ln 2, 0 and a masked 9: their mean over two tokens is ln 2 / 2, the ratio sqrt 2. With advantage -1
+    # it is not clipped: the loss is sqrt 2, and each of the two tokens has half of its slope. The ratio of the second
+    # sequence is 4, with advantage 1: clipped at 1.2, no slope.
     log_ratios = torch.tensor([[LN2, 0.0, 9.0], [math.log(4)] * 3])
     mask = torch.tensor([[True, True, False], [True] * 3])
     old = torch.full((2, 3), -10.0)
@@ -128,7 +184,7 @@ def test_k3_is_never_negative_and_never_overflows():
         ("k1", lambda d: torch.ones_like(d)),
         ("k2", lambda d: -d),
         ("k3", lambda d: 1 - d.exp()),
-        ("k3_corrected", lambda d: -d),  # k3's own 1 - e^d and the ratio's e^d - d - 1
+        ("k3_corrected", lambda d: -d),  # 1 - e^d from k3, plus e^d - d - 1 from the ratio
     ],
 )
 def test_the_gradient_is_the_textbook_policy_gradient_when_old_equals_new(estimator, slope):
@@ -142,7 +198,7 @@ def test_the_gradient_is_the_textbook_policy_gradient_when_old_equals_new(estima
 
 
 def test_the_gradients_of_k2_and_corrected_k3_are_that_of_the_true_kl_in_expectation():
-    """Over all tokens of a vocabulary of 4, weighted by the policy; k3's is not, and k1's is 0."""
+    """Expectation over a vocabulary of 4 tokens, weighted by the policy; k3's gradient differs, and k1's is 0."""
     logits = torch.tensor([0.3, -1.0, 0.7, 0.1], dtype=torch.float64, requires_grad=True)
     ref = torch.tensor([-0.5, 0.2, 0.4, 1.0], dtype=torch.float64).log_softmax(0)
     logprobs = logits.log_softmax(0)
@@ -165,12 +221,12 @@ def test_the_gradients_of_k2_and_corrected_k3_are_that_of_the_true_kl_in_expecta
 def test_the_loss_does_not_depend_on_how_the_batch_is_split(loss_type, parts):
     policy, old, ref, advantages, mask = batch()
     weights, chosen = weigh(mask, loss_type), objective(loss_type, 0.04)
-    whole = grpo_loss(policy, old, ref, advantages, weights, chosen).loss
+    at_once = grpo_loss(policy, old, ref, advantages, weights, chosen).loss
     split = sum(
         grpo_loss(*tensors, chosen).loss
         for tensors in zip(*(t.chunk(parts) for t in (policy, old, ref, advantages, weights)), strict=True)
     )
-    torch.testing.assert_close(split, whole)
+    torch.testing.assert_close(split, at_once)
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

@@ -1,4 +1,4 @@
-"""Our loss against TRL's own on the same tensors, in value and gradient."""
+"""Our loss against TRL's on the same tensors, in value and gradient."""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -17,14 +17,14 @@ LONGEST = 7
 
 
 def trl_loss(policy, old, ref, advantages, mask, objective, *, accumulation=1, tokens=None):
-    """What TRL's real method returns for one micro-batch, on an object with only the attributes it reads."""
+    """Call TRL's real method for one micro-batch, on an object with only the attributes that it reads."""
     gspo, cispo = objective.loss_type == "gspo", objective.loss_type == "cispo"
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (policy, torch.zeros_like(policy), None),
         loss_type="grpo" if gspo else objective.loss_type,
         importance_sampling_level="sequence" if gspo else "token",
         epsilon_low=objective.epsilon,
-        # TRL's bound of cispo is epsilon_high itself (as in ScaleRL), ours 1 + epsilon_high (as in MiniMax-M1).
+        # TRL's bound for cispo is epsilon_high itself (as in ScaleRL), ours is 1 + epsilon_high (as in MiniMax-M1).
         epsilon_high=objective.epsilon_high + cispo,
         beta=objective.beta,
         max_completion_length=objective.max_completion_length,
@@ -74,14 +74,14 @@ def test_the_loss_and_its_gradient_are_trls(loss_type, settings):
     assert ours_grad.abs().sum() > 0
     if objective.beta:
         assert float(terms.kl.sum() / mask.sum()) == pytest.approx(metrics["kl"], rel=1e-5)
-    if loss_type not in ("gspo", "cispo"):  # there TRL counts sequences, and tokens of positive advantage alone
+    if loss_type not in ("gspo", "cispo"):  # TRL counts sequences (gspo) and only tokens of positive advantage (cispo)
         for name, flags in (("low", terms.low), ("high", terms.high)):
             assert float(flags.sum() / mask.sum()) == pytest.approx(metrics[f"clip_ratio/{name}_mean"])
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_a_step_of_two_micro_batches_is_trls(loss_type):
-    """The shares of a step's tokens are TRL's also when it accumulates; bnpo averages its micro-batches."""
+    """Token weights are TRL's also with gradient accumulation; bnpo averages its micro-batches."""
     policy, old, ref, advantages, mask = batch()
     objective = Objective(loss_type=loss_type, beta=0.1, max_completion_length=LONGEST)
     halves = slice(0, 4), slice(4, 8)

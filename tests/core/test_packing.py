@@ -1,4 +1,4 @@
-"""Packed rows give every completion what it would get alone behind its prompt."""
+"""Packed rows give every completion the log-probs that it gets alone behind its prompt."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from grpo_ds.models.logprob_model import LogprobModel
 
 
 def make_groups(prompt_lengths, completion_lengths, vocab=250, seed=0):
-    """Random prompts and completions; completion_lengths lists G lengths a prompt."""
+    """Random prompts and completions; completion_lengths has a list of G lengths for each prompt."""
     g = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(0, vocab, (n,), generator=g) for n in prompt_lengths]
     flat = torch.tensor(completion_lengths).flatten()
@@ -23,7 +23,7 @@ def filled(prompts, mask, budget=0, only=None):
 
 
 def alone(model, prompts, ids, mask, vocab_size, temperature=1.0):
-    """The oracle: one forward pass a completion, full logits, log_softmax and gather."""
+    """Oracle: one forward pass for each completion, full logits, log_softmax and gather."""
     group_size, rows = len(ids) // len(prompts), []
     for b, (completion, counts) in enumerate(zip(ids, mask, strict=True)):
         prompt, completion = prompts[b // group_size], completion[counts]
@@ -65,20 +65,20 @@ GROUPS = [11, 5, 17], [[4, 1, 7, 3], [6, 6, 2, 2], [1, 1, 1, 1]]
 
 @pytest.mark.parametrize("budget", [1, 18, 24, 30, 45, 1000])
 def test_any_packing_gives_the_same_logprobs_and_gradients(tiny_model, budget):
-    """From a completion a row (18 splits every group) to all in one."""
+    """Budgets from one completion a row (18 splits every group) to everything in one batch."""
     prompts, ids, mask = make_groups(*GROUPS)
     model = LogprobModel(tiny_model, vocab_size=259, temperature=1.0, chunk_mib=1)
     upstream = torch.randn(mask.shape, generator=torch.Generator().manual_seed(2))
     weights = list(tiny_model.parameters())
-    whole = model(pack_groups(prompts, ids, mask, pad_id=257))
-    want = torch.autograd.grad((whole * upstream).sum(), weights)
+    at_once = model(pack_groups(prompts, ids, mask, pad_id=257))
+    want = torch.autograd.grad((at_once * upstream).sum(), weights)
 
     got, seen = [torch.zeros_like(w) for w in weights], torch.zeros(len(ids), dtype=torch.long)
     for rows in filled(prompts, mask, budget):
         part = torch.tensor([b for row in rows for b in row.completions])
         seen[part] += 1
         logprobs = model(pack(rows, prompts, ids, mask, pad_id=257))
-        torch.testing.assert_close(logprobs, whole[part], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logprobs, at_once[part], atol=1e-5, rtol=1e-5)
         for sum_, grad in zip(got, torch.autograd.grad((logprobs * upstream[part]).sum(), weights), strict=True):
             sum_ += grad
     assert seen.tolist() == [1] * len(ids)
@@ -116,15 +116,15 @@ def test_every_counted_token_is_predicted_by_the_token_before_it(groups):
         assert inputs[source[:length]].tolist() == [prompt[-1].item(), *ids[b, : length - 1].tolist()]
         assert segments[source[:length]].tolist() == [PROMPT] + [b % 3 + 1] * (length - 1)
     real = sum(p for p, _ in groups) + sum(sum(lengths) - len(lengths) for _, lengths in groups)
-    assert (rows.segments != PADDING).sum() == real  # the prompt once, nothing twice
+    assert (rows.segments != PADDING).sum() == real  # each prompt once, each token once
 
 
 def unpacked(rows):
-    """(prompt, completion) of each row's segments, read off ids, segments and targets alone."""
+    """(prompt, completion) of each segment, recovered from ids, segments and targets alone."""
     found, b = [], 0
     for row, (ids, segments) in enumerate(zip(rows.input_ids, rows.segments, strict=True)):
         for k in range(1, _completions_in(rows, row) + 1):
-            completion = torch.cat([ids[segments == k], rows.targets[b][rows.mask[b]][-1:]])  # the last is no input
+            completion = torch.cat([ids[segments == k], rows.targets[b][rows.mask[b]][-1:]])  # its last: no input
             found.append((ids[segments == PROMPT].tolist(), completion.tolist()))
             b += 1
     return found
@@ -150,7 +150,7 @@ def test_what_is_packed_is_unpacked_again_whatever_the_lengths_and_the_budget(gr
         part = [b for row in batch for b in row.completions]
         order, found = order + part, found + unpacked(rows)
         for b, sources in zip(part, rows.sources, strict=True):
-            length = int(mask[b].sum())  # token t of the answer stands t places behind the prompt, and so is predicted
+            length = int(mask[b].sum())  # token t is predicted at position len(prompt) - 1 + t
             first = len(prompts[b // 4]) - 1
             assert rows.position_ids.flatten()[sources[:length]].tolist() == list(range(first, first + length))
     assert sorted(order) == list(range(len(ids)))

@@ -1,4 +1,4 @@
-"""Means taken at the end, over everything that was counted."""
+"""Means of a tally: divided at the end, over everything that was counted."""
 
 import pytest
 

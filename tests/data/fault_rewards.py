@@ -1,4 +1,4 @@
-"""Reward functions for the tests of faults: one that is well, and ones that break in the middle of a run."""
+"""Reward functions for the fault tests: a good one, and one that fails in the middle of a run."""
 
 import os
 import time
@@ -10,16 +10,16 @@ def uneven(completions, **_):
 
 
 def faulty(completions, **_):
-    """As uneven, until FAULT_AT calls are made; then what FAULT says, if it is set."""
+    """Like `uneven`; from call number FAULT_AT on, fail in the way that FAULT names, if it is set."""
     faulty.calls += 1
     fault = os.environ.get("FAULT") if faulty.calls >= int(os.environ.get("FAULT_AT", "0")) else None
     if fault == "raises":
-        raise KeyError("a column that was never there")
+        raise KeyError("a column that is not there")
     if fault == "hangs":
         time.sleep(600)
     if fault == "ends the process":
         raise SystemExit(3)
-    if fault == "waits":  # until the test has done what it wants to do at this moment
+    if fault == "waits":  # until the test deletes the file
         waiting = Path(os.environ["FAULT_FILE"])
         waiting.touch()
         while waiting.exists():

@@ -1,14 +1,14 @@
-"""Rewards of one's own, as docs/rewards.md explains them."""
+"""Custom rewards; docs/rewards.md explains them."""
 
-WORDS = 40  # of an answer that says what it has to
+WORDS = 40  # a completion needs no more
 
 
 def concise(completions, **kwargs):
-    """0 up to WORDS words, then -0.01 for each word more."""
+    """0 up to WORDS words, then -0.01 for each further word."""
     return [-0.01 * max(0, len(completion.split()) - WORDS) for completion in completions]
 
 
 def cites_the_year(completions, year, **kwargs):
-    """1 where the answer names the study's year; records without a year do not count."""
+    """1 if the completion names the study's year, else 0; None if the record has no year."""
     pairs = zip(completions, year, strict=True)
-    return [None if known is None else float(str(known) in completion) for completion, known in pairs]
+    return [None if value is None else float(str(value) in completion) for completion, value in pairs]

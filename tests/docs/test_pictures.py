@@ -1,4 +1,4 @@
-"""The pictures of docs/how_it_works.md: their script draws them, and each names its parts."""
+"""The pictures of docs/how_it_works.md: the script draws them, and each names its parts."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import pytest
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PARTS = {
-    "step": ["On the card", "In RAM", "Sample", "Rewards", "Advantages", "Packed row", "Reference", "Loss", "AdamW"],
+    "step": ["GPU memory", "RAM", "Sample", "Rewards", "Advantages", "Packed row", "Reference", "Loss", "AdamW"],
     "packed_row": ["prompt", "c1", "c8", "888 tokens", "3,584 tokens"],  # 384 + 8 x 63 and 8 x 448
 }
 
@@ -32,14 +32,14 @@ def test_the_script_draws_a_picture_that_names_its_parts(drawn, name):
 
 @pytest.mark.parametrize("name", PARTS)
 def test_the_picture_in_docs_is_the_one_the_script_draws(drawn, name):
-    """By its words: lines may differ by a matplotlib."""
+    """Compare the words: another matplotlib may draw other lines."""
     own = [words_of(folder / f"{name}.svg").splitlines() for folder in (DOCS, drawn)]
     own = [[line for line in lines if "matplotlib" not in line.lower()] for lines in own]
     assert own[0] == own[1]
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_a_picture_has_a_background_of_its_own_and_asks_for_nothing_from_elsewhere(name):
+def test_a_picture_has_its_own_background_and_loads_nothing_from_elsewhere(name):
     text = (DOCS / f"{name}.svg").read_text(encoding="utf-8")
     assert "fill: #ffffff" in text and "<image" not in text and "@import" not in text
     assert f"{name}.svg" in (DOCS / "how_it_works.md").read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Every command in README.md is run as a person would: in a shell, after `source .venv/bin/activate`.
+"""Every command in README.md is run as a person would run it: in a shell, after `source .venv/bin/activate`.
 
-What takes hours there is made small here: flags are added behind those of the command, where the later one wins, and
-WAYS says which and why. A command that no way covers fails.
+Commands that take hours are made small here: flags are added at their end, where the later one wins; WAYS lists them
+with the reason. A command that no way covers fails.
 """
 
 import json
@@ -30,7 +30,7 @@ FITS = re.compile(r"`(--model [^`]+)` \(([\d.]+), ([\d.]+)\)")
 
 
 def commands() -> list[str]:
-    """The lines of all ```bash blocks, continued ones joined, without comments."""
+    """Return the lines of all ```bash blocks, continued ones joined, without comments."""
     text = "\n".join(re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S)).replace("\\\n", " ")
     lines = [re.sub(r"\s+#.*", "", line).strip() for line in text.splitlines()]
     return list(dict.fromkeys(" ".join(line.split()) for line in lines if line))
@@ -47,20 +47,20 @@ ON_TWO = f"{IN_A_FOLDER} --preflight false"
 
 @dataclass(frozen=True)
 class Way:
-    """How the commands that hold certain words are run."""
+    """The way in which commands with certain words are run."""
 
     holds: str
     adds: str = ""
-    shows: str = ""  # what they print
-    needs_run: bool = False  # the folder outputs/RUN, made by the way STOPPED and gone on with by RESUMED
+    shows: str = ""  # a text that they print
+    needs_run: bool = False  # they need the folder outputs/RUN, which STOPPED makes and RESUMED resumes
 
 
 STOPPED, KILL, RESUMED = "python launch/train.py --num_steps 40", "kill PID", "--resume_from_checkpoint outputs/RUN"
-WAYS = (  # the first that holds
-    # make: what CI runs itself, or what deepspeed is told below. That the target is there and is made of commands.
+WAYS = (  # the first that matches
+    # make: CI runs these targets itself, or the commands are below. Here: the target exists and consists of commands.
     Way("make "),
     Way("source .venv/bin/activate"),  # .venv is the environment of these tests
-    # Models of the hub: the point is their size, and a plan needs neither weights nor launcher nor card.
+    # Models of the hub: only their size matters, and a plan needs no weights, no launcher and no card.
     Way("--config configs/qwen2.5", "--plan", "Memory plan:"),
     Way("--model qwen2.5", "--plan", "Memory plan:"),
     Way("--config configs/smollm2-laptop.yaml", "--plan", "Memory plan:"),  # `make test` trains with this recipe
@@ -70,19 +70,19 @@ WAYS = (  # the first that holds
     Way("select_model.py", "", "Run: deepspeed launch/train.py"),
     Way("profile_memory.py", IN_A_FOLDER, "Worst case rehearsed"),
     # The tiny model from here on.
-    Way(STOPPED, f"{SMALL} --num_steps 500 --output_dir {RUN} --data my_questions.json", "Go on with:", True),
-    Way(KILL, "", "", True),  # of the run before, which must save and end with 75
-    Way(f"{RESUMED}/checkpoint-50", "--plan", "Memory plan:", True),  # its number is another here
-    Way(RESUMED, "", "After training: accuracy", True),  # to the step behind that one
+    Way(STOPPED, f"{SMALL} --num_steps 500 --output_dir {RUN} --data my_questions.json", "Resume with:", True),
+    Way(KILL, "", "", True),  # stops the run before, which must save and end with 75
+    Way(f"{RESUMED}/checkpoint-50", "--plan", "Memory plan:", True),  # the checkpoint has another number here
+    Way(RESUMED, "", "After training: accuracy", True),  # one more step
     Way("accelerate launch", IN_A_FOLDER, "After training: accuracy"),
     Way("--num_gpus 2", ON_TWO, "After training: accuracy"),
-    # Two machines are two launchers here, each told which one it is, as it would be without ssh.
+    # Two machines are two launchers here; each gets its own number, as without ssh.
     Way("--hostfile hosts", ON_TWO, "After training: accuracy"),
     Way("--data quiz.json", IN_A_FOLDER, "After training: accuracy"),
     Way("evaluate_model.py", "--eval_limit 2", "accuracy", True),
     Way("--file my_questions.json --json > answers.jsonl", "", "", True),
     Way("ask.py --model outputs/RUN --question", "", "Answer:", True),
-    Way("ask.py --model outputs/RUN", "--interactive", "Answer:", True),  # typed ahead, for want of a terminal
+    Way("ask.py --model outputs/RUN", "--interactive", "Answer:", True),  # typed ahead, as there is no terminal
     Way("launch/report.py", "", "report.html", True),
 )
 
@@ -94,7 +94,7 @@ def way_of(command: str) -> Way:
 
 
 def the(words: str) -> str:
-    """The command that is run in this way."""
+    """Return the command that is run in this way."""
     (command,) = (command for command in COMMANDS if way_of(command).holds == words)
     return command
 
@@ -115,7 +115,7 @@ def riddle(number: int) -> dict[str, str]:
 
 
 class Shell:
-    """A folder like a fresh clone, with the files that README.md speaks of, and bash in it."""
+    """A folder like a fresh clone, with the files that README.md names, and bash in it."""
 
     def __init__(self, folder: Path, tiny: Path) -> None:
         self.folder, self.tiny = folder, tiny
@@ -149,15 +149,15 @@ class Shell:
         return self.end(self.start(self.adapted(command)), typed)
 
     def adapted(self, command: str) -> str:
-        """The command as it is run here."""
+        """Return the command as it is run here."""
         way, folder = way_of(command), f"outputs/{COMMANDS.index(command)}"
         if command.startswith("make "):
             return f"make -C {ROOT} -n {command.removeprefix('make ')}"
-        for checkpoint in sorted((self.folder / RUN).glob("checkpoint-*"))[:1]:  # of the step it was stopped at
+        for checkpoint in sorted((self.folder / RUN).glob("checkpoint-*"))[:1]:  # the step at which it was stopped
             command = command.replace("checkpoint-50", checkpoint.name)
         if way.adds == "--plan":
             command = command.replace("deepspeed launch", "python launch")
-        if command.startswith("deepspeed "):  # the port that it takes by itself may be another run's
+        if command.startswith("deepspeed "):  # its default port may be in use by another run
             command = command.replace("deepspeed ", f"deepspeed --master_port {_free_port()} ", 1)
         return f"{command} {way.adds.format(tiny=self.tiny, folder=folder)}".strip()
 
@@ -169,15 +169,15 @@ class Shell:
         return max((end.result() for end in ends), key=lambda ended: (ended.code != 0, len(ended.output)))
 
     def stopped_and_resumed(self) -> dict[str, Ended]:
-        """outputs/RUN by three commands of README.md: a run that is killed, and gone on with to the next step."""
+        """Make outputs/RUN by three commands of README.md: a run that is killed, and resumed to the next step."""
         train, kill, resume = (the(way) for way in (STOPPED, KILL, RESUMED))
         run = self.start(self.adapted(train))
         wait_until(lambda: (self.folder / RUN / "metrics.jsonl").exists() or run.poll() is not None)
         assert run.poll() is None, self.end(run).output[-2000:]
         killed = self.end(self.start(kill.replace("PID", str(self.status()["pid"]))))
         stopped = self.end(run)
-        further = f"{self.adapted(resume)} --num_steps {self.status()['step'] + 1}"
-        return {train: stopped, kill: killed, resume: self.end(self.start(further))}
+        another_step = f"{self.adapted(resume)} --num_steps {self.status()['step'] + 1}"
+        return {train: stopped, kill: killed, resume: self.end(self.start(another_step))}
 
     def status(self) -> dict[str, Any]:
         return json.loads((self.folder / RUN / "run_status.json").read_text())
@@ -191,7 +191,7 @@ def wait_until(true: Callable[[], bool]) -> None:
 
 @pytest.fixture(scope="module")
 def ended(tiny_folder, tmp_path_factory):
-    """command -> how it ended, asked for when all are under way: two at a time, those that need outputs/RUN last."""
+    """Run all commands and return command -> its end: two at a time, the ones that need outputs/RUN last."""
     shell = Shell(tmp_path_factory.mktemp("clone"), tiny_folder)
     with ThreadPoolExecutor(2) as pool:
         chain = pool.submit(shell.stopped_and_resumed)
@@ -209,7 +209,7 @@ def test_a_command_of_the_readme_works(ended, command):
     assert way.shows in result.output and "Traceback" not in result.output, result.output[-2000:]
 
 
-def test_what_the_commands_leave_is_what_the_readme_says(ended):
+def test_the_commands_leave_the_files_that_the_readme_names(ended):
     folder, _ = ended
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 20 and all({"question", "answer", "text"} <= answer.keys() for answer in answers)
@@ -220,32 +220,40 @@ def test_what_the_commands_leave_is_what_the_readme_says(ended):
     assert [name for name in files if name not in optional and not (folder / RUN / name).exists()] == []
 
 
-def test_every_flag_that_is_named_exists():
+def test_every_named_flag_exists():
     words = "\n".join(line for line in README.splitlines() if not line.startswith("deepspeed -"))
     named, known = set(re.findall(r"(?<![\w-])--(\w+)", words)), {"help"}
     for script in ("train", "select_model", "ask"):
-        known |= set(re.findall(r"--(\w+)", helped(script)))
+        known |= set(re.findall(r"--(\w+)", help_of(script)))
     assert named - known == set()
 
 
-def helped(script: str) -> str:
+def help_of(script: str) -> str:
     command = [sys.executable, str(ROOT / "launch" / f"{script}.py"), "--help"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize(("row", "column"), [(row, column) for row in (16, 32, 64) for column in (12, 16, 24)])
-def test_what_fits_is_what_the_plan_says(monkeypatch, row, column):
+def test_the_table_of_models_that_fit_equals_the_plan(monkeypatch, row, column):
     monkeypatch.chdir(ROOT)
     (line,) = (line for line in README.splitlines() if line.startswith(f"| {row} GB RAM |"))
     cell = line.strip("| ").split(" | ")[1 + (12, 16, 24).index(column)]
     assert FITS.findall(cell) or cell.startswith("the same")
     for flags, card, ram in FITS.findall(cell):
         plan = plan_of(flags, column, row)
-        assert (f"{plan.peak('gpu') / 2**30:.1f}", f"{plan.peak('host') / 2**30:.1f}") == (card, ram)
+        assert (f"{plan.peak('gpu') / 2**30:.1f}", f"{plan.peak('ram') / 2**30:.1f}") == (card, ram)
 
 
 def test_every_link_leads_somewhere():
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
-        links = re.findall(r"\]\(([^)#:\s]+)(?:#[\w-]*)?\)", page.read_text(encoding="utf-8"))
-        assert [link for link in links if not (page.parent / link).exists()] == [], page.name
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "ds_configs" / "README.md"):
+        links = re.findall(r"\]\(([^)#:\s]*)#?([\w-]*)\)", page.read_text(encoding="utf-8"))
+        targets = [(page.parent / file if file else page, heading) for file, heading in links]
+        assert [file for file, heading in targets if not file.exists()] == [], page.name
+        assert [heading for file, heading in targets if heading and heading not in headings(file)] == [], page.name
+
+
+def headings(page: Path) -> set[str]:
+    """Return the names under which a page's headings are linked."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}

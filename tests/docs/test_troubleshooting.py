@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md quotes messages as the program says them, so that searching for one finds it."""
+"""docs/troubleshooting.md quotes messages exactly, so that a search for one finds it."""
 
 import re
 from pathlib import Path
@@ -7,30 +7,30 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", PAGE, re.M | re.S)  # those with a language are commands and files
+BLOCKS = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", PAGE, re.M | re.S)  # blocks with a language are commands and files
 QUOTED = [line.strip() for language, block in BLOCKS if not language for line in block.splitlines()]
-SHORTEST = 9  # letters of a piece that says something
+SHORTEST = 9  # letters of a piece that identifies a message
 
 
 def source() -> str:
-    """The package's text with its string literals put together as Python does."""
+    """Return the package's text with adjacent string literals joined, as Python does."""
     text = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "grpo_ds").rglob("*.py"))
     return re.sub(r'"\s*\n\s*f?"', "", text)
 
 
 @pytest.fixture(scope="module")
-def said() -> str:
+def package() -> str:
     return source()
 
 
 def pieces(line: str) -> list[str]:
-    """What stands between the places left open."""
+    """Return the texts between the places left open."""
     return [piece for part in line.split("...") if len(piece := part.strip(" .")) >= SHORTEST]
 
 
 @pytest.mark.parametrize("line", QUOTED)
-def test_a_quoted_message_is_one_of_ours(said, line):
-    assert pieces(line) and [piece for piece in pieces(line) if piece not in said] == []
+def test_a_quoted_message_is_one_of_ours(package, line):
+    assert pieces(line) and [piece for piece in pieces(line) if piece not in package] == []
 
 
 def test_the_page_quotes_messages():

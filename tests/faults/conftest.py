@@ -1,4 +1,4 @@
-"""Faults, tried: what is counted here stands in one table at the end of `make test-faults`."""
+"""Counts of the faults that were tried; `make test-faults` prints them as a table at its end."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ COUNTS: dict[str, Counter[str]] = defaultdict(Counter)
 
 @pytest.fixture(scope="session")
 def tried() -> Callable[[str, str], None]:
-    """tried("kill -9 while saving", "survived"): one more of a kind, with its outcome, once it has been asserted."""
+    """Count a fault after its assertions: tried("kill -9 while saving", "survived")."""
 
     def count(kind: str, outcome: str) -> None:
         COUNTS[kind][outcome] += 1
@@ -24,14 +24,14 @@ def tried() -> Callable[[str, str], None]:
 
 @pytest.fixture(scope="session")
 def warm() -> Iterator[Callable[..., Any]]:
-    """warm(function, *arguments): in a fork of a process with everything loaded and nothing begun."""
+    """Return warm(function, *arguments), which runs in a fork of a process that has loaded everything."""
     with warm_process() as process:
         yield lambda function, *arguments: process.submit(apart, function, *arguments).result()
 
 
 @pytest.fixture(scope="session")
 def straight(warm, tiny_folder, tmp_path_factory) -> Path:
-    """The folder of a run that nothing happened to."""
+    """Folder of an undisturbed run."""
     from tests.faults.launched import flags, train_to_the_end
 
     folder = tmp_path_factory.mktemp("straight")
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if (worker := getattr(session.config, "workeroutput", None)) is not None:  # one process of several
+    if (worker := getattr(session.config, "workeroutput", None)) is not None:  # one of several worker processes
         worker["tried"] = {kind: dict(outcomes) for kind, outcomes in COUNTS.items()}
 
 

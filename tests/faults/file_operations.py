@@ -1,7 +1,7 @@
-"""What a process does to the files of a folder, one operation after the other; any of them can fail or be the last.
+"""File operations of a process in a folder, counted one by one; any of them can be made to fail or to be the last.
 
-Python tells audit hooks of every file it opens, makes, renames or removes. Writing within a file is torch's and
-safetensors' own affair: `no_file_over` stops them there.
+Python calls audit hooks for every file that it opens, creates, renames or removes. torch and safetensors write to open
+files without calling them; `no_file_over` limits these writes.
 """
 
 import os
@@ -11,15 +11,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-IN_A_FOLDER = {"os.remove", "os.rmdir"}  # whose path may be relative to an open folder
+IN_A_FOLDER = {"os.remove", "os.rmdir"}  # their path may be relative to an open folder
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "fsync"}
 
 
 def before_each(folder: Path, act: Callable[[int, str, str], None], part: str = "") -> None:
-    """act(number, operation, path) before every operation of this process in `folder`, on paths with `part` in them."""
+    """Call act(number, operation, path) before every operation in `folder` on a path that contains `part`."""
     fsync, done = os.fsync, 0
 
-    def heard(operation: str, arguments: tuple[object, ...]) -> None:
+    def on_event(operation: str, arguments: tuple[object, ...]) -> None:
         nonlocal done
         if operation not in OPERATIONS:
             return
@@ -30,23 +30,23 @@ def before_each(folder: Path, act: Callable[[int, str, str], None], part: str = 
             done += 1
             act(done, operation, path)
 
-    def told(descriptor: int) -> None:
+    def audited_fsync(descriptor: int) -> None:
         sys.audit("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
         fsync(descriptor)
 
-    os.fsync = told
-    sys.addaudithook(heard)
+    os.fsync = audited_fsync
+    sys.addaudithook(on_event)
 
 
 def counted(folder: Path) -> list[str]:
-    """The operations from here on, as they come."""
+    """Return a list that records the operations from now on."""
     operations: list[str] = []
     before_each(folder, lambda _, operation, path: operations.append(operation))
     return operations
 
 
 def die_before(folder: Path, point: int) -> None:
-    """The operation number `point` is never made: kill -9, and nothing is cleaned up."""
+    """Kill this process (kill -9) before operation number `point`."""
 
     def act(number: int, *_: object) -> None:
         if number == point:
@@ -56,7 +56,7 @@ def die_before(folder: Path, point: int) -> None:
 
 
 def fail(folder: Path, code: int, *, point: int | None = None, part: str = "") -> list[str]:
-    """The operation number `point` fails with an errno, or all do; what the answer holds has failed."""
+    """Make operation number `point` fail with an errno (None: all); return a list that records what failed."""
     failed: list[str] = []
 
     def act(number: int, operation: str, path: str) -> None:
@@ -69,7 +69,7 @@ def fail(folder: Path, code: int, *, point: int | None = None, part: str = "") -
 
 
 def no_file_over(size: int, *, deadly: bool) -> None:
-    """A write that makes a file larger than `size` bytes fails after its first part, or kills the process there."""
+    """Make a write fail (or kill the process, if deadly) as soon as its file has `size` bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL if deadly else signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))

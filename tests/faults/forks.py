@@ -1,7 +1,7 @@
-"""Processes that may die: forked from one in which everything is loaded, so that a hundred deaths take a minute.
+"""Processes that may die: forks of a process that has loaded everything, so that a hundred deaths take a minute.
 
-That one runs no threads and joins no ranks. A fork of it that trains alone joins the ranks that torch makes up for
-tests, whose collectives need no threads: it can be forked again at any moment of a run.
+That process has no threads and joins no ranks. A fork that trains alone joins torch's fake process group, whose
+collectives need no threads, so it can be forked again at any moment of a run.
 """
 
 import os
@@ -15,38 +15,37 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
-FAILED = 70  # of a fork in which an assertion failed, or anything else
+FAILED = 70  # exit code of a fork in which an assertion or anything else failed
 
 
 def warm_process() -> ProcessPoolExecutor:
-    """What `apart` is handed to."""
+    """Start the process in which `apart` runs."""
     os.environ["OMP_NUM_THREADS"] = "1"  # a fork has none of its parent's threads
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_load_everything)
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function` returns in a fork of this process. Raises AssertionError with the traceback where it raises."""
+    """Return the result of `function` in a fork. Raises AssertionError with the traceback if it fails."""
     code, value = fork(lambda: function(*arguments))
     assert code == 0, f"exit code {code}: {value}"
     return value
 
 
 def fork(run: Callable[[], Any]) -> tuple[int, Any]:
-    """How a fork of this process that does `run` ended: its exit code, or minus the signal that killed it; and what it
-    returned, or the traceback of what it raised."""
+    """Call `run` in a fork; return its exit code (or minus the signal that killed it) and its result or traceback."""
     sys.stdout.flush()
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as answer:
+    with tempfile.TemporaryFile() as result:
         if not (pid := os.fork()):
-            _do(run, answer)
+            _do(run, result)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        answer.seek(0)
-        told = answer.read()
-        return code, pickle.loads(told) if told else None
+        result.seek(0)
+        pickled = result.read()
+        return code, pickle.loads(pickled) if pickled else None
 
 
-def _do(run: Callable[[], Any], answer: Any) -> None:
-    """Never returns."""
+def _do(run: Callable[[], Any], result: Any) -> None:
+    """Call `run`, write its result, and end this process."""
     code, value = FAILED, None
     try:
         try:
@@ -55,8 +54,8 @@ def _do(run: Callable[[], Any], answer: Any) -> None:
             code = int(error.code or 0)
         except BaseException:
             value = traceback.format_exc()
-        pickle.dump(value, answer)
-        answer.flush()
+        pickle.dump(value, result)
+        result.flush()
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
@@ -67,8 +66,8 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def join_made_up_ranks() -> None:
-    """One rank, in a process that will be forked."""
+def join_fake_ranks() -> None:
+    """Join torch's fake process group as its only rank, in a process that will be forked."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -1,18 +1,18 @@
-"""Completions that break the answer contract, each in a way of its own, and variants that keep to it.
+"""Completions that break the answer contract, each in a different way, and variants that keep to it.
 
-The right answer is "yes", and nearly every ill-formed text holds that word: a reader who is content with less than
-the contract would pay for it. A case is (what is wrong with it, the completion).
+The right answer is "yes", and nearly every ill-formed text contains that word, so a parser that is less strict than the
+contract would reward it. A case is (description, completion).
 """
 
 from html import escape
 from itertools import permutations
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
-WORDS = ("It fell by half.", "", "yes", "")  # what stands after each tag
+WORDS = ("It fell by half.", "", "yes", "")  # the text after each tag
 REASONED, ANSWERED = "<reasoning>It fell by half.</reasoning>", "<answer>yes</answer>"
 GOOD = REASONED + ANSWERED
 
-WAYS_TO_MISSPELL = {  # a tag, and how it comes out
+WAYS_TO_MISSPELL = {  # description -> the function that misspells a tag
     "in capitals": str.upper,
     "capitalised": lambda tag: tag.title(),
     "with a space before its name": lambda tag: tag.replace("<", "< "),
@@ -46,7 +46,7 @@ WAYS_TO_MISSPELL = {  # a tag, and how it comes out
 
 
 def by_the_tags():
-    """Out of order, one missing, one doubled, one in another's place."""
+    """Yield cases with tags out of order, missing, doubled, or in the place of another."""
     for order in permutations(range(4)):
         if order != (0, 1, 2, 3):
             yield f"tags in the order {order}", "".join(TAGS[i] + WORDS[i] for i in order)
@@ -60,7 +60,7 @@ def by_the_tags():
 
 
 def by_the_spelling():
-    """One tag misspelled, and all four alike."""
+    """Yield cases with one misspelled tag, and with all four misspelled alike."""
     for way, misspell in WAYS_TO_MISSPELL.items():
         for tag in TAGS:
             if misspell(tag) != tag and tag not in misspell(tag).replace(f"<{tag}>", ""):
@@ -108,7 +108,7 @@ CONTROL_TOKENS = [
     *("<\uff5cend\u2581of\u2581sentence\uff5c>", "<|END_OF_TURN_TOKEN|>", "<|user|>"),
 ]  # fmt: skip
 
-PREFILLED = [  # after an opening tag that the prompt gave away
+PREFILLED = [  # completions after a prefilled opening tag
     GOOD, ANSWERED, "yes", "</reasoning>" + ANSWERED, "...</reasoning>" + ANSWERED, "<" + GOOD, "reasoning>" + GOOD,
     "a</reasoning></reasoning>" + ANSWERED, f"a</reasoning>{REASONED}{ANSWERED}", "a" + ANSWERED + "</reasoning>",
     "a</reasoning><answer>yes", "a</reasoning>yes", "a</reasoning>yes</answer>", "",

@@ -1,4 +1,4 @@
-"""launch/train.py as it is started, in a fork: its arguments, its signals and its exit code are the real ones."""
+"""launch/train.py, run in a fork with real arguments, signals and exit codes."""
 
 import json
 import os
@@ -27,7 +27,7 @@ FLAGS = {
 
 @dataclass(frozen=True)
 class Ended:
-    """How a fork of launch/train.py ended."""
+    """Exit code and output of a fork of launch/train.py."""
 
     code: int
     out: str
@@ -35,9 +35,9 @@ class Ended:
 
     @property
     def resume_words(self) -> list[str]:
-        """The arguments of the command that it printed to go on with."""
-        (line,) = [line for line in (self.out + self.err).splitlines() if "Go on with: " in line]
-        launcher, script, *words = shlex.split(line.partition("Go on with: ")[2])
+        """Arguments of the resume command that it printed."""
+        (line,) = [line for line in (self.out + self.err).splitlines() if "Resume with: " in line]
+        launcher, script, *words = shlex.split(line.partition("Resume with: ")[2])
         assert (launcher, script) == ("python", SCRIPT)
         return words
 
@@ -48,11 +48,11 @@ def flags(model: Path, folder: Path, **changes: Any) -> list[str]:
 
 
 def train(words: list[str], log: Path, before: Callable[[], None] = lambda: None) -> Ended:
-    """`python launch/train.py WORDS`, with `before` done first in its process."""
+    """Run `python launch/train.py WORDS` in a fork, after calling `before` in it."""
     log.mkdir(parents=True, exist_ok=True)
-    code, told = fork(lambda: _train(words, log, before))
+    code, failure = fork(lambda: _train(words, log, before))
     out, err = ((log / name).read_text() for name in ("out", "err"))
-    return Ended(code, out, err + (told or ""))
+    return Ended(code, out, err + (failure or ""))
 
 
 def _train(words: list[str], log: Path, before: Callable[[], None]) -> None:
@@ -60,7 +60,7 @@ def _train(words: list[str], log: Path, before: Callable[[], None]) -> None:
         os.dup2(os.open(log / name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), descriptor)
     os.chdir(ROOT)
     sys.argv = [SCRIPT, *words]
-    resume_command.__defaults__ = (SCRIPT, tuple(words))  # which it took from sys.argv when it was imported
+    resume_command.__defaults__ = (SCRIPT, tuple(words))  # set from sys.argv at import
     from grpo_ds.commands.train import main
 
     before()
@@ -73,7 +73,7 @@ def train_to_the_end(words: list[str], log: Path) -> None:
 
 
 def result(folder: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """What a finished run has come to: its metrics but for clocks and memory, and its model."""
+    """Result of a finished run: its metrics without times and memory, and its weights."""
     clocks = ("seconds/", "memory/", "tokens_per_second")
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     lines = [{k: v for k, v in line.items() if not k.startswith(clocks)} for line in history]
@@ -81,7 +81,7 @@ def result(folder: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]
 
 
 def same(one: tuple, other: tuple) -> bool:
-    """Bit by bit."""
+    """Return True if two results are equal bit by bit."""
     return one[0] == other[0] and all(torch.equal(one[1][name], weight) for name, weight in other[1].items())
 
 

@@ -1,6 +1,6 @@
-"""A regular expression matched by plain backtracking, step by step, so that work can be counted and not timed.
+"""A regular-expression matcher with plain backtracking, so that a test can count its steps instead of measuring time.
 
-It knows as much of `re` as the parser of answers needs, ignores case, and searches from every place as `re` does.
+It supports the part of `re` that the answer parser needs, ignores case, and searches from every position like `re`.
 """
 
 import importlib
@@ -10,7 +10,7 @@ parser = importlib.import_module("re._parser" if sys.version_info >= (3, 11) els
 
 
 def split_counting_steps(pattern, text):
-    """(text cut at every match, the matches between; how many times a character was looked at)."""
+    """Split the text like re.split with one group; return (pieces, number of times that a character was read)."""
     matcher = Matcher(text)
     nodes, pieces, start, place = list(parser.parse(pattern)), [], 0, 0
     while place <= len(text):
@@ -24,7 +24,7 @@ def split_counting_steps(pattern, text):
 
 
 class Matcher:
-    """Where nodes of a parsed pattern match `text`; `then` says how it goes on, None that it does not."""
+    """Match nodes of a parsed pattern against `text`. `then(position)` matches the rest; None means no match."""
 
     def __init__(self, text):
         self.text, self.steps = text, 0
@@ -47,7 +47,7 @@ class Matcher:
         return self.match(rest, at + 1, then) if self.fits(op, value, at) else None
 
     def repeat(self, least, most, inner, rest, at, then):
-        """Greedy: as many as there are, then one fewer each time."""
+        """Match a repetition greedily: as many as possible, then one fewer each time."""
         inner = list(inner)
         if most == 1:
             end = self.match(inner + rest, at, then)

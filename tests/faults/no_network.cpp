@@ -1,5 +1,5 @@
-// Preloaded into a run: whoever asks for an address outside this machine is written down and refused.
-// Below Python, so that libraries in C++ or Rust are heard as well; what is linked statically (wandb's Go) is not.
+// Preloaded into a run: every request for an address outside this machine is recorded and refused.
+// It works below Python, so libraries in C++ or Rust are covered too; statically linked ones (wandb's Go) are not.
 
 #include <arpa/inet.h>
 #include <cerrno>

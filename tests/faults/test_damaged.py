@@ -1,4 +1,4 @@
-"""Checkpoints that were damaged, or of another run: found out, told by name, never taken for a place to begin from."""
+"""Checkpoints that are damaged or of another run: detected, named in the message, and never resumed."""
 
 import json
 import random
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from grpo_ds.errors import CheckpointError
-from grpo_ds.run_folder.checkpoints import damage, found_in, to_resume
+from grpo_ds.run_folder.checkpoints import damage, found_in
+from grpo_ds.run_folder.resume import to_resume
 from tests.faults.launched import flags, result, same, train, train_to_the_end
 
 MUTATIONS = 500
@@ -42,7 +43,7 @@ def add_a_byte(file: Path, other: Path, chance: random.Random) -> None:
 
 
 def zero_a_stretch(file: Path, other: Path, chance: random.Random) -> None:
-    """As a disk does that lost a block; of bytes that are not 0 already."""
+    """Overwrite a block with zeros, as a failing disk does, starting at a byte that is not 0."""
     data = bytearray(file.read_bytes())
     first = chance.choice([place for place, byte in enumerate(data[:4096]) if byte])
     length = min(512, len(data) - first)
@@ -55,14 +56,14 @@ def delete(file: Path, other: Path, chance: random.Random) -> None:
 
 
 def swap(file: Path, other: Path, chance: random.Random) -> None:
-    """With another file of the same checkpoint."""
+    """Swap the contents with another file of the same checkpoint."""
     one, two = file.read_bytes(), other.read_bytes()
     file.write_bytes(two)
     other.write_bytes(one)
 
 
 def take_from_the_step_before(file: Path, other: Path, chance: random.Random) -> None:
-    """What differs between the two; else a bit is flipped."""
+    """Replace the file by the one of the step before; flip a bit if they are equal."""
     older = Path(str(file).replace("checkpoint-2", "checkpoint-1").replace("global_step2", "global_step1"))
     if older.read_bytes() == file.read_bytes():
         return flip_a_bit(file, other, chance)
@@ -77,7 +78,7 @@ def a_folder_instead(file: Path, other: Path, chance: random.Random) -> None:
 KINDS = (flip_a_bit, cut_short, add_a_byte, zero_a_stretch, delete, swap, take_from_the_step_before, a_folder_instead)
 
 
-def test_every_one_of_500_mutations_is_found_and_the_checkpoint_before_is_taken(saved, tmp_path, tried):
+def test_every_one_of_500_mutations_is_detected_and_the_checkpoint_before_is_resumed(saved, tmp_path, tried):
     run = shutil.copytree(saved, tmp_path / "run")
     newest, older = found_in(run)
     files = sorted(path for path in newest.rglob("*") if path.is_file())
@@ -89,8 +90,9 @@ def test_every_one_of_500_mutations_is_found_and_the_checkpoint_before_is_taken(
         other = chance.choice([path for path in files if path.read_bytes() != file.read_bytes()])
         before = {path: path.read_bytes() for path in (file, other)}
         mutate(file, other, chance)
-        found, (taken, told) = damage(newest), to_resume("auto", run)
-        if not found or taken != older or len(told) != 1 or str(newest) not in told[0] or found not in told[0]:
+        found, (taken, warnings) = damage(newest), to_resume("auto", run)
+        named = len(warnings) == 1 and str(newest) in warnings[0] and str(found) in warnings[0]
+        if not found or taken != older or not named:
             missed.append(f"{mutate.__name__} of {file.name}, number {number}: {found}")
         if file.is_dir():
             file.rmdir()
@@ -101,11 +103,11 @@ def test_every_one_of_500_mutations_is_found_and_the_checkpoint_before_is_taken(
     assert to_resume("auto", run) == (newest, [])
 
 
-def test_where_no_whole_checkpoint_is_left_nothing_is_resumed(saved, tmp_path):
+def test_without_a_complete_checkpoint_nothing_is_resumed(saved, tmp_path):
     run = shutil.copytree(saved, tmp_path / "run")
     for checkpoint in found_in(run):
         (checkpoint / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"(?s)No whole checkpoint is left.*model.safetensors is missing"):
+    with pytest.raises(CheckpointError, match=r"(?s)No complete checkpoint is left.*model.safetensors is missing"):
         to_resume("auto", run)
 
 
@@ -113,7 +115,7 @@ def test_where_no_whole_checkpoint_is_left_nothing_is_resumed(saved, tmp_path):
 
 
 def resealed(checkpoint: Path) -> None:
-    """A manifest for what is there now: whole, but not what was saved."""
+    """Write a manifest for the files that are there now: complete, but not what was saved."""
     from grpo_ds.run_folder.checkpoints import MANIFEST, _described, _files, _manifest
 
     (checkpoint / MANIFEST).unlink()
@@ -122,7 +124,7 @@ def resealed(checkpoint: Path) -> None:
 
 
 def without(name: str, run: Path) -> None:
-    """Files gone, and the manifest made anew by someone who meant well."""
+    """Delete files, and write a new manifest without them."""
     for checkpoint in found_in(run):
         found = list(checkpoint.rglob(name))
         assert found, name
@@ -158,7 +160,7 @@ def all_gone(run: Path) -> None:
         shutil.rmtree(checkpoint)
 
 
-# (what is done to the run, flags, exit code, words of the message)
+# name -> (what is done to the run, flags, exit code, words of the message)
 OTHERS = {
     "other flags": (nothing, ["--learning_rate", "1e-4", "--seed", "3"], 4, ["--learning_rate is 0.0001", "--seed"]),
     "other data": (other_data, ["--data", "DATA"], 4, ["the questions"]),
@@ -176,19 +178,19 @@ OTHERS = {
 
 
 def refused(saved: Path, folder: Path, name: str) -> None:
-    spoil, words, code, said = OTHERS[name]
+    spoil, words, code, expected = OTHERS[name]
     run = shutil.copytree(saved, folder / "run")
     spoil(run)
     files = {"DATA": str(folder / "data.json"), "JSON": str(folder / "ds.json")}
     words = ["--resume_from_checkpoint", "auto", "--output_dir", str(run), *(files.get(word, word) for word in words)]
     ended = train(words, folder / "log", no_model)
     assert ended.code == code, ended.err
-    assert all(word in ended.err for word in said), ended.err
+    assert all(word in ended.err for word in expected), ended.err
     assert "Traceback" not in ended.err and len(ended.err.strip().splitlines()) <= 6
 
 
 def no_model() -> None:
-    """A refusal comes before a model is loaded."""
+    """Fail if a model is loaded: a refusal must come before."""
     from grpo_ds.training import trainer
 
     def loaded(*_: object, **__: object) -> None:
@@ -198,7 +200,7 @@ def no_model() -> None:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_is_of_another_run_or_incomplete_is_refused_by_name_before_a_model_is_loaded(
+def test_a_checkpoint_of_another_run_or_incomplete_is_refused_before_a_model_is_loaded(
     name, saved, warm, tmp_path, tried
 ):
     warm(refused, saved, tmp_path, name)
@@ -206,7 +208,7 @@ def test_what_is_of_another_run_or_incomplete_is_refused_by_name_before_a_model_
 
 
 def without_latest(saved: Path, folder: Path) -> None:
-    """DeepSpeed's own pointer, without which it would load nothing and say so in a warning: it is not needed here."""
+    """Resume without DeepSpeed's `latest` file. By itself DeepSpeed would load nothing, with only a warning."""
     run = shutil.copytree(saved, folder / "run")
     shutil.rmtree(run / "checkpoint-2")
     without("latest", run)
@@ -216,7 +218,7 @@ def without_latest(saved: Path, folder: Path) -> None:
     assert same(result(run), result(saved))
 
 
-def test_without_deepspeeds_latest_file_the_run_goes_on_from_its_step(saved, warm, tmp_path, tried):
+def test_without_deepspeeds_latest_file_the_run_resumes_from_its_step(saved, warm, tmp_path, tried):
     warm(without_latest, saved, tmp_path)
     tried("missing `latest`", "resumed bit by bit")
 
@@ -224,39 +226,39 @@ def test_without_deepspeeds_latest_file_the_run_goes_on_from_its_step(saved, war
 # --- folders -----------------------------------------------------------------------------------------------
 
 
-def refused_folder(model: Path, folder: Path, where: str, said: str) -> None:
+def refused_folder(model: Path, folder: Path, where: str, expected: str) -> None:
     ended = train(flags(model, Path(where)), folder / "log", no_model)
     assert ended.code == 2, ended.err
-    assert said in ended.err and "Traceback" not in ended.err
+    assert expected in ended.err and "Traceback" not in ended.err
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_a_model_is_loaded(warm, tiny_folder, tmp_path, tried):
     (tmp_path / "file").write_text("no folder")
-    for where, said in [(f"{tmp_path}/file/run", "Not a directory"), ("/proc/run", "cannot be written to")]:
-        warm(refused_folder, tiny_folder, tmp_path, where, said)
+    for where, expected in [(f"{tmp_path}/file/run", "Not a directory"), ("/proc/run", "cannot be written to")]:
+        warm(refused_folder, tiny_folder, tmp_path, where, expected)
         tried("disk full or read-only", "refused before a model is loaded")
 
 
 def second_run(saved: Path, folder: Path) -> None:
-    """Started while the first one lives: it would tidy away what the first one is writing."""
-    from grpo_ds.run_folder.lock import release, take
+    """Start a second run while the first one is alive: it would delete what the first one is writing."""
+    from grpo_ds.run_folder.lock import lock, release
     from tests.faults.forks import fork
 
     run = shutil.copytree(saved, folder / "run")
-    take(run)
+    lock(run)
     here = (run / "checkpoint-3.partial").mkdir() or "checkpoint-3.partial"
 
     def another() -> None:
-        from grpo_ds.run_folder import lock
+        from grpo_ds.run_folder.lock import _locked
 
-        lock._taken.clear()  # it is another process, and has not inherited this one's hold
+        _locked.clear()  # it is another process, which does not hold this one's lock
         no_model()
 
     ended = train(["--resume_from_checkpoint", "auto", "--output_dir", str(run)], folder / "log", another)
-    assert ended.code == 4 and "is alive" in ended.err, ended.err
+    assert ended.code == 4 and "in use by a running process" in ended.err, ended.err
     assert (run / here).is_dir()
     release(run)
-    assert fork(lambda: take(run))[0] == 0
+    assert fork(lambda: lock(run))[0] == 0
 
 
 def test_a_second_run_on_the_same_folder_is_refused_while_the_first_lives(saved, warm, tmp_path, tried):

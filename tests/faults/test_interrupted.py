@@ -1,4 +1,4 @@
-"""Asked to stop, at any moment and by anyone: it stops, saved, and what is resumed is the run that was not stopped."""
+"""Stop requests at any moment: the run saves and stops, and the resumed run equals an uninterrupted one bit by bit."""
 
 import os
 import signal
@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from grpo_ds.memory.phases import Profiler
-from grpo_ds.run_folder.checkpoints import found_in, to_resume
+from grpo_ds.run_folder.checkpoints import found_in
+from grpo_ds.run_folder.resume import to_resume
 from grpo_ds.system.signals import Interrupted
-from tests.faults.forks import fork, join_made_up_ranks
+from tests.faults.forks import fork, join_fake_ranks
 from tests.faults.launched import Ended, flags, result, same, status, train
 from tests.training.test_resume import KINDS, finish, make_run
 
@@ -25,8 +26,8 @@ ALL = "offload, int8 reference"
 
 
 def interrupted_at_safe_points(model: Path, folder: Path, kind: str, every: int) -> int:
-    """At how many points of a run copies of it were stopped, each of which ended, resumed, like the run itself."""
-    join_made_up_ranks()
+    """Stop copies of a run at its safe points, check that each one resumes to the same end, and return their number."""
+    join_fake_ranks()
     run = make_run(model, kind, folder / "straight")
     check, passed, stopped = run.trainer.interruption.check, 0, list[Path]()
 
@@ -55,14 +56,14 @@ def interrupted_at_safe_points(model: Path, folder: Path, kind: str, every: int)
             traceback.print_exc()
             os._exit(1)
     for there in stopped:
-        code, told = fork(partial(ends_as, metrics, weights, model, kind, there))
-        assert code == 0, f"stopped at point {there.name} of {passed}: {told}"
+        code, failure = fork(partial(ends_as, metrics, weights, model, kind, there))
+        assert code == 0, f"stopped at point {there.name} of {passed}: {failure}"
     return len(stopped)
 
 
 def ends_as(metrics: list, weights: dict, model: Path, kind: str, there: Path) -> None:
-    origin, told = to_resume("auto", there)
-    assert not told and len(found_in(there)) == 1
+    origin, warnings = to_resume("auto", there)
+    assert not warnings and len(found_in(there)) == 1
     again, state = finish(make_run(model, kind, there, origin))
     assert again == metrics
     assert all(torch.equal(state[name], weight) for name, weight in weights.items())
@@ -80,7 +81,7 @@ def test_interrupted_at_safe_points_of_every_kind_of_run_it_resumes_bit_by_bit(
 
 # --- by signals --------------------------------------------------------------------------------------------
 
-# Where: entering a phase for the n-th time. None: there is nothing to save yet.
+# (phase, entered for the n-th time, signal, step that is saved); None: there is nothing to save yet.
 MOMENTS = [
     ("load", 1, signal.SIGTERM, None),
     ("load", 1, signal.SIGINT, None),
@@ -90,17 +91,17 @@ MOMENTS = [
     ("sample", 2, signal.SIGTERM, 1),
     ("sample", 3, signal.SIGINT, 2),
     ("sample", 2, signal.SIGUSR1, 1),
-    ("reference", 3, signal.SIGTERM, 2),  # the first is the making of the reference
+    ("reference", 3, signal.SIGTERM, 2),  # the first time, the reference is made
     ("update", 2, signal.SIGINT, 2),
     ("step", 1, signal.SIGUSR1, 1),
-    ("save", 1, signal.SIGTERM, 2),  # finished before anything else
+    ("save", 1, signal.SIGTERM, 2),  # this save is completed first
     ("evaluate", 2, signal.SIGINT, 3),
 ]
 CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
 
 
 def signal_at(phase: str, count: int, number: int) -> None:
-    """From here on this process gets a signal as it enters that phase for that time, as the system would send it."""
+    """Send this process a signal when it enters the phase for the given time."""
     entered, enter = 0, Profiler.phase
 
     @contextmanager
@@ -143,7 +144,7 @@ def test_a_signal_in_any_phase_ends_with_its_code_and_a_command_that_works(
 
 
 def signalled_at_the_end(model: Path, folder: Path) -> None:
-    """While the finished model is written there is nothing left to stop; resumed, it is finished again."""
+    """A signal while the final model is written stops nothing; a run that is resumed after it ends the same."""
     run = folder / "run"
     ended = train(
         flags(model, run, num_steps=1, save_steps=1), folder / "log", partial(signal_at, "save", 2, signal.SIGTERM)
@@ -165,7 +166,7 @@ def test_a_finished_run_can_be_moved_and_resumed_and_is_finished_again(warm, tin
 
 
 def in_two_ranks(words: list[str], log: Path, before=lambda: None) -> tuple[Ended, Ended]:
-    """launch/train.py as a launcher starts it twice; `before` in the second one."""
+    """Run launch/train.py as two ranks, like a launcher; call `before` in the second one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -189,8 +190,8 @@ def in_two_ranks(words: list[str], log: Path, before=lambda: None) -> tuple[Ende
 
 def one_of_two_signalled(model: Path, folder: Path) -> None:
     straight, run = folder / "straight", folder / "run"
-    whole = in_two_ranks(flags(model, straight), folder / "log")
-    assert [ended.code for ended in whole] == [0, 0], whole[0].err + whole[1].err
+    complete = in_two_ranks(flags(model, straight), folder / "log")
+    assert [ended.code for ended in complete] == [0, 0], complete[0].err + complete[1].err
     stopped = in_two_ranks(flags(model, run), folder / "log", partial(signal_at, "sample", 2, signal.SIGTERM))
     assert [ended.code for ended in stopped] == [75, 75], stopped[0].err + stopped[1].err
     assert status(run)["step"] == 1 and len(found_in(run)) == 1

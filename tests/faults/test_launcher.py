@@ -1,5 +1,5 @@
-"""One run under the real deepspeed launcher, through five deaths: the next start takes it up each time, and at its end
-it is the run that nothing happened to."""
+"""One run under the real deepspeed launcher that is killed or stopped five times: each new start resumes it, and in the
+end it equals an undisturbed run."""
 
 import json
 import os
@@ -19,18 +19,18 @@ from grpo_ds.system.ranks import _free_port
 from tests.faults.launched import flags, result, same, status, train_to_the_end
 from tests.training.test_training import ROOT
 
-PATIENCE = 120.0  # seconds; a busy machine needs half a minute to load a model
+TIMEOUT = 120.0  # seconds; a busy machine needs half a minute to load a model
 STEPS = 7
 
 
 class Launched:
-    """`deepspeed launch/train.py`, which will wait in the reward function of the second step that it makes."""
+    """`deepspeed launch/train.py`, which will wait in the reward function of its second step."""
 
     def __init__(self, words: list[str], folder: Path, fault: str = "waits") -> None:
         self.waiting, self.log = folder / "waiting", folder / "log.txt"
         environment = {"FAULT": fault, "FAULT_AT": "2", "FAULT_FILE": str(self.waiting)}
         launcher = str(Path(sys.executable).with_name("deepspeed"))
-        command = [launcher, "--master_port", str(_free_port()), *words]  # its own may be another run's
+        command = [launcher, "--master_port", str(_free_port()), *words]  # the default may be in use
         with self.log.open("w") as log:
             self.runner = subprocess.Popen(
                 command, cwd=ROOT, env={**os.environ, **environment}, stdout=log, stderr=log, start_new_session=True
@@ -40,7 +40,7 @@ class Launched:
         self.launch, self.train = self.found["launch"], self.found["train"]
 
     def begun(self) -> bool:
-        """Whether both processes that the runner leads to are there."""
+        """Return True if both processes below the runner exist."""
         assert self.runner.poll() is None, self.log.read_text()[-3000:]
         for process in psutil.Process(self.runner.pid).children(recursive=True):
             with suppress(psutil.Error):
@@ -50,20 +50,20 @@ class Launched:
         return len(self.found) == 2
 
     def until(self, condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while not condition():
-            assert time.monotonic() < deadline, f"not so far: {what}\n{self.log.read_text()[-3000:]}"
+            assert time.monotonic() < deadline, f"timed out: {what}\n{self.log.read_text()[-3000:]}"
             time.sleep(0.1)
 
     def noticed(self) -> None:
-        """The run has heard that it is to stop, and may come out of the reward function."""
+        """Wait until the run has noticed the stop request, then let it leave the reward function."""
         self.until(lambda: "saving at the next safe point" in self.log.read_text(), "it noticed")
         self.waiting.unlink()
 
     def end(self) -> int:
-        """The exit code of the launcher, once nothing is left of it and of what it started."""
+        """Wait until the launcher and its processes have ended; return its exit code."""
         self.until(lambda: not any(map(is_alive, (self.launch, self.train))), "all are gone")
-        return self.runner.wait(PATIENCE)
+        return self.runner.wait(TIMEOUT)
 
 
 def waiting(words: list[str], folder: Path) -> Launched:
@@ -77,14 +77,14 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 @pytest.fixture
-def whole(warm, tiny_folder, tmp_path):
-    """The run that nothing happened to."""
-    words = flags(tiny_folder, tmp_path / "whole", num_steps=STEPS)
+def undisturbed(warm, tiny_folder, tmp_path):
+    """Folder of an undisturbed run."""
+    words = flags(tiny_folder, tmp_path / "undisturbed", num_steps=STEPS)
     warm(train_to_the_end, words, tmp_path)
-    return tmp_path / "whole"
+    return tmp_path / "undisturbed"
 
 
-def test_one_run_through_five_deaths_under_the_launcher(whole, warm, tiny_folder, tmp_path, tried):
+def test_one_run_through_five_deaths_under_the_launcher(undisturbed, warm, tiny_folder, tmp_path, tried):
     run = tmp_path / "run"
     auto = ["launch/train.py", "--resume_from_checkpoint", "auto", "--output_dir", str(run)]
 
@@ -100,9 +100,8 @@ def test_one_run_through_five_deaths_under_the_launcher(whole, warm, tiny_folder
     stopped(1)
     tried("signal under deepspeed", "exit code passed on")
 
-    command = shlex.split(
-        next(line for line in first.log.read_text().splitlines() if "Go on with: " in line).partition(": deepspeed ")[2]
-    )
+    line = next(line for line in first.log.read_text().splitlines() if "Resume with: " in line)
+    command = shlex.split(line.partition(": deepspeed ")[2])
     second = waiting(command, tmp_path)
     for process in (second.runner, second.launch, second.train):
         process.send_signal(signal.SIGKILL)
@@ -133,23 +132,23 @@ def test_one_run_through_five_deaths_under_the_launcher(whole, warm, tiny_folder
     tried("signal under deepspeed", "exit code passed on")
 
     warm(train_to_the_end, auto[1:], tmp_path)
-    assert same(result(run), result(whole))
+    assert same(result(run), result(undisturbed))
     assert len((run / "metrics.jsonl").read_text().splitlines()) == STEPS
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()] == list(range(1, STEPS + 1))
     tried("kill -9 of all processes", "in the end the same run bit by bit")
 
 
 def test_a_launcher_killed_while_the_model_is_loaded_leaves_no_orphan(tiny_folder, tmp_path, tried):
-    run, no_end_in_sight = tmp_path / "run", 100_000  # steps, on a machine that loads quicker than it looks around
-    words = ["launch/train.py", *flags(tiny_folder, run, num_steps=no_end_in_sight)]
+    run, many = tmp_path / "run", 100_000  # steps, in case the machine loads the model before it notices
+    words = ["launch/train.py", *flags(tiny_folder, run, num_steps=many)]
     launched = Launched(words, tmp_path, fault="none")
     launched.until(lambda: "Plan: " in launched.log.read_text(), "it says what it will do")
     launched.launch.kill()
     launched.end()
-    said = launched.log.read_text()
-    if "nothing to save" in said:
+    log = launched.log.read_text()
+    if "nothing to save" in log:
         assert not run.exists()
-    else:  # it had loaded before it noticed
+    else:  # the model was loaded before it noticed
         state = json.loads((run / "run_status.json").read_text())
-        assert "Go on with: " in said and (state["state"], state["exit_code"]) == ("stopped", 75)
+        assert "Resume with: " in log and (state["state"], state["exit_code"]) == ("stopped", 75)
     tried("kill -9 of the launcher", "stopped, no orphan")

@@ -1,7 +1,7 @@
-"""A corpus of malformed input: each comes to its named error or to its documented repair (docs/data.md).
+"""A collection of malformed input: each case gives its error or its documented repair (docs/data.md).
 
-NAMED_FILES, NAMED_RECORDS and NAMED_SETTINGS list what is refused, with the words its error must hold; REPAIRED what
-is read all the same, with the questions that come out. Every line is another way to be wrong.
+NAMED_FILES, NAMED_RECORDS and NAMED_SETTINGS list refused input with words that the error must hold; REPAIRED lists
+input that is read, with the resulting questions. Every line is a different fault.
 """
 
 import bz2
@@ -24,7 +24,8 @@ import pytest
 
 from grpo_ds.errors import MAX_LINES, DataError, UsageError
 from grpo_ds.settings.command_line import parse
-from grpo_ds.settings.config import CONFIG_FILE, TrainConfig, prompt_recipe
+from grpo_ds.settings.config import TrainConfig
+from grpo_ds.settings.saved_config import CONFIG_FILE, prompt_recipe
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.prompts import encode_prompt
 from grpo_ds.task.questions import Question, read_questions, split_questions
@@ -44,7 +45,7 @@ def but(record=ONE, **changes):
 
 
 def raw(field, value):
-    """The file of one record whose field is this piece of JSON, as it stands."""
+    """File of one record, in which one field is this piece of JSON, inserted unchanged."""
     return json.dumps([but(**{field: "@"})]).replace('"@"', value)
 
 
@@ -70,7 +71,7 @@ def tarred():
 
 NOT_TEXT = "is not UTF-8 text"
 NOT_JSON = "is not valid JSON: line "
-NAMED_FILES = [  # what, the file's bytes or text, what its error must say
+NAMED_FILES = [  # description, the file's bytes or text, words of its error
     # Encodings.
     ("UTF-16 with its mark", LIST.encode("utf-16"), [NOT_TEXT, "UTF-16", "iconv"]),
     ("UTF-16, big end first", b"\xfe\xff" + LIST.encode("utf-16-be"), [NOT_TEXT, "UTF-16"]),
@@ -180,7 +181,7 @@ NAMED_FILES = [  # what, the file's bytes or text, what its error must say
     ("names with a space", [{"question ": "a", "context ": "b", "ground_truth ": "yes"}], ["question is missing"]),
     ("nothing but maybe", [but(ground_truth="maybe")], ["no record labelled yes or no, only 1 maybe", "--labels yes"]),
 ]
-NAMED_RECORDS = [  # what, its second record or the file's text, what its error must say
+NAMED_RECORDS = [  # description, the second record or the file's text, words of its error
     # The texts.
     ("a question that is null", but(TWO, question=None), ["record 2: question is null, not a text"]),
     ("a number", but(TWO, question=4), ["record 2: question is a number, not a text"]),
@@ -216,7 +217,7 @@ NAMED_RECORDS = [  # what, its second record or the file's text, what its error 
     ("a label that is null", but(TWO, ground_truth=None), ["record 2: ground_truth is null, not a text"]),
     ("false for no", but(TWO, ground_truth=False), ["record 2: ground_truth is false, not a text"]),
     ("0 for no", but(TWO, ground_truth=0), ["record 2: ground_truth is '0'; it must be yes or no or maybe"]),
-    ("a number with a point", but(TWO, ground_truth=1.0), ["ground_truth is 1.0, but a number here must be whole"]),
+    ("a number with a point", but(TWO, ground_truth=1.0), ["ground_truth is 1.0, but a number here must be an int"]),
     ("two labels", but(TWO, ground_truth=["yes", "no"]), ["record 2: ground_truth is a list, not a text"]),
     ("an answer with its reason", but(TWO, ground_truth="no, it was not"), ["ground_truth is 'no, it was not'; it"]),
     ("another language", but(TWO, ground_truth="nein"), ["ground_truth is 'nein'; it must be yes or no"]),
@@ -234,7 +235,7 @@ NAMED_RECORDS = [  # what, its second record or the file's text, what its error 
     ("an id that is null", but(TWO, id=None), ["record 2: id is null"]),
     ("an empty id", but(TWO, id=" "), ["record 2: id is empty"]),
     ("a list as id", but(TWO, id=[2]), ["record 2: id is a list"]),
-    ("half an id", but(TWO, id=2.5), ["record 2: id is 2.5, but a number here must be whole"]),
+    ("half an id", but(TWO, id=2.5), ["record 2: id is 2.5, but a number here must be an integer"]),
     ("an id of lines", but(TWO, id="2\n3"), [r"record 2: id is '2\n3'; it must be one line of at most 200 characters"]),
     ("an id of 300 characters", but(TWO, id="x" * 300), ["record 2: id is 'xxx", "at most 200 characters"]),
     ("an id of 400 digits", but(TWO, id=10**400), ["record 2: id is '1000", "at most 200 characters"]),
@@ -253,18 +254,18 @@ NAMED_RECORDS = [  # what, its second record or the file's text, what its error 
     (
         "a field twice",
         f'[{LINE}, {OTHER_LINE[:-1]}, "context": "It was."}}]',
-        ["record 2: 'context' stands twice in one object; keep one"],
+        ["record 2: 'context' appears twice in one object; keep one"],
     ),
     (
         "a field twice within a field",
         f'[{LINE}, {OTHER_LINE[:-1]}, "source": [{{"year": 1, "year": 2}}]}}]',
-        ["record 2: 'year' stands twice in one object"],
+        ["record 2: 'year' appears twice in one object"],
     ),
-    ("a field twice in a line", f'{LINE}\n{OTHER_LINE[:-1]}, "id": 3}}', ["line 2: 'id' stands twice in one object"]),
+    ("a field twice in a line", f'{LINE}\n{OTHER_LINE[:-1]}, "id": 3}}', ["line 2: 'id' appears twice in one object"]),
     (
         "one of 20,000 PMIDs twice",
         json.dumps({f"{n:06}": but(PMID, QUESTION=f"Is it {n}?") for n in range(20_000)}).replace("000001", "000000"),
-        ["the file: '000000' stands twice in one object"],
+        ["the file: '000000' appears twice in one object"],
     ),
     # PubMedQA's own form.
     ("a PMID of null", json.dumps({"10": PMID, "11": None}), ["record 2 ('11') is null, not an object"]),
@@ -289,7 +290,7 @@ NAMED_RECORDS = [  # what, its second record or the file's text, what its error 
 
 
 def file_of(folder, content, name="data.json"):
-    """A file with these bytes, this text or this value in it."""
+    """Write a file with these bytes, this text or this value as JSON."""
     path = folder / name
     text = content if isinstance(content, str | bytes) else json.dumps(content)
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
@@ -302,7 +303,7 @@ def check(message, words):
 
 
 def with_first(content):
-    """A file whose first record is sound; a text is one already."""
+    """Put a good record first; a text is a complete file already."""
     return content if isinstance(content, str) else [ONE, *(content if isinstance(content, list) else [content])]
 
 
@@ -322,12 +323,12 @@ def test_a_malformed_file_is_named_with_its_place(tmp_path, tried, content, word
 
 
 def q(record, **changes):
-    """The question that a record should come to."""
+    """The question that this record must become."""
     return Question(**{**dict(zip(("id", "text", "context", "label"), record.values(), strict=True)), **changes})
 
 
 BOTH = [q(ONE), q(TWO)]
-REPAIRED = [  # what, the file, the questions that come out
+REPAIRED = [  # description, the file, the resulting questions
     ("a byte order mark", b"\xef\xbb\xbf" + LIST.encode(), BOTH),
     ("lines of Windows after a mark", f"\ufeff{LINE}\r\n{OTHER_LINE}\r\n", BOTH),
     ("lines of an old Macintosh", f"{LINE}\r{OTHER_LINE}\r", BOTH),
@@ -387,7 +388,7 @@ REPAIRED = [  # what, the file, the questions that come out
 
 
 @pytest.mark.parametrize(("content", "expected"), [pytest.param(*rest, id=what) for what, *rest in REPAIRED])
-def test_a_malformed_file_is_read_as_it_was_meant(tmp_path, tried, content, expected):
+def test_a_malformed_file_is_repaired(tmp_path, tried, content, expected):
     assert list(read_questions(str(file_of(tmp_path, content))).questions) == expected
     tried(KIND, "repaired")
 
@@ -403,13 +404,13 @@ def test_a_field_of_its_own_in_every_record_does_not_multiply(tmp_path, tried):
 
 
 @pytest.mark.parametrize("name", ["data.csv", "data.jsonl", "data.parquet", "data", "a b\xe9.json"])
-def test_a_files_name_may_lie(tmp_path, tried, name):
+def test_a_files_name_may_be_wrong(tmp_path, tried, name):
     assert list(read_questions(str(file_of(tmp_path, LIST, name))).questions) == BOTH
     tried(KIND, "repaired")
 
 
 def no_file(kind, folder):
-    """A path with something other than a data file at its end."""
+    """Create something that is not a data file, and return its path."""
     path = folder / "data.json"
     if kind == "a dangling link":
         path.symlink_to(folder / "gone.json")
@@ -434,7 +435,7 @@ NO_FILES = [
 
 
 @pytest.mark.parametrize(("kind", "words"), NO_FILES)
-def test_what_is_no_file_is_named(tmp_path, tried, kind, words):
+def test_a_path_without_a_file_is_named(tmp_path, tried, kind, words):
     path = no_file(kind, tmp_path)
     with pytest.raises(DataError) as error:
         read_questions(path)
@@ -443,26 +444,26 @@ def test_what_is_no_file_is_named(tmp_path, tried, kind, words):
 
 
 PATHS = [
-    ("/dev/zero", "is a pipe or a device"),  # it would be read until memory ends
+    ("/dev/zero", "is a pipe or a device"),  # reading it would not end
     ("/proc/self/mem", "/proc/self/mem cannot be read: Input/output error"),
     ("~nobody-of-this-name/data.json", "There is no data file ~nobody-of-this-name/data.json"),
     ("https://example.org/data.json", "There is no data file https://example.org/data.json"),
     ("*.json", "There is no data file *.json"),
-    ("caf\udce9.json", r"--data 'caf\udce9.json' holds a broken character"),  # no config could be written that names it
+    ("caf\udce9.json", r"--data 'caf\udce9.json' holds a broken character"),  # a saved config could not name it
     ("a\nb.json", r"--data 'a\nb.json' holds a broken character or a line break: rename the file"),
     ("data\0.json", r"--data 'data\x00.json' holds a broken character"),
 ]
 
 
 @pytest.mark.parametrize(("path", "words"), PATHS)
-def test_a_path_that_cannot_serve_is_named(tried, path, words):
+def test_an_unusable_path_is_named(tried, path, words):
     with pytest.raises(DataError) as error:
         read_questions(path)
     check(str(error.value), [words, "--data sample"])
     tried(KIND, "named")
 
 
-def test_too_few_records_to_hold_one_out_are_named(tmp_path, tried):
+def test_too_few_records_to_split_are_named(tmp_path, tried):
     questions = read_questions(str(file_of(tmp_path, [ONE]))).questions
     with pytest.raises(DataError) as error:
         split_questions(questions, eval_fraction=0.2, seed=0)
@@ -470,7 +471,7 @@ def test_too_few_records_to_hold_one_out_are_named(tmp_path, tried):
     tried(KIND, "named")
 
 
-SYSTEM_PROMPTS = [  # what, the file, what its error must say
+SYSTEM_PROMPTS = [  # description, the file, words of its error
     ("an empty file", b"", "is empty"),
     ("nothing to see", "\ufeff \u200b\n", "is empty"),
     ("Latin-1", "R\xe9ponds.".encode("latin-1"), "is not UTF-8 text: byte 0xe9 at offset 1"),
@@ -483,7 +484,7 @@ SYSTEM_PROMPTS = [  # what, the file, what its error must say
 
 def settings_error(*argv):
     with pytest.raises(UsageError) as error:
-        parse(TrainConfig, list(argv), about="")
+        parse(TrainConfig, list(argv), about="").config()
     return str(error.value)
 
 
@@ -495,25 +496,25 @@ def test_a_malformed_system_prompt_is_named(tmp_path, tried, content, words):
 
 
 @pytest.mark.parametrize("path", ["", ".", "/dev/zero", "~nobody-of-this-name/prompt.txt", "x" * 5000])
-def test_a_system_prompt_that_is_no_file_is_named(tried, path):
+def test_a_system_prompt_that_is_not_a_file_is_named(tried, path):
     message = settings_error("--system_prompt", path)
-    assert f"system_prompt is {path}, which is no file with a text in it" in message
+    assert f"system_prompt is {path}, which is not a file" in message
     tried(KIND, "named")
 
 
-def test_a_system_prompt_from_windows_is_read_as_it_was_meant(tmp_path, tried):
+def test_a_system_prompt_from_windows_is_repaired(tmp_path, tried):
     path = file_of(tmp_path, "\ufeff Answer.\r\nBriefly.\r\n", "prompt.txt")
     assert TrainConfig(system_prompt=str(path)).system_prompt_text == "Answer.\nBriefly."
     tried(KIND, "repaired")
 
 
-NAMED_SETTINGS = [  # what, the --config file, what its error must say
+NAMED_SETTINGS = [  # description, the --config file, words of its error
     ("nothing", b"", ["holds no settings", "num_steps: 40"]),
     ("comments alone", "# num_steps: 3\n", ["holds no settings"]),
     ("null", "null\n", ["holds no settings"]),
     ("a list", "- num_steps: 3\n", ["holds no settings"]),
     ("prose", "num_steps 3\n", ["holds no settings"]),
-    ("a setting twice", "num_steps: 3\nmu: 2\nnum_steps: 4\n", ["num_steps stands there 2 times; keep one"]),
+    ("a setting twice", "num_steps: 3\nmu: 2\nnum_steps: 4\n", ["num_steps is set 2 times; keep one"]),
     ("UTF-16", "num_steps: 3\n".encode("utf-16"), ["is not UTF-8 text: byte 0xff at offset 0"]),
     ("Latin-1", "data: caf\xe9.json\n".encode("latin-1"), ["is not UTF-8 text: byte 0xe9 at offset 9"]),
     ("NUL", b"num_steps: 3\0\n", ["Problems parsing config", "#x0000"]),
@@ -530,8 +531,8 @@ NAMED_SETTINGS = [  # what, the --config file, what its error must say
     ("a mapping for a text", "data:\n  file: a.json\n", ["data", "Expected a <class 'str'>"]),
     ("a number for a name", "1: 2\n", ["Key must be a string"]),
     ("one field for two things", "question_field: q\nlabel_field: q\n", ["must name different fields"]),
-    ("labels that differ by a full stop", "labels: yes,yes.\n", ["labels: no answer is read as 'yes.'"]),
-    ("a label with a tag in it", "labels: a</answer>,b\n", ["labels: no answer is read as 'a</answer>'"]),
+    ("labels that differ by a full stop", "labels: yes,yes.\n", ["labels: the answer 'yes.' would not be recognised"]),
+    ("a label with a tag in it", "labels: a</answer>,b\n", ["labels: the answer 'a</answer>' would not be recognised"]),
 ]
 
 
@@ -550,7 +551,7 @@ def test_a_damaged_config_beside_a_model_is_named(tmp_path, tried, content):
     tried("malformed settings", "named")
 
 
-# At the door: the exit code, and nothing loaded or written. Torch and its kind cannot be imported there.
+# At the start of a command: the exit code, with nothing loaded or written. Heavy modules cannot be imported here.
 NOTHING_HEAVY = """
 import runpy, sys
 for name in ("torch", "transformers", "deepspeed", "datasets", "numpy"):
@@ -568,7 +569,7 @@ def train(folder, *flags):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
-AT_THE_DOOR = [
+BEFORE_LOADING = [
     "UTF-16 without a mark",
     "gzip",
     "null",
@@ -578,8 +579,8 @@ AT_THE_DOOR = [
 ]
 
 
-@pytest.mark.parametrize("what", AT_THE_DOOR)
-def test_at_the_door_malformed_data_ends_in_exit_code_3_with_nothing_loaded_or_written(tmp_path, tried, what):
+@pytest.mark.parametrize("what", BEFORE_LOADING)
+def test_malformed_data_ends_in_exit_code_3_with_nothing_loaded_or_written(tmp_path, tried, what):
     cases = {what: (content, words) for what, content, words in NAMED_FILES}
     cases |= {what: (with_first(content), words) for what, content, words in NAMED_RECORDS}
     content, words = cases["a thousand bad records" if what == "many" else what]
@@ -589,11 +590,11 @@ def test_at_the_door_malformed_data_ends_in_exit_code_3_with_nothing_loaded_or_w
     check(result.stderr.strip(), ["Error: data.json", *words])
     assert "Traceback" not in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["data.json"]
-    tried("malformed data at the door", "exit code 3, nothing loaded or written")
+    tried("malformed data, full command", "exit code 3, nothing loaded or written")
 
 
-def test_at_the_door_a_sound_file_goes_on_to_the_model(tmp_path):
-    # The other side of the test above: what stops there is the data, and here it is the first heavy import.
+def test_with_a_good_file_the_command_goes_on_to_the_model(tmp_path):
+    # The counterpart of the test above: with good data it stops at the first heavy import.
     file_of(tmp_path, [but(id=n, question=f"Is it {n}?") for n in range(10)])
     result = train(tmp_path, "--data", "data.json", "--model", "smollm2-135m")
     assert result.returncode == 1 and "import of torch halted" in result.stderr, result.stderr
@@ -605,14 +606,14 @@ def test_a_long_context_loses_its_front_and_control_tokens_are_spelled_out(token
     encoded = encode_prompt(tokenizer, question, **style)
     text = tokenizer.decode(encoded.ids)
     assert len(encoded.ids) == 600 and "The end.\n\nQuestion: Is it?" in text
-    # The chat's own two, behind the system's turn and the user's; the context's are letters.
+    # Two are the chat's own, after the system turn and the user turn; those of the context are plain text.
     assert encoded.ids == encode_prompt(tokenizer, replace(question, context=question.context[-2000:]), **style).ids
     ends = encoded.ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>"))
     assert ends == 2 < text.count("<|im_end|>")
     tried(KIND, "repaired")
 
 
-ASKED = [  # flags of launch/ask.py, what its error must say
+ASKED = [  # flags of launch/ask.py, words of its error
     (["--question", "Is it?", "--context", " \u200b"], "--context is empty"),
     (
         ["--question", "\udcff", "--context", "It is."],
@@ -623,7 +624,7 @@ ASKED = [  # flags of launch/ask.py, what its error must say
 
 
 @pytest.mark.parametrize(("flags", "words"), ASKED)
-def test_what_is_asked_is_checked_like_a_record(monkeypatch, tried, flags, words):
+def test_a_question_to_ask_is_checked_like_a_record(monkeypatch, tried, flags, words):
     monkeypatch.syspath_prepend(str(ROOT / "launch"))
     import ask
 
@@ -641,8 +642,8 @@ def test_labels_that_look_like_markup_are_shown_as_they_are(capsys, tried):
     questions = [Question(label, "Which?", "", label) for label in labels]
     asked = Evaluation(["", ""], [None, "[A]"], grade([None, "[A]"], questions, labels=labels))
     Console().before_and_after(asked, asked, questions)
-    told = capsys.readouterr().out
-    assert "recall [/b]" in told and "recall [A]" in told
+    printed = capsys.readouterr().out
+    assert "recall [/b]" in printed and "recall [A]" in printed
     tried(KIND, "repaired")
 
 

@@ -1,4 +1,5 @@
-"""Numbers that go bad in a run: the step is skipped by name or the run ends by name, and no such weight is saved."""
+"""Numbers that become NaN or infinite in a run: the step is skipped or the run ends, with the number named, and such
+weights are not saved."""
 
 import json
 import os
@@ -21,16 +22,16 @@ SMALL = {"num_generations": 4, "max_completion_length": 4, "learning_rate": 1e-3
 
 
 def make(folder, reward=letters_reward, **changes):
-    """A trainer on these rewards, its questions, and the lines that it says of bad steps."""
+    """A trainer with this reward function, its questions, and its messages about bad steps."""
     trainer, train, held_out = tiny_trainer(folder, **{**SMALL, **changes})
     trainer.collector.score.keywords["functions"]["letters"] = (reward, 1.0)
-    said = []
-    trainer.bad_steps.say = said.append
-    return trainer, train, held_out, said
+    messages = []
+    trainer.bad_steps.say = messages.append
+    return trainer, train, held_out, messages
 
 
 class At:
-    """Rewards as they should be; in these calls, a call a step, first `spoil(rewards)`, which may return others."""
+    """Good rewards; in the calls of `steps` (one call a step) `spoil(rewards)` runs first and may return others."""
 
     def __init__(self, steps, spoil):
         self.steps, self.spoil, self.calls = steps, spoil, 0
@@ -42,7 +43,7 @@ class At:
 
 
 class NanReference:
-    """Rewards as they should be; in these steps the reference of `trainer` computes no numbers."""
+    """Good rewards; in these steps the reference of `trainer` computes NaN."""
 
     def __init__(self, steps):
         self.steps, self.trainer, self.calls = steps, None, 0
@@ -64,14 +65,16 @@ def metrics_of(folder):
 
 def test_a_number_that_is_not_finite_skips_its_step_and_the_run_goes_on(tiny_folder, tmp_path, tried):
     spoiled = NanReference({2})
-    spoiled.trainer, train, held_out, said = make(tiny_folder, spoiled, num_steps=3)
+    spoiled.trainer, train, held_out, messages = make(tiny_folder, spoiled, num_steps=3)
     trainer = spoiled.trainer
-    Run(trainer, train, held_out, tmp_path / "run").whole()
+    Run(trainer, train, held_out, tmp_path / "run").run()
     metrics = metrics_of(tmp_path / "run")
     assert [line["bad_steps"] for line in metrics] == [0, 1, 0]
     assert metrics[1]["loss"] is None and metrics[1]["grad_norm"] is None and metrics[2]["loss"] is not None
     assert (
-        len(said) == 1 and "Step 2 is skipped" in said[0] and "reference log-prob (completion 1 of question" in said[0]
+        len(messages) == 1
+        and "Step 2 is skipped" in messages[0]
+        and "reference log-prob (completion 1 of question" in messages[0]
     )
     assert first_bad_weight(AutoModelForCausalLM.from_pretrained(tmp_path / "run")) is None
     assert not (tmp_path / "run" / BAD_BATCH).exists()
@@ -92,7 +95,7 @@ def test_a_skipped_step_moves_no_weight(tiny_folder, tmp_path, tried):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_reward_that_is_not_finite_is_its_functions_fault(tiny_folder, tmp_path, tried, value):
+def test_a_reward_that_is_not_finite_is_an_error_of_its_function(tiny_folder, tmp_path, tried, value):
     trainer, train, _, _ = make(tiny_folder, At({1}, lambda rewards: [value, *rewards[1:]]), num_steps=1)
     with pytest.raises(RewardError, match=r"'letters' returned .*; it must return finite numbers"):
         Run(trainer, train, [], tmp_path).train()
@@ -102,16 +105,16 @@ def test_a_reward_that_is_not_finite_is_its_functions_fault(tiny_folder, tmp_pat
 
 def test_bad_steps_with_good_ones_between_do_not_end_the_run(tiny_folder, tmp_path, tried):
     spoiled = NanReference({1, 2, 4, 5})
-    spoiled.trainer, train, _, said = make(tiny_folder, spoiled, num_steps=6, max_bad_steps=2)
+    spoiled.trainer, train, _, messages = make(tiny_folder, spoiled, num_steps=6, max_bad_steps=2)
     trainer = spoiled.trainer
     Run(trainer, train, [], tmp_path).train()
-    assert [line["bad_steps"] for line in metrics_of(tmp_path)] == [1, 1, 0, 1, 1, 0] and len(said) == 4
+    assert [line["bad_steps"] for line in metrics_of(tmp_path)] == [1, 1, 0, 1, 1, 0] and len(messages) == 4
     trainer.engine.close()
     tried(KIND, "step skipped by name")
 
 
 def ends_by_name(trainer, train, folder, *, words, remedy):
-    """The run's end, and the batch it leaves."""
+    """Check how the run ends, and return the batch that it saved."""
     with pytest.raises(NumbersError) as error:
         Run(trainer, train, [], folder).train()
     assert error.value.exit_code == 6 and len(str(error.value).splitlines()) <= MAX_LINES
@@ -122,13 +125,13 @@ def ends_by_name(trainer, train, folder, *, words, remedy):
     return batch
 
 
-def test_a_weight_that_became_nan_ends_the_run_and_is_not_saved(tiny_folder, tmp_path, tried):
+def test_a_weight_that_becomes_nan_ends_the_run_and_is_not_saved(tiny_folder, tmp_path, tried):
     def plant(_):
         trainer.engine.model.model.layers[0].mlp.up_proj.weight.data[1, 2] = torch.nan
 
-    trainer, train, _, said = make(tiny_folder, At({2}, plant), num_steps=9, max_bad_steps=2)
+    trainer, train, _, messages = make(tiny_folder, At({2}, plant), num_steps=9, max_bad_steps=2)
     batch = ends_by_name(trainer, train, tmp_path, words="steps 2 to 4", remedy="The policy itself")
-    assert batch["bad"][0].startswith("log-prob") and len(said) == 3
+    assert batch["bad"][0].startswith("log-prob") and len(messages) == 3
     assert all(row["logprobs"]["policy"]["not_finite"] == row["tokens"] for row in batch["completions"])
     with pytest.raises(NumbersError, match=r"The model is not saved: its weight model.layers.0.mlp.up_proj.weight"):
         Run(trainer, [], [], tmp_path / "model").save_model()
@@ -141,7 +144,7 @@ def test_a_folder_with_a_weight_of_nan_is_refused_before_it_is_trained(tiny_fold
     trainer, train, held_out, _ = make(tiny_folder)
     trainer.engine.model.model.norm.weight.data[0] = torch.nan
     with pytest.raises(PreflightError, match=r"model.norm.weight is not finite"):
-        Run(trainer, train, held_out, tmp_path / "run").whole()
+        Run(trainer, train, held_out, tmp_path / "run").run()
     assert not (tmp_path / "run").exists()
     trainer.engine.close()
     tried(KIND, "refused before training")
@@ -152,14 +155,14 @@ def test_a_reference_of_nan_ends_the_run(tiny_folder, tmp_path, tried):
         trainer.reference.model.model.model.norm.weight.data[3] = torch.nan
 
     trainer, train, _, _ = make(tiny_folder, At({1}, plant), num_steps=9, max_bad_steps=0)
-    batch = ends_by_name(trainer, train, tmp_path, words="step 1,", remedy="--reference bf16")
+    batch = ends_by_name(trainer, train, tmp_path, words="step 1:", remedy="--reference bf16")
     assert batch["bad"][0].startswith("reference log-prob")
     assert all(row["logprobs"]["policy"]["not_finite"] == 0 for row in batch["completions"])
     tried(KIND, "run ended by name, batch saved")
 
 
 def test_a_loss_that_overflows_ends_the_run(tiny_folder, tmp_path, tried):
-    """A learning rate that throws the policy far from its reference, under a KL of enormous weight."""
+    """The learning rate moves the policy far from the reference, and the weight of the KL is enormous."""
     changes = {"learning_rate": 1.0, "beta": 1e38, "reference": "bf16", "max_bad_steps": 1}
     trainer, train, _, _ = make(tiny_folder, num_steps=9, **changes)
     batch = ends_by_name(trainer, train, tmp_path, words="steps 2 to 3", remedy="lower --learning_rate")
@@ -168,7 +171,7 @@ def test_a_loss_that_overflows_ends_the_run(tiny_folder, tmp_path, tried):
 
 
 def test_a_gradient_that_overflows_ends_the_run(tiny_folder, tmp_path, tried, monkeypatch):
-    """A loss that fp32 holds, and whose gradient's norm it does not."""
+    """A loss that fp32 can hold, with a gradient norm that it cannot."""
     monkeypatch.setattr("grpo_ds.training.update.step_weights", lambda *of: 1e25 * step_weights(*of))
     trainer, train, _, _ = make(tiny_folder, num_steps=9, max_bad_steps=1)
     batch = ends_by_name(trainer, train, tmp_path, words="steps 1 to 2", remedy="smaller rewards")

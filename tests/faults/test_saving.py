@@ -1,4 +1,5 @@
-"""Killed, or out of room, at every moment of a save: what was finished is found again, nothing half done is."""
+"""A process that is killed or runs out of disk space at any moment of a save: finished checkpoints are found again,
+unfinished ones are not."""
 
 import errno
 import io
@@ -18,30 +19,31 @@ from typing import Any
 import torch
 
 from grpo_ds.errors import CheckpointError, GrpoError
-from grpo_ds.run_folder.checkpoints import damage, found_in, step_of, to_resume
-from grpo_ds.training import checkpoint as snapshot
+from grpo_ds.run_folder.checkpoints import damage, found_in, step_of
+from grpo_ds.run_folder.resume import to_resume
+from grpo_ds.training.checkpoint import save_checkpoint
 from grpo_ds.training.run import Run
 from tests.faults.file_operations import before_each, counted, die_before, fail, no_file_over
-from tests.faults.forks import fork, join_made_up_ranks
+from tests.faults.forks import fork, join_fake_ranks
 from tests.training.test_resume import finish, make_run
 
 KIND = "offload, int8 reference"
-# --save_total_limit, and what may be left of the checkpoints when the second one is on its way.
+# Name -> --save_total_limit, and the steps whose checkpoints may be left when the second save is interrupted.
 SITUATIONS = {
     "beside the one before": (None, [[1], [1, 2]]),
     "while the one before is deleted": (1, [[1], [1, 2], [2]]),
     "in place of one of the same step": (1, [[2]]),
 }
-RARE = ("os.mkdir", "os.rename", "os.rmdir")  # each of these is tried; of the many others every so many
+RARE = ("os.mkdir", "os.rename", "os.rmdir")  # each of these is tried; of the others every EVERY-th
 EVERY = 8
-SIZES = (1, 900, 20_000, 100_000, 250_000)  # bytes, at which a file on its way stops
+SIZES = (1, 900, 20_000, 100_000, 250_000)  # bytes; writing a file stops at this size
 
 Line = dict[str, Any]
 
 
 def at_step_2(model: Path, folder: Path, then: Callable[[Run], None]) -> tuple[list[Line], dict[str, torch.Tensor]]:
-    """What a run comes to that has checkpoint-1, and when the second is due does `then`, in forks, before it."""
-    join_made_up_ranks()
+    """Result of a run that has checkpoint-1 and, before it saves the second one, calls `then` (which forks)."""
+    join_fake_ranks()
     run = make_run(model, KIND, folder / "straight")
     run.config = run.trainer.config = replace(run.config, save_steps=1)
     save = run.save_checkpoint
@@ -56,17 +58,17 @@ def at_step_2(model: Path, folder: Path, then: Callable[[Run], None]) -> tuple[l
 
 
 def moved(run: Run, there: Path, limit: int | None = None) -> Run:
-    """The run of a fork, which goes on in a copy of its folder."""
+    """Let the run of a fork continue in a copy of its folder."""
     run.folder = run.status.folder = there
     run.config = run.trainer.config = replace(run.config, save_total_limit=limit)
     return run
 
 
 def is_the_run(straight: tuple, model: Path, run: Path) -> None:
-    """Raises AssertionError unless this run, resumed, ends as the straight one."""
+    """Assert that this run, resumed, ends like the uninterrupted one."""
     metrics, weights = straight
-    origin, told = to_resume("auto", run)
-    assert not told
+    origin, warnings = to_resume("auto", run)
+    assert not warnings
     again, state = finish(make_run(model, KIND, run, origin))
     assert again == metrics
     assert all(torch.equal(state[name], weight) for name, weight in weights.items())
@@ -84,9 +86,9 @@ def debris(run: Path) -> list[str]:
 
 
 def killed_while_saving(model: Path, folder: Path) -> list[str]:
-    """What each death came before; all is asserted on the way."""
+    """Kill a save at many points, check each result, and return the operation before which each process died."""
     died: list[str] = []
-    resumable: dict[tuple, Path] = {}  # one of each situation and what was left in it
+    resumable: dict[tuple, Path] = {}  # (situation, steps that are left) -> one folder of it
 
     def deaths(run: Run) -> None:
         for situation, (limit, left) in SITUATIONS.items():
@@ -111,8 +113,8 @@ def killed_while_saving(model: Path, folder: Path) -> list[str]:
                 died.append("write")
 
     def check(run: Run, there: Path, limit: int | None, left: list[list[int]], situation: str) -> None:
-        origin, told = to_resume("auto", there)
-        assert not told and origin == found_in(there)[0]
+        origin, warnings = to_resume("auto", there)
+        assert not warnings and origin == found_in(there)[0]
         assert steps(there) in left and all(damage(checkpoint) is None for checkpoint in found_in(there))
         assert not debris(there)
         if (key := (situation, *steps(there))) not in resumable:
@@ -124,13 +126,13 @@ def killed_while_saving(model: Path, folder: Path) -> list[str]:
     straight = at_step_2(model, folder, deaths)
     assert {key[1:] for key in resumable} == {(1,), (1, 2), (2,)}
     for there in resumable.values():
-        code, told = fork(partial(is_the_run, straight, model, there))
-        assert code == 0, told
+        code, failure = fork(partial(is_the_run, straight, model, there))
+        assert code == 0, failure
     return died
 
 
 def save(run: Run, there: Path, limit: int | None = None) -> None:
-    snapshot.write(moved(run, there, limit).trainer, there)
+    save_checkpoint(moved(run, there, limit).trainer, there)
 
 
 def counted_save(run: Run, there: Path, limit: int | None) -> list[str]:
@@ -173,8 +175,8 @@ def flushed_before_renamed(model: Path, folder: Path) -> None:
 
 
 def assert_in_fork(run: Callable[[], None]) -> None:
-    code, told = fork(run)
-    assert code == 0, told
+    code, failure = fork(run)
+    assert code == 0, failure
 
 
 def test_before_a_power_cut_every_file_and_folder_is_flushed_and_only_then_renamed(warm, tiny_folder, tmp_path, tried):
@@ -188,7 +190,7 @@ ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT)
 
 
 def full_while_saving(model: Path, folder: Path) -> dict[str, int]:
-    """How many saves failed and ended how."""
+    """Make saves fail at many points, check each result, and return how many ended in which way."""
     counts: Counter[str] = Counter()
 
     def attempts(run: Run) -> None:
@@ -197,26 +199,26 @@ def full_while_saving(model: Path, folder: Path) -> dict[str, int]:
         points = [i + 1 for i, name in enumerate(operations) if name in RARE or i % EVERY == 0]
         for point in points:
             there = shutil.copytree(run.folder, folder / f"point {point}")
-            code, told = fork(partial(periodic, run, there, partial(fail, there, ERRORS[point % 4], point=point)))
-            assert code == 0, f"{operations[point - 1]} failed: {told}"
-            counts[told] += 1
+            code, outcome = fork(partial(periodic, run, there, partial(fail, there, ERRORS[point % 4], point=point)))
+            assert code == 0, f"{operations[point - 1]} failed: {outcome}"
+            counts[outcome] += 1
         for size in SIZES:
             there = shutil.copytree(run.folder, folder / f"size {size}")
-            code, told = fork(partial(periodic, run, there, partial(no_file_over, size, deadly=False)))
-            assert code == 0, told
-            counts[told] += 1
+            code, outcome = fork(partial(periodic, run, there, partial(no_file_over, size, deadly=False)))
+            assert code == 0, outcome
+            counts[outcome] += 1
         for i, part in enumerate(("partial", "MANIFEST", "rank0.pt", "trainer_state.json")):
             there = shutil.copytree(run.folder, folder / f"signal {i}")
-            code, told = fork(partial(at_a_signal, run, there, part))
-            assert code == CheckpointError.exit_code, told
+            code, outcome = fork(partial(at_a_signal, run, there, part))
+            assert code == CheckpointError.exit_code, outcome
             status = json.loads((there / "run_status.json").read_text())
             assert status["state"] == "failed" and status["exit_code"] == 4 and "No space" in status["message"]
             assert to_resume("auto", there) == (there / "checkpoint-1", [])
             counts["stopped with exit 4"] += 1
         for i, part in enumerate(("metrics.jsonl", "run_status.json", ".lock")):
             there = shutil.copytree(run.folder, folder / f"end {i}")
-            code, told = fork(partial(to_the_end, run, there, part))
-            assert code == (2 if part == ".lock" else 0), told
+            code, outcome = fork(partial(to_the_end, run, there, part))
+            assert code == (2 if part == ".lock" else 0), outcome
             counts["refused with exit 2" if code else "warned once, and went on"] += 1
 
     at_step_2(model, folder, attempts)
@@ -224,24 +226,24 @@ def full_while_saving(model: Path, folder: Path) -> dict[str, int]:
 
 
 def periodic(run: Run, there: Path, trouble: Callable[[], list[str] | None]) -> str:
-    """A save at its time, and the next one when there is room again."""
-    said: list[str] = []
-    moved(run, there, 1).console.line = said.append  # type: ignore[method-assign]
+    """Save in the middle of a run, with trouble, and again when there is disk space."""
+    messages: list[str] = []
+    moved(run, there, 1).console.line = messages.append  # type: ignore[method-assign]
     failed = trouble()
     Run.save_checkpoint(run)
     no_file_over(resource.RLIM_INFINITY, deadly=False)
     assert failed is None or len(failed) == 1
-    if said:  # else what failed was the deleting of something, which can wait
-        assert "Warning: checkpoint-2 could not be written" in said[0] and "GiB are free" in said[0]
+    if messages:  # else a deletion failed, which is not urgent
+        assert "Warning: checkpoint-2 could not be written" in messages[0] and "GiB are free" in messages[0]
         assert steps(there)[0] == 1 and damage(there / "checkpoint-1") is None
     else:
         assert damage(there / "checkpoint-2") is None
     Run.save_checkpoint(run)
     assert damage(there / "checkpoint-2") is None
-    assert len(said) < 2
-    snapshot.write(run.trainer, there)
+    assert len(messages) < 2
+    save_checkpoint(run.trainer, there)
     assert steps(there) == [2] and not debris(there)
-    return "warned by name, and went on" if said else "went on"
+    return "warned by name, and went on" if messages else "went on"
 
 
 def at_a_signal(run: Run, there: Path, part: str) -> None:
@@ -251,25 +253,25 @@ def at_a_signal(run: Run, there: Path, part: str) -> None:
 
 
 def to_the_end(run: Run, there: Path, part: str) -> None:
-    said = io.StringIO()
+    errors = io.StringIO()
     del run.save_checkpoint
     fail(there, errno.ENOSPC, part=part)
-    with redirect_stderr(said):
+    with redirect_stderr(errors):
         leaving(moved(run, there))
-    assert said.getvalue().count(f"{part} could not be written (No space left on device)") == 1
+    assert errors.getvalue().count(f"{part} could not be written (No space left on device)") == 1
     assert damage(there / "checkpoint-4") is None
 
 
 def leaving(run: Run) -> None:
-    """A run as run_script ends it."""
+    """Run to the end, and exit like run_script."""
     try:
-        run.whole()
+        run.run()
     except GrpoError as error:
         print(error)
         sys.exit(error.exit_code)
 
 
-def test_where_nothing_more_can_be_written_a_run_says_so_and_keeps_what_it_has(warm, tiny_folder, tmp_path, tried):
+def test_when_nothing_can_be_written_a_run_says_so_and_keeps_what_it_has(warm, tiny_folder, tmp_path, tried):
     for outcome, count in warm(full_while_saving, tiny_folder, tmp_path).items():
         for _ in range(count):
             tried("disk full or read-only", outcome)

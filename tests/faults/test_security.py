@@ -1,4 +1,4 @@
-"""What a run must not do, whatever it is given: run foreign code, give away secrets, call home, obey a text."""
+"""Security of a run, whatever input it gets: no foreign code, no leaked secrets, no network, no commands from text."""
 
 import ast
 import configparser
@@ -23,22 +23,24 @@ from rich.console import Console as RichConsole
 from safetensors.torch import load_file
 
 from grpo_ds.commands import ask
-from grpo_ds.commands.train import output_folder, settle
+from grpo_ds.commands.settle import settle
+from grpo_ds.commands.train import output_folder
 from grpo_ds.errors import MAX_LINES, UsageError, run_script
 from grpo_ds.memory.phases import Span
 from grpo_ds.models.policy import load_policy, load_tokenizer
 from grpo_ds.report.console import Console
-from grpo_ds.report.memory import draw
+from grpo_ds.report.memory_measured import draw_timeline
 from grpo_ds.settings.command_line import parse
-from grpo_ds.settings.config import CONFIG_FILE, TrainConfig, prompt_recipe
+from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import resolve_ds_config
+from grpo_ds.settings.saved_config import CONFIG_FILE, prompt_recipe
 from grpo_ds.system import hardware
 from grpo_ds.system.hardware import check_torch
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.grading import Evaluation, grade
 from grpo_ds.task.questions import Question
 from grpo_ds.terminal import escape_control_chars
-from grpo_ds.training import inference
+from grpo_ds.training import evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALLEST = [
@@ -64,7 +66,7 @@ def refused(result, *words):
 
 
 def test_a_run_asks_for_no_address_outside_this_machine(tiny_folder, tmp_path, tried):
-    """Watched from below Python, with the hub not switched off: an attempt is written down even if it is forgiven."""
+    """Watched below Python, with the hub not switched off: an attempt is recorded even if the run survives it."""
     guard, attempts = tmp_path / "guard.so", tmp_path / "attempts"
     source = Path(__file__).with_name("no_network.cpp")
     subprocess.run(["c++", "-shared", "-fPIC", str(source), "-o", str(guard), "-ldl"], check=True)
@@ -74,7 +76,7 @@ def test_a_run_asks_for_no_address_outside_this_machine(tiny_folder, tmp_path, t
     assert caught.returncode != 0 and attempts.read_text() == "look up huggingface.co\n"
     attempts.unlink()
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]  # free, where runs beside this one have taken the launcher's own
+        port = server.getsockname()[1]  # a free one: parallel runs may use the launcher's default
     launcher = (Path(sys.executable).with_name("deepspeed"), "--master_port", port)
     done = run("--model", tiny_folder, *SMALLEST, "--output_dir", tmp_path / "run", env=guarded, launcher=launcher)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -84,7 +86,7 @@ def test_a_run_asks_for_no_address_outside_this_machine(tiny_folder, tmp_path, t
 
 
 def test_no_service_is_asked_to_convert_a_model():
-    """transformers would, from a thread, for a model of the hub that has no safetensors; this is its own switch."""
+    """transformers does it in a thread for a hub model without safetensors; this variable switches it off."""
     assert os.environ["DISABLE_SAFETENSORS_CONVERSION"] == "1"
     assert '"DISABLE_SAFETENSORS_CONVERSION"' in inspect.getsource(transformers.modeling_utils)
 
@@ -111,7 +113,7 @@ SECRETS = {
             "MY_PASSWORD",
         )
     )
-} | {"WANDB_API_KEY": "5ec2e7" * 6 + "abcd"}  # its form is looked at
+} | {"WANDB_API_KEY": "5ec2e7" * 6 + "abcd"}  # wandb checks its form
 
 
 def test_no_secret_of_the_environment_is_written_or_printed(tiny_folder, tmp_path, tried):
@@ -163,7 +165,7 @@ def test_a_key_in_a_settings_file_is_not_repeated(tmp_path, tried):
 
 
 def test_flags_that_only_sound_like_keys_are_flags():
-    assert parse(TrainConfig, ["--pack_tokens=2000", "--label_field", "key"], about="").config.pack_tokens == 2000
+    assert parse(TrainConfig, ["--pack_tokens=2000", "--label_field", "key"], about="").config().pack_tokens == 2000
     with pytest.raises(UsageError, match="did you mean --pack_tokens"):
         parse(TrainConfig, ["--pack_token", "2000"], about="")
 
@@ -190,7 +192,7 @@ class ForeignModel(Qwen2ForCausalLM):
 
 @pytest.fixture
 def foreign(tiny_folder, tmp_path):
-    """A model whose classes are Python files in its own folder, and the file they write when they run."""
+    """A model with its own Python classes, and the file that they write when they run."""
     folder, marker = tmp_path / "foreign", tmp_path / "ran"
     folder.mkdir()
     for file in tiny_folder.iterdir():
@@ -218,10 +220,10 @@ def foreign(tiny_folder, tmp_path):
 )
 def test_a_models_own_code_is_refused_unrun(foreign, tmp_path, script, flags, tried):
     folder, marker = foreign
-    # What a folder says about itself is no leave to run it.
+    # A folder cannot allow its own code.
     (folder / CONFIG_FILE).write_text("trust_remote_code: true\n")
     result = run("--model", folder, *flags, script=script, env={"HF_HOME": str(tmp_path / "hub")})
-    refused(result, str(folder), "brings Python code of its own", "--trust_remote_code")
+    refused(result, str(folder), "brings its own Python code", "--trust_remote_code")
     assert not marker.exists()
     tried("models that bring code", "refused, the code not run")
 
@@ -229,13 +231,13 @@ def test_a_models_own_code_is_refused_unrun(foreign, tmp_path, script, flags, tr
 def test_a_tokenizers_own_code_is_refused_unrun(tiny_folder, tmp_path, tried):
     marker = tmp_path / "ran"
     (tmp_path / "tokenization_foreign.py").write_text(f"open({str(marker)!r}, 'w')\nclass ForeignTokenizer: ...")
-    for file in tiny_folder.glob("tokenizer*"):  # without config.json nothing says which tokenizer could stand in
+    for file in tiny_folder.glob("tokenizer*"):  # without config.json no other tokenizer can replace it
         (tmp_path / file.name).write_bytes(file.read_bytes())
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     mapped = {"AutoTokenizer": [None, "tokenization_foreign.ForeignTokenizer"]}
     settings |= {"auto_map": mapped, "tokenizer_class": "ForeignTokenizer"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(UsageError, match="brings Python code of its own"):
+    with pytest.raises(UsageError, match="brings its own Python code"):
         load_tokenizer(str(tmp_path))
     assert not marker.exists()
     tried("models that bring code", "refused, the code not run")
@@ -264,15 +266,15 @@ def test_weights_that_run_code_are_refused_unrun(tiny_folder, tmp_path, zipped, 
     (tmp_path / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
     evil = {**weights, "model.norm.weight": RunsWhenUnpickled(marker)}
     torch.save(evil, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UsageError, match="holds more than weights"):
+    with pytest.raises(UsageError, match="contains more than weights"):
         load_policy(str(tmp_path), dtype=torch.float32, checkpointing=False)
     assert not marker.exists()
     pickle.loads(pickle.dumps(RunsWhenUnpickled(marker)))
-    assert marker.exists()  # it would have run
+    assert marker.exists()  # without the check it would have run
     tried("pickles in place of weights", "refused, not run")
 
 
-def test_weights_alone_are_read_from_an_old_file_too(tiny_folder, tmp_path):
+def test_plain_weights_are_read_from_an_old_file_too(tiny_folder, tmp_path):
     (tmp_path / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
     weights = load_file(tiny_folder / "model.safetensors")
     torch.save(weights, tmp_path / "pytorch_model.bin")
@@ -342,14 +344,14 @@ def test_the_code_itself_calls_nothing_that_runs_what_it_reads():
     assert found == []
 
 
-def test_whose_code_is_trusted_is_said_wherever_a_model_is_opened():
+def test_every_call_that_opens_a_model_says_whether_its_code_is_trusted():
     opened = [
         (file, "trust_remote_code" in options)
         for file, name, options in calls()
         if name in {f"{auto}.{verb}" for auto in AUTO for verb in ("from_pretrained", "from_config")}
-        and file != "embedded.py"  # our own wheel, which holds a GGUF file and no code
+        and file != "embedded.py"  # our own wheel, with a GGUF file and no code
     ]
-    assert len(opened) >= 5 and all(said for _, said in opened), opened
+    assert len(opened) >= 5 and all(stated for _, stated in opened), opened
 
 
 # Text is text.
@@ -364,7 +366,7 @@ CONTROL_CHARS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u20
 
 
 def console():
-    """A console that believes it stands before a colour terminal, and what it wrote."""
+    """A console that believes it writes to a colour terminal, and its output."""
     made, written = Console(), io.StringIO()
     made._rich = RichConsole(file=written, force_terminal=True, highlight=False, soft_wrap=True, width=160)
     return made, written
@@ -385,7 +387,7 @@ def test_a_nasty_text_is_printed_as_text(text, capsys, monkeypatch, tried):
     sampler, style = lambda *_, **__: None, SimpleNamespace(answer_format=AnswerFormat())
     sampler.__dict__["tokenizer"] = None
     style.encode, style.texts = lambda *_: None, lambda *_: [answer]
-    monkeypatch.setattr(inference, "load_for_asking", lambda *_, **__: (sampler, style))
+    monkeypatch.setattr(evaluate, "load_for_asking", lambda *_, **__: (sampler, style))
     ask.main(["--model", "nowhere", "--question", "Did it fall?", "--context", "It fell."])
     printed = capsys.readouterr()
     assert escape_control_chars(text) in printed.err and escape_control_chars(text) in printed.out
@@ -414,11 +416,9 @@ def test_a_models_name_is_text_in_a_plan(tiny_folder, tmp_path, script, tried):
 
 
 def test_a_drawing_holds_no_element_of_a_text(tmp_path):
-    rest = {"host_end": 0, "pinned": 0, "gpu_reserved": 0}
-    span = Span(
-        phase="<script>alert(1)</script> $x$ &amp;", start=0.0, seconds=1.0, gpu_peak=0, host_peak=2**30, **rest
-    )
-    draw([span], None, tmp_path / "memory.svg")
+    rest = {"ram_end": 0, "pinned": 0, "gpu_reserved": 0}
+    span = Span(phase="<script>alert(1)</script> $x$ &amp;", start=0.0, seconds=1.0, gpu_peak=0, ram_peak=2**30, **rest)
+    draw_timeline([span], None, tmp_path / "memory.svg")
     assert "<script" not in (tmp_path / "memory.svg").read_text()
     ElementTree.parse(tmp_path / "memory.svg")
 

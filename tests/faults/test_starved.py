@@ -1,5 +1,5 @@
-"""Out of memory in any phase, or a reward function that fails: named, with its exit code, and what was learned saved
-where it is sound; never half a step."""
+"""Out of memory in any phase, or a reward function that fails: a named error with its exit code, and completed steps
+are saved, never half a step."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -16,13 +16,15 @@ from grpo_ds.run_folder.checkpoints import damage, found_in, step_of
 from grpo_ds.training.engine import Engine
 from tests.faults.launched import flags, result, same, status, train
 
-HOST = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+RAM_FULL = (
+    "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+)
 ERRORS: list[Callable[[], Exception]] = [
     MemoryError,
     lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
-    lambda: RuntimeError(HOST),
+    lambda: RuntimeError(RAM_FULL),
 ]
-# (phase, how often it was gone through before, steps kept, of them saved for this error): None is no run at all.
+# (phase, how often it was completed before, steps that are kept); None: there is no run yet.
 PHASES = [
     ("load", 0, None),
     ("initialise", 0, None),
@@ -31,7 +33,7 @@ PHASES = [
     ("floor", 0, 0),
     ("sample", 0, 0),
     ("sample", 1, 1),
-    ("reference", 2, 1),  # the making of it counts
+    ("reference", 2, 1),  # making the reference counts
     ("update", 0, 0),
     ("update", 1, 1),
     ("update", 2, 2),
@@ -41,7 +43,7 @@ HALF_DONE = [("step", 2), ("save", 1)]  # with checkpoint-1 there already
 
 
 def starve(phase: str, passed: int, error: Callable[[], Exception]) -> None:
-    """What the phase does is done, all but its end, when the memory is full; of an update the step itself is not."""
+    """Run out of memory at the end of a phase; in an update, after a backward and before the step."""
     enter, times = Profiler.phase, 0
 
     @contextmanager
@@ -74,7 +76,7 @@ def starved(model: Path, folder: Path, straight: Path, moment: tuple, error: int
     ended = train(flags(model, run), folder / "log", partial(starve, phase, passed, ERRORS[error]))
     assert ended.code == 5, ended.err
     assert f"in phase '{phase}'" in ended.err and "Traceback" not in ended.err
-    assert ("the card" if error == 1 else "host memory") in ended.err
+    assert f"Out of {'GPU memory' if error == 1 else 'RAM'} in phase" in ended.err
     if step is None:
         assert not run.exists()
         return
@@ -114,7 +116,7 @@ def test_half_a_step_or_half_a_save_is_never_kept(phase, passed, warm, tiny_fold
     tried("out of memory in a phase", "not saved; resumed from the step before")
 
 
-def faulty_reward(model: Path, folder: Path, straight: Path, fault: str, said: str) -> None:
+def faulty_reward(model: Path, folder: Path, straight: Path, fault: str, expected: str) -> None:
     run = folder / "run"
 
     def set_fault() -> None:
@@ -122,16 +124,16 @@ def faulty_reward(model: Path, folder: Path, straight: Path, fault: str, said: s
 
     ended = train(flags(model, run, reward_timeout=1), folder / "log", set_fault)
     assert ended.code == 7, ended.err
-    assert said in ended.err and "'faulty'" in ended.err and "Traceback" not in ended.err
+    assert expected in ended.err and "'faulty'" in ended.err and "Traceback" not in ended.err
     assert (status(run)["state"], status(run)["exit_code"], status(run)["step"]) == ("failed", 7, 2)
     assert ended.resume_words[-1] in status(run)["resume"]
-    again = train(ended.resume_words, folder / "log")  # mended: FAULT is not set
+    again = train(ended.resume_words, folder / "log")  # fixed: FAULT is not set
     assert again.code == 0, again.err
     assert same(result(run), result(straight))
 
 
 FAULTS = {
-    "raises": "KeyError: 'a column that was never there'",
+    "raises": "KeyError: 'a column that is not there'",
     "hangs": "took longer than the 1 seconds",
     "is short": "returned 5 values for 6 completions",
     "ends the process": "SystemExit: 3",
@@ -141,4 +143,4 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_reward_function_that_fails_at_step_3_costs_no_step(fault, warm, tiny_folder, tmp_path, straight, tried):
     warm(faulty_reward, tiny_folder, tmp_path, straight, fault, FAULTS[fault])
-    tried("reward function that fails", "named, saved, mended, resumed bit by bit")
+    tried("reward function that fails", "named, saved, fixed, resumed bit by bit")

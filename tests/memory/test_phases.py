@@ -1,4 +1,4 @@
-"""Measured phases: peaks that belong to them, and the message of one that runs out."""
+"""Measured phases: their peaks, and the message of a phase that runs out of memory."""
 
 import json
 import subprocess
@@ -8,20 +8,24 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch
 
-from grpo_ds.memory.phases import CLEAR, OutOfMemory, Profiler
+from grpo_ds.memory.phases import CLEAR, OutOfMemory, PhaseUse, Profiler, Span
 from grpo_ds.memory.plan import GIB, PhasePlan, Plan
-from grpo_ds.report.memory import compare, diagnosis, write_memory
+from grpo_ds.report.memory_measured import compare, diagnosis, write_memory
+from tests.conftest import check_example
 
 MB = 2**20
 PLAN = Plan((PhasePlan("sample", {}, {"weights": 2 * GIB, "KV cache": GIB}), PhasePlan("update", {}, {"weights": GIB})))
 needs_proc = pytest.mark.skipif(not CLEAR.exists(), reason="peaks by phase come from Linux's /proc")
 
 
+@pytest.mark.parametrize("cls", [Span, PhaseUse])
+def test_the_example_of_a_data_class_is_right(cls):
+    check_example(cls)
+
+
 def exact_profiler():
-    """One whose first phase does not carry what the tests before have freed."""
-    profiler = Profiler(torch.device("cpu"))
-    profiler.exact = True
-    return profiler
+    """Return a profiler whose first phase does not include memory that other tests have freed."""
+    return Profiler(torch.device("cpu"), exact=True)
 
 
 @needs_proc
@@ -34,8 +38,8 @@ def test_a_peak_belongs_to_the_phase_that_made_it():
     with profiler.phase("small"):
         pass
     uses = profiler.uses()
-    assert uses["large"].host_peak - uses["small"].host_peak > 200 * MB
-    assert profiler.peak("host") == uses["large"].host_peak
+    assert uses["large"].ram_peak - uses["small"].ram_peak > 200 * MB
+    assert profiler.peak("ram") == uses["large"].ram_peak
 
 
 @needs_proc
@@ -47,7 +51,7 @@ def test_an_inner_phase_takes_its_time_and_peak_from_the_outer_one():
         kept = len(profiler.spans)
     assert [span.phase for span in profiler.spans] == ["outer", "inner", "outer"] and kept == 2
     uses = profiler.uses()
-    assert uses["inner"].host_peak - uses["outer"].host_peak > 200 * MB
+    assert uses["inner"].ram_peak - uses["outer"].ram_peak > 200 * MB
     assert sum(use.seconds for use in uses.values()) == pytest.approx(
         profiler.spans[-1].start + profiler.spans[-1].seconds - profiler.spans[0].start, abs=0.05
     )
@@ -70,7 +74,7 @@ def test_a_full_card_is_named_with_its_phase_its_plan_and_what_helps():
     words = str(caught.value)
     assert caught.value.exit_code == 5 and len(words.splitlines()) <= 6
     for word in (
-        "the card",
+        "Out of GPU memory",
         "'update'",
         "3.0 GiB were planned",
         "1.16 GiB",
@@ -80,7 +84,7 @@ def test_a_full_card_is_named_with_its_phase_its_plan_and_what_helps():
         assert word in words
 
 
-FILL_THE_HOST = """
+FILL_RAM = """
 import resource, torch
 from grpo_ds.errors import run_script
 from grpo_ds.memory.phases import Profiler
@@ -92,10 +96,10 @@ run_script(main)
 """
 
 
-def test_a_host_that_is_really_full_ends_in_the_same_message():
-    done = subprocess.run([sys.executable, "-c", FILL_THE_HOST], capture_output=True, text=True)
+def test_ram_that_is_really_full_ends_in_the_same_message():
+    done = subprocess.run([sys.executable, "-c", FILL_RAM], capture_output=True, text=True)
     assert done.returncode == 5 and "Traceback" not in done.stderr
-    assert "Out of memory on host memory in phase 'step'" in done.stderr and "zero2_lowram.json" in done.stderr
+    assert "Out of RAM in phase 'step'" in done.stderr and "zero2_lowram.json" in done.stderr
 
 
 def test_the_comparison_says_how_far_the_plan_was_off_and_what_binds():
@@ -103,12 +107,12 @@ def test_the_comparison_says_how_far_the_plan_was_off_and_what_binds():
     for phase in ("sample", "update", "evaluate"):
         with profiler.phase(phase):
             pass
-    rows = compare(list(profiler.uses().values()), PLAN, "host")
+    rows = compare(list(profiler.uses().values()), PLAN, "ram")
     assert [row.planned for row in rows] == [3 * GIB, GIB, None]
-    assert rows[0].difference == pytest.approx((rows[0].measured - 3 * GIB) / rows[0].measured)
-    assert rows[2].difference is None
+    assert rows[0].error == pytest.approx((rows[0].measured - 3 * GIB) / rows[0].measured)
+    assert rows[2].error is None
     sample_binds = [rows[0]]
-    assert diagnosis(sample_binds, PLAN, "host").endswith("mostly weights (2.00), KV cache (1.00).")
+    assert diagnosis(sample_binds, PLAN, "ram").endswith("mostly weights (2.00), KV cache (1.00).")
 
 
 def test_the_timeline_opens_offline_and_the_json_holds_everything(tmp_path):
@@ -118,7 +122,7 @@ def test_the_timeline_opens_offline_and_the_json_holds_everything(tmp_path):
     json_file, svg_file = write_memory(profiler, tmp_path)
     report = json.loads(json_file.read_text())
     assert {use["phase"] for use in report["measured"]} == {"sample", "evaluate"}
-    assert report["planned"]["sample"]["host"] == {"weights": 2 * GIB, "KV cache": GIB}
+    assert report["planned"]["sample"]["ram"] == {"weights": 2 * GIB, "KV cache": GIB}
     assert len(report["spans"]) == 3
     svg = svg_file.read_text()
     ET.fromstring(svg)

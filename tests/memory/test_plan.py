@@ -1,4 +1,4 @@
-"""The plan: a ladder of bytes a parameter, phases that only grow with the work, changes that make it fit."""
+"""The plan: the ladder of bytes per parameter, phases that only grow with the work, changes that make a run fit."""
 
 import itertools
 import json
@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from grpo_ds.memory.plan import GIB, PHASES, make_plan
+from grpo_ds.memory.plan import GIB, PHASES, PhasePlan, Plan, make_plan, relative_plan_error
 from grpo_ds.memory.select import FRAGMENTATION, RAM_RESERVE, Job, applied, fits, fitted, remedies
 from grpo_ds.models.shapes import PRESET_CONFIGS, shape_of
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsSizes, resolve_ds_config
 from grpo_ds.settings.ds_json import SHIPPED
+from tests.conftest import check_example
 
 CONFIG = TrainConfig()
 SHAPE = shape_of("qwen2.5-1.5b")
@@ -23,7 +24,7 @@ OPTIMIZER = ("master weights", "gradients", "staging copy", "moments", "residual
 
 @pytest.fixture(scope="session")
 def ds_from(tmp_path_factory):
-    """The shipped JSON with some keys changed: "a.b" -> value."""
+    """Return the shipped JSON with some keys changed: a__b=value sets "a": {"b": value}."""
 
     def make(name="zero2", sizes=SIZES, **changes):
         engine = json.loads((SHIPPED / f"{name}.json").read_text())
@@ -40,11 +41,21 @@ def ds_from(tmp_path_factory):
     return make
 
 
+@pytest.mark.parametrize("cls", [PhasePlan, Plan])
+def test_the_example_of_a_data_class_is_right(cls):
+    check_example(cls)
+
+
+def test_the_error_of_a_plan_is_relative_to_what_was_measured():
+    assert relative_plan_error(5, 4) == 0.2 and relative_plan_error(4, 5) == -0.25  # above 0: the plan was too low
+    assert [relative_plan_error(*pair) for pair in ((5, None), (5, 0), (0, 5))] == [None] * 3
+
+
 def phase(plan, name):
     return plan.phases[PHASES.index(name)]
 
 
-LADDER = [  # name of the JSON, changes, pack_tokens, bytes a parameter on the host
+LADDER = [  # name of the JSON, changes, pack_tokens, bytes per parameter in RAM
     ("zero2", {"optimizer": {"type": "AdamW"}}, 0, 4 + 4 + 2 + 8),
     ("zero2", {"optimizer": {"type": "AdamW"}}, 1100, 4 + 4 + 2 + 8 + 2),
     ("zero2", {"share_staging": False}, 0, 4 + 4 + 2 + 2.03),
@@ -58,13 +69,13 @@ LADDER = [  # name of the JSON, changes, pack_tokens, bytes a parameter on the h
 
 
 @pytest.mark.parametrize(("name", "changes", "pack_tokens", "expected"), LADDER)
-def test_the_ladder_of_host_bytes_a_parameter(ds_from, name, changes, pack_tokens, expected):
+def test_the_ladder_of_ram_bytes_per_parameter(ds_from, name, changes, pack_tokens, expected):
     if "optimizer" in changes:
         ds = ds_from(name, optimizer__type="AdamW", optimizer__params={})
     else:
         ds = ds_from(name, **{f"optimizer__params__{key}": value for key, value in changes.items()})
-    host = phase(make_plan(SHAPE, replace(CONFIG, pack_tokens=pack_tokens), ds), "step").host
-    assert sum(host.get(part, 0) for part in OPTIMIZER) / SHAPE.parameters == pytest.approx(expected, abs=0.002)
+    ram = phase(make_plan(SHAPE, replace(CONFIG, pack_tokens=pack_tokens), ds), "step").ram
+    assert sum(ram.get(part, 0) for part in OPTIMIZER) / SHAPE.parameters == pytest.approx(expected, abs=0.002)
 
 
 def test_without_offload_the_card_holds_masters_and_moments_and_for_a_moment_the_gradients_three_times(ds_from):
@@ -82,17 +93,17 @@ GROWING = {
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-@pytest.mark.parametrize("knob", GROWING)
-def test_more_work_never_takes_less_memory(ds_from, knob, device):
+@pytest.mark.parametrize("flag", GROWING)
+def test_more_work_never_takes_less_memory(ds_from, flag, device):
     for name, checkpointing in itertools.product(("zero2", "zero2_gpu", "zero2_lowram"), (True, False)):
         config = replace(
-            CONFIG, batch_size=2, gradient_checkpointing=checkpointing, pack_tokens=1100 if knob == "pack_tokens" else 0
+            CONFIG, batch_size=2, gradient_checkpointing=checkpointing, pack_tokens=1100 if flag == "pack_tokens" else 0
         )
         sizes = [
-            [(p.gpu_bytes, p.host_bytes) for p in make_plan(SHAPE, changed, ds_from(name), device=device).phases]
-            for changed in (replace(config, **{knob: value}) for value in GROWING[knob])
+            [(p.gpu_bytes, p.ram_bytes) for p in make_plan(SHAPE, changed, ds_from(name), device=device).phases]
+            for changed in (replace(config, **{flag: value}) for value in GROWING[flag])
         ]
-        if knob == "pack_tokens":  # fewer backwards: more activations, less to accumulate in
+        if flag == "pack_tokens":  # fewer backwards: more activations, no buffer to accumulate in
             sizes = [[step[PHASES.index("sample")]] for step in sizes][::-1]
         for less, more in itertools.pairwise(sizes):
             assert all(a[0] <= b[0] and a[1] <= b[1] for a, b in zip(less, more, strict=True))
@@ -104,9 +115,7 @@ def test_a_larger_model_takes_more_in_every_phase(ds_from, name, device):
     models = [shape_of(f"qwen2.5-{size}") for size in ("0.5b", "1.5b", "3b", "7b")]
     plans = [make_plan(shape, CONFIG, ds, device=device).phases for shape in models]
     for small, large in itertools.pairwise(plans):
-        assert all(
-            a.gpu_bytes <= b.gpu_bytes and a.host_bytes <= b.host_bytes for a, b in zip(small, large, strict=True)
-        )
+        assert all(a.gpu_bytes <= b.gpu_bytes and a.ram_bytes <= b.ram_bytes for a, b in zip(small, large, strict=True))
 
 
 def test_on_the_cpu_all_of_it_is_in_ram(ds_from):
@@ -114,19 +123,19 @@ def test_on_the_cpu_all_of_it_is_in_ram(ds_from):
     there, here = make_plan(SHAPE, CONFIG, ds), make_plan(SHAPE, CONFIG, ds, device="cpu")
     assert [p.name for p in here.phases] == list(PHASES) and here.peak("gpu") == 0
     update = phase(there, "update")
-    both = update.gpu_bytes + update.host_bytes - update.host["CUDA on the host"] - phase(here, "update").host_bytes
+    both = update.gpu_bytes + update.ram_bytes - update.ram["CUDA in RAM"] - phase(here, "update").ram_bytes
     assert both == 0
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero2_lowram", "zero2_gpu"])
 @pytest.mark.parametrize("changes", [{}, {"reference": "bf16"}, {"beta": 0.0}, {"lora_r": 16}])
 def test_a_run_that_fits_can_be_resumed(ds_from, name, changes):
-    """A checkpoint's pages leave where memory is short; what must stay is no more than training takes."""
+    """The system drops a checkpoint's pages where memory is short; the rest is no more than training needs."""
     plan = make_plan(SHAPE, replace(CONFIG, **changes), ds_from(name))
     resume = phase(plan, "resume")
-    assert resume.host["mapped file"] > 0 or name == "zero2_gpu"
-    for where in ("gpu", "host"):
-        assert resume.needed_on(where) <= max(p.needed_on(where) for p in plan.phases if p is not resume)
+    assert resume.ram["mapped file"] > 0 or name == "zero2_gpu"
+    for kind in ("gpu", "ram"):
+        assert resume.needed_in(kind) <= max(p.needed_in(kind) for p in plan.phases if p is not resume)
 
 
 SIZES_ON_DISK = [  # JSON, changes, bytes a parameter: masters, moments, (residual,) weights, reference
@@ -144,17 +153,17 @@ def test_the_size_of_a_checkpoint(ds_from, name, changes, expected):
 
 def test_no_reference_takes_nothing(ds_from):
     plan = make_plan(SHAPE, replace(CONFIG, beta=0.0), ds_from())
-    assert not any("reference" in p.gpu | p.host for p in plan.phases)
+    assert not any("reference" in p.gpu | p.ram for p in plan.phases)
 
 
-def test_references_go_where_they_are_told(ds_from):
+def test_each_kind_of_reference_is_in_its_memory(ds_from):
     plans = {
         kind: make_plan(SHAPE, replace(CONFIG, reference=kind), ds_from()) for kind in ("int8", "bf16", "bf16-cpu")
     }
     assert phase(plans["int8"], "update").gpu["reference"] / SHAPE.parameters == pytest.approx(1.031, abs=0.001)
     assert phase(plans["bf16"], "update").gpu["reference"] == 2 * SHAPE.parameters
     assert "reference" not in phase(plans["bf16-cpu"], "update").gpu
-    assert phase(plans["bf16-cpu"], "update").host["reference"] == 2 * SHAPE.parameters
+    assert phase(plans["bf16-cpu"], "update").ram["reference"] == 2 * SHAPE.parameters
 
 
 LORA = replace(CONFIG, lora_r=16)
@@ -163,8 +172,8 @@ LORA = replace(CONFIG, lora_r=16)
 def test_an_adapter_has_masters_gradients_and_moments_of_its_own_alone(ds_from):
     trained = SHAPE.lora_parameters(16, ["all-linear"])
     plan = make_plan(SHAPE, LORA, ds_from())
-    host, gpu = phase(plan, "step").host, phase(plan, "step").gpu
-    assert sum(host.get(part, 0) for part in OPTIMIZER) / trained == pytest.approx(4 + 4 + 2.03, abs=0.002)
+    ram, gpu = phase(plan, "step").ram, phase(plan, "step").gpu
+    assert sum(ram.get(part, 0) for part in OPTIMIZER) / trained == pytest.approx(4 + 4 + 2.03, abs=0.002)
     assert gpu["weights"] == 2 * (SHAPE.parameters + trained) and gpu["reference"] == 2 * trained
     assert phase(plan, "update").gpu["largest gradients"] == 2 * 16 * 8960  # the MLP's width, and no embedding
 
@@ -177,36 +186,36 @@ def test_fewer_bits_a_larger_model(ds_from):
     # 1.09 G of 7.62 G parameters stay in 2 bytes: embedding and head; the rest takes 2, 1 and 0.516; adapter: 0.01
     assert weights == pytest.approx([2.01, 1.15, 0.74], abs=0.01)
     for more, less in itertools.pairwise(plans):
-        assert more.peak("gpu") > less.peak("gpu") and more.peak("host") >= less.peak("host")
+        assert more.peak("gpu") > less.peak("gpu") and more.peak("ram") >= less.peak("ram")
     assert fits(plans[2], 10, 16) and not fits(plans[1], 10, 16)
 
 
-def test_a_merged_model_passes_through_the_host(ds_from):
+def test_a_merged_model_passes_through_ram(ds_from):
     plain, merging = (make_plan(SHAPE, replace(LORA, merge_adapter=merge), ds_from()) for merge in (False, True))
-    assert phase(merging, "save").host_bytes - phase(plain, "save").host_bytes == 2 * SHAPE.parameters
+    assert phase(merging, "save").ram_bytes - phase(plain, "save").ram_bytes == 2 * SHAPE.parameters
 
 
 def test_the_worked_file_for_a_card_of_12_gb_fits_it(tmp_path):
     file = SHIPPED.parent / "configs" / "qwen2.5-3b-lora-12gb.yaml"
-    config = parse(TrainConfig, ["--config", str(file)], about="").config
+    config = parse(TrainConfig, ["--config", str(file)], about="").config()
     ds = resolve_ds_config(SHIPPED.parent / config.ds, fill=config.ds_sizes(bf16=True))
     plan = make_plan(shape_of(config.model), config, ds)
-    said = re.search(r"([\d.]+) GiB of the card and ([\d.]+) GiB of RAM", file.read_text())
+    said = re.search(r"([\d.]+) GiB of GPU memory and ([\d.]+) GiB of RAM", file.read_text())
     assert said and [float(number) for number in said.groups()] == [
-        round(plan.peak(where) / GIB, 1) for where in ("gpu", "host")
+        round(plan.peak(kind) / GIB, 1) for kind in ("gpu", "ram")
     ]
     assert config.lora_r and fits(plan, 12, 16)
 
 
 def test_pinned_blocks_are_powers_of_two(ds_from):
-    host = phase(make_plan(SHAPE, CONFIG, ds_from(zero_optimization__offload_optimizer__pin_memory=True)), "step").host
+    ram = phase(make_plan(SHAPE, CONFIG, ds_from(zero_optimization__offload_optimizer__pin_memory=True)), "step").ram
     # 1.54 G parameters x 4 bytes are 5.75 GiB; the next power of two is 8 GiB
-    assert host["master weights"] == host["gradients"] == 8 * GIB
+    assert ram["master weights"] == ram["gradients"] == 8 * GIB
 
 
 def test_margins_count(ds_from):
     plan = make_plan(SHAPE, CONFIG, ds_from())
-    gpu, ram = (plan.peak("gpu") * (1 + FRAGMENTATION)) / GIB + 0.5, (plan.peak("host") + RAM_RESERVE) / GIB
+    gpu, ram = (plan.peak("gpu") * (1 + FRAGMENTATION)) / GIB + 0.5, (plan.peak("ram") + RAM_RESERVE) / GIB
     assert fits(plan, gpu + 0.01, ram + 0.01)
     assert not fits(plan, gpu - 0.01, ram + 0.01) and not fits(plan, gpu + 0.01, ram - 0.01)
 
@@ -242,7 +251,7 @@ def test_what_fits_needs_no_remedy_and_what_never_fits_has_none(ds_from):
 @pytest.mark.parametrize("model", PRESET_CONFIGS)
 def test_every_phase_names_its_components(ds_from, model):
     for p in make_plan(shape_of(model), CONFIG, ds_from()).phases:
-        assert p.host and all(size > 0 for size in (p.gpu | p.host).values())
+        assert p.ram and all(size > 0 for size in (p.gpu | p.ram).values())
 
 
 @pytest.mark.parametrize("gpu_gib", [8, 16, 24, 80])

@@ -18,7 +18,7 @@ SCRIPT = ROOT / "launch" / "select_model.py"
 
 @pytest.fixture
 def select(capsys):
-    """What the script prints for these flags."""
+    """Run the script with these flags and return its output."""
     spec = importlib.util.spec_from_file_location("select_model", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     sys.modules["select_model"] = script  # dataclasses look their module up
@@ -42,7 +42,7 @@ def test_a_card_gets_a_table_and_a_command_that_train_takes():
     for word in ("qwen2.5-0.5b", "qwen2.5-7b", "zero2.json", "zero2_lowram.json", "bf16-cpu", "none", "fits", "update"):
         assert word in result.stdout
     line = next(line for line in result.stdout.splitlines() if line.startswith("Run: deepspeed launch/train.py "))
-    config = parse(TrainConfig, line.split()[3:], about="").config
+    config = parse(TrainConfig, line.split()[3:], about="").config()
     assert config.num_generations == 8 and config.model in result.stdout
 
 

@@ -1,4 +1,4 @@
-"""The embedded model, SmolLM2-135M: converted once, whole, and a measure of the 8-bit references."""
+"""The embedded model, SmolLM2-135M: converted once or not at all, and used to measure the 8-bit references."""
 
 import importlib.util
 

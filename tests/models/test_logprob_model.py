@@ -30,9 +30,9 @@ MODELS = {
 }
 
 
-OTHERS = {  # config -> what keeps it from packed rows
+OTHERS = {  # kind -> its config, and the reason why it cannot use packed rows
     "opt": ({**SIZE, "ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 128}, None),
-    "mistral": ({**SIZE, "num_key_value_heads": 2, "sliding_window": 4096}, None),  # wider than any row of 30
+    "mistral": ({**SIZE, "num_key_value_heads": 2, "sliding_window": 4096}, None),  # wider than any row of 30 tokens
     "gemma3_text": ({**SIZE, "head_dim": 16, "sliding_window": 8}, "slides over 8 tokens"),
     "gpt_neo": ({"attention_types": [[["global", "local"], 1]], "window_size": 8}, "more than SDPA's"),
     "mpt": ({"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}, "more than SDPA's"),  # ALiBi
@@ -98,7 +98,7 @@ def test_forward_and_backward_hold_no_tensor_of_tokens_by_vocabulary():
 
 
 def test_the_same_rows_give_the_same_gradients_bit_by_bit():
-    """Also where many completions meet in one position: 150 first tokens are predicted by their prompt's last."""
+    """Holds even where one position has many gradients: a prompt's last token predicts 150 first tokens."""
     torch.manual_seed(0)
     policy = LogprobModel(Qwen2ForCausalLM(tiny_config()).train(), vocab_size=259, temperature=1.0, chunk_mib=1)
     rows = pack_groups(*make_groups([11], [[6] * 150]), pad_id=0)

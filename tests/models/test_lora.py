@@ -1,4 +1,4 @@
-"""An adapter: nothing at first, all that is trained, its own reference, and readable by peft."""
+"""An adapter: it changes nothing at first, is all that is trained, has its own reference, and can be read by peft."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def trained(policy):
 
 
 def shake(policy):
-    """As if training had moved the adapter."""
+    """Change the adapter, as training does."""
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in trained(policy).values():

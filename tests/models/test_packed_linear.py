@@ -1,4 +1,4 @@
-"""Linear layers from packed weights: the same products, and the layers as before when they are left."""
+"""Linear layers with packed weights: the same products, and unchanged layers afterwards."""
 
 import pytest
 import torch

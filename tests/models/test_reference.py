@@ -1,4 +1,4 @@
-"""The reference: what 8 bits cost in memory and in KL, and that it stays what it was."""
+"""The reference: the memory and the KL of 8 bits, and that it does not change with the policy."""
 
 import pytest
 import torch

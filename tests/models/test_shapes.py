@@ -1,4 +1,4 @@
-"""Shapes come from configs alone and count exactly what transformers builds."""
+"""A shape is read from the config alone and counts exactly the parameters that transformers builds."""
 
 import json
 
@@ -9,9 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from grpo_ds.errors import MAX_LINES, UsageError
 from grpo_ds.models import shapes
 from grpo_ds.models.presets import PRESETS
-from grpo_ds.models.quantized import GROUP, MIN_GROUP, Int8Embedding, Int8Linear, Int8Rows
-from grpo_ds.models.reference import LARGEST_LAYER
-from grpo_ds.models.shapes import PRESET_CONFIGS, meta_shape, qwen25, shape_of
+from grpo_ds.models.quantized import Int8Embedding, Int8Linear, Int8Rows, quantize
+from grpo_ds.models.shapes import PRESET_CONFIGS, ModelShape, meta_shape, qwen25, scale_group, shape_of
+from tests.conftest import check_example
 
 SMALL = {**qwen25(96, 3, 6, 2, 160, vocab=512), "head_dim": 16}
 GPT2 = {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": 300, "n_inner": None}
@@ -34,7 +34,7 @@ def on_meta(config):
 
 
 def folder_with(config, folder):
-    """A config.json as save_pretrained writes it."""
+    """Write config.json as save_pretrained does."""
     AutoConfig.for_model(**config).save_pretrained(folder)
     return str(folder)
 
@@ -85,7 +85,16 @@ def test_an_int8_reference_has_the_bytes_of_the_real_layers(tmp_path):
             continue
         total += sum(buffer.nbytes for buffer in made.buffers())
     assert shape_of(folder_with(SMALL, tmp_path)).int8_bytes(2) == total
-    assert (shapes.GROUP, shapes.MIN_GROUP, shapes.LARGEST_LAYER) == (GROUP, MIN_GROUP, LARGEST_LAYER)
+
+
+@pytest.mark.parametrize(("width", "group"), [(64, 64), (576, 64), (96, 32), (48, 16), (100, 100), (33, 33)])
+def test_the_scales_of_a_layer_are_those_that_the_plan_counts(width, group):
+    _, scales = quantize(torch.ones(2, width))
+    assert scale_group(width) == group and scales.shape == (2, width // group)
+
+
+def test_the_example_of_a_data_class_is_right():
+    check_example(ModelShape)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", json.dumps({"model_type": "no_such_model"}), json.dumps({"x": 1})])

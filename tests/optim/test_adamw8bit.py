@@ -1,4 +1,4 @@
-"""CPUAdamW8bit takes bitsandbytes' steps: the same codes and scales, block by block, and the same weights to an ulp."""
+"""CPUAdamW8bit makes bitsandbytes' steps: the same codes and scales, block by block, and the same weights to an ulp."""
 
 import copy
 import subprocess
@@ -13,14 +13,14 @@ from grpo_ds.optim.adamw8bit import NonFiniteGradient
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
-TAIL = 40 * 256 + 77  # forty whole blocks and one short one
+TAIL = 40 * 256 + 77  # forty full blocks and a short one
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C++ compiler on this machine")
 
 
 @pytest.fixture(params=["native", "slices"])
 def engine(request, monkeypatch):
-    """Both ways to take the step; the small slice makes the second cross several borders."""
+    """Both implementations of the step; the second one has to cross several slices."""
     if request.param == "native" and native.library() is None:
         pytest.skip("no C++ compiler on this machine")
     if request.param == "slices":
@@ -67,13 +67,13 @@ def assert_same_moments(state, expected):
 
 
 def assert_same_to_an_ulp(parameter, expected, steps):
-    """torch takes the root by MKL, which rounds some roots the other way, and we divide once where it divides twice:
-    a step's update is off by a few roundings of its own, which can move the weight by an ulp of its own."""
+    """Allow a difference of one ulp a step. torch computes roots with MKL, which rounds some of them differently, and
+    it divides twice where we divide once. So an update differs by a few roundings, and the weight by up to an ulp."""
     size = expected.detach().float().abs()
     ulp = (torch.nextafter(size, torch.tensor(float("inf"))) - size) * (
         2**16 if expected.dtype == torch.bfloat16 else 1
     )
-    update_error = 2**-22 * 10 * SETTINGS["lr"]  # Adam's update is at most some ten times the rate
+    update_error = 2**-22 * 10 * SETTINGS["lr"]  # Adam's update is at most about ten times the learning rate
     assert ((parameter.float() - expected.float()).abs() <= steps * (ulp + update_error)).all()
 
 
@@ -100,7 +100,7 @@ def test_any_number_of_elements_leaves_no_element_out(engine, n):
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weight_decay_and_a_changing_rate_act_as_in_bitsandbytes(engine, weight_decay, dtype):
+def test_weight_decay_and_a_changing_learning_rate_work_as_in_bitsandbytes(engine, weight_decay, dtype):
     (ours, p), (theirs, q) = pair(TAIL, dtype, weight_decay=weight_decay)
     for step in range(1, 6):
         for optimizer, parameter in ((ours, p), (theirs, q)):
@@ -110,7 +110,7 @@ def test_weight_decay_and_a_changing_rate_act_as_in_bitsandbytes(engine, weight_
     assert_same_moments(ours.state[p], theirs.state[q])
 
 
-def test_bf16_gradients_step_an_fp32_parameter_like_their_fp32_values(engine):
+def test_bf16_gradients_update_an_fp32_parameter_like_their_fp32_values(engine):
     (narrow, p), _ = pair(TAIL)
     (wide, q), _ = pair(TAIL)
     q.grad_dtype = p.grad_dtype = None  # torch 2.9 and later: a gradient may differ from its parameter in dtype
@@ -129,7 +129,7 @@ def test_groups_keep_their_own_settings_and_tensors_without_gradient_their_value
     optimizer = CPUAdamW8bit([{"params": [fast], "lr": 1e-1}, {"params": [slow, idle]}], lr=1e-3)
     fast.grad = slow.grad = torch.ones(n)
     optimizer.step()
-    # The first step of Adam is the rate times the sign of the gradient.
+    # The first step of Adam is the learning rate times the sign of the gradient.
     torch.testing.assert_close(start - fast, torch.full((n,), 1e-1), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(start - slow, torch.full((n,), 1e-3), rtol=1e-3, atol=1e-6)
     assert torch.equal(idle, start) and idle not in optimizer.state
@@ -228,8 +228,8 @@ def test_every_instruction_set_takes_the_same_steps(path):
     assert torch.equal(p, q)
 
 
-def test_bf16_and_its_residual_step_like_the_fp32_master_bit_by_bit_over_fifty_steps(engine):
-    (fp32, p), _ = pair(TAIL, lr=1e-6)  # bf16 alone would stand still at this rate
+def test_bf16_with_its_residual_equals_the_fp32_master_bit_by_bit_over_fifty_steps(engine):
+    (fp32, p), _ = pair(TAIL, lr=1e-6)  # bf16 alone would not change at this learning rate
     half, residual = slices.split(p.data.clone())
     q = torch.nn.Parameter(half)
     lossless = CPUAdamW8bit([q], **{**SETTINGS, "lr": 1e-6}, rounding="residual")
@@ -237,7 +237,7 @@ def test_bf16_and_its_residual_step_like_the_fp32_master_bit_by_bit_over_fifty_s
     for step in range(1, 51):
         gradient = gradients("random", TAIL, step).bfloat16()
         q.grad = gradient.clone()
-        if step == 1:  # a master that is not a bf16 number to begin with
+        if step == 1:  # start from a master that is not a bf16 number
             lossless.state[q] = lossless._new_state(q)
             lossless.state[q]["residual"].copy_(residual)
         lossless.step()
@@ -251,17 +251,17 @@ def stochastic(values, seed=0, lr=1e-6):
     return CPUAdamW8bit([p], **{**SETTINGS, "lr": lr, "weight_decay": 0.0}, rounding="stochastic", seed=seed), p
 
 
-def test_stochastic_rounding_moves_where_nearest_stands_still_and_is_right_on_average(engine):
-    """Weights of 1.0 under a constant gradient: each Adam step is -1e-5, a 390th of the spacing below 1."""
+def test_stochastic_rounding_changes_weights_that_nearest_would_not_and_is_right_on_average(engine):
+    """Weights of 1.0, constant gradient: each Adam step is -1e-5, a 390th of bf16's spacing below 1."""
     optimizer, p = stochastic(torch.ones(200_000), lr=1e-5)
     for _ in range(20):
         one_step(optimizer, p, torch.ones(200_000).bfloat16())
     moved = 1 - p.double()
-    assert (moved == 0).double().mean() > 0.9  # a weight in twenty has moved, by a whole spacing
+    assert (moved == 0).double().mean() > 0.9  # one weight in twenty has moved, by a full spacing
     assert moved.mean().item() == pytest.approx(20e-5, rel=0.05)  # a standard error of 1 percent
 
 
-def test_the_noise_belongs_to_seed_and_step_and_survives_a_state_dict(engine):
+def test_the_noise_depends_on_seed_and_step_and_is_kept_in_a_state_dict(engine):
     values, gradient = torch.linspace(-1, 1, TAIL), gradients("random", TAIL, 1)
     runs = []
     for seed, restart in ((0, False), (0, True), (1, False)):
@@ -269,7 +269,7 @@ def test_the_noise_belongs_to_seed_and_step_and_survives_a_state_dict(engine):
         for step in range(4):
             if restart and step == 2:
                 saved, before = copy.deepcopy(optimizer.state_dict()), p.data.clone()
-                optimizer, p = stochastic(values, seed=7)  # the seed of the state wins
+                optimizer, p = stochastic(values, seed=7)  # the seed of the state dict is used
                 p.data.copy_(before)
                 optimizer.load_state_dict(saved)
             one_step(optimizer, p, gradient.bfloat16())
@@ -285,12 +285,12 @@ def test_both_engines_make_the_same_noise(path):
         pytest.skip(f"this processor has no {path}")
     optimizer, p = stochastic(torch.zeros(TAIL))
     state = {**optimizer._new_state(p), "step": 1}
-    group = {**optimizer.param_groups[0], "lr": 0.0}  # a step of nothing: what is stored is the rounding of p
+    group = {**optimizer.param_groups[0], "lr": 0.0}  # with a step of 0 the stored value is the rounding of p
     masters = torch.randn(TAIL)
     p.data.copy_(slices.round_stochastically(masters, 42))
     again = p.data.clone()
     native.native_step(p.data, torch.zeros(TAIL), state, group, noise_key=43, path=path)
-    assert torch.equal(p.data, again)  # a bf16 number is not moved by any noise
+    assert torch.equal(p.data, again)  # noise does not change a bf16 number
     near = {bits.item() for bits in ((p.view(torch.int16).int() << 16) - masters.view(torch.int32)).abs().unique()}
     assert max(near) < 0x10000  # one of the two neighbours
 
@@ -302,7 +302,7 @@ def test_stochastic_rounding_is_unbiased_between_two_neighbours():
     assert mean.mean().item() == pytest.approx(third.item(), abs=3 * 2**-7 * 0.48 / 300_000**0.5 + 2**-23)
 
 
-def test_splitting_loses_no_bit_of_any_kind_of_number():
+def test_splitting_loses_no_bit_of_any_number():
     generator = torch.Generator().manual_seed(0)
     anything = torch.randint(-(2**31), 2**31, (1 << 20,), dtype=torch.int64, generator=generator).to(torch.int32)
     ties = (torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16) + 0x8000  # halfway between two bf16 numbers
@@ -311,10 +311,10 @@ def test_splitting_loses_no_bit_of_any_kind_of_number():
     assert torch.equal(slices.join(half, residual).view(torch.int32), bits)
     finite = torch.randn(100_000, generator=generator)
     finite = finite[finite.view(torch.int32) & 0xFFFF != 0x8000]
-    assert torch.equal(slices.split(finite)[0], finite.bfloat16())  # off the ties it is torch's own rounding
+    assert torch.equal(slices.split(finite)[0], finite.bfloat16())  # apart from ties it is torch's rounding
 
 
-STEP_AND_WATCH = """
+MEASURE_A_STEP = """
 import resource, sys, torch
 from grpo_ds.optim import CPUAdamW8bit, native
 if sys.argv[1] == "slices": native.library = lambda: None
@@ -322,7 +322,7 @@ peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MB
 n = 48 * 1024 * 1024
 small = torch.nn.Parameter(torch.zeros(1 << 20)); small.grad = torch.ones_like(small)
 parameter = torch.nn.Parameter(torch.ones(n)); parameter.grad = torch.ones_like(parameter)
-CPUAdamW8bit([small]).step()  # libraries, maps and threads are there now
+CPUAdamW8bit([small]).step()  # libraries, maps and threads are loaded now
 optimizer = CPUAdamW8bit([parameter])
 before = peak()
 for _ in range(2): optimizer.step()
@@ -331,15 +331,15 @@ print(peak() - before - states / 2**20)
 """
 
 
-@pytest.mark.parametrize("way", ["native", "slices"])
-def test_a_step_needs_less_than_64_megabytes_beside_its_states(way):
-    if way == "native" and native.library() is None:
+@pytest.mark.parametrize("kind", ["native", "slices"])
+def test_a_step_needs_less_than_64_megabytes_besides_its_states(kind):
+    if kind == "native" and native.library() is None:
         pytest.skip("no C++ compiler on this machine")
-    done = subprocess.run([sys.executable, "-c", STEP_AND_WATCH, way], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", MEASURE_A_STEP, kind], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 64  # bitsandbytes would take 960
 
 
-def test_without_a_compiler_one_line_says_so_and_the_step_is_taken(monkeypatch, tmp_path, caplog):
+def test_without_a_compiler_there_is_one_warning_and_the_step_works(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
@@ -350,7 +350,7 @@ def test_without_a_compiler_one_line_says_so_and_the_step_is_taken(monkeypatch, 
     one_step(ours, p, torch.ones(5000))
 
 
-def test_a_compiler_that_fails_is_named_in_the_line(monkeypatch, tmp_path, caplog):
+def test_a_compiler_that_fails_is_named_in_the_warning(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "false")
     assert native.library.__wrapped__() is None
@@ -371,7 +371,7 @@ def test_a_setting_out_of_range_is_named(settings, named):
         CPUAdamW8bit([torch.nn.Parameter(torch.zeros(1))], **settings)
 
 
-def test_a_dtype_it_cannot_step_is_refused_before_anything_changes():
+def test_an_unsupported_dtype_is_refused_before_anything_changes():
     good, bad = torch.nn.Parameter(torch.zeros(8)), torch.nn.Parameter(torch.zeros(8, dtype=torch.float64))
     optimizer = CPUAdamW8bit([good, bad])
     good.grad, bad.grad = torch.ones(8), torch.ones(8, dtype=torch.float64)
@@ -380,6 +380,6 @@ def test_a_dtype_it_cannot_step_is_refused_before_anything_changes():
     assert torch.equal(good, torch.zeros(8))
 
 
-def test_offloaded_moments_get_the_optimizer_of_the_host():
+def test_offloaded_moments_get_the_optimizer_for_ram():
     built = build_optimizer([torch.nn.Parameter(torch.zeros(4))], offload=True, **SETTINGS)
     assert isinstance(built, CPUAdamW8bit)

@@ -1,5 +1,4 @@
-"""A headless Chromium over its DevTools pipe, so that no driver need be installed: what a page shows, asks for and
-complains of."""
+"""A headless Chromium over its DevTools pipe, which needs no driver: what a page shows, loads and reports as errors."""
 
 import base64
 import fcntl
@@ -16,7 +15,7 @@ FLAGS = (
     "--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-extensions", "--no-first-run", "--hide-scrollbars",
 )  # fmt: skip
-# Chromium takes commands on descriptor 3 and answers on 4; in a process of our own they are free to be made so.
+# Chromium reads commands from descriptor 3 and answers on 4, which are free in a process of our own.
 WITH_PIPES = (
     "import os, sys; r, w = map(int, sys.argv[1:3]); os.dup2(r, 3); os.dup2(w, 4); os.execvp(sys.argv[3], sys.argv[3:])"
 )
@@ -54,7 +53,7 @@ def find_chromium() -> str | None:
 
 @dataclass
 class Seen:
-    """What a page came to."""
+    """Measures, requests and complaints of a page."""
 
     measures: dict
     requests: list[str]
@@ -64,7 +63,7 @@ class Seen:
 
 @dataclass
 class Browser:
-    """Pages one after another; `close` ends the process."""
+    """Shows one page after another; `close` ends the process."""
 
     profile: Path
     _number: int = 0
@@ -83,7 +82,7 @@ class Browser:
         self._waiting = b""
 
     def see(self, page: Path, *, width: int = 1200, dark: bool = False, full: bool = False) -> Seen:
-        """The page in a window of that width; full: with a picture of all of it."""
+        """Show the page in a window of that width; full: with a picture of the complete page."""
         target = self._ask("Target.createTarget", url="about:blank")["targetId"]
         session = self._ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self._events.clear()
@@ -109,13 +108,7 @@ class Browser:
         return [e["params"]["request"]["url"] for e in self._events if e["method"] == "Network.requestWillBeSent"]
 
     def _complaints(self) -> list[str]:
-        kinds = (
-            "Log.entryAdded",
-            "Runtime.exceptionThrown",
-            "Runtime.consoleAPICalled",
-            "Page.javascriptDialogOpening",
-        )
-        return [json.dumps(event["params"]) for event in self._events if event["method"] in kinds]
+        return [json.dumps(event["params"]) for event in self._events if event["method"] in COMPLAINTS]
 
     def _ask(self, method: str, session: str | None = None, **params: object) -> dict:
         self._number += 1

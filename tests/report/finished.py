@@ -1,4 +1,4 @@
-"""The folder of a run that is done, written by what writes it in a run, but for the model."""
+"""The folder of a complete run, without its model, written by the functions that write it in a run."""
 
 import json
 from dataclasses import asdict
@@ -6,9 +6,10 @@ from pathlib import Path
 
 from grpo_ds.memory.phases import PhaseUse
 from grpo_ds.report import environment, held_out
-from grpo_ds.report.reading import MEMORY_FILE
 from grpo_ds.report.trackers import write_summary
-from grpo_ds.settings.config import TrainConfig, write_config
+from grpo_ds.run_folder.files import MEMORY_FILE
+from grpo_ds.settings.config import TrainConfig
+from grpo_ds.settings.saved_config import write_config
 from grpo_ds.task.grading import Evaluation, grade
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import Rewards
@@ -28,8 +29,8 @@ def finished(folder: Path, *, answers: dict[str, list[str | None]] = ANSWERS, **
     questions = [Question(str(n), f"Is {n} | even?", "", labels[n % 2]) for n in range(6)]
     evaluations = {when: evaluated(found, questions, labels) for when, found in answers.items()}
     held_out.write_held_out(folder, questions, evaluations, earned)
-    use = PhaseUse("update", 9.0, host_peak=5 * GIB, pinned=0, gpu_peak=0, gpu_reserved=0)
-    planned = {"update": {"gpu": {}, "host": {"weights": GIB, "gradients": 3 * GIB}}}
+    use = PhaseUse("update", 9.0, ram_peak=5 * GIB, pinned=0, gpu_peak=0, gpu_reserved=0)
+    planned = {"update": {"gpu": {}, "ram": {"weights": GIB, "gradients": 3 * GIB}}}
     (folder / MEMORY_FILE).write_text(json.dumps({"measured": [asdict(use)], "planned": planned, "spans": []}))
     counts = {"train": 40, "held_out": 6}
     write_summary(folder, {"steps": 7, **held_out.grades(questions, evaluations), "questions": counts})

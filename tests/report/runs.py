@@ -1,4 +1,4 @@
-"""Folders as runs leave them, made by what writes them in a run: the texts and numbers are invented."""
+"""Folders as runs leave them, written by the functions that write them in a run; texts and numbers are invented."""
 
 import math
 import random
@@ -8,10 +8,11 @@ import torch
 
 from grpo_ds.memory.phases import Profiler, Span
 from grpo_ds.memory.plan import GIB, PhasePlan, Plan
-from grpo_ds.report import environment, held_out, memory
+from grpo_ds.report import environment, held_out, memory_measured
 from grpo_ds.report.trackers import JsonLines
 from grpo_ds.run_folder.status import RunStatus
-from grpo_ds.settings.config import TrainConfig, write_config
+from grpo_ds.settings.config import TrainConfig
+from grpo_ds.settings.saved_config import write_config
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.grading import Evaluation, grade
 from grpo_ds.task.questions import Question
@@ -21,8 +22,8 @@ FORM = AnswerFormat(("yes", "no"), "reasoning", "answer")
 SEED = 7
 
 
-def whole(folder: Path, *, steps: int = 60, asked: int = 40) -> Path:
-    """A run that is done, with everything that one can leave."""
+def complete(folder: Path, *, steps: int = 60, asked: int = 40) -> Path:
+    """Write a run that is done, with every file that a run can have."""
     folder.mkdir(parents=True, exist_ok=True)
     write_config(TrainConfig(model="smollm2-135m", num_steps=steps, learning_rate=2e-5), folder)
     environment.write_environment(folder, ranks=1)
@@ -34,7 +35,7 @@ def whole(folder: Path, *, steps: int = 60, asked: int = 40) -> Path:
 
 
 def logged(folder: Path, steps: int, **changes: float) -> None:
-    """metrics.jsonl with an evaluation every 20 steps, and completions.jsonl."""
+    """Write metrics.jsonl with an evaluation every 20 steps, and completions.jsonl."""
     lines = JsonLines(folder)
     for step in range(1, steps + 1):
         lines.log(metrics(step, steps) | changes, step=step)
@@ -53,20 +54,25 @@ def metrics(step: int, steps: int) -> dict[str, float]:
     seconds = {"sample": 6 + noise(0, 0.8), "reference": 3.4, "update": 10 + noise(0, 1.0), "step": 0.35}
     return {
         "reward": 2 * right + 0.4 * learned,
-        "rewards/correctness": 2 * right,
-        "rewards/format": 0.4 * learned,
+        "rewards/correctness/mean": 2 * right,
+        "rewards/correctness/std": 0.9,
+        "rewards/format/mean": 0.4 * learned,
+        "rewards/format/std": 0.1,
         "reward_std": 0.4,
         "frac_reward_zero_std": 0.5 * learned,
         "accuracy": right,
-        "completion_length": 14 + 24 * (1 - learned) + noise(0, 2),
-        "ended": 0.4 + 0.6 * learned,
+        "completions/mean_length": 14 + 24 * (1 - learned) + noise(0, 2),
+        "completions/clipped_ratio": 0.6 - 0.6 * learned,
         "kl": 0.003 + 0.25 * learned + abs(noise(0, 0.02)),
         "kl_floor": 0.0031,
         "entropy": 0.6 + 2 * (1 - learned) + noise(0, 0.1),
-        "clip_fraction": 0.01,
+        "clip_ratio/region_mean": 0.01,
         "grad_norm": 3.0,
         "loss": 0.0,
         **{f"seconds/{phase}": value for phase, value in seconds.items()},
+        "num_tokens": 4000.0 * step,
+        "epoch": step / 20,
+        "step_time": sum(seconds.values()),
         "tokens_per_second": 20.0,
         "memory/ram_gib": 6.2,
     }
@@ -86,7 +92,7 @@ def completion(step: int, i: int) -> dict[str, object]:
 
 
 def answered(folder: Path, count: int, *, over: bool = True) -> None:
-    """held_out.json; over: with the answers after training."""
+    """Write held_out.json; over: with the answers after training."""
     draw = random.Random(SEED).random
     questions = [
         Question(
@@ -118,13 +124,13 @@ def earned(texts: list[str], questions: list[Question]) -> Rewards:
 
 
 def remembered(folder: Path, steps: int) -> None:
-    """memory.json, of a machine with a card."""
+    """Write memory.json of a machine with a card."""
     sizes = {"load": 1.3, "evaluate": 5.9, "sample": 4.1, "reference": 4.6, "update": 6.2, "step": 3.0, "save": 3.1}
     order = ["load", "evaluate", *["sample", "reference", "update", "step"] * steps, "evaluate", "save"]
-    on_card, on_host = ({name: int(of * GIB * size) for name, size in sizes.items()} for of in (1, 0.9))
-    phases = [PhasePlan(name, {"weights": on_card[name]}, {"process": on_host[name]}) for name in sizes]
+    gpu, ram = ({name: int(of * GIB * size) for name, size in sizes.items()} for of in (1, 0.9))
+    phases = [PhasePlan(name, {"weights": gpu[name]}, {"process": ram[name]}) for name in sizes]
     profiler = Profiler(torch.device("cpu"), Plan(tuple(phases)))
     for i, name in enumerate(order):
         peak = int(sizes[name] * GIB)
         profiler.spans.append(Span(name, 5.0 * i, 4.8, peak, peak // 2, 0, int(peak * 1.1), peak))
-    memory.write_memory(profiler, folder)
+    memory_measured.write_memory(profiler, folder)

@@ -1,4 +1,4 @@
-"""What a person sees: plain lines in a file, a live view at a terminal, never markup out of user text."""
+"""The console: plain lines in a file, a live view at a terminal, no markup from user text."""
 
 import io
 from types import SimpleNamespace
@@ -19,8 +19,9 @@ from grpo_ds.task.questions import Question
 from tests.training.test_training import ROOT
 
 STEP = {
-    "step": 1, "reward": 1.2, "rewards/correctness": 0.9, "rewards/format": 0.3, "accuracy": 0.45,
-    "completion_length": 31.0, "kl": 0.0521, "kl_floor": 0.0021, "tokens_per_second": 12.0, "loss": 0.0004,
+    "step": 1, "reward": 1.2, "rewards/correctness/mean": 0.9, "rewards/format/mean": 0.3, "accuracy": 0.45,
+    "rewards/correctness/std": 0.7, "completions/mean_length": 31.0,
+    "kl": 0.0521, "kl_floor": 0.0021, "tokens_per_second": 12.0, "loss": 0.0004,
     "seconds/sample": 9.8, "seconds/update": 3.1, "memory/ram_gib": 5.5,
 }  # fmt: skip
 ROW = {"question": "Does [red]it[/]?", "label": "yes", "completion": "<answer>yes</answer>\n\x1b[2J", "reward": 2.0,
@@ -35,7 +36,7 @@ def console(terminal):
 
 
 def trained(made, steps=1):
-    """Steps as run.py tells them, an evaluation and a warning on the way."""
+    """Show steps as run.py does, with an evaluation and a warning between them."""
     history = []
     with made.training(steps, history, lambda: "update"):
         for step in range(1, steps + 1):
@@ -51,7 +52,7 @@ def test_a_step_is_one_line_in_a_file_reward_first_and_loss_last():
     trained(made)
     said, line, warning = written.getvalue().splitlines()
     assert said == LOSS_NOTE and "\x1b" not in line and warning == "Warning: [bold]mind this[/]"
-    names = ["reward 1.20 (correctness 0.90 format 0.30)", "right 45%", "kl 0.0521 (floor 0.0021)", "length 31",
+    names = ["reward 1.20 (correctness 0.90 format 0.30)", "accuracy 45%", "kl 0.0521 (floor 0.0021)", "length 31",
              "12 tok/s", "sample 9.8", "RAM 5.5G", "loss +0.0004", "left 1:40"]  # fmt: skip
     places = [line.index(name) for name in names]
     assert places == sorted(places)
@@ -99,7 +100,7 @@ def test_the_first_four_completions_are_shown_as_text_with_what_they_earned():
     assert text.count("reward 2.00 (correctness 2.00)") == 4  # what does not apply is not said
 
 
-def test_the_plan_stands_in_a_table_with_what_there_is():
+def test_the_plan_is_a_table_with_the_memory_that_is_available():
     config = TrainConfig(model=EMBEDDED)
     ds = resolve_ds_config(ROOT / "ds_configs/zero2.json", fill=config.ds_sizes(bf16=False), explicit=frozenset())
     plan = make_plan(shape_of(EMBEDDED), config, ds, device="cuda")
@@ -107,8 +108,9 @@ def test_the_plan_stands_in_a_table_with_what_there_is():
     made.plan(plan, 15.9, 31.3)
     made.plan(plan, None, 31.3)
     text = written.getvalue()
-    assert [word in text for word in ("card", "host", "15.9", "31.3", "update", "resume")] == [True] * 6
-    assert text.count("card") == 1 and text.count("host") == 2  # no row for a card that is not there
+    words = ("GPU memory", "RAM", "available", "15.9", "31.3", "update", "resume")
+    assert [word in text for word in words] == [True] * 7
+    assert text.count("GPU memory") == 1 and text.count("RAM") == 2  # no column for a card that is not there
 
 
 def test_before_and_after_carry_interval_test_baseline_and_a_warning_of_collapse():
@@ -127,7 +129,7 @@ def test_before_and_after_carry_interval_test_baseline_and_a_warning_of_collapse
         "60.0%",
         "31.3% to 83.2%",
         "McNemar p = 0.031",
-        "commonest label scores 60.0%",
+        "Majority baseline (always the most common label): 60.0%",
         "Warning: nearly all",
     ):
         assert words in text

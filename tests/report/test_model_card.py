@@ -1,4 +1,4 @@
-"""The model card: what it says, to people and to the hub, and that no text in it is obeyed."""
+"""The model card: what people and the hub read in it, and that no text in it is interpreted."""
 
 import ast
 import re
@@ -19,7 +19,7 @@ from tests.report.finished import finished
 
 
 class Html(HTMLParser):
-    """Tags by name, and the rows of tables with their cells' texts."""
+    """The tags, and the rows of tables with the texts of their cells."""
 
     def __init__(self, markdown: str) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Html(HTMLParser):
 
 
 def rendered(folder):
-    """The card's body as a browser would see it."""
+    """Return the body of the card as a browser shows it."""
     return Html(write_card(folder).read_text().split("---\n", 2)[2])
 
 
@@ -53,11 +53,11 @@ def test_it_stands_beside_what_training_changed(tmp_path):
     rows = {row[0]: row[1:] for row in card.rows}
     assert rows["accuracy"] == ["50.0%", "50.0%"] and rows["well-formed"] == ["83.3%", "100.0%"]
     assert rows["recall yes"] == ["66.7%", "66.7%"] and rows["recall no"] == ["33.3%", "33.3%"]
-    assert rows["update"] == ["5.00", "4.00"]  # measured and planned
+    assert rows["phase"] == ["RAM", "RAM planned"] and rows["update"] == ["5.00", "4.00"]
     assert rows["trained on"] == ["questions drawn from 40"] and rows["source"] == ["quiz.json"]
     assert rows["loss_type"] == ["grpo"] and "lora_r" not in rows
     text = (tmp_path / "run" / "README.md").read_text()
-    assert "commonest label scores 50.0%" in text and "p = 1.000" in text and "Not medical advice" in text
+    assert "(always the most common label): 50.0%" in text and "p = 1.000" in text and "Not medical advice" in text
 
 
 @pytest.mark.parametrize(("after", "warned"), [(["yes"] * 6, True), (["yes", "no"] * 3, False)])
@@ -127,11 +127,11 @@ def test_a_nasty_name_is_text_in_header_tables_and_prose(tmp_path, text):
     config = yaml.safe_load((folder / "grpo_config.yaml").read_text())
     config |= {"model": text, "data": text, "reference": text}
     (folder / "grpo_config.yaml").write_text(yaml.safe_dump(config))
-    harmless = rendered(finished(tmp_path / "other"))
+    plain_card = rendered(finished(tmp_path / "other"))
     card, written = rendered(folder), (folder / "README.md").read_text()
     header = yaml.safe_load(written.split("---\n", 2)[1])
     assert header["model-index"][0]["results"][0]["dataset"]["name"] == text.rpartition("/")[2]
-    assert card.tags == harmless.tags and [len(row) for row in card.rows] == [len(row) for row in harmless.rows]
+    assert card.tags == plain_card.tags and [len(row) for row in card.rows] == [len(row) for row in plain_card.rows]
     (shown,) = [row[1] for row in card.rows if row[0] == "reference"]
     assert shown == " ".join(text.replace("\x1b", "\\x1b").replace("\u202e", "\\u202e").split())
 

@@ -1,4 +1,4 @@
-"""The report of a run: what it says, what it leaves out, and that a browser has nothing to complain of."""
+"""The report of a run: what it says, what it leaves out, and that a browser reports no error."""
 
 import json
 import os
@@ -13,17 +13,20 @@ from pathlib import Path
 import pytest
 
 from grpo_ds.errors import MAX_LINES, UsageError
-from grpo_ds.report import answers, curves, memory_use, verdict
-from grpo_ds.report.page import REPORT_FILE, command, page, settings, write_page
-from grpo_ds.report.run_files import LONGEST_TEXT, RunFiles, read_run
+from grpo_ds.report import answers, curves, memory_page, verdict
+from grpo_ds.report.metric_names import reward_name
+from grpo_ds.report.page import command_line, page, settings, write_page
+from grpo_ds.report.run_files import LONGEST_TEXT, RunFiles, memory_by_phase, read_run
+from grpo_ds.run_folder.files import REPORT_FILE
+from tests.conftest import check_example
 from tests.report import runs
 from tests.report.browser import Browser, find_chromium
 
 ROOT = Path(__file__).resolve().parents[2]
 CSS = ROOT / "grpo_ds" / "report" / "page.css"
 STEPS, ASKED = 60, 40
-CHARTS = ["Reward", "Accuracy", "KL a token", "Completion length", "Entropy of a token", "Shares of a step"]
-CHARTS += ["Gradient norm", "Seconds a step", "Memory over time: card, GiB", "Memory over time: RAM, GiB"]
+CHARTS = ["Reward", "Accuracy", "KL per token", "Completion length", "Entropy per token", "Shares per step"]
+CHARTS += ["Gradient norm", "Seconds per step", "Memory over time: GPU memory, GiB", "Memory over time: RAM, GiB"]
 PLAIN_TAGS = {
     "html", "head", "meta", "title", "link", "style", "body", "main", "header", "p", "h1", "h2", "h3", "h4", "dl", "dt",
     "dd", "div", "section", "figure", "figcaption", "ul", "li", "span", "bdi", "table", "thead", "tbody", "tr", "th",
@@ -39,13 +42,13 @@ HOSTILE = (
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A run that is done, never written to."""
-    return runs.whole(tmp_path_factory.mktemp("runs") / "finished", steps=STEPS, asked=ASKED)
+    """A complete run, which no test changes."""
+    return runs.complete(tmp_path_factory.mktemp("runs") / "finished", steps=STEPS, asked=ASKED)
 
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A copy of it, to be changed."""
+    """A copy of it, for tests that change it."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
@@ -59,7 +62,7 @@ def browser(tmp_path_factory):
 
 
 def change(file, **values):
-    """JSON with some of its values replaced."""
+    """Replace some values of a JSON file."""
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
@@ -69,7 +72,7 @@ def launch(*words):
 
 
 def titles(run):
-    return [chart.title for chart in [*curves.curves(run), *memory_use.timelines(run)]]
+    return [chart.title for chart in [*curves.curves(run), *memory_page.timeline_charts(run)]]
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -81,7 +84,7 @@ def test_a_browser_shows_all_of_it_in_the_window_and_asks_for_nothing_else(brows
     assert shown["wide"] == width and shown["overflow"] == 0 and shown["beyond"] == []
     assert [label.partition(".")[0] for label in shown["charts"]] == CHARTS
     assert shown["chartFont"] >= 10  # pixels: legible
-    for words in ("Held-out questions", "Completions along the training", "Settings and machine", "Versions"):
+    for words in ("Held-out questions", "Completions during training", "Settings and machine", "Versions"):
         assert words in shown["text"]
 
 
@@ -102,8 +105,8 @@ def test_a_page_can_be_read_aloud(browser, finished, tmp_path):
 
 
 def hostile_run(folder):
-    """Every text that comes from data, models, people or other programs is an attack."""
-    runs.whole(folder, steps=3, asked=6)
+    """Write a run in which every text from data, models, people or other programs is an attack."""
+    runs.complete(folder, steps=3, asked=6)
     held = json.loads((folder / "held_out.json").read_text())
     for row in held["questions"]:
         row |= {"question": HOSTILE, "label": HOSTILE}
@@ -114,7 +117,7 @@ def hostile_run(folder):
     for name in ("metrics.jsonl", "completions.jsonl"):
         rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
         texts = {"question": HOSTILE, "completion": HOSTILE} if name.startswith("c") else {}
-        more = {f"rewards/{HOSTILE}": 0.5, f"seconds/{HOSTILE}": 1.0}
+        more = {f"rewards/{HOSTILE}": 0.5, f"rewards/{HOSTILE}/mean": 0.5, f"seconds/{HOSTILE}": 1.0}
         (folder / name).write_text("".join(json.dumps(row | more | texts) + "\n" for row in rows))
     memory = json.loads((folder / "memory.json").read_text())
     memory["measured"][0]["phase"] = memory["spans"][0]["phase"] = HOSTILE
@@ -156,22 +159,22 @@ def test_the_script_writes_into_the_folder(run):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "said"),
     [
         (["{empty}"], ["empty", "metrics.jsonl", "--output_dir"]),
         (["{empty}/nowhere"], ["nowhere"]),
-        ([], ["folder", "launch/report.py outputs/RUN"]),
+        ([], ["DIR", "launch/report.py outputs/RUN"]),
         (["{run}", "--outptu", "x.html"], ["--outptu"]),
         (["{run}", "--output", "{run}/metrics.jsonl"], ["metrics.jsonl", ".html"]),
         (["{run}", "--output", "{empty}/no/where.html"], ["where.html", "No such file"]),
     ],
 )
-def test_what_cannot_be_reported_is_said_in_a_few_lines(run, tmp_path, words, told):
+def test_what_cannot_be_reported_is_said_in_a_few_lines(run, tmp_path, words, said):
     (tmp_path / "empty").mkdir()
     before = (run / "metrics.jsonl").read_bytes()
     result = launch(*(word.format(empty=tmp_path / "empty", run=run) for word in words))
     assert result.returncode == 2 and len(result.stderr.strip().splitlines()) <= MAX_LINES
-    assert all(word in result.stderr for word in told) and "Traceback" not in result.stderr
+    assert all(word in result.stderr for word in said) and "Traceback" not in result.stderr
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
@@ -182,16 +185,16 @@ def test_a_run_that_goes_on_says_where_it_stands(tmp_path):
     (tmp_path / "metrics.jsonl").open("a").write('{"step": 6, "rew')  # as it is being written
     run = read_run(tmp_path)
     shown = page(run)
-    assert "This run has not ended: in training at step 5 of 100" in shown and "still to come" in shown
-    assert len(run.steps) == 5 and "Left out" not in shown and ">after<" not in shown
+    assert "This run has not ended: it was training at step 5 of 100" in shown and "do not exist yet" in shown
+    assert len(run.steps) == 5 and "left out" not in shown and ">after<" not in shown
     assert "0 gained" not in shown
 
 
 @pytest.mark.parametrize("state", ["stopped", "failed"])
-def test_a_run_that_was_cut_short_says_how_to_go_on(run, state):
+def test_a_run_that_was_cut_short_says_how_to_resume_it(run, state):
     change(run / "run_status.json", state=state, exit_code=5, message="Out of memory.\nMore", resume="python again.py")
     shown = page(read_run(run))
-    sentence = f"{state.capitalize()} at step 60 of 60 with exit code 5: Out of memory. Go on with: python again.py"
+    sentence = f"{state.capitalize()} at step 60 of 60 with exit code 5: Out of memory. Resume with: python again.py"
     assert sentence in shown
 
 
@@ -200,7 +203,7 @@ def test_any_number_of_steps_makes_a_page(tmp_path, steps):
     runs.logged(tmp_path, steps)
     (tmp_path / "metrics.jsonl").touch()
     shown = page(read_run(tmp_path))
-    assert ("Seconds a step" in shown) == (steps > 0)
+    assert ("Seconds per step" in shown) == (steps > 0)
     assert "No held-out answers were compared." in shown
 
 
@@ -213,7 +216,7 @@ def test_a_long_run_makes_a_page_that_opens_as_fast(tmp_path):
 
 def test_without_a_reference_there_is_no_kl(tmp_path):
     runs.logged(tmp_path, 3, kl=0.0)
-    assert "KL a token" not in titles(read_run(tmp_path))
+    assert "KL per token" not in titles(read_run(tmp_path))
 
 
 def test_steps_without_a_finite_number_are_gaps_and_counted(tmp_path):
@@ -223,7 +226,7 @@ def test_steps_without_a_finite_number_are_gaps_and_counted(tmp_path):
         file.write('{"step": 33, "reward": 1e999, "kl": 1e308}\n')
     charts = {chart.title: chart for chart in curves.curves(read_run(tmp_path))}
     assert "3 steps without a finite number left out" in charts["Reward"].caption
-    assert "2 steps without a finite number left out" in charts["KL a token"].caption
+    assert "2 steps without a finite number left out" in charts["KL per token"].caption
 
 
 def test_a_run_evaluated_and_nothing_else_has_its_accuracy(tmp_path):
@@ -250,7 +253,7 @@ def test_a_damaged_file_is_left_out_and_named(run, name, content):
     (run / name).write_bytes(content.encode(errors="surrogateescape"))
     read = read_run(run)
     shown = page(read)
-    assert read.damaged == [name] and f"Left out, because it is damaged: {name}." in shown
+    assert read.damaged == [name] and f"Damaged, so left out: {name}." in shown
     assert "Reward" in shown  # and the rest is there
 
 
@@ -258,7 +261,7 @@ def test_damaged_lines_of_metrics_are_counted(run):
     lines = (run / "metrics.jsonl").read_text().splitlines()
     lines[3:5] = ['{"step": 4, "rew', '["no", "step"]']
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    assert "Left out, because it is damaged: metrics.jsonl (2 of its lines)." in page(read_run(run))
+    assert "Damaged, so left out: metrics.jsonl (2 of its lines)." in page(read_run(run))
 
 
 def test_a_fifo_in_place_of_a_file_is_not_waited_for(run):
@@ -280,10 +283,14 @@ def grades(accuracy, interval, **more):
         (
             grades(0.8, (0.71, 0.87)),
             0.00004,
-            ["rose from 50.0% to 80.0%", "p < 0.001: more than", "above the 62"],
+            ["rose from 50.0% to 80.0%", "p < 0.001: the change is more than chance", "above the 62"],
         ),
-        (grades(0.6, (0.50, 0.69)), 0.12, ["rose", "p = 0.120: a change that could be chance", "not told apart from"]),
-        (grades(0.3, (0.22, 0.40)), 0.01, ["fell from 50.0% to 30.0%", "p = 0.010: more than", "below the 62.0%"]),
+        (grades(0.6, (0.50, 0.69)), 0.12, ["rose", "p = 0.120: the change could be chance", "not clearly different"]),
+        (
+            grades(0.3, (0.22, 0.40)),
+            0.01,
+            ["fell from 50.0% to 30.0%", "p = 0.010: the change is more than", "below the 62.0%"],
+        ),
         (grades(0.5, (0.40, 0.60)), 1.0, ["stayed at 50.0%", "below the 62.0%"]),  # the interval ends under it
     ],
 )
@@ -310,7 +317,7 @@ def test_gained_and_lost_are_both_shown_and_the_rest_is_counted():
     found = answers.pairs(RunFiles("r", held_out={"questions": rows}))
     assert (found.count, found.gained, found.lost, len(found.shown)) == (53, 50, 1, answers.MOST_PAIRS)
     assert [pair.change for pair in found.shown[:11]] == ["gained"] * 10 + ["lost"]
-    assert found.shown[10].after.verdict == "wrong: no answer in the asked form"
+    assert found.shown[10].after.verdict == "wrong: no answer in the required form"
 
 
 def test_long_texts_end_with_how_much_is_missing(run):
@@ -323,7 +330,7 @@ def test_long_texts_end_with_how_much_is_missing(run):
 def test_completions_are_those_of_the_first_the_middle_and_the_last_step(finished):
     read = read_run(finished)
     assert list(read.completions) == [1, 31, 60] and [len(rows) for rows in read.completions.values()] == [8, 8, 8]
-    assert [(s.count, len(s.shown)) for s in answers.samples(read)] == [(8, 4)] * 3
+    assert [(s.count, len(s.shown)) for s in answers.sampled_steps(read)] == [(8, 4)] * 3
 
 
 def test_settings_that_differ_come_with_their_default(finished):
@@ -333,7 +340,7 @@ def test_settings_that_differ_come_with_their_default(finished):
 
 def test_the_command_is_what_was_typed():
     words = ["deepspeed", "launch/train.py", "--data", "my file.json"]
-    typed = command(RunFiles("r", environment={"command": words}))
+    typed = command_line(RunFiles("r", environment={"command": words}))
     assert typed == "deepspeed launch/train.py \\\n  --data 'my file.json'"
     assert shlex.split(typed.replace("\\\n", "")) == words
 
@@ -353,7 +360,7 @@ def test_a_line_is_the_mean_of_its_neighbours_and_says_so():
     assert curves.window(20) == 1 and curves.window(21) == 5 and curves.window(120) == 13
     assert curves.window(10**6) == curves.LONGEST_MEAN
     steps = [{"step": i, "accuracy": 0.5} for i in range(1, 1001)]
-    caption = curves.accuracy(RunFiles("r", steps=steps)).caption
+    caption = curves.accuracy_curve(RunFiles("r", steps=steps)).caption
     assert caption == "Line: mean of 51 steps, fewer at the ends; dots: means of 7 steps."
     assert len(curves.thinned([(row["step"], 0.5) for row in steps])) <= curves.MOST_DOTS
 
@@ -361,18 +368,77 @@ def test_a_line_is_the_mean_of_its_neighbours_and_says_so():
 def test_a_phase_that_outgrew_its_plan_says_by_how_much():
     gib = 2**30
     uses = [
-        {"phase": "update", "host_peak": 5 * gib, "gpu_peak": 0},
-        {"phase": "floor", "host_peak": gib, "gpu_peak": 0},
+        {"phase": "update", "ram_peak": 5 * gib, "gpu_peak": 0},
+        {"phase": "floor", "ram_peak": gib, "gpu_peak": 0},
     ]
-    planned = {"update": {"gpu": {}, "host": {"weights": 3 * gib, "process": gib}}}
-    found = memory_use.phase_bars(RunFiles("r", memory={"measured": uses, "planned": planned}))
+    planned = {"update": {"gpu": {}, "ram": {"weights": 3 * gib, "process": gib}}}
+    found = memory_page.phase_bars(RunFiles("r", memory={"measured": uses, "planned": planned}))
     update, floor = found["RAM"]
-    assert list(found) == ["RAM"] and (update.off, floor.off) == ("+20%", "")  # (5 - 4) / 5
+    assert list(found) == ["RAM"] and (update.plan_error, floor.plan_error) == ("+20%", "")  # (5 - 4) / 5
     assert (update.percent(update.measured), floor.percent(floor.measured)) == ("100.0", "20.0")
 
 
+OLD_KEYS = {"ram": "host", "ram_peak": "host_peak", "ram_end": "host_end"}
+OLD_METRICS = {
+    "rewards/correctness/mean": "rewards/correctness",
+    "rewards/format/mean": "rewards/format",
+    "completions/mean_length": "completion_length",
+    "clip_ratio/region_mean": "clip_fraction",
+}
+
+
+def in_an_older_version(run):
+    """Rewrite metrics.jsonl and memory.json with the names of an older version."""
+    memory = (run / "memory.json").read_text()
+    for new, old in OLD_KEYS.items():
+        memory = memory.replace(f'"{new}":', f'"{old}":')
+    (run / "memory.json").write_text(memory)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        for name in [name for name in row if name.endswith("/std") or name in ("num_tokens", "epoch", "step_time")]:
+            del row[name]
+        if "reward" in row:
+            row |= {old: row.pop(new) for new, old in OLD_METRICS.items()}
+            row["ended"] = 1 - row.pop("completions/clipped_ratio")
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_run_of_an_older_version_has_the_same_report(finished, run):
+    in_an_older_version(run)
+    assert '"host_peak"' in (run / "memory.json").read_text() and '"ended"' in (run / "metrics.jsonl").read_text()
+    old, new = read_run(run), read_run(finished)
+    assert old.memory == new.memory and memory_by_phase(run) == memory_by_phase(finished)
+    assert [chart.label for chart in curves.curves(old)] == [chart.label for chart in curves.curves(new)]
+    assert verdict.tiles(old) == verdict.tiles(new) and old.damaged == []
+
+
+def test_a_text_where_an_older_version_had_a_number_is_a_damaged_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "ended": "no"}\n{"step": 2, "ended": 0.25}\n')
+    run = read_run(tmp_path)
+    assert run.steps == [{"step": 2, "completions/clipped_ratio": 0.75}]
+    assert run.damaged == ["metrics.jsonl (1 of its lines)"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "name"),
+    [
+        ("rewards/format/mean", "format"),
+        ("rewards/a/b/mean", "a/b"),  # no function has such a name, but a file may
+        ("rewards/format/std", None),
+        ("rewards/format", None),  # a row of completions.jsonl
+        ("eval/accuracy", None),
+    ],
+)
+def test_a_reward_is_found_by_its_mean(metric, name):
+    assert reward_name(metric) == name
+
+
+def test_the_example_of_a_data_class_is_right():
+    check_example(RunFiles)
+
+
 def luminance(colour):
-    """Of sRGB, as WCAG 2 has it."""
+    """Relative luminance of an sRGB colour, as defined by WCAG 2."""
     channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
@@ -396,14 +462,14 @@ def test_lines_stand_out_and_texts_can_be_read(theme):
 
 def test_a_report_that_cannot_be_written_does_not_fail_the_run(finished, capsys, monkeypatch):
     from grpo_ds.report.console import Console
-    from grpo_ds.training.run import Run
+    from grpo_ds.training.reports import Reports
 
-    done = Run.__new__(Run)
-    done.writes, done.folder, done.console = True, finished / "gone", Console()
-    done.report_page()
+    reports = Reports.__new__(Reports)
+    reports.writes, reports.folder, reports.console = True, finished / "gone", Console()
+    reports.page()
     assert "Warning: no report was written" in capsys.readouterr().out
 
 
 def test_no_run_is_a_usage_error(tmp_path):
-    with pytest.raises(UsageError, match="no run's folder"):
+    with pytest.raises(UsageError, match="not a run's folder"):
         read_run(tmp_path)

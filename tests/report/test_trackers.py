@@ -1,4 +1,4 @@
-"""Trackers: what reaches each of them, that a resumed run goes on in the same place, and what none of them does."""
+"""Trackers: what each receives, that a resumed run continues in the same place, and what no tracker may do."""
 
 import json
 import os
@@ -12,8 +12,8 @@ import pytest
 
 from grpo_ds.errors import UsageError
 from grpo_ds.report import trackers
-from grpo_ds.report.reading import SUMMARY_FILE
 from grpo_ds.report.trackers import Watched, check_trackers
+from grpo_ds.run_folder.files import SUMMARY_FILE
 from grpo_ds.settings.config import TrainConfig
 from tests.report.finished import finished
 from tests.report.tracked import track
@@ -31,7 +31,7 @@ TRACK = "from pathlib import Path; from tests.report.tracked import track"
 
 
 def apart(code, tmp_path, **env):
-    """What it prints in a process of its own: wandb and trackio read their variables once in a process."""
+    """Return the output of a process of its own: wandb and trackio read their variables once per process."""
     environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), **env}
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -64,14 +64,14 @@ def test_tensorboard_gets_scalars_settings_completions_and_the_end(folder):
     assert "model: qwen2.5-0.5b" in texts(found, "config")[0] and "torch:" in texts(found, "config")[0]
     assert "Is it? \\| so" in texts(found, "completions")[1] and "\\# no idea" in texts(found, "completions")[1]
     assert scalars(found, "summary/after/accuracy") == [(7, 0.5)]
-    assert scalars(found, "memory_gib/update/host") == [(7, 5.0)]
+    assert scalars(found, "memory_gib/update/ram") == [(7, 5.0)]
     assert texts(found, "held_out")[0].count("Is 3 \\| even?") == 1
     assert said == f"tensorboard --logdir {folder / 'runs'}"
 
 
 def test_tensorboard_shows_each_step_of_a_resumed_run_once(folder):
     progress, _ = track(folder, "tensorboard", steps=[1, 2, 3], finish=False)
-    progress.global_step = 1  # the checkpoint it goes on from
+    progress.global_step = 1  # the checkpoint that it resumes from
     track(folder, "tensorboard", steps=[2, 3, 4], progress=progress, offset=0.5)
     assert scalars(events(folder / "runs"), "reward") == [(1, 1.0), (2, 2.5), (3, 3.5), (4, 4.5)]
 
@@ -148,13 +148,13 @@ track(folder, "trackio", steps=[1], finish=False)  # another run into a folder o
     assert [line["reward"] for line in longer if "reward" in line] == [1.0, 2.0, 3.0]
     assert [line["reward"] for line in shorter if "reward" in line] == [1.0]
     (end,) = [line for line in longer if "held_out" in line]
-    assert end["summary/after/accuracy"] == 0.5 and end["memory_gib/update/host"] == 5.0
+    assert end["summary/after/accuracy"] == 0.5 and end["memory_gib/update/ram"] == 5.0
     assert end["held_out"]["_value"][3]["question"] == "Is 3 | even?"
     assert [line["completions"]["_value"][0]["label"] for line in longer if "completions" in line] == ["yes"] * 3
     assert config["model"] == "qwen2.5-0.5b" and config["environment"]["versions"]["torch"]
 
 
-# What none of them does.
+# What no tracker may do.
 
 LOCAL = ["wandb", "tensorboard", pytest.param("trackio", marks=with_trackio)]
 
@@ -181,7 +181,7 @@ def test_a_tracker_that_stays_here_asks_for_no_address_and_keeps_no_secret(folde
 
 
 class Fails:
-    """A service that has gone."""
+    """A service that is down."""
 
     name = "fails"
 
@@ -191,23 +191,23 @@ class Fails:
     completions = finish = log
 
 
-def test_a_tracker_that_fails_is_told_once_and_ends_nothing(capsys):
+def test_a_tracker_that_fails_is_warned_of_once_and_ends_nothing(capsys):
     tracker = Watched("wandb", Fails)
     for step in (1, 2):
         tracker.log({}, step=step)
         tracker.completions([], step=step)
     assert tracker.finish({}) == ""
-    warning = "Warning: wandb failed (the server). Training goes on; metrics.jsonl has every step.\n"
+    warning = "Warning: wandb failed (the server). Training continues; metrics.jsonl has every step.\n"
     assert capsys.readouterr().err == warning
 
 
-def test_a_tracker_that_cannot_begin_is_told_once_and_ends_nothing(folder, capsys, monkeypatch):
+def test_a_tracker_that_cannot_begin_is_warned_of_once_and_ends_nothing(folder, capsys, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(folder / SUMMARY_FILE / "below a file"))
     _, said = track(folder, "tensorboard", steps=[1, 2])
     assert said == "" and capsys.readouterr().err.count("Warning: tensorboard failed (") == 1
 
 
-# What is asked before a model is loaded.
+# Checks before a model is loaded.
 
 
 def test_a_tracker_that_is_not_installed_is_named_with_its_cure(monkeypatch):
@@ -248,8 +248,8 @@ def test_wandb_needs_a_key_or_to_be_told_to_stay_here(tmp_path, monkeypatch, env
     [
         ("none", None),
         ("wandb, tensorboard,wandb", None),
-        ("none,wandb", "none stands alone"),
-        ("all", "report_to names all; there are: none, wandb, tensorboard, trackio"),
+        ("none,wandb", "none cannot be combined"),
+        ("all", "report_to names all; available: none, wandb, tensorboard, trackio"),
         ("", "report_to names"),
     ],
 )

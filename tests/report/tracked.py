@@ -1,9 +1,9 @@
-"""A run as a tracker hears of it, without torch: some tests hear it in a process of its own."""
+"""A run as a tracker receives it, without torch: some tests do this in a process of its own."""
 
 import json
 
-from grpo_ds.report.reading import SUMMARY_FILE
 from grpo_ds.report.trackers import make_trackers
+from grpo_ds.run_folder.files import SUMMARY_FILE
 from grpo_ds.run_folder.progress import Progress
 from grpo_ds.settings.config import TrainConfig
 
@@ -14,7 +14,7 @@ ROWS = [
 
 
 def track(folder, report_to, *, steps, progress=None, finish=True, offset=0.0):
-    """Rewards step + offset for each of the steps, completions, and the end; what a checkpoint would keep of it."""
+    """Log a reward of step + offset for each step, completions, and the end; return progress and the last line."""
     progress = progress or Progress(max_steps=4)
     _, tracker = make_trackers(TrainConfig(model="qwen2.5-0.5b", report_to=report_to), folder, progress)
     for step in steps:

@@ -1,4 +1,4 @@
-"""Checkpoint folders: whole or not there, found again, and never thrown away too early. No model here, only files."""
+"""Checkpoint folders: complete or absent, found again, and never deleted too early. Files only, no model."""
 
 import json
 
@@ -6,6 +6,7 @@ import pytest
 
 from grpo_ds.errors import CheckpointError
 from grpo_ds.run_folder import checkpoints as files
+from grpo_ds.run_folder.resume import to_resume
 
 
 def make(run, step, content="weights", where="global_step/shard.pt"):
@@ -56,28 +57,28 @@ def test_auto_takes_the_newest_whole_one_and_says_what_it_passed_over(tmp_path):
     (make(tmp_path, 10) / "trainer_state.json").write_text("{ ")
     (tmp_path / "checkpoint-99.partial").mkdir()
     (tmp_path / "checkpoint-best").mkdir()
-    origin, told = files.to_resume("auto", tmp_path)
+    origin, told = to_resume("auto", tmp_path)
     assert origin == tmp_path / "checkpoint-5"
     assert len(told) == 1 and "checkpoint-10 is damaged: trainer_state.json" in told[0]
-    assert files.to_resume(str(tmp_path), None)[0] == origin
-    assert files.to_resume(str(tmp_path / "checkpoint-10"), None)[0] == origin
+    assert to_resume(str(tmp_path), None)[0] == origin
+    assert to_resume(str(tmp_path / "checkpoint-10"), None)[0] == origin
 
 
 def test_a_named_one_is_taken_even_where_there_are_later_ones(tmp_path):
     make(tmp_path, 5), make(tmp_path, 10)
-    assert files.to_resume(str(tmp_path / "checkpoint-5"), None) == (tmp_path / "checkpoint-5", [])
+    assert to_resume(str(tmp_path / "checkpoint-5"), None) == (tmp_path / "checkpoint-5", [])
 
 
 @pytest.mark.parametrize("asked", ["auto", "checkpoint-7", "somewhere"])
 def test_where_nothing_is_whole_nothing_is_resumed(tmp_path, asked):
     (make(tmp_path, 5) / "trainer_state.json").unlink()
-    with pytest.raises(CheckpointError, match=r"No whole checkpoint|no such folder|holds no checkpoint"):
-        files.to_resume(asked if asked == "auto" else str(tmp_path / asked), tmp_path)
+    with pytest.raises(CheckpointError, match=r"No complete checkpoint|no such folder|holds no checkpoint"):
+        to_resume(asked if asked == "auto" else str(tmp_path / asked), tmp_path)
 
 
 def test_auto_without_a_folder_asks_for_it():
     with pytest.raises(CheckpointError, match="--output_dir"):
-        files.to_resume("auto", None)
+        to_resume("auto", None)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_what_was_just_written_is_not_deleted_for_later_ones(tmp_path):
 
 
 def test_what_died_half_way_is_finished_or_undone(tmp_path):
-    make(tmp_path, 5).rename(tmp_path / "checkpoint-5.replaced")  # the new one had not got its name yet
+    make(tmp_path, 5).rename(tmp_path / "checkpoint-5.replaced")  # killed before the new one was renamed
     for name in ("checkpoint-5.partial", "checkpoint-4.deleted"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "some.pt").write_text("x")

@@ -1,4 +1,4 @@
-"""trainer_state.json: ours to go on from, and a TrainerState to whatever reads those of transformers."""
+"""trainer_state.json: a run resumes from it, and transformers reads it as a TrainerState."""
 
 import json
 from dataclasses import asdict
@@ -7,7 +7,7 @@ import pytest
 from transformers import TrainerState
 
 from grpo_ds.errors import CheckpointError
-from grpo_ds.run_folder.progress import STATE_FILE, Progress
+from grpo_ds.run_folder.progress import STATE_FILE, Progress, current_names
 
 PROGRESS = Progress(
     max_steps=40, identity={"the questions": "5ec2"}, global_step=20, log_history=[{"step": 20, "reward": None}],
@@ -34,8 +34,25 @@ def test_a_state_of_the_first_version_is_read(tmp_path):
     assert Progress.read(tmp_path) == PROGRESS
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"max_steps": 1, "epoch": 2}', '{"stateful_callbacks": 3}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"max_steps": 1, "total_flos": 2}', '{"stateful_callbacks": 3}'])
 def test_what_is_none_of_ours_is_refused(tmp_path, text):
     (tmp_path / STATE_FILE).write_text(text)
-    with pytest.raises(CheckpointError, match="is not what this version writes"):
+    with pytest.raises(CheckpointError, match="is not a file that this version writes"):
         Progress.read(tmp_path)
+
+
+OLDER = {
+    "step": 3, "reward": 0.5, "rewards/format": 0.25, "completion_length": 40.0, "ended": 0.75, "clip_ratio/low": 0.1,
+    "clip_ratio/high": 0.2, "clip_fraction": 0.3, "kl": 0.01,
+}  # fmt: skip
+NOW = {
+    "step": 3, "reward": 0.5, "rewards/format/mean": 0.25, "completions/mean_length": 40.0,
+    "completions/clipped_ratio": 0.25, "clip_ratio/low_mean": 0.1, "clip_ratio/high_mean": 0.2,
+    "clip_ratio/region_mean": 0.3, "kl": 0.01,
+}  # fmt: skip
+
+
+def test_metrics_of_an_older_version_are_read_under_trls_names(tmp_path):
+    Progress(max_steps=9, global_step=3, log_history=[OLDER, {"step": 3, "eval/accuracy": 0.5}]).write(tmp_path)
+    assert Progress.read(tmp_path).log_history == [NOW, {"step": 3, "eval/accuracy": 0.5}]
+    assert current_names(NOW) == NOW

@@ -23,7 +23,7 @@ DEEPSPEED_RAISES = (AssertionError, ValueError, TypeError)
 
 @pytest.fixture
 def resolve(tmp_path):
-    """Resolve a text, or an object written as JSON."""
+    """Function that resolves a text, or an object written as JSON."""
 
     def run(config, *, fill=SIZES, typed=()):
         path = tmp_path / "ds.json"
@@ -34,7 +34,7 @@ def resolve(tmp_path):
 
 
 def zero2(changes: dict | None = None) -> dict:
-    """The shipped default with values put at dotted paths; a missing section is created."""
+    """The shipped default with values set at dotted paths; a missing section is created."""
     config = json.loads((SHIPPED / "zero2.json").read_text())
     for path, value in (changes or {}).items():
         *sections, key = path.split(".")
@@ -60,7 +60,7 @@ def deepspeed_config(engine: dict):
     return DeepSpeedConfig(copy.deepcopy(engine))
 
 
-# --- what ships works ---------------------------------------------------------------------------------------
+# --- shipped files work ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "offload"), [("zero2.json", True), ("zero2_gpu.json", False)])
@@ -120,11 +120,11 @@ def test_an_optimizer_of_deepspeeds_own_stays_in_the_dict(resolve, name):
     assert config.optimizer.params["torch_adam"] is True
 
 
-def test_the_optimizer_type_is_read_without_regard_to_case(resolve):
+def test_the_optimizer_type_may_be_in_any_case(resolve):
     assert resolve(zero2({"optimizer.type": "adamw8bit"})).optimizer.type == "AdamW8bit"
 
 
-def test_null_and_an_offload_param_that_is_off_are_as_good_as_left_out(resolve):
+def test_null_and_an_offload_param_that_is_off_mean_left_out(resolve):
     off = {"zero_optimization.offload_param": {"device": "none"}, "scheduler": None, "fp16": None, "dump_state": None}
     config = resolve(zero2({**off, "zero_optimization.offload_optimizer": None}))
     assert (config.offload, config.has_scheduler) == (False, False)
@@ -138,7 +138,7 @@ def test_batch_sizes_count_all_ranks(resolve):
     assert (engine["train_micro_batch_size_per_gpu"], engine["train_batch_size"]) == (8, 16)
 
 
-# --- who wins: the JSON or the flag -------------------------------------------------------------------------
+# --- the JSON against flags -------------------------------------------------------------------------
 
 
 def test_a_number_in_the_json_beats_a_flags_default_and_is_reported(resolve):
@@ -169,10 +169,10 @@ def test_a_schedule_is_filled_and_deepspeed_builds_it(resolve, name):
     getattr(lr_schedules, name)(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-5), **params)
 
 
-# --- what is wrong is named, all at once --------------------------------------------------------------------
+# --- mistakes are named, all at once --------------------------------------------------------------------
 
 BAD_VALUES = [
-    # a key nobody reads, with the nearest real one
+    # unknown keys, with the nearest real one
     ({"zero_optimisation": {}}, ["zero_optimisation", "did you mean zero_optimization?"]),
     ({"gradient_cliping": 1}, ["did you mean gradient_clipping?"]),
     ({"zero_optimization.reduce_bucket_siz": 1}, ["zero_optimization.reduce_bucket_siz", "reduce_bucket_size?"]),
@@ -185,7 +185,7 @@ BAD_VALUES = [
     ({"nebula": {}}, ["nebula is not a key"]),  # removed from DeepSpeed
     ({"two\nlines": 1}, ["two lines is not a key"]),
     ({"bfloat16": {"enabled": True}}, ["bfloat16", 'write "bf16"']),
-    # what this trainer cannot run
+    # values that this trainer cannot use
     ({"zero_optimization.stage": 3}, ["stage 3", "sampling", "use 2"]),
     ({"zero_optimization.stage": 4}, ["the number 4", "write 2"]),
     ({"zero_optimization.stage": "2"}, ['the text "2"', "write 2"]),
@@ -216,7 +216,7 @@ BAD_VALUES = [
     ({"train_batch_size": 64}, ["train_batch_size", "8 completions x 1 ranks make 8"]),
     ({"zero_allow_untested_optimizer": False}, ["zero_allow_untested_optimizer must be true"]),
     ({"zero_force_ds_cpu_optimizer": True}, ["zero_force_ds_cpu_optimizer must be false"]),
-    # "auto" where nothing fills it, and values of the wrong kind
+    # "auto" that nothing fills, and values of the wrong kind
     ({"steps_per_print": "auto"}, ['steps_per_print is "auto"']),
     ({"fp16.enabled": "auto"}, ['fp16.enabled is "auto"']),
     ({"zero_optimization.stage": "auto"}, ["zero_optimization.stage", "write 2"]),
@@ -232,7 +232,7 @@ BAD_VALUES = [
 
 
 @pytest.mark.parametrize(("changes", "words"), BAD_VALUES, ids=[str(row[0])[1:50] for row in BAD_VALUES])
-def test_a_wrong_value_is_named_with_its_cure(resolve, changes, words):
+def test_a_wrong_value_is_named_with_its_remedy(resolve, changes, words):
     message = message_of(resolve, zero2(changes))
     assert len(message.splitlines()) == 2, f"one mistake is one problem:\n{message}"
     for word in words:
@@ -280,7 +280,7 @@ def test_a_missing_file_names_those_that_ship(tmp_path):
         assert "ds_configs/zero2.json, ds_configs/zero2_gpu.json" in str(caught.value)
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path):
+def test_a_file_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "ds.json").write_bytes(b"\xff\xfe\x00{")
     with pytest.raises(UsageError, match="is not a DeepSpeed JSON"):
         resolve_ds_config(tmp_path / "ds.json", fill=SIZES)
@@ -288,11 +288,11 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
 
 def test_no_heavy_library_is_needed_to_find_a_typo():
     heavy = "torch deepspeed pydantic transformers numpy"
-    code = f"import sys, grpo_ds.ds_config; print(*set(sys.modules) & set('{heavy}'.split()))"
+    code = f"import sys, grpo_ds.settings.ds_config; print(*set(sys.modules) & set('{heavy}'.split()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
 
 
-# --- our lists are the installed DeepSpeed's ----------------------------------------------------------------
+# --- our tables equal the installed DeepSpeed's ----------------------------------------------------------------
 
 
 def test_pydantic_sections_know_exactly_the_keys_deepspeed_knows():
@@ -310,7 +310,7 @@ def test_pydantic_sections_know_exactly_the_keys_deepspeed_knows():
         assert real == KNOWN_KEYS[section], section
 
 
-class Eavesdropper(dict):
+class RecordingDict(dict):
     """A dict that remembers every key it was asked for."""
 
     def __init__(self, **items):
@@ -335,7 +335,7 @@ class Eavesdropper(dict):
 def test_top_level_keys_are_those_deepspeed_asks_for():
     from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, DeepSpeedConfig
 
-    config = Eavesdropper(train_micro_batch_size_per_gpu=1)
+    config = RecordingDict(train_micro_batch_size_per_gpu=1)
     DeepSpeedConfig(config)
     assert config.asked - set(_REMOVED_TOP_LEVEL_CONFIG_KEYS) == KNOWN_KEYS[""]
 

@@ -1,14 +1,16 @@
-"""A container's limit is the machine's memory."""
+"""RAM within a container's limit, and the versions of packages that training relies on."""
 
 import pytest
 
-from grpo_ds.system.hardware import cgroup_limit, ram_gib
+from grpo_ds.errors import PreflightError
+from grpo_ds.system import hardware
+from grpo_ds.system.hardware import cgroup_limit, check_versions, ram_gib, requirements, version_problems
 
 GIB = 2**30
 
 
 def limit(tmp_path, membership, files):
-    """cgroup_limit over a mount with these files."""
+    """Return cgroup_limit for a mount with these files."""
     (tmp_path / "self").write_text(membership)
     for name, text in files.items():
         file = tmp_path / "mount" / name
@@ -41,8 +43,50 @@ def test_without_proc_there_is_no_limit(tmp_path):
 
 
 def test_ram_is_never_more_than_the_limit(monkeypatch):
-    whole = ram_gib()
+    unlimited = ram_gib()
     monkeypatch.setattr("grpo_ds.system.hardware.cgroup_limit", lambda: GIB // 2)
-    assert ram_gib() == 0.5 < whole
+    assert ram_gib() == 0.5 < unlimited
     monkeypatch.setattr("grpo_ds.system.hardware.cgroup_limit", lambda: 2**62)  # v1 without a limit
     assert 0.5 < ram_gib() < 2**20
+
+
+# --- versions ------------------------------------------------------------------------------------------------
+
+
+def installed(monkeypatch, **found):
+    """Pretend that packages are installed in these versions."""
+    real = hardware.version
+    monkeypatch.setattr(hardware, "version", lambda name: found.get(name) or real(name))
+
+
+def test_the_versions_here_pass():
+    check_versions()
+    assert "deepspeed>=0.19.6" in requirements()
+
+
+@pytest.mark.parametrize("version", ["0.15.2", "0.18.9", "0.19.5"])
+def test_a_deepspeed_that_loses_gradients_is_refused_with_the_reason(monkeypatch, version):
+    installed(monkeypatch, deepspeed=version)
+    reason = f"deepspeed {version}, but >=0.19.6 is needed: before 0.19.0 it silently lost"
+    with pytest.raises(PreflightError, match=reason):
+        check_versions()
+
+
+def test_several_at_once_and_builds_of_a_right_version_pass(monkeypatch):
+    installed(monkeypatch, torch="2.7.1+cu126", bitsandbytes="0.45.0")
+    with pytest.raises(PreflightError) as error:
+        check_versions()
+    assert "torch 2.7.1+cu126" in str(error.value) and "bitsandbytes 0.45.0" in str(error.value)
+    installed(monkeypatch, torch="2.11.0+cu128", bitsandbytes="0.51.0.dev0", deepspeed="0.20.0rc1")
+    check_versions()
+
+
+def test_packages_that_are_missing_or_belong_to_an_extra_are_skipped(monkeypatch):
+    wanted = ["no-such-package>=1", 'pytest>=9999; extra == "test"', 'torch>=9999; sys_platform == "win32"']
+    assert list(version_problems(wanted)) == []
+
+    def missing(name):
+        raise hardware.PackageNotFoundError
+
+    monkeypatch.setattr(hardware, "requires", missing)
+    assert requirements() == []

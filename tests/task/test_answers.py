@@ -13,41 +13,41 @@ GOOD = "<reasoning>It fell.</reasoning><answer>yes</answer>"
 ANSWERS = [
     (GOOD, "yes"),
     ("<reasoning>It fell.</reasoning><answer>no</answer>", "no"),
-    (f"\n {GOOD} \n", "yes"),  # white space around is forgiven
-    ("<reasoning>\nIt\nfell.\n</reasoning>\n\n<answer>\nyes\n</answer>", "yes"),  # and between and within
-    ("<reasoning>It fell.</reasoning><answer> Yes. </answer>", "yes"),  # case, space and one full stop are forgiven
+    (f"\n {GOOD} \n", "yes"),  # white space around the pairs is ignored
+    ("<reasoning>\nIt\nfell.\n</reasoning>\n\n<answer>\nyes\n</answer>", "yes"),  # also between and inside them
+    ("<reasoning>It fell.</reasoning><answer> Yes. </answer>", "yes"),  # case, space and one full stop are ignored
     ("<reasoning>It fell.</reasoning><answer>NO .</answer>", "no"),
     ("<reasoning>a < b > c </p></reasoning><answer>yes</answer>", "yes"),  # other angle brackets are text
 ]
 
 NO_ANSWERS = [
-    ("", "nothing was said"),
+    ("", "an empty completion"),
     ("The answer is yes", "outside the tags it is prose"),
     ("<answer>yes</answer>", "no reasoning"),
     ("<reasoning>It fell.</reasoning>", "no answer"),
-    ("<reasoning>It fell.</reasoning>yes", "the answer is not in its tags"),
+    ("<reasoning>It fell.</reasoning>yes", "the answer is not in tags"),
     (f"{GOOD}<answer>no</answer>", "two answers are no answer"),
-    (f"{GOOD}<answer>yes</answer>", "not even if they agree"),
-    (f"{GOOD}{GOOD}", "two of everything"),
-    ("<reasoning>It <answer>yes</answer> fell.</reasoning>", "the answer stands inside the reasoning"),
+    (f"{GOOD}<answer>yes</answer>", "also if they agree"),
+    (f"{GOOD}{GOOD}", "everything twice"),
+    ("<reasoning>It <answer>yes</answer> fell.</reasoning>", "the answer is inside the reasoning"),
     ("<reasoning>It <answer>yes</answer></reasoning><answer>yes</answer>", "one inside, one after"),
     ("<reasoning>It fell.<answer>yes</answer>", "the reasoning never ends, so the answer is inside it"),
-    ("<answer><reasoning>It fell.</reasoning>yes</answer>", "the reasoning stands inside the answer"),
-    ("<answer>yes</answer><reasoning>It fell.</reasoning>", "answered before reasoning"),
+    ("<answer><reasoning>It fell.</reasoning>yes</answer>", "the reasoning is inside the answer"),
+    ("<answer>yes</answer><reasoning>It fell.</reasoning>", "the answer comes before the reasoning"),
     ("<reasoning>a<reasoning>b</reasoning></reasoning><answer>yes</answer>", "nested reasoning"),
     ("<reasoning>a</reasoning><answer><answer>yes</answer></answer>", "nested answers"),
     ("</reasoning>It fell.<reasoning><answer>yes</answer>", "closed before it was opened"),
-    ("It fell.</reasoning><answer>yes</answer>", "never opened: the caller forgot the prefilled tag"),
+    ("It fell.</reasoning><answer>yes</answer>", "not opened: the caller did not put the prefilled tag back"),
     ("<reasoning>It fell.</reasoning><answer>yes", "cut off in the answer"),
     ("<reasoning>It fell.</reasoning>yes</answer>", "the answer was never opened"),
     ("<reasoning>a</reasoning><answer>yes</reasoning>", "closed by the wrong tag"),
     ("<reasoning></reasoning><answer>yes</answer>", "empty reasoning"),
     ("<reasoning> \n </reasoning><answer>yes</answer>", "blank reasoning"),
-    ("<reasoning>...</reasoning><answer>yes</answer>", "the prompt's placeholder is no reasoning"),
-    ("<reasoning>a</reasoning><answer>yes|no</answer>", "nor is this one an answer"),
+    ("<reasoning>...</reasoning><answer>yes</answer>", "the prompt's placeholder is not reasoning"),
+    ("<reasoning>a</reasoning><answer>yes|no</answer>", "the prompt's other placeholder is not an answer"),
     ("<reasoning>a</reasoning><answer></answer>", "empty answer"),
     ("<reasoning>a</reasoning><answer>.</answer>", "a full stop alone"),
-    ("<reasoning>a</reasoning><answer>yes..</answer>", "one full stop is forgiven, not two"),
+    ("<reasoning>a</reasoning><answer>yes..</answer>", "one full stop is ignored, not two"),
     ("<reasoning>a</reasoning><answer>yes or no</answer>", "both labels"),
     ("<reasoning>a</reasoning><answer>maybe</answer>", "not one of the labels asked for"),
     ("<reasoning>a</reasoning><answer>yes, it fell</answer>", "more than the label"),
@@ -55,29 +55,29 @@ NO_ANSWERS = [
     ("<reasoning>a</reasoning>So:<answer>yes</answer>", "prose between"),
     (f"{GOOD} I hope this helps.", "prose after"),
     ("<REASONING>a</REASONING><ANSWER>yes</ANSWER>", "tags are lower-case"),
-    ("< reasoning >a</ reasoning ><answer>yes</answer>", "and have no spaces"),
+    ("< reasoning >a</ reasoning ><answer>yes</answer>", "tags have no spaces"),
     ("<reasoning>a<reasoning><answer>yes<answer>", "opened where it should close"),
     ("<reasoning>a <ANSWER>no</ANSWER></reasoning><answer>yes</answer>", "a look-alike is a second answer"),
-    ('<reasoning>a <answer id="1"></reasoning><answer>yes</answer>', "with an attribute as well"),
+    ('<reasoning>a <answer id="1"></reasoning><answer>yes</answer>', "also with an attribute"),
     ("<reasoning>a <|im_end|></reasoning><answer>yes</answer>", "another turn begins"),
-    ("<reasoning>a</reasoning><answer>ye\u017f</answer>", "case folding alone would take the long s"),
+    ("<reasoning>a</reasoning><answer>ye\u017f</answer>", "case folding alone would accept the long s"),
 ]
 
 PAIRS = [
     (GOOD, True, True),
     ("<reasoning>a</reasoning>", True, False),
-    ("<reasoning>a</reasoning><answer>yes", True, False),  # out of tokens: the finished pair keeps its worth
+    ("<reasoning>a</reasoning><answer>yes", True, False),  # cut off: the complete pair still counts
     ("<reasoning>a</reasoning><answer>perhaps</answer>", True, False),  # no label, no answer
     ("<answer>no</answer>", False, True),
     ("<reasoning>...</reasoning><answer>no</answer>", False, True),
-    (f"Sure! {GOOD} Bye.", True, True),  # the pairs are sound, the whole is not: no answer
+    (f"Sure! {GOOD} Bye.", True, True),  # the pairs are well-formed, the text is not: no answer
     ("<reasoning>a", False, False),
     ("<reasoning>a<answer>yes</answer></reasoning>", False, False),
     ("<reasoning>a<answer>yes</answer>", False, False),
     ("<answer>yes</answer><reasoning>a</reasoning>", False, False),  # out of order: neither
-    (f"{GOOD}<answer>no</answer>", False, False),  # one pair too many spoils both
-    ("<reasoning>a</reasoning></answer>", False, False),  # a stray tag too
-    ("</answer></reasoning><answer><reasoning>", False, False),  # all four tags in the text are worth nothing
+    (f"{GOOD}<answer>no</answer>", False, False),  # a second pair makes both worthless
+    ("<reasoning>a</reasoning></answer>", False, False),  # a stray tag does so too
+    ("</answer></reasoning><answer><reasoning>", False, False),  # all four tags, in the wrong order
 ]
 
 
@@ -89,7 +89,7 @@ def test_an_answer_by_the_contract_is_read(completion, answer):
 
 
 @pytest.mark.parametrize(("completion", "why"), NO_ANSWERS)
-def test_whatever_breaks_the_contract_is_no_answer(completion, why):
+def test_a_completion_that_breaks_the_contract_has_no_answer(completion, why):
     parsed = FORMAT.parse(completion)
     assert (parsed.answer, parsed.well_formed) == (None, False), why
 
@@ -112,20 +112,20 @@ OTHERS = AnswerFormat(("A", "B", "U.S.", "Straße"), reasoning_tag="think", answ
     ("completion", "answer"),
     [
         ("<think>x</think><final-answer>A</final-answer>", "A"),
-        ("<think>x</think><final-answer> b. </final-answer>", "B"),  # read in any case, told as it was spelled
-        ("<think>x</think><final-answer>u.s.</final-answer>", "U.S."),  # a full stop may be the label's own
+        ("<think>x</think><final-answer> b. </final-answer>", "B"),  # read in any case, returned as the label
+        ("<think>x</think><final-answer>u.s.</final-answer>", "U.S."),  # a full stop may belong to the label
         ("<think>x</think><final-answer>STRASSE</final-answer>", "Straße"),
         ("<think>x</think><final-answer>C</final-answer>", None),
         ("<think>x</think><final-answer>A|B</final-answer>", None),
-        ("<think>x</think><answer>A</answer>", None),  # another format's tags are prose
-        ("<think><reasoning>x</think><final-answer>A</final-answer>", "A"),  # wherever they stand
+        ("<think>x</think><answer>A</answer>", None),  # tags of another format are text
+        ("<think><reasoning>x</think><final-answer>A</final-answer>", "A"),  # also inside the reasoning
     ],
 )
 def test_a_format_reads_its_own_labels_and_tags(completion, answer):
     assert OTHERS.parse(completion).answer == answer
 
 
-def test_a_format_reads_back_what_it_writes_and_says_where_it_opens_and_stops():
+def test_a_format_reads_back_what_it_writes_and_knows_its_opening_and_stop_tags():
     assert [OTHERS.parse(OTHERS.write("x", label)).answer for label in OTHERS.labels] == list(OTHERS.labels)
     assert (OTHERS.opening, OTHERS.stop) == ("<think>", "</final-answer>")
     assert OTHERS.split(OTHERS.write("x", "A")) == ("x", "<final-answer>A</final-answer>")
@@ -133,8 +133,8 @@ def test_a_format_reads_back_what_it_writes_and_says_where_it_opens_and_stops():
 
 @settings(deadline=None)  # the cores are shared
 @given(st.text(st.characters(exclude_characters="<")), st.sampled_from(LABELS))
-def test_what_is_written_is_read_back(reasoning, answer):
-    # Any text reasons as long as it holds a word and none of our tags.
+def test_a_written_answer_is_read_back(reasoning, answer):
+    # Any text with a word and without our tags is reasoning.
     assert FORMAT.parse(FORMAT.write(f"word {reasoning}", answer)).answer == answer
 
 
@@ -164,7 +164,7 @@ def _naively_well_formed(text):
 
 ANY_TEXT = st.lists(
     st.sampled_from(["<reasoning>", "</reasoning>", "<answer>", "</answer>", "<", "/", ">", "yes", "no", ".", " "])
-    | st.text(st.characters(), max_size=5)  # half surrogate pairs too
+    | st.text(st.characters(), max_size=5)  # also half surrogate pairs
 ).map("".join)
 
 
@@ -179,8 +179,8 @@ def test_any_text_is_read_and_an_answer_found_is_found_again(text):
 
 @settings(deadline=None, max_examples=20)  # the cores are shared
 @given(ANY_TEXT.filter(bool))
-def test_a_very_long_completion_is_read_all_the_same(text):
-    # 400,000 characters of anything repeated: work that grew with their square would not end.
+def test_a_very_long_completion_is_read_too(text):
+    # 400,000 characters: quadratic work would not end in time.
     long = text * (400_000 // len(text))
     assert FORMAT.parse(long).answer is None
     assert FORMAT.parse(FORMAT.write(f"word {long.replace('<', '')}", "no")).answer == "no"
@@ -198,16 +198,16 @@ TAGS = st.lists(st.from_regex(TAG_NAME, fullmatch=True), min_size=2, max_size=2,
 def test_any_labels_are_read_back_in_any_tags(labels, tags, data):
     style = AnswerFormat(labels, *tags)
     label = data.draw(st.sampled_from(labels))
-    said = data.draw(st.sampled_from(["{}", " {}\n", "{}.", "{} ."])).format(label)
-    assert style.parse(style.write("word", said)).answer == label
+    written = data.draw(st.sampled_from(["{}", " {}\n", "{}.", "{} ."])).format(label)
+    assert style.parse(style.write("word", written)).answer == label
     assert style.reads_back(label)
 
 
 @pytest.mark.parametrize(("labels", "lost"), [(("yes", "yes."), "yes."), (("a</answer>", "b"), "a</answer>")])
-def test_a_label_that_would_be_read_as_another_or_not_at_all_is_known(labels, lost):
+def test_a_label_that_would_not_be_read_back_is_detected(labels, lost):
     assert [label for label in labels if not AnswerFormat(labels).reads_back(label)] == [lost]
 
 
-def test_reasoning_and_answer_are_told_apart_for_display():
+def test_reasoning_and_answer_are_split_for_display():
     assert FORMAT.split(GOOD) == ("It fell.", "<answer>yes</answer>")
     assert FORMAT.split("It fell") == ("It fell", "")

@@ -1,4 +1,4 @@
-"""Grading: against scikit-learn and scipy, and against what a person would say."""
+"""Grading against scikit-learn and scipy, and against numbers worked out by hand."""
 
 from math import comb
 
@@ -21,7 +21,7 @@ def graded(answers, labels):
     return grade(answers, questions_with(labels), labels=LABELS)
 
 
-def test_always_yes_shows_as_the_majority_baseline_and_nothing_more():
+def test_answering_yes_to_everything_is_no_better_than_the_majority_baseline():
     grades = graded(["yes"] * 100, ["yes"] * 62 + ["no"] * 38)
     assert grades.accuracy == grades.majority_baseline == 0.62
     assert grades.recall == {"yes": 1.0, "no": 0.0}
@@ -30,7 +30,7 @@ def test_always_yes_shows_as_the_majority_baseline_and_nothing_more():
     assert grades.collapsed
 
 
-def test_an_answer_that_did_not_parse_is_wrong_and_nobodys_prediction():
+def test_an_answer_that_did_not_parse_is_wrong_and_counts_for_no_class():
     grades = graded(["yes", None, "no", None], ["yes", "yes", "no", "no"])
     assert (grades.accuracy, grades.well_formed, grades.predicted) == (0.5, 0.5, {"yes": 1, "no": 1})
     # each class: tp 1, fp 0, fn 1 -> 2 / 3
@@ -42,9 +42,9 @@ def test_an_answer_that_did_not_parse_is_wrong_and_nobodys_prediction():
     [
         (["yes"] * 19 + ["no"], ["yes", "no"] * 10, True),  # 95 %
         (["yes"] * 18 + ["no"] * 2, ["yes", "no"] * 10, False),  # 90 %
-        (["yes"] * 20, ["yes"] * 20, False),  # the labels are all yes, too
-        (["no"] * 10 + [None] * 10, ["yes", "no"] * 10, True),  # of those that parsed
-        (["yes"] * 2 + [None] * 18, ["yes", "no"] * 10, False),  # two parsed answers prove nothing
+        (["yes"] * 20, ["yes"] * 20, False),  # the labels are all yes as well
+        (["no"] * 10 + [None] * 10, ["yes", "no"] * 10, True),  # 100 % of the parsed answers
+        (["yes"] * 2 + [None] * 18, ["yes", "no"] * 10, False),  # two parsed answers are too few
         ([None] * 20, ["yes", "no"] * 10, False),
     ],
 )
@@ -54,7 +54,7 @@ def test_collapsed_means_one_answer_to_everything(answers, labels, collapsed):
 
 @settings(deadline=None)  # the cores are shared
 @given(st.lists(st.tuples(st.sampled_from(["yes", "no", None]), st.sampled_from(["yes", "no"])), min_size=1))
-def test_scores_equal_scikit_learns(pairs):
+def test_grades_equal_scikit_learns(pairs):
     from sklearn.metrics import accuracy_score, f1_score, recall_score
 
     answers, labels = zip(*pairs, strict=True)
@@ -76,7 +76,7 @@ def test_the_interval_is_wilsons(successes, count):
 
 @settings(deadline=None)  # the cores are shared
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=60))
-def test_mcnemar_is_the_exact_binomial_test_of_the_changed_verdicts(pairs):
+def test_mcnemar_is_the_exact_binomial_test_of_the_changed_answers(pairs):
     before, after = [a for a, _ in pairs], [b for _, b in pairs]
     gained, lost = pairs.count((False, True)), pairs.count((True, False))
     n = gained + lost
@@ -85,7 +85,7 @@ def test_mcnemar_is_the_exact_binomial_test_of_the_changed_verdicts(pairs):
 
 
 def test_mcnemar_by_hand():
-    # 6 questions gained, none lost: 2 * (1/2)^6
+    # 6 answers became right, none became wrong: 2 * (1/2)^6
     assert mcnemar([False] * 6 + [True], [True] * 7) == 0.03125
     assert mcnemar([True, False], [True, False]) == 1.0  # nothing changed
 
@@ -95,6 +95,6 @@ def test_no_questions_is_an_error_and_not_a_division_by_zero():
         graded([], [])
 
 
-def test_as_many_answers_as_questions():
+def test_fewer_answers_than_questions_are_an_error():
     with pytest.raises(ValueError, match="argument 2 is longer"):
         graded(["yes"], ["yes", "no"])

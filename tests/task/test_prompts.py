@@ -1,4 +1,4 @@
-"""Prompts: what the model is shown, within its budget, with user text as mere text."""
+"""Prompts: the chat as text and token ids, its length limit, and user text that stays text."""
 
 from dataclasses import replace
 
@@ -66,7 +66,7 @@ def test_the_prefill_opens_the_reasoning_after_the_assistants_header(tokenizer):
     assert decoded(tokenizer, prefill=True) == rendered(tokenizer) + "<reasoning>"
 
 
-def test_each_worked_example_is_a_turn_that_earns_full_marks():
+def test_each_worked_example_is_a_turn_that_earns_the_full_reward():
     messages = build_messages(QUESTION, answer_format=FORMAT, few_shot=2)
     assert [message["role"] for message in messages] == ["system", *["user", "assistant"] * 2, "user"]
     answers = [FORMAT.parse(message["content"]).answer for message in messages[2:5:2]]
@@ -79,17 +79,17 @@ def test_repeating_the_instructions_earns_nothing():
     assert (parsed.answer, parsed.reasoning_tags, parsed.answer_tags) == (None, False, False)
 
 
-def test_without_a_context_the_question_stands_alone(tokenizer):
+def test_without_a_context_the_prompt_holds_the_question_alone(tokenizer):
     alone = replace(QUESTION, context="")
     text = tokenizer.decode(encode(tokenizer, alone).ids)
     assert "<|im_start|>user\nQuestion: Does it help?<|im_end|>" in text
-    assert "ontext" not in text  # neither asked for nor announced
+    assert "ontext" not in text  # neither "Context:" nor "from the given context"
     needed = len(encode(tokenizer, alone).ids)
     with pytest.raises(DataError, match=f"needs {needed} tokens"):
         encode(tokenizer, alone, max_prompt_length=needed - 1)
 
 
-def test_labels_and_tags_of_ones_own_are_asked_for(tokenizer):
+def test_custom_labels_and_tags_are_asked_for(tokenizer):
     other = AnswerFormat(("A", "B"), reasoning_tag="think", answer_tag="choice")
     text = tokenizer.decode(encode(tokenizer, answer_format=other, prefill=True).ids)
     assert "answer with A or B. Reply in exactly this form:\n<think>...</think><choice>A|B</choice>" in text
@@ -101,7 +101,7 @@ def test_worked_examples_answer_in_the_labels_spelling():
     assert len(shown) == 4 and shown[2]["content"].endswith("<answer>No</answer>")
 
 
-def test_a_system_prompt_of_ones_own_is_used_as_it_stands(tokenizer):
+def test_a_custom_system_prompt_is_used_unchanged(tokenizer):
     text = tokenizer.decode(encode(tokenizer, system_prompt='Reply in {"JSON"}.').ids)
     assert text.startswith('<|im_start|>system\nReply in {"JSON"}.<|im_end|>')
     assert "biomedical" not in text
@@ -114,19 +114,19 @@ def test_control_tokens_in_user_text_stay_text(tokenizer, field, evil):
     count = [
         sum(id_ in tokenizer.all_special_ids for id_ in encode(tokenizer, q).ids) for q in (QUESTION, evil_question)
     ]
-    assert count[0] == count[1] == 5  # two turns of two, and the header of the third
+    assert count[0] == count[1] == 5  # two turns with two each, and the header of the third
     assert evil in tokenizer.decode(encode(tokenizer, evil_question).ids)
 
 
 def test_the_context_loses_its_front_and_the_question_nothing(tokenizer):
     full = encode(tokenizer).ids
-    short = encode(tokenizer, max_prompt_length=len(full) - 10)  # one token a byte: " Methods f" goes
+    short = encode(tokenizer, max_prompt_length=len(full) - 10)  # one token for each byte: " Methods f" is cut
     assert short.text_tokens_dropped == 10
     text = tokenizer.decode(short.ids)
     assert "Context:irst. Results last.\n\nQuestion: Does it help?<|im_end|>" in text
 
 
-def test_a_prompt_that_just_fits_is_whole_and_one_token_less_drops_one(tokenizer):
+def test_a_prompt_that_just_fits_is_not_cut_and_one_token_less_drops_one(tokenizer):
     length = len(encode(tokenizer).ids)
     assert encode(tokenizer, max_prompt_length=length).text_tokens_dropped == 0
     assert encode(tokenizer, max_prompt_length=length - 1).text_tokens_dropped == 1
@@ -144,13 +144,13 @@ def test_without_room_for_any_context_the_rest_must_still_fit(tokenizer, prefill
 
 
 @pytest.mark.parametrize("template", [REFUSES_SYSTEM, IGNORES_SYSTEM])
-def test_without_a_system_role_the_instructions_open_the_first_user_turn(template):
+def test_without_a_system_role_the_instructions_start_the_first_user_turn(template):
     text = decoded(with_template(template), few_shot=1)
     assert text.startswith(f"[user]{default_system_prompt(FORMAT)}\n\nContext: Two wards")
     assert "[system]" not in text and text.count(default_system_prompt(FORMAT)) == 1
 
 
-def test_a_template_that_fails_on_every_chat_says_so_itself():
+def test_the_error_of_a_template_that_fails_on_every_chat_is_passed_on():
     from jinja2 import TemplateError
 
     with pytest.raises(TemplateError, match="no chats"):
@@ -177,7 +177,7 @@ def test_the_plain_template_starts_with_bos_where_the_tokenizer_does():
     tokenizer = with_template(None)
     tokenizer.bos_token = "<|im_start|>"
     ensure_chat_template(tokenizer)
-    assert tokenizer.chat_template == DEFAULT_CHAT_TEMPLATE  # it has a BOS, but does not use it, as GPT-2's
+    assert tokenizer.chat_template == DEFAULT_CHAT_TEMPLATE  # like GPT-2's it has a BOS but does not use it
 
     tokenizer.chat_template = None
     bos = ("<|im_start|>", tokenizer.bos_token_id)
@@ -187,7 +187,7 @@ def test_the_plain_template_starts_with_bos_where_the_tokenizer_does():
     assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_a_template_of_its_own_is_kept(tokenizer):
+def test_the_tokenizers_own_template_is_kept(tokenizer):
     before = tokenizer.chat_template
     ensure_chat_template(tokenizer)
     assert tokenizer.chat_template == before

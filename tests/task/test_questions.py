@@ -1,4 +1,4 @@
-"""Questions: the split, the order of asking, and reading real data."""
+"""Questions: the split, the order in which they are asked, and real data."""
 
 import json
 import random
@@ -36,8 +36,8 @@ def test_each_class_gives_its_share_to_the_held_out_part():
     assert [question.label for question in held_out].count("yes") == 31
 
 
-def test_a_seat_that_rounding_leaves_goes_to_the_largest_remainder():
-    # 0.2 of 7, 7 and 11 is 1.4, 1.4 and 2.2; 25 records hold out 5 = 1 + 1 + 2 and one more, to the first 1.4.
+def test_a_place_left_by_rounding_goes_to_the_largest_remainder():
+    # 0.2 of 7, 7 and 11 is 1.4, 1.4 and 2.2. Of 25 records 5 are held out: 1 + 1 + 2, and one more of the first 1.4.
     _, held_out = split_questions(make_questions(yes=7, no=7, maybe=11), eval_fraction=0.2, seed=0)
     labels = [question.label for question in held_out]
     assert {label: labels.count(label) for label in ("no", "yes", "maybe")} == {"no": 2, "yes": 1, "maybe": 2}
@@ -47,7 +47,7 @@ def test_a_seat_that_rounding_leaves_goes_to_the_largest_remainder():
 @given(
     st.integers(0, 40), st.integers(0, 40), st.floats(0.01, 0.99), st.integers(0, 5), st.randoms(use_true_random=False)
 )
-def test_the_parts_are_disjoint_complete_stratified_and_blind_to_the_files_order(yes, no, eval_fraction, seed, rng):
+def test_the_parts_are_disjoint_complete_stratified_and_independent_of_order(yes, no, eval_fraction, seed, rng):
     questions = make_questions(yes=yes, no=no)
     try:
         train, held_out = split_questions(questions, eval_fraction=eval_fraction, seed=seed)
@@ -60,14 +60,14 @@ def test_the_parts_are_disjoint_complete_stratified_and_blind_to_the_files_order
     assert split_questions(shuffled, eval_fraction=eval_fraction, seed=seed) == (train, held_out)
 
 
-def test_another_seed_holds_out_others():
+def test_another_seed_holds_out_other_questions():
     questions = make_questions(yes=50, no=50)
     held_out = [set(ids(split_questions(questions, eval_fraction=0.2, seed=seed)[1])) for seed in (0, 1)]
     assert held_out[0] != held_out[1]
 
 
 def test_the_split_of_seed_0_never_changes():
-    # Published numbers hang on it: if this fails, old and new evaluations are of different questions.
+    # Published numbers depend on it: if this fails, old and new evaluations grade different questions.
     _, held_out = split_questions(make_questions(yes=10, no=10), eval_fraction=0.2, seed=0)
     assert ids(held_out) == ["no0", "yes1", "yes5", "no2"]
 
@@ -78,7 +78,7 @@ def test_the_first_held_out_questions_are_a_mix_of_classes():
 
 
 @pytest.mark.parametrize(("eval_fraction", "fewest"), [(0.2, 3), (0.5, 2), (0.01, 50), (0.9, 6), (0.34, 2)])
-def test_too_few_records_are_told_how_many_are_needed(eval_fraction, fewest):
+def test_the_error_for_too_few_records_names_the_number_needed(eval_fraction, fewest):
     split_questions(make_questions(yes=fewest), eval_fraction=eval_fraction, seed=0)
     with pytest.raises(DataError, match=f"at least {fewest} records"):
         split_questions(make_questions(yes=fewest - 1), eval_fraction=eval_fraction, seed=0)
@@ -90,12 +90,12 @@ def test_a_fraction_is_between_0_and_1(eval_fraction):
         split_questions(make_questions(yes=10), eval_fraction=eval_fraction, seed=0)
 
 
-# The order of asking.
+# The order.
 
 
 @settings(deadline=None)  # the cores are shared
 @given(st.integers(1, 12), st.integers(1, 30), st.integers(0, 9))
-def test_every_epoch_asks_each_question_once_wherever_steps_begin(count, per_step, seed):
+def test_every_epoch_asks_each_question_once_wherever_its_steps_start(count, per_step, seed):
     questions = make_questions(yes=count)
     steps = -(-3 * count // per_step)  # enough for three epochs
     asked = [q.id for step in range(steps) for q in questions_at(step, questions, per_step=per_step, seed=seed)]
@@ -131,12 +131,12 @@ def test_balanced_steps_alternate_between_classes_and_leave_no_question_out(coun
     for step in asked:
         by_label = [sum(q.label == label for q in step) for label in counts]
         assert max(by_label) - min(by_label) <= 1
-    row = [question for step in asked for question in step]
+    in_order = [question for step in asked for question in step]
     for label, count in counts.items():
-        turns = [q.id for q in row if q.label == label]
+        turns = [q.id for q in in_order if q.label == label]
         for first in range(0, len(turns) - count + 1, count):
-            assert len(set(turns[first : first + count])) == count  # no question twice before all had their turn
-    assert {q.id for q in row} == set(ids(questions))
+            assert len(set(turns[first : first + count])) == count  # no question twice before all were asked
+    assert {q.id for q in in_order} == set(ids(questions))
 
 
 def test_a_balanced_step_is_a_function_of_step_and_seed_alone():
@@ -168,7 +168,7 @@ def test_maybe_is_kept_when_it_is_a_label():
 @needs_shared_data
 def test_a_file_and_its_lines_hold_the_same_questions(tmp_path):
     records = json.loads((SHARED_DATA / "pubmedqa_labeled_yesno.json").read_text())
-    lines = tmp_path / "lines.json"  # the name lies: content decides
+    lines = tmp_path / "lines.json"  # the name is wrong: the content decides
     lines.write_text("\n".join(json.dumps(record) for record in records))
     assert (
         read_questions(str(lines)).questions

@@ -1,4 +1,4 @@
-"""Reading data: every accepted form, and a corpus of bad input with what each error must say."""
+"""Reading data: every accepted form, and a table of bad input with the words that its error must hold."""
 
 import json
 import urllib.error
@@ -51,9 +51,9 @@ FORMS = [
     ("\ufeff" + lines(GOOD, OTHER), "a byte order mark before lines"),
     (json.dumps([GOOD, OTHER], indent=2), "indented"),
     ([but(ground_truth=" YES\n"), but(OTHER, ground_truth="No")], "labels in any case"),
-    ([but(question=" Is it? "), OTHER], "space around"),
+    ([but(question=" Is it? "), OTHER], "white space around a text"),
     ([but(id=1), but(OTHER, id=2)], "numbers as ids"),
-    ([but(exp="no", year=float("nan")), OTHER], "fields that nobody reads may hold anything"),
+    ([but(exp="no", year=float("nan")), OTHER], "unused fields may hold anything"),
 ]
 
 
@@ -67,27 +67,27 @@ def test_pubmedqas_own_form_takes_ids_from_its_keys_and_joins_its_paragraphs(rea
     assert read({"10": ORIGINAL}).questions == (Question("10", "Is it?", "It\nis.", "yes"),)
 
 
-def test_a_list_of_paragraphs_serves_as_a_context(read):
+def test_a_context_may_be_a_list_of_paragraphs(read):
     assert read([but(context=["It", "is."])]).questions[0].context == "It\nis."
 
 
-def test_one_record_alone_is_a_file_of_one(read):
+def test_a_file_may_hold_a_single_record(read):
     assert len(read(GOOD).questions) == 1
 
 
-def test_a_line_separator_within_a_text_ends_no_record(read):
+def test_a_line_separator_within_a_text_does_not_end_the_record(read):
     assert (
         len(read(json.dumps(but(context="It\u2028is."), ensure_ascii=False) + "\n" + json.dumps(OTHER)).questions) == 2
     )
 
 
-def test_ids_are_made_from_the_text_where_there_are_none(read):
+def test_a_missing_id_is_made_from_the_text(read):
     first, second = read([without("id"), without("id", OTHER)]).questions
     assert first.id != second.id
     assert read([without("id", OTHER), without("id")]).questions == (second, first)
 
 
-def test_rows_of_the_hub_are_records_like_others(monkeypatch):
+def test_rows_of_the_hub_are_read_like_other_records(monkeypatch):
     monkeypatch.setattr("grpo_ds.task.questions.open_source", lambda data: rows_to_source(data, [HUB_ROW]))
     read = read_questions("qiaojin/PubMedQA", labels=("yes", "no", "maybe"))
     assert read.questions == (Question("7", "Is it?", "It\nis.", "maybe"),)
@@ -99,7 +99,7 @@ def test_maybe_is_left_out_and_counted(read):
     assert result.source.endswith("data.json: 1 question (1 yes, 0 no, 1 maybe left out)")
 
 
-def test_the_golden_file_is_the_default_where_it_lies_and_else_the_sample(tmp_path, monkeypatch):
+def test_the_default_is_the_golden_file_if_it_exists_and_else_the_sample(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert read_questions(None) == read_questions("sample")
     (tmp_path / GOLDEN_FILE).write_text(json.dumps([GOOD]))
@@ -117,20 +117,20 @@ QUIZ_FIELDS = {"question": "stem", "context": "passage", "label": "key"}
 QUIZ_OPTIONS = {"labels": ("A", "B", "C"), "fields": QUIZ_FIELDS}
 
 
-def test_fields_and_labels_of_ones_own_are_read_in_the_labels_spelling(read):
+def test_custom_fields_and_labels_are_read_in_the_spelling_of_the_labels(read):
     assert read([QUIZ, but(QUIZ, id="2", stem="And?", key=" C ")], **QUIZ_OPTIONS).questions == (
         Question("1", "Which one?", "B is.", "B"),
         Question("2", "And?", "B is.", "C"),
     )
 
 
-def test_one_record_of_ones_own_fields_is_a_file_of_one(read):
+def test_a_file_may_hold_a_single_record_with_custom_fields(read):
     record = {"stem": "Which one?", "key": "A"}
     assert len(read(record, labels=("A", "B"), fields={**QUIZ_FIELDS, "context": "none"}).questions) == 1
 
 
 @pytest.mark.parametrize("fields", [{"label": "key"}, {"question": "stem"}, {"context": "passage"}])
-def test_fields_that_are_not_named_are_found(read, fields):
+def test_fields_that_are_not_named_are_detected(read, fields):
     record = {fields.get(ours, theirs): value for ours, theirs, value in (
         ("question", "question", "Is it?"), ("context", "context", "It is."), ("label", "final_decision", "no")
     )}  # fmt: skip
@@ -147,17 +147,17 @@ def test_a_data_set_may_have_no_context(read):
     assert [q.context for q in read(records, fields={"context": "none"}).questions] == ["", ""]
 
 
-def test_a_question_keeps_its_record_and_what_other_records_have_besides(read):
+def test_a_question_keeps_its_record_and_has_the_columns_of_all_records(read):
     first, second = read([but(year=1999), but(OTHER, tags=["a"])]).questions
     assert first.columns == {**GOOD, "year": 1999, "tags": None}
     assert second.columns == {**OTHER, "year": None, "tags": ["a"]}
-    assert hash(first) == hash(read([GOOD]).questions[0])  # they are no part of what a question is
+    assert hash(first) == hash(read([GOOD]).questions[0])  # columns are not part of a question's identity
 
 
-OTHER_BAD = [  # content, options, what the error must say
+OTHER_BAD = [  # content, options, words of the error
     ([without("passage", QUIZ)], QUIZ_OPTIONS, ["record 1: passage is missing", "--context_field"]),
     ([but(QUIZ, key="d")], QUIZ_OPTIONS, ["record 1: key is 'd'; it must be A or B or C", "Labels: A or B or C"]),
-    ([GOOD], {"labels": ("A", "B")}, ["record 1: ground_truth is 'yes'; it must be A or B"]),  # no "maybe" of theirs
+    ([GOOD], {"labels": ("A", "B")}, ["record 1: ground_truth is 'yes'; it must be A or B"]),  # no "maybe" here
     ([GOOD], {"fields": {"question": "stem"}}, ["record 1: stem is missing", "--question_field"]),
     ([but(question="")], {"fields": {"context": "none"}}, ["record 1: question is empty"]),
     (
@@ -169,7 +169,7 @@ OTHER_BAD = [  # content, options, what the error must say
 
 
 @pytest.mark.parametrize(("content", "options", "expected"), OTHER_BAD)
-def test_bad_records_are_named_by_the_fields_of_ones_own(read, content, options, expected):
+def test_errors_of_bad_records_use_the_names_of_custom_fields(read, content, options, expected):
     with pytest.raises(DataError) as error:
         read(content, **options)
     assert [part for part in expected if part not in str(error.value)] == [], str(error.value)
@@ -177,7 +177,7 @@ def test_bad_records_are_named_by_the_fields_of_ones_own(read, content, options,
 
 LONG = "x" * 500
 TWICE = json.dumps({"10": ORIGINAL, "11": ORIGINAL}).replace("11", "10")
-BAD = [  # content, what the error must say
+BAD = [  # content, words of the error
     (b"", ["data.json is empty"]),
     (" \n\n", ["data.json is empty"]),
     ("[]", ["data.json has no records"]),
@@ -206,7 +206,7 @@ BAD = [  # content, what the error must say
     ([but(context={"a": "b"})], ["record 1: context is an object, not a text"]),
     ([but(ground_truth="perhaps")], ["record 1: ground_truth is 'perhaps'; it must be yes or no or maybe"]),
     ([but(ground_truth=LONG)], ["record 1: ground_truth is 'xxx", "...'"]),
-    ([but(ground_truth="a\nb")], [r"ground_truth is 'a\nb'"]),  # an error's lines are its own
+    ([but(ground_truth="a\nb")], [r"ground_truth is 'a\nb'"]),  # a label does not break the lines of an error
     ([but(ground_truth=True)], ["record 1: ground_truth is true, not a text"]),
     ([but(ground_truth=float("nan"))], ["record 1: ground_truth is NaN (a missing value), not a text"]),
     ([but(ground_truth=["yes"])], ["record 1: ground_truth is a list, not a text"]),
@@ -220,8 +220,8 @@ BAD = [  # content, what the error must say
     ([GOOD, OTHER, but(OTHER, id="1")], ["record 3: same question and context as record 2; remove one"]),
     ([GOOD, but(OTHER, id="1")], ["record 2: id '1' is taken by record 1"]),
     ([GOOD, but(id="2", ground_truth="no")], ["record 2: same question and context as record 1"]),
-    (TWICE, ["'10' stands twice in one object"]),
-    (lines(GOOD, '{"id": "2", "id": "3"}'), ["line 2: 'id' stands twice in one object"]),
+    (TWICE, ["'10' appears twice in one object"]),
+    (lines(GOOD, '{"id": "2", "id": "3"}'), ["line 2: 'id' appears twice in one object"]),
     (lines(GOOD, "{oops}", without("context", OTHER)), ["line 2: broken JSON, column 2", "line 3: context is missing"]),
     (
         lines(GOOD, "", "null", OTHER, but(OTHER, id="9")),
@@ -243,7 +243,7 @@ BAD = [  # content, what the error must say
 
 
 @pytest.mark.parametrize(("content", "expected"), BAD)
-def test_bad_data_is_named_with_its_place_in_six_lines(read, content, expected):
+def test_the_error_of_bad_data_names_its_place_in_six_lines(read, content, expected):
     with pytest.raises(DataError) as error:
         read(content)
     message = str(error.value)
@@ -266,14 +266,14 @@ MISSING = ["no.json", "folder/no.jsonl", "./no", "no", "a/b/c", "/no/where.json"
 
 
 @pytest.mark.parametrize("data", MISSING)
-def test_a_missing_file_is_named_with_what_else_to_use(data):
+def test_the_error_of_a_missing_file_names_the_alternatives(data):
     with pytest.raises(DataError) as error:
         read_questions(data)
     assert f"no data file {data}" in str(error.value)
     assert "--data sample" in str(error.value) and "qiaojin/PubMedQA" in str(error.value)
 
 
-def test_a_folder_is_no_data_file(tmp_path):
+def test_a_folder_is_not_a_data_file(tmp_path):
     with pytest.raises(DataError, match="is a folder"):
         read_questions(str(tmp_path))
 
@@ -285,7 +285,7 @@ def test_a_slash_below_an_existing_folder_means_a_file(tmp_path, monkeypatch):
         read_questions("data/mine")
 
 
-def test_a_hub_that_cannot_be_reached_is_told_at_once_with_what_else_to_use(monkeypatch):
+def test_a_hub_that_cannot_be_reached_is_reported_at_once_with_the_alternatives(monkeypatch):
     def unreachable(*_, **__):
         raise urllib.error.URLError("Name or service not known")
 
@@ -297,7 +297,7 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once_with_what_else_to_use(monk
         assert part in str(error.value)
 
 
-def test_a_hub_data_set_that_datasets_cannot_load_is_the_same_error(monkeypatch):
+def test_a_hub_data_set_that_datasets_cannot_load_gives_the_same_error(monkeypatch):
     import datasets
 
     def fails(*_, **__):
@@ -320,7 +320,7 @@ def test_a_hub_data_set_is_loaded_with_its_config_and_read(monkeypatch):
     assert read.questions[0].id == "7"
 
 
-def test_a_source_is_checked_whoever_made_it():
+def test_rows_of_a_table_become_numbered_records():
     assert rows_to_source("table", [{"a": 1}]) == Source("table", (("record 1", {"a": 1}),))
 
 
@@ -338,7 +338,7 @@ RECORDS = st.dictionaries(st.sampled_from(NAMES), NEARLY | JSON) | st.fixed_dict
 
 @settings(deadline=None)  # the cores are shared
 @given(RECORDS | JSON)
-def test_any_record_is_sound_or_told_what_is_wrong(record):
+def test_any_record_is_usable_or_its_problems_are_reported(record):
     fields, problems = check_record(record, known_labels=("yes", "no", "maybe"))
     assert all(len(problem.splitlines()) == 1 and len(problem) < 200 for problem in problems)
     if not problems:
@@ -349,7 +349,7 @@ def test_any_record_is_sound_or_told_what_is_wrong(record):
 
 
 def questions_or_error(path):
-    """What comes of a file: questions, no two alike, or an error as errors should be."""
+    """Read a file: return its questions, all different, or check its error and return None."""
     try:
         questions = read_questions(str(path)).questions
     except DataError as error:
@@ -366,7 +366,7 @@ def any_file(tmp_path_factory):
 
 @settings(deadline=None)  # the cores are shared
 @given(value=st.lists(RECORDS, max_size=4) | st.dictionaries(st.text(max_size=4), RECORDS, max_size=3) | JSON)
-def test_any_json_comes_to_questions_or_to_an_error_of_six_lines(any_file, value):
+def test_any_json_gives_questions_or_an_error_of_six_lines(any_file, value):
     any_file.write_text(json.dumps(value))
     questions_or_error(any_file)
 
@@ -375,14 +375,14 @@ def test_any_json_comes_to_questions_or_to_an_error_of_six_lines(any_file, value
 @given(
     content=st.binary(max_size=40) | st.text(st.sampled_from('[]{}":,\\ \r\n0ue\ufeff'), max_size=20).map(str.encode)
 )
-def test_any_bytes_come_to_an_error_of_six_lines(any_file, content):
+def test_any_bytes_give_an_error_of_six_lines(any_file, content):
     any_file.write_bytes(content)
     assert questions_or_error(any_file) is None
 
 
 @settings(deadline=None)  # the cores are shared
 @given(place=st.integers(0, 200), byte=st.binary(max_size=2), cut=st.integers(0, 3))
-def test_a_sound_file_with_any_small_damage_never_crashes(any_file, place, byte, cut):
-    sound = json.dumps([GOOD, OTHER]).encode()
-    any_file.write_bytes(sound[:place] + byte + sound[place + cut :])
+def test_any_small_damage_to_a_good_file_never_crashes(any_file, place, byte, cut):
+    good = json.dumps([GOOD, OTHER]).encode()
+    any_file.write_bytes(good[:place] + byte + good[place + cut :])
     questions_or_error(any_file)

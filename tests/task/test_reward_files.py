@@ -1,4 +1,4 @@
-"""--reward_funcs: functions found by name or in a file, and what is wrong with them told before a model is loaded."""
+"""--reward_funcs: functions found by name or in a file, and their problems reported before a model is loaded."""
 
 from pathlib import Path
 
@@ -19,9 +19,9 @@ def find(reward_funcs, reward_weights=None, columns=()):
     return find_reward_functions(reward_funcs, reward_weights, ready_made=READY_MADE, columns=columns)
 
 
-def test_the_worked_file_scores_beside_the_ready_made(tmp_path):
-    words = f"correctness, {MY_REWARDS}:concise,{MY_REWARDS}:cites_the_year"
-    functions = find(words, "1, 0.5,2", columns=("year",))
+def test_the_example_file_works_beside_the_ready_made_functions(tmp_path):
+    entries = f"correctness, {MY_REWARDS}:concise,{MY_REWARDS}:cites_the_year"
+    functions = find(entries, "1, 0.5,2", columns=("year",))
     records = [Question(str(i), "Q?", "C.", "yes", columns={"year": year}) for i, year in enumerate((1999, None))]
     answer = AnswerFormat().write("In 1999 it did. " + "so " * 48, "yes")  # 53 words, 13 too many
     rewards = score([answer, answer], records, functions=functions)
@@ -32,7 +32,7 @@ def test_the_worked_file_scores_beside_the_ready_made(tmp_path):
     }
 
 
-def test_the_guide_shows_the_worked_file_as_it_is():
+def test_the_guide_shows_the_example_file_unchanged():
     guide = (MY_REWARDS.parents[2] / "docs" / "rewards.md").read_text()
     assert MY_REWARDS.read_text() in guide
 
@@ -43,7 +43,7 @@ FILES = [  # source, FUNCTION, what the error must say
     ("f = 3", "f", ["has no function 'f'"]),
     ("def f(:", "f", ["importing it fails with SyntaxError", "line 1"]),
     ("x = 1\n\ny = x / 0", "f", ["importing it fails with ZeroDivisionError: division by zero", "line 3: y = x / 0"]),
-    ("import json\njson.loads('')", "f", ["JSONDecodeError", "line 2: json.loads('')"]),  # theirs, not the library's
+    ("import json\njson.loads('')", "f", ["JSONDecodeError", "line 2: json.loads('')"]),  # the file's own line
     ("import nowhere_at_all", "f", ["ModuleNotFoundError: No module named 'nowhere_at_all'"]),
     ("raise SystemExit(3)", "f", ["importing it fails with SystemExit: 3"]),
     ("async def f(**_): pass", "f", ["it is async"]),
@@ -67,12 +67,12 @@ def test_a_file_that_cannot_be_used_is_named_with_the_reason(tmp_path, source, n
 
 
 @pytest.mark.parametrize("path", ["~nobody-of-this-name/rewards.py", "x" * 300 + ".py", "a\0.py", "."])
-def test_a_path_that_no_file_can_have_is_named_like_a_missing_one(path):
+def test_a_path_that_no_file_can_have_is_reported_like_a_missing_file(path):
     with pytest.raises(UsageError, match="there is no file"):
         find(f"{path}:f")
 
 
-def test_a_file_may_use_dataclasses_and_what_lies_beside_it(tmp_path):
+def test_a_file_may_use_dataclasses_and_other_files_of_its_folder(tmp_path):
     (tmp_path / "beside_the_rewards.py").write_text("WORTH = 7.0")
     (tmp_path / "uses.py").write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom beside_the_rewards import WORTH\n"
@@ -87,7 +87,7 @@ def test_a_file_may_use_dataclasses_and_what_lies_beside_it(tmp_path):
 FLAGS = [
     ("correctness,format", None, None),
     ("format", "2", None),
-    ("correctness, f.py:g", " 1,0.5 ", None),  # spaces are forgiven
+    ("correctness, f.py:g", " 1,0.5 ", None),  # spaces are ignored
     ("correctnes", None, "'correctnes' is neither correctness, format, length_penalty, repetition_penalty nor FILE.py"),
     ("", None, "'' is neither"),
     ("format,format", None, "names 'format' twice"),

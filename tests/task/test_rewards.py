@@ -1,4 +1,4 @@
-"""Rewards: what each completion earns, and from which function."""
+"""Rewards: the value of each function for each completion, and functions that fail."""
 
 import contextlib
 import itertools
@@ -14,7 +14,7 @@ from grpo_ds.errors import MAX_LINES, RewardError
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.questions import Question
 from grpo_ds.task.rewards import READY_MADE, length_penalty, ready_made, repetition_penalty
-from grpo_ds.task.scoring import LARGEST, Rewards, joined, score
+from grpo_ds.task.scoring import LARGEST_REWARD, Rewards, joined, score
 
 FORMAT = AnswerFormat(("yes", "no"))
 YES_QUESTION = Question(id="1", text="Is it?", context="It is.", label="yes", columns={"year": 1999})
@@ -29,9 +29,9 @@ def default_functions(**options):
 EARNINGS = [  # completion, correctness, format
     ("<reasoning>a</reasoning><answer>yes</answer>", 2.0, 0.4),
     ("<reasoning>a</reasoning><answer>no</answer>", 0.0, 0.4),  # well-formed and wrong
-    ("<answer>yes</answer>", 0.0, 0.2),  # a right answer without reasoning is no parse
+    ("<answer>yes</answer>", 0.0, 0.2),  # a right answer without reasoning does not parse
     ("<reasoning>a</reasoning>", 0.0, 0.2),
-    ("<reasoning>a</reasoning><answer>yes</answer><answer>no</answer>", 0.0, 0.0),  # hedging earns nothing
+    ("<reasoning>a</reasoning><answer>yes</answer><answer>no</answer>", 0.0, 0.0),  # two answers earn nothing
     ("<reasoning><answer>yes</answer></reasoning>", 0.0, 0.0),
     ("yes", 0.0, 0.0),
 ]
@@ -50,7 +50,7 @@ def test_each_completion_is_compared_with_its_own_question():
     assert rewards.by_name["correctness"] == [0.0, 2.0]
 
 
-def test_what_the_two_pay_is_what_was_asked_for_and_weights_multiply_it():
+def test_the_two_rewards_are_settings_and_weights_multiply_them():
     functions = default_functions(correctness_reward=1.0, format_reward=0.5)
     functions["format"] = functions["format"][0], 3.0
     assert score([EARNINGS[0][0]], [YES_QUESTION], functions=functions).by_name == {
@@ -64,8 +64,8 @@ REPETITIONS = [
     ("no no", 0.0),  # below three words there is nothing to repeat
     ("a b c", 0.0),
     ("a b c d e", 0.0),
-    ("a b c a b c", -1 / 4),  # abc bca cab abc: one of four is old
-    ("A b c a B C", -1 / 4),  # case aside
+    ("a b c a b c", -1 / 4),  # abc bca cab abc: one of four is repeated
+    ("A b c a B C", -1 / 4),  # case is ignored
     ("no " * 101, -98 / 99),
 ]
 
@@ -88,15 +88,15 @@ def test_every_character_costs_the_same_up_to_the_full_length(characters, penalt
     assert length_penalty(["x" * characters], full_length=40) == [penalty]
 
 
-def test_penalties_take_long_texts_in_their_stride():
-    # Quadratic work on 400,000 words would not end within the limit of the call.
+def test_penalties_are_fast_on_long_texts():
+    # Quadratic work on 400,000 words would not end within the time limit.
     functions = ready_made(answer_format=FORMAT)
     chosen = {name: (functions[name], 1.0) for name in READY_MADE}
     rewards = score(["<reasoning> a b c " * 100_000], [YES_QUESTION], functions=chosen, timeout=60)
     assert rewards.by_name["length_penalty"] == [-1.0] and rewards.by_name["repetition_penalty"][0] < -0.99
 
 
-def test_a_function_of_ones_own_joins_by_name_and_weight():
+def test_a_users_function_adds_its_weighted_reward_under_its_name():
     def brevity(completions, **_):
         return [-len(completion) for completion in completions]
 
@@ -105,7 +105,7 @@ def test_a_function_of_ones_own_joins_by_name_and_weight():
     assert rewards.total == pytest.approx([-3.3, -1.1])
 
 
-def test_a_function_sees_the_completions_and_every_column_of_their_records():
+def test_a_function_gets_the_completions_and_every_column_of_their_records():
     seen = {}
 
     def look(**columns):
@@ -119,7 +119,7 @@ def test_a_function_sees_the_completions_and_every_column_of_their_records():
         "id": ["1", "9"],
         "question": ["Is it?", "Q?"],
         "context": ["It is.", "C."],
-        "label": ["yes", "no"],  # ours, where a record's field has the same name
+        "label": ["yes", "no"],  # ours, although a record has a field of the same name
         "year": [1999, 5],
     }
 
@@ -130,7 +130,7 @@ def test_none_does_not_count():
     assert rewards.by_name["some"] == [None, 3.0] and rewards.total == [0.5, 3.5] and not rewards.errors
 
 
-def test_what_a_function_does_to_its_lists_stays_there():
+def test_a_function_that_changes_its_lists_does_not_affect_the_next():
     def destructive(completions, **_):
         return [float(len(completions.pop())) for _ in range(2)]
 
@@ -140,7 +140,7 @@ def test_what_a_function_does_to_its_lists_stays_there():
 
 def raises(completions, label, **_):
     if "no" in label:
-        raise KeyError("verdict\nof two lines")
+        raise KeyError("message\nof two lines")
     return [0.0] * len(completions)
 
 
@@ -160,7 +160,7 @@ def too_few_for_record_2(completions, label, **_):
 
 
 FAULTS = [
-    (raises, ["raised KeyError: 'verdict\\nof two lines' (test_rewards.py, line", "Record 2, completion 'second'"]),
+    (raises, ["raised KeyError: 'message\\nof two lines' (test_rewards.py, line", "Record 2, completion 'second'"]),
     (generates, ["raised ZeroDivisionError: division by zero (test_rewards.py, line", "yield 1 / 0)", "records 1, 2"]),
     (lambda **_: exit(3), ["raised SystemExit: 3"]),
     (lambda completions, **_: int("x"), ["raised ValueError: invalid literal", "Record 1, completion 'first'"]),
@@ -172,15 +172,15 @@ FAULTS = [
     (lambda **_: ["1", 1.0], ["returned '1'", "Record 1"]),
     (lambda **_: [10**400, 1.0], ["returned 1000", "Record 1"]),
     (lambda **_: [1.0, []], ["returned []", "Record 2"]),
-    (lambda **_: {0: 1.0, 1: 0.0}, ["returned {0: 1.0, 1: 0.0}, not a list"]),  # its keys would pass for rewards
-    (lambda **_: {1.0, 0.5}, ["not a list"]),  # of a set nobody knows which is whose
-    (lambda **_: b"no", ["returned b'no', not a list"]),  # bytes are numbers to Python
+    (lambda **_: {0: 1.0, 1: 0.0}, ["returned {0: 1.0, 1: 0.0}, not a list"]),  # its keys would pass as rewards
+    (lambda **_: {1.0, 0.5}, ["not a list"]),  # a set has no order
+    (lambda **_: b"no", ["returned b'no', not a list"]),  # Python iterates bytes as numbers
     (lambda **_: "10", ["returned '10', not a list"]),
     (lambda **_: itertools.count(), ["returned more than 2 values for 2 completions"]),  # endless
-    (lambda **_: [10**5000, 1.0], ["returned a int; it must", "Record 1"]),  # no repr either
+    (lambda **_: [10**5000, 1.0], ["returned a int; it must", "Record 1"]),  # without a repr
     (lambda **_: [Unshowable(), 1.0], ["returned a Unshowable; it must", "Record 1"]),
     (lambda **_: [1.0, 2j], ["returned 2j", "Record 2"]),
-    (lambda **_: [0.0, -1e30], ["returned -1e+30, with its weight -1e+30; 1e+15 is the most", "Record 2"]),
+    (lambda **_: [0.0, -1e30], ["returned -1e+30 (-1e+30 after its weight); the limit is 1e+15", "Record 2"]),
 ]
 
 
@@ -195,14 +195,14 @@ def test_a_function_that_fails_is_named_with_record_and_line_in_six_lines(functi
 
 
 @pytest.mark.parametrize("function", [function for function, _ in FAULTS])
-def test_or_its_rewards_are_left_out_and_the_others_stand(function):
+def test_with_zero_its_rewards_are_left_out_and_the_others_count(function):
     functions = {"mine": (function, 1.0), **default_functions()}
     rewards = score(["yes", EARNINGS[0][0]], [NO_QUESTION, YES_QUESTION], functions=functions, on_error="zero")
     assert rewards.by_name["mine"] == [None, None] and rewards.total == [0.0, 2.4]
     assert list(rewards.errors) == ["mine"] and "'mine'" in rewards.errors["mine"]
 
 
-def test_a_records_fields_are_no_options_of_the_ready_made():
+def test_fields_of_a_record_do_not_replace_options_of_the_ready_made_functions():
     functions = ready_made(answer_format=FORMAT, correctness_reward=2.0)
     named_alike = Question("1", "Q?", "C.", "yes", columns={"reward": 9, "answer_format": "free", "full_length": 1})
     chosen = {name: (functions[name], 1.0) for name in READY_MADE}
@@ -219,7 +219,7 @@ RETURNED |= st.integers(10**300, 10**320) | st.lists(st.floats(), max_size=2)
     st.one_of(st.lists(RETURNED | st.floats(-1, 1), max_size=4), RETURNED, st.dictionaries(st.floats(), st.floats())),
     st.floats(allow_nan=False, allow_infinity=False),
 )
-def test_whatever_is_returned_comes_to_finite_rewards_or_to_an_error_of_six_lines(returned, weight):
+def test_any_returned_value_gives_finite_rewards_or_an_error_of_six_lines(returned, weight):
     questions = [YES_QUESTION, NO_QUESTION, YES_QUESTION]
     asked = {"completions": ["a", "b", "c"], "questions": questions}
     functions = {"mine": (lambda **_: returned, weight)}
@@ -232,7 +232,7 @@ def test_whatever_is_returned_comes_to_finite_rewards_or_to_an_error_of_six_line
     else:
         assert rewards == left_out and not rewards.errors
         assert rewards.total == [weight * float(value or 0) for value in returned]
-        assert all(abs(reward) <= LARGEST for reward in rewards.total)
+        assert all(abs(reward) <= LARGEST_REWARD for reward in rewards.total)
 
 
 def sleeps(**_):
@@ -241,12 +241,12 @@ def sleeps(**_):
 
 def computes(**_):
     while True:
-        with contextlib.suppress(Exception):  # a limit that this swallowed would be none
+        with contextlib.suppress(Exception):  # it must not catch the time limit
             sum(range(1000))
 
 
 def backtracks(**_):
-    re.match("(a+)+$", "a" * 60 + "b")  # C code that looks after signals
+    re.match("(a+)+$", "a" * 60 + "b")  # C code that handles signals
 
 
 @pytest.mark.parametrize("function", [sleeps, computes, backtracks])
@@ -256,7 +256,7 @@ def test_a_call_ends_at_its_limit(function):
 
 
 @pytest.mark.parametrize("alarm", [0, 3600])
-def test_after_a_call_alarms_are_as_they_were(alarm):
+def test_after_a_call_the_previous_alarm_is_restored(alarm):
     handler = signal.getsignal(signal.SIGALRM)
     signal.setitimer(signal.ITIMER_REAL, alarm)
     try:
@@ -267,20 +267,19 @@ def test_after_a_call_alarms_are_as_they_were(alarm):
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def test_a_reward_that_no_text_decides_is_added_and_reported():
+def test_a_reward_that_does_not_depend_on_the_text_is_added_and_reported():
     rewards = score(["yes", "no"], [YES_QUESTION] * 2, functions=default_functions())
     more = rewards.plus("overlong", [-0.5, 0.0])
     assert more.total == [-0.5, 0.0]
     assert more.by_name == {**rewards.by_name, "overlong": [-0.5, 0.0]}
 
 
-def test_answers_scored_in_parts_earn_what_they_earn_together():
+def test_completions_scored_in_parts_get_the_rewards_of_one_call():
     parts = [
         Rewards([1.0, 0.5], {"a": [1.0, 0.5], "b": [None, None]}, {"b": "first"}),
         Rewards([2.0], {"a": [1.0], "b": [1.0]}, {}),
         Rewards([0.0], {"a": [0.0], "b": [None]}, {"b": "second"}),
     ]
-    whole = joined(parts)
-    assert whole == Rewards(
+    assert joined(parts) == Rewards(
         [1.0, 0.5, 2.0, 0.0], {"a": [1.0, 0.5, 1.0, 0.0], "b": [None, None, 1.0, None]}, {"b": "first"}
     )

@@ -20,7 +20,7 @@ from grpo_ds.training.engine import Engine
 from grpo_ds.training.update import update
 from tests.training.engine_steps import DS, GROUP, QUESTIONS, WIDTH, fixed_rollout
 
-TRUNCATED = (0, 4, 5, 10)  # rows that do not count: three on the first of two ranks, one on the second
+TRUNCATED = (0, 4, 5, 10)  # rows that are not counted: three on the first of two ranks, one on the second
 
 
 def main(folder: str, out: str, pack_tokens: int) -> None:
@@ -37,7 +37,7 @@ def main(folder: str, out: str, pack_tokens: int) -> None:
         objective = Objective(
             loss_type=loss_type, beta=0.1, kl_estimator="k3_corrected", delta=1.5, max_completion_length=WIDTH
         )
-        # Any log-probs will do as old ones: ratios other than 1 in a first step, before moments are rounded.
+        # Made-up old log-probs give ratios other than 1 in the first step, before moments are rounded.
         options = {"pack_tokens": pack_tokens, "world": here, "objective": objective}
         tally = update(engine, rollout, Profiler(here.device), old_logprobs=rollout.ref_logprobs, **options).tally
         metrics = tally.means(here.sum(tally.as_tensor()))

@@ -17,7 +17,7 @@ from grpo_ds.settings.ds_config import DsSizes, resolve_ds_config
 from grpo_ds.system import ranks
 from grpo_ds.training.engine import Engine
 
-MODES = {  # name -> (section bf16, what AdamW8bit is told)
+MODES = {  # name -> (section bf16, settings of AdamW8bit)
     "own staging": ({}, {"share_staging": False}),
     "shared staging": ({}, {}),
     "residual": ({"bf16_master_weights_and_grads": True}, {}),
@@ -26,7 +26,7 @@ MODES = {  # name -> (section bf16, what AdamW8bit is told)
 
 
 class Linear(torch.nn.Module):
-    """sum_i <w_i, g_i(step)>; the first weight, where a shared staging copy would lie, takes no part."""
+    """sum_i <w_i, g_i(step)>; the first weight, where a shared staging buffer would lie, has no gradient."""
 
     def __init__(self):
         super().__init__()

@@ -30,14 +30,14 @@ OBJECTIVE = Objective(beta=0.1, max_completion_length=WIDTH)
 DS = {
     "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
     "bf16": {"enabled": False},
-    # eps 1: the update is nearly linear in the gradient, so that its rounding is not blown up to a sign
+    # eps 1: the update is nearly linear in the gradient, so its rounding is not amplified to a sign
     "optimizer": {"type": "AdamW8bit", "params": {"lr": 0.05, "eps": 1.0, "weight_decay": 0.1}},
 }
 
 
 def fixed_rollout(questions: slice, *, flat: int = 0, truncated: tuple[int, ...] = ()) -> Rollout:
-    """The same four groups in every process, of which a rank takes its own; the first `flat` have equal rewards,
-    `truncated` rows do not count."""
+    """The same four groups in every process; a rank takes its share. The first `flat` groups have equal rewards, and
+    `truncated` rows are not counted."""
     g = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, 250, (n,), generator=g) for n in (29, 24, 13, 6)]
     lengths = torch.randint(1, WIDTH + 1, (QUESTIONS * GROUP, 1), generator=g)
@@ -85,7 +85,7 @@ def main(folder: str, out: str, steps: int, pack_tokens: int, mu: int, rehearse:
             tally.merge(done.tally)
             old = done.logprobs if old is None else old
         history.append(tally.means(here.sum(tally.as_tensor())))
-    if flat == QUESTIONS:  # a last update, of which nothing is left
+    if flat == QUESTIONS:  # a last update that has nothing to compute
         options = {"old_logprobs": None, "pack_tokens": pack_tokens, "world": here}
         update(engine, fixed_rollout(mine, flat=flat), profiler, **options, objective=replace(OBJECTIVE, beta=0.0))
     if here.is_first:

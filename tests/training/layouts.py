@@ -1,4 +1,4 @@
-"""Every layout in which DeepSpeed keeps gradients and masters here, around the tiny model."""
+"""Engines on the tiny model in every layout in which DeepSpeed can keep gradients and masters."""
 
 import copy
 import json
@@ -9,14 +9,14 @@ from grpo_ds.memory.phases import Profiler
 from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.models.policy import load_policy
 from grpo_ds.settings.ds_config import DsSizes, resolve_ds_config
-from grpo_ds.system import ranks
+from grpo_ds.system.ranks import start
 from grpo_ds.task.questions import Question
 from grpo_ds.training.engine import Engine
 from grpo_ds.training.update import update
 from tests.training.engine_steps import OBJECTIVE, QUESTIONS, fixed_rollout
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
-LAYOUTS = {  # name -> (zero_optimization, bf16, what AdamW8bit is told)
+LAYOUTS = {  # name -> (zero_optimization, bf16, settings of AdamW8bit)
     "offload": ({"stage": 2, **OFFLOAD}, {"enabled": False}, {}),
     "offload, own staging": ({"stage": 2, **OFFLOAD}, {"enabled": True}, {"share_staging": False}),
     "offload, bf16": ({"stage": 2, **OFFLOAD}, {"enabled": True}, {}),
@@ -32,8 +32,8 @@ SCHEDULE = {"type": "WarmupLR", "params": {"warmup_num_steps": 5, "warmup_type":
 
 
 def make_engine(model, folder, layout, *, rank=0, ranks=1):
-    """An engine on the model saved in `model`, with a schedule, so that a step that counts for it can be seen."""
-    ranks.start()
+    """An engine on the model saved in `model`, with a schedule, which shows whether a step was counted."""
+    start()
     zero, bf16, params = copy.deepcopy(LAYOUTS[layout])
     optimizer = {"type": "AdamW8bit", "params": {"lr": 1e-3, **params}}
     ds = {"zero_optimization": zero, "bf16": bf16, "optimizer": optimizer, "scheduler": SCHEDULE}
@@ -45,7 +45,7 @@ def make_engine(model, folder, layout, *, rank=0, ranks=1):
 
 
 def rollout_of(share=slice(0, QUESTIONS)):
-    """The fixed completions, to questions that have names."""
+    """The fixed rollout, with named questions and texts."""
     rollout = fixed_rollout(share)
     rollout.questions[:] = [Question(f"q{n}", "", "", "yes") for n in range(share.start, share.stop)]
     rollout.texts[:] = [f"text {b}" for b in range(len(rollout.texts))]
@@ -53,13 +53,13 @@ def rollout_of(share=slice(0, QUESTIONS)):
 
 
 def take_step(engine, rollout, *, pack_tokens=0, here=None, old_logprobs=None):
-    here = here or ranks.start()
+    here = here or start()
     options = {"old_logprobs": old_logprobs, "pack_tokens": pack_tokens, "world": here, "objective": OBJECTIVE}
     return update(engine, rollout, Profiler(here.device), **options)
 
 
 def everything(engine):
-    """All that a step changes: weights, masters, moments, counters and schedule."""
+    """Everything that a step changes: weights, masters, moments, counters and schedule."""
     inner = engine._engine.optimizer
     basic = getattr(inner, "optimizer", inner)
     masters = [p for group in basic.param_groups for p in group["params"]]

@@ -1,4 +1,4 @@
-"""Run by test_bad_numbers.py in processes of their own: what is bad on one rank alone ends or skips on every one.
+"""Run by test_nonfinite.py, one process a rank: a bad number on one rank skips or ends the step on every rank.
 
 usage: number_ranks.py MODEL_FOLDER OUT_FOLDER LAYOUT
 """
@@ -23,7 +23,7 @@ BAD_RANK = 1
 
 
 def checked(engine, here, *, pack_tokens=0):
-    """What preflight says, "" where it passes."""
+    """Return the error of preflight, "" if it passes."""
     sampler = Sampler(engine.model, make_tokenizer(), max_completion_length=5)
     try:
         preflight(engine, sampler, here, objective=Objective(max_completion_length=5), pack_tokens=pack_tokens)
@@ -57,7 +57,7 @@ def main(model: str, folder: Path, layout: str) -> None:
         rollout.ref_logprobs[2, 0] = torch.nan
     try:
         for step in range(3):
-            # Ranks with different numbers of backwards: the bad one meets the other in all of them.
+            # The ranks have different numbers of backwards, and the bad rank takes part in all of them.
             done = take_step(engine, rollout, pack_tokens=0 if is_bad else 35, here=here)
             assert_untouched(before, engine)
             steps.record_step(done.bad, step, rollout, policy=done.logprobs)

@@ -1,4 +1,4 @@
-"""An adapter under real ZeRO-2 offload, and every family of models through one whole step."""
+"""An adapter under real ZeRO-2 offload, and one complete step of every model family."""
 
 import json
 import subprocess
@@ -25,6 +25,7 @@ from transformers import (
 from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.report.console import Console
 from grpo_ds.training.engine import DEEPSPEED_CLASSES
+from grpo_ds.training.rehearsal import rehearse
 from grpo_ds.training.run import Run
 from tests.conftest import make_tokenizer, tiny_config
 from tests.models.test_lora import BITS, rows, trained
@@ -38,11 +39,11 @@ def test_a_run_trains_the_adapter_alone_and_writes_it(tiny_folder, tmp_path, bit
     trainer, train, held_out = tiny_trainer(tiny_folder, **ADAPTER, **BITS[bits], num_iterations=2, merge_adapter=True)
     policy = trainer.engine.policy
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    Run(trainer, train, held_out, tmp_path / "run").whole()
+    Run(trainer, train, held_out, tmp_path / "run").run()
     moved = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
     assert moved == trained(policy).keys()
     kl = [json.loads(line)["kl"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    # Remade for the second iteration, exactly as the policy then was; LLM.int8 rounds otherwise in training mode.
+    # Remade for the second iteration, exactly the policy of that time; LLM.int8 rounds differently in training mode.
     assert max(kl[0], kl[2]) <= (1e-6 if bits == 8 else 0) < 1e-5 < min(kl[1], kl[3])
     written = {file.name for file in (tmp_path / "run").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= written and "model.safetensors" not in written
@@ -54,13 +55,15 @@ def test_a_run_trains_the_adapter_alone_and_writes_it(tiny_folder, tmp_path, bit
     trainer.engine.close()
     adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run", dtype=torch.float32).eval()
     found, wanted = (model(torch.tensor([[1, 2, 3]])).logits for model in (adapted, merged))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)  # added to the output there, to the weights here
+    torch.testing.assert_close(
+        found, wanted, rtol=0, atol=1e-5
+    )  # the adapter is added to the output there, to the weights here
     assert ModelCard.load(tmp_path / "run" / "README.md").data.library_name == "peft"
 
 
 def test_lm_eval_loads_an_adapter_and_scores_with_it(tiny_folder, tmp_path):
     trainer, train, held_out = tiny_trainer(tiny_folder, **ADAPTER, merge_adapter=True)
-    Run(trainer, train, held_out, tmp_path / "run").whole()
+    Run(trainer, train, held_out, tmp_path / "run").run()
     trainer.engine.close()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged", dtype=torch.float32).eval()
     scores_by_hand(tiny_folder, merged, peft=str(tmp_path / "run"))
@@ -83,7 +86,7 @@ def test_splitting_the_step_changes_nothing_for_an_adapter(tiny_folder, tmp_path
     )
     assert whole[0]["grad_norm"] == pytest.approx(split[0]["grad_norm"], rel=1e-4) and whole[0]["grad_norm"] > 0
     for name, weight in one.items():
-        # Adam's first step is the sign of a gradient: what is nearly 0 may fall to either side.
+        # Adam's first step is the sign of a gradient, and a gradient near 0 may have either sign.
         assert ((two[name] - weight).abs() < 1e-4).double().mean() > 0.99
 
 
@@ -112,7 +115,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_goes_on_bit_by_bit(tiny_folder
 
 
 def test_an_adapter_on_four_bits_learns(tmp_path):
-    """On a base whose frozen head can say something: with the initial 0.02 all logits lie within 1.3 of each other."""
+    """Use a base with a larger head: with the initial 0.02 all logits lie within 1.3 of each other."""
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(tiny_config())
     model.get_input_embeddings().weight.data.mul_(5)
@@ -135,7 +138,9 @@ def test_a_synced_reference_follows_the_policy(tiny_folder, tmp_path, flags, alp
         for sync in (False, True)
     )
     assert synced[:2] == plain[:2]  # not yet
-    assert synced[2] < 0.6 * plain[2]  # moved half-way the KL, of second order, is a quarter; remade it is the floor
+    assert (
+        synced[2] < 0.6 * plain[2]
+    )  # half the way leaves a quarter of the KL, which is of second order; remade leaves the floor
 
 
 SIZE = {"vocab_size": 272, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -150,7 +155,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="session")
 def family_folders(tmp_path_factory):
-    """Each with a tokenizer that brings no chat template, as GPT-2's and DialoGPT's do."""
+    """The tokenizers have no chat template, as GPT-2's and DialoGPT's."""
     made = {}
     for name, make in FAMILIES.items():
         torch.manual_seed(0)
@@ -189,13 +194,13 @@ def test_a_model_that_cannot_pack_says_so_in_a_line_and_trains(tmp_path, capsys)
     trainer.console = Console(speaks=True)
     trainer.choose_rows()
     assert capsys.readouterr().out.count("Padded rows") == 1
-    trainer.rehearse()
+    rehearse(trainer)
     trainer.engine.close()
 
 
 @pytest.mark.parametrize("ds", ["zero2", "zero2_lowram"])
 def test_the_scripts_train_an_adapter_on_four_bits_and_ask_it(tiny_folder, tmp_path, ds):
-    """In bf16, as on a card, with fp32 masters and with bf16 ones."""
+    """Train in bf16, as on a GPU, with fp32 masters and with bf16 masters."""
     folder, settings = tmp_path / "run", json.loads((ROOT / "ds_configs" / f"{ds}.json").read_text())
     settings["bf16"]["enabled"] = True
     (tmp_path / "ds.json").write_text(json.dumps(settings))

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: seen before the step, in every layout, and nothing moves."""
+"""Numbers that are not finite: found before the step in every layout, and no weight moves."""
 
 import json
 
@@ -15,7 +15,7 @@ from tests.training.test_engine import run_ranks
 
 
 def poison(parameter, value=torch.nan):
-    """One element of this parameter's gradient, in every backward until it is taken away."""
+    """Spoil one element of this parameter's gradient in every backward until the hook is removed."""
 
     def spoil(gradient):
         gradient = gradient.clone()
@@ -28,7 +28,7 @@ def poison(parameter, value=torch.nan):
 @pytest.mark.parametrize("pack_tokens", [0, 35])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_bad_gradient_is_named_and_leaves_no_trace(tiny_folder, tmp_path, layout, pack_tokens):
-    """And the step after it is the one that would have been taken without it, bit for bit."""
+    """The next step is the step that would have been taken without it, bit for bit."""
     rollout = rollout_of()
     spoiled, plain = (make_engine(tiny_folder, tmp_path, layout) for _ in range(2))
     for engine in (spoiled, plain):
@@ -40,7 +40,7 @@ def test_a_bad_gradient_is_named_and_leaves_no_trace(tiny_folder, tmp_path, layo
     assert done.bad == ["gradient (model.model.layers.1.mlp.up_proj.weight)"]
     assert done.tally.means()["bad_steps"] == 1
     assert_untouched(before, spoiled)
-    if "offload" in layout:  # a parameter that a later step does not reach must not find this one's
+    if "offload" in layout:  # a parameter that a later step does not reach must not keep this gradient
         assert not any(master.grad.any() for master in spoiled._engine.optimizer.single_partition_of_fp32_groups)
     again, wanted = (take_step(engine, rollout, pack_tokens=pack_tokens) for engine in (spoiled, plain))
     assert not again.bad and again.tally.means() == wanted.tally.means()
@@ -74,24 +74,24 @@ def test_the_norms_before_the_step_are_those_of_the_step(tiny_folder, tmp_path, 
     done = take_step(engine, rollout_of())
     assert norms.keys() == dict(engine.policy.named_parameters()).keys()
     total = sum(norm**2 for norm in norms.values()) ** 0.5
-    if layout != "stage 0":  # there DeepSpeed reports none
+    if layout != "stage 0":  # DeepSpeed reports none there
         assert total == pytest.approx(done.tally.means()["grad_norm"], rel=1e-4)
     assert total > 0
     engine.close()
 
 
-# What is spoiled before an update, and what is then found, the cause first; no place where it is of a whole step.
+# How an update is spoiled, and what is found, the cause first; without a place if it concerns the whole step.
 CAUSES = {
     "a reward": (lambda r: r.rewards.total.__setitem__(4, 1e300), ["reward (completion 2 of question q1)"]),
     "advantages": (
         lambda r: r.advantages[3:6].fill_(torch.nan),
         ["advantage (completion 1 of question q1 and 2 more)", "loss", "gradient"],
     ),
-    "a reference log-prob": (  # its gradient is clamped to 0: nothing but this would stop the step
+    "a reference log-prob": (  # its gradient is clamped to 0: only this check stops the step
         lambda r: r.ref_logprobs[7].fill_(torch.nan),
         ["reference log-prob (completion 2 of question q2)", "loss"],
     ),
-    "an infinite one": (  # clamped on its way into the loss, which is finite then
+    "an infinite one": (  # clamped before the loss, which is then finite
         lambda r: r.ref_logprobs[7].fill_(-torch.inf),
         ["reference log-prob (completion 2 of question q2)"],
     ),
@@ -122,7 +122,7 @@ def test_old_log_probs_and_weights_that_are_not_finite_are_told_apart(tiny_folde
 
 
 def test_a_gradient_too_large_to_square_is_a_bad_one(tiny_folder, tmp_path):
-    """As for the optimizer, whose second moment would be infinite: 1e20 is finite, its square is not in fp32."""
+    """The optimizer's second moment would be infinite too: 1e20 is finite, its square is not in fp32."""
     engine = make_engine(tiny_folder, tmp_path, "offload")
     hook = poison(engine.model.model.norm.weight, 1e20)
     assert take_step(engine, rollout_of()).bad == ["gradient (model.model.norm.weight)"]
@@ -164,10 +164,10 @@ def test_more_bad_steps_in_a_row_than_allowed_end_the_run_and_leave_the_batch(tm
     rollout, bad = rollout_of(), ["reward (completion 2 of question q1)", "loss"]
     rollout.rewards.total[4], rollout.advantages[4], rollout.ref_logprobs[4, 0] = float("inf"), torch.nan, -torch.inf
     policy = torch.full(rollout.counted.shape, -2.0)
-    for step, found in enumerate([bad, [], bad]):  # a good one between: not in a row
+    for step, found in enumerate([bad, [], bad]):  # the good step between ends the row
         steps.record_step(found, step, rollout, policy=policy, old=None)
     assert not (tmp_path / BAD_BATCH).exists()
-    with pytest.raises(NumbersError, match="steps 3 to 4, more than --max_bad_steps 1") as error:
+    with pytest.raises(NumbersError, match="steps 3 to 4: more than --max_bad_steps 1") as error:
         steps.record_step(bad, 3, rollout, policy=policy, old=None)
     assert error.value.exit_code == 6 and len(str(error.value).splitlines()) <= MAX_LINES
     assert "too large for fp32" in str(error.value) and str(tmp_path / BAD_BATCH) in str(error.value)
@@ -202,12 +202,12 @@ def test_metrics_that_are_not_finite_are_null_in_strict_json(tmp_path):
 
 @pytest.mark.parametrize("layout", ["offload", "offload, bf16 masters", "on the card", "stage 0"])
 def test_what_one_rank_finds_every_rank_heeds(tiny_folder, tmp_path, layout):
-    """In preflight and in a step, with unequal numbers of backwards; and the run could go on."""
+    """In preflight and in a step, with unequal numbers of backwards; the run can continue."""
     run_ranks("number_ranks.py", tiny_folder, tmp_path, layout, ranks=2)
     one, two = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert one == two
     assert one["preflight"] == ["", ""]
-    assert "off plain autograd" in one["gradients"] and "top_k 20" in one["generation config"]
+    assert "from autograd" in one["gradients"] and "top_k 20" in one["generation config"]
     assert one["bad"][0] == "reference log-prob (completion 3 of question q2)"
     assert len(one["lines"]) == 2 and "steps 1 to 2" in one["stopped"]
     rows = json.loads((tmp_path / BAD_BATCH).read_text())["completions"]

@@ -1,4 +1,4 @@
-"""A run that was interrupted and resumed is the run that was not: the same metrics, the same weights, bit by bit."""
+"""An interrupted and resumed run has the metrics and weights of an uninterrupted one, bit by bit."""
 
 import signal
 from dataclasses import replace
@@ -9,14 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from grpo_ds.report.console import Console
-from grpo_ds.run_folder.checkpoints import found_in, to_resume
+from grpo_ds.run_folder.checkpoints import found_in
+from grpo_ds.run_folder.resume import to_resume
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsSizes, resolve_ds_config
 from grpo_ds.system import ranks
 from grpo_ds.system.signals import Interrupted
 from grpo_ds.task.grading import graded
 from grpo_ds.task.questions import read_questions, split_questions
-from grpo_ds.training import checkpoint as snapshot
+from grpo_ds.training.checkpoint import load_checkpoint
 from grpo_ds.training.run import Run
 from grpo_ds.training.trainer import Trainer
 from tests.training.test_training import ROOT
@@ -26,7 +27,7 @@ CONFIG = TrainConfig(
     max_prompt_length=480, learning_rate=5e-3, beta=0.1, eval_limit=2, save_steps=0,
 )  # fmt: skip
 LOWRAM, ON_CARD = "ds_configs/zero2_lowram.json", "ds_configs/zero2_gpu.json"
-# What is kept where: (changed flags, DeepSpeed JSON, in bf16)
+# Kinds of runs: (changed flags, DeepSpeed JSON, in bf16)
 KINDS = {
     "offload, int8 reference": ({}, "ds_configs/zero2.json", False),
     "offload in bf16": ({}, "ds_configs/zero2.json", True),
@@ -49,7 +50,7 @@ def uneven(completions, **_):
 
 
 def make_run(model: Path, kind: str, folder: Path, origin: Path | None = None) -> Run:
-    """As launch/train.py wires it."""
+    """Build the run as launch/train.py does."""
     changes, json_file, bf16 = KINDS[kind]
     config = replace(CONFIG, model=str(model), **changes)
     size = config.batch_size * config.num_generations
@@ -59,24 +60,24 @@ def make_run(model: Path, kind: str, folder: Path, origin: Path | None = None) -
     rewards = {"uneven": (uneven, 1.0)}
     trainer = Trainer(config, ds, ranks.start(), Console(speaks=False), rewards, weights=weights)
     if origin:
-        snapshot.read(trainer, origin)
+        load_checkpoint(trainer, origin)
     return Run(trainer, train, held_out[:2], folder)
 
 
 def finish(run: Run) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """The rest of a run: its metrics but for clocks and memory, and its weights and masters."""
-    run.whole()
+    """Finish a run; return its metrics without clocks and memory, and its weights and masters."""
+    run.run()
     state = {name: weight.detach().clone() for name, weight in run.trainer.engine.policy.named_parameters()}
     optimizer = run.trainer.engine._engine.optimizer
     state |= {f"master {i}": m.detach().clone() for i, m in enumerate(optimizer.single_partition_of_fp32_groups)}
     run.trainer.engine.close()
-    clocks = ("seconds/", "memory/", "tokens_per_second")
+    clocks = ("seconds/", "memory/", "tokens_per_second", "step_time")
     lines = [{k: v for k, v in line.items() if not k.startswith(clocks)} for line in run.progress.log_history]
     return lines, state
 
 
 def stop_at(run: Run, when: int | None = None) -> Interrupted | None:
-    """Run until the `when`-th safe point, and be told to stop there; None where the run ends before.
+    """Run until the `when`-th safe point and send a stop signal there; None if the run ends before.
 
     when: None stands for the first safe point between two updates on a rollout.
     """
@@ -92,7 +93,7 @@ def stop_at(run: Run, when: int | None = None) -> Interrupted | None:
 
     run.trainer.interruption.check = counting
     try:
-        run.whole()
+        run.run()
     except Interrupted as stopped:
         return stopped
     finally:
@@ -102,7 +103,7 @@ def stop_at(run: Run, when: int | None = None) -> Interrupted | None:
 
 @pytest.fixture(scope="module", params=KINDS)
 def straight(request, tiny_folder, tmp_path_factory):
-    """A kind of run, what it comes to when nothing interrupts it, and at how many points something could."""
+    """A kind of run, its result without interruption, and its number of safe points."""
     folder = tmp_path_factory.mktemp("straight")
     run = make_run(tiny_folder, request.param, folder / "run")
     points, check = 0, run.trainer.interruption.check
@@ -142,7 +143,9 @@ def test_a_checkpoint_is_a_model_folder_and_the_best_one_is_kept(tiny_folder, tm
         texts = [
             f"<reasoning>r</reasoning>\n<answer>{answer}</answer>" if answer else "" for answer in [next(answers)] * 2
         ]
-        return graded(texts, [replace(question, label="no") for question in questions], run.trainer.collector.style)
+        return graded(
+            texts, [replace(question, label="no") for question in questions], run.trainer.config.answer_format
+        )
 
     monkeypatch.setattr(run.trainer, "evaluate", planted)
     metrics, state = finish(run)

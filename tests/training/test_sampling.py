@@ -1,4 +1,4 @@
-"""Sampling: what ends a completion, what is masked, what is never drawn."""
+"""Sampling: ends of completions, their masks, and tokens that are never drawn."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def sampler(tiny_model, tokenizer):
 
 
 def greedy_alone(model, prompt, steps, known):
-    """The oracle: full forward over the whole text for every token."""
+    """The oracle: a full forward pass over the text for every token."""
     ids = list(prompt)
     for _ in range(steps):
         logits = model(torch.tensor([ids])).logits[0, -1, :known]
@@ -76,7 +76,7 @@ def test_the_policy_itself_is_sampled(sampler, tiny_model, tokenizer):
 
 
 def ends(sampler, ids):
-    """After how many of its tokens a row ends; 0 if it does not."""
+    """Number of tokens after which a row ends; 0 if it does not."""
     return next((t for t in range(1, len(ids) + 1) if sampler._ends(ids[:t])), 0)
 
 
@@ -86,7 +86,7 @@ def test_the_first_eos_is_trained_and_nothing_after_it(sampler, tiny_model, toke
     rows = [PartialCompletion([1, 2, eos], True), PartialCompletion([eos], True), PartialCompletion([1, 2, 3, 4, 5])]
     completions = sampler.pad_rows(rows)
     assert completions.mask.int().tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]
-    assert completions.ended.tolist() == [True, True, False]  # the third ran into the length limit
+    assert completions.ended.tolist() == [True, True, False]  # the third is cut at the length limit
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_the_prompts_own_tags_do_not_end_a_row(sampler, tokenizer):
 
 
 def test_columns_not_yet_written_are_not_seen(sampler, tiny_model, monkeypatch):
-    """What a CUDA graph computes, whose sizes are fixed: more columns than are taken, hidden; several graphs a row."""
+    """A CUDA graph has fixed sizes: unused columns are hidden, and one row needs several graphs."""
     monkeypatch.setattr("grpo_ds.models.shared_prompt.WIDTH", 5)
     sampler.eos_ids = list(range(0, 259, 12))
     prompts = [[1, 2, 3], list(range(30)), [7, 5]]
@@ -136,7 +136,7 @@ def test_finished_rows_leave_the_batch_and_groups_stay_equally_large(ended, grou
 
 
 def test_rows_that_leave_change_no_other_row(sampler, monkeypatch):
-    """Against a batch that never shrinks; a third of the vocabulary ends a row here, so rows leave at every step."""
+    """Compare with a batch that never shrinks; a third of the vocabulary ends a row, so rows leave at every step."""
     sampler.eos_ids = list(range(0, 259, 12))
     prompts = [[1, 2, 3], list(range(30)), [7, 5], [8, 9, 4, 3]]
     shrinking = sampler(prompts, group_size=4, temperature=1.0, seed=2)
@@ -146,7 +146,7 @@ def test_rows_that_leave_change_no_other_row(sampler, monkeypatch):
     assert torch.equal(shrinking.ids, whole.ids) and torch.equal(shrinking.mask, whole.mask)
 
 
-SIZE = dict(  # large weights: a key missed or seen too many shows
+SIZE = dict(  # large weights, so that one key too few or too many shows
     vocab_size=272, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, initializer_range=0.3, pad_token_id=257, bos_token_id=None, eos_token_id=256,
 )  # fmt: skip

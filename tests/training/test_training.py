@@ -1,4 +1,4 @@
-"""The whole trainer on a tiny model: through the real launcher, and learning for real."""
+"""The complete trainer on a tiny model: through the real launcher, and it really learns."""
 
 import json
 import math
@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_ds.memory.phases import OutOfMemory
 from grpo_ds.report.console import Console
-from grpo_ds.settings.config import CONFIG_FILE, TrainConfig
+from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsSizes, resolve_ds_config
+from grpo_ds.settings.saved_config import CONFIG_FILE
 from grpo_ds.system import ranks
 from grpo_ds.task.questions import read_questions, split_questions
 from grpo_ds.training.run import Run
@@ -30,9 +31,9 @@ REAL_DATA = SHARED_DATA / "pubmedqa_labeled_yesno.json"
 
 
 def launch(*launcher: str, **flags: object) -> str:
-    """launch/train.py as a user starts it; what it printed."""
+    """Start launch/train.py as a user does; return what it printed."""
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    if Path(launcher[0]).name == "deepspeed":  # its own port may be another run's
+    if Path(launcher[0]).name == "deepspeed":  # its default port may be in use
         launcher = (*launcher, "--master_port", str(ranks._free_port()))
     result = subprocess.run(
         [*launcher, "launch/train.py", *words],
@@ -48,7 +49,7 @@ def launch(*launcher: str, **flags: object) -> str:
 
 @pytest.fixture(scope="module")
 def launched(tiny_folder, tmp_path_factory):
-    """`deepspeed launch/train.py` with every part switched on: two iterations, mu 2, split batches, trackers here."""
+    """`deepspeed launch/train.py` with everything on: two iterations, mu 2, split batches, two trackers."""
     folder = tmp_path_factory.mktemp("launched") / "run"
     data = str(REAL_DATA) if REAL_DATA.exists() else "sample"
     flags = {
@@ -86,7 +87,7 @@ def test_two_ranks_under_the_launcher_ask_twice_the_questions_and_one_of_them_wr
 
 def test_the_launcher_trains_and_says_what_it_did(launched):
     _, output = launched
-    assert "untested optimizer" not in output  # DeepSpeed's of ours, which is
+    assert "untested optimizer" not in output  # DeepSpeed's warning about our optimizer
     for words in ("Model:", "Data:", "Before training: accuracy", "Reference: int8", "step 4/4", "McNemar"):
         assert words in output
     assert output.count("Reference: int8") == 2  # remade at the start of each outer iteration
@@ -109,7 +110,7 @@ def test_the_memory_of_every_phase_stands_beside_its_plan(launched):
         "save",
     }
     assert set(report["planned"]) - {"resume"} <= measured and (folder / "memory.svg").stat().st_size > 1000
-    assert "Memory plan:" in output and "Memory by phase" in output and "binds with" in output
+    assert "Memory plan:" in output and "Memory by phase" in output and "RAM: " in output and "needs most" in output
 
 
 def test_the_run_ends_with_its_report(launched):
@@ -124,7 +125,9 @@ def test_metrics_hold_a_line_a_step(launched):
     folder, _ = launched
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    wanted = {"reward", "rewards/correctness", "rewards/format", "loss", "kl", "grad_norm", "completion_length"}
+    wanted = {"reward", "rewards/correctness/mean", "rewards/format/std", "loss", "kl", "grad_norm", "reward_std"}
+    wanted |= {"completions/mean_length", "completions/clipped_ratio", "clip_ratio/low_mean", "clip_ratio/high_mean"}
+    wanted |= {"num_tokens", "epoch", "step_time", "frac_reward_zero_std", "entropy"}
     wanted |= {
         "tokens_per_second",
         "seconds/sample",
@@ -134,7 +137,10 @@ def test_metrics_hold_a_line_a_step(launched):
         "memory/ram_gib",
     }
     assert all(wanted <= line.keys() for line in lines)
-    assert all(line["completion_length"] <= 8 for line in lines)
+    assert all(line["completions/mean_length"] <= 8 for line in lines)
+    tokens, epochs = ([line[name] for line in lines] for name in ("num_tokens", "epoch"))
+    assert tokens == sorted(set(tokens)) and all(map(float.is_integer, map(float, tokens)))
+    assert epochs == pytest.approx([epochs[0] * step for step in (1, 2, 3, 4)])
 
 
 def test_the_model_loads_in_plain_transformers_and_has_changed(launched, tiny_folder):
@@ -163,7 +169,7 @@ def test_a_model_card_stands_in_the_runs_folder_and_in_no_checkpoint(launched):
     card = ModelCard.load(folder / "README.md")
     accuracy = json.loads((folder / "summary.json").read_text())["after"]["accuracy"]
     assert {result.metric_type: result.metric_value for result in card.data.eval_results}["accuracy"] == accuracy
-    assert "of GRPO on " in card.text and not list(folder.glob("checkpoint-*/README.md"))
+    assert "4 steps of GRPO (" in card.text and not list(folder.glob("checkpoint-*/README.md"))
 
 
 def test_the_code_in_the_card_asks_the_model(launched, capsys):
@@ -184,7 +190,7 @@ def test_lm_eval_loads_the_model_and_scores_with_it(launched):
 
 
 def scores_by_hand(folder, model, **options):
-    """lm-eval's log-likelihood of a continuation is the one of `model`."""
+    """Check that lm-eval finds the log-likelihood of a continuation that `model` gives."""
     reason = "lm-eval is not installed (pip install lm-eval)"
     huggingface = pytest.importorskip("lm_eval.models.huggingface", reason=reason)
     from lm_eval.api.instance import Instance
@@ -195,10 +201,10 @@ def scores_by_hand(folder, model, **options):
     prompt, whole = (torch.tensor([backend.tok_encode(text)]) for text in ("Is it?", "Is it? yes"))
     said = whole[0, prompt.shape[1] :]
     with torch.no_grad():
-        known_ids = backend.model(whole).logits.shape[-1]  # below an adapter it cuts the head to the tokenizer's
+        known_ids = backend.model(whole).logits.shape[-1]  # with an adapter it cuts the head to the tokenizer's ids
         logits = model(whole).logits[0, prompt.shape[1] - 1 : -1, :known_ids]
     wanted = logits.log_softmax(-1)[range(len(said)), said].sum()
-    assert score == pytest.approx(float(wanted), abs=1e-4)  # lm-eval adds them up in another order
+    assert score == pytest.approx(float(wanted), abs=1e-4)  # lm-eval sums in another order
 
 
 @pytest.mark.parametrize(
@@ -221,7 +227,7 @@ def test_the_profiler_script_rehearses_steps_and_draws(tiny_folder, tmp_path):
     command = [sys.executable, "launch/profile_memory.py", "--ds", "ds_configs/zero2.json", *flags]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr[-2000:]
-    for words in ("Worst case rehearsed: 700 + 4 tokens", "step 2/2", "host planned", "memory.svg"):
+    for words in ("Worst case rehearsed: 700 + 4 tokens", "step 2/2", "plan error", "memory.svg"):
         assert words in result.stdout
     assert {"memory.json", "memory.svg"} <= {file.name for file in (tmp_path / "run").iterdir()}
 
@@ -242,7 +248,7 @@ def fails_at_times(completions, **kwargs):
 
 @pytest.fixture(scope="module")
 def quizzed(tiny_folder, tmp_path_factory):
-    """A run on data, labels, tags, a system prompt and rewards that are none of ours."""
+    """A run with the user's own data, labels, tags, system prompt and rewards."""
     folder = tmp_path_factory.mktemp("quizzed")
     records = [{"stem": f"What is {n} + {n}?", "key": "ABCD"[n % 4], "year": 1990 + n} for n in range(12)]
     (folder / "quiz.json").write_text(json.dumps(records))
@@ -265,11 +271,11 @@ def metrics_of(folder):
 def test_rewards_of_ones_own_are_logged_and_one_that_fails_is_told_once_and_counted(quizzed):
     folder, output = quizzed
     first, second = metrics_of(folder)
-    assert (first["rewards/fails_at_times"], first["reward_errors"]) == (0, 1)
-    assert (second["rewards/fails_at_times"], second["reward_errors"]) == (2.0, 0)  # of weight 2
+    assert (first["rewards/fails_at_times/mean"], first["reward_errors"]) == (0, 1)
+    assert (second["rewards/fails_at_times/mean"], second["reward_errors"]) == (2.0, 0)  # of weight 2
     assert output.count("Warning: The reward function 'fails_at_times' raised ZeroDivisionError") == 1
     names = ("correctness", "concise", "cites_the_year", "fails_at_times")
-    assert second["reward"] == pytest.approx(sum(second[f"rewards/{name}"] for name in names))
+    assert second["reward"] == pytest.approx(sum(second[f"rewards/{name}/mean"] for name in names))
 
 
 def test_a_quiz_without_contexts_is_asked_in_its_own_words(quizzed):
@@ -282,7 +288,7 @@ def test_a_run_is_repeated_from_the_config_it_wrote(quizzed, tmp_path):
     folder, _ = quizzed
     launch(sys.executable, config=folder / CONFIG_FILE, num_steps=1, output_dir=tmp_path / "again")
     (again,), (first, _) = metrics_of(tmp_path / "again"), metrics_of(folder)
-    timed = {name for name in first if name.startswith(("seconds/", "memory/", "tokens_per"))}
+    timed = {name for name in first if name.startswith(("seconds/", "memory/", "tokens_per", "step_time"))}
     assert {n: v for n, v in again.items() if n not in timed} == {n: v for n, v in first.items() if n not in timed}
 
 
@@ -323,9 +329,9 @@ def tiny_trainer(folder, **changes):
 
 
 def test_a_tiny_model_learns(tiny_folder, tmp_path):
-    """Mean reward rises clearly under the whole stack: sampling, packing, int8 reference, 8-bit Adam, ZeRO-2."""
+    """Mean reward rises clearly under the complete stack: sampling, packing, int8 reference, 8-bit Adam, ZeRO-2."""
     trainer, train, held_out = tiny_trainer(tiny_folder)
-    first, last = Run(trainer, train, held_out, tmp_path / "run").whole().quarters()
+    first, last = Run(trainer, train, held_out, tmp_path / "run").run().quarters()
     assert last > first + 0.3
 
 
@@ -348,19 +354,19 @@ def test_a_step_with_dapos_four_changes(tiny_folder, tmp_path):
     )  # fmt: skip
     assert moved > 0
     assert 0 < metrics["entropy"] < math.log(259)
-    assert -1 <= metrics["rewards/overlong"] < 0  # a random model writes to the limit nearly always
-    assert metrics["reward"] == pytest.approx(metrics["rewards/letters"] + metrics["rewards/overlong"])
+    assert -1 <= metrics["rewards/overlong/mean"] < 0  # a random model writes to the limit nearly always
+    assert metrics["reward"] == pytest.approx(metrics["rewards/letters/mean"] + metrics["rewards/overlong/mean"])
     assert metrics["kl"] == 0 and metrics["redrawn"] == 0 and metrics["frac_reward_zero_std"] == 0
 
 
 def test_truncated_completions_neither_train_nor_count(tiny_folder, tmp_path):
     metrics, moved = first_step(tiny_folder, tmp_path, max_completion_length=2, mask_truncated_completions=True)
-    assert metrics["ended"] == 0  # none of these ends within two tokens, so nothing is left to train on
+    assert metrics["completions/clipped_ratio"] == 1  # none ends within two tokens: nothing to train on
     assert moved == metrics["grad_norm"] == metrics["loss"] == metrics["entropy"] == 0
 
 
 class FailsOnce:
-    """A full card in mid-flight, which a machine without one cannot have."""
+    """A GPU that runs out of memory once, on a machine without one."""
 
     def __init__(self, calls_before: int) -> None:
         self.left = calls_before
@@ -387,7 +393,7 @@ def test_a_phase_that_ran_out_of_memory_is_retried_in_smaller_parts_with_the_sam
     assert (limits.rows, limits.tokens) == (8, 536)
     assert rewards_again == pytest.approx(rewards)
     for one, two in zip(weights, weights_again, strict=True):
-        torch.testing.assert_close(two, one, atol=3e-4, rtol=0)  # of steps of 1e-3, by the order of a sum
+        torch.testing.assert_close(two, one, atol=3e-4, rtol=0)  # steps are 1e-3; sums are in another order
 
 
 def test_without_the_flag_the_phase_and_what_helps_are_named(tiny_folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Run by test_engine.py in processes of their own: ranks that draw different numbers of times train together.
+"""Run by test_engine.py in one process for each rank: ranks with different numbers of draws train as one.
 
 usage: trainer_ranks.py MODEL_FOLDER OUT_FOLDER
 """
@@ -14,7 +14,7 @@ from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import resolve_ds_config
 from grpo_ds.system import ranks
 from grpo_ds.task.questions import read_questions
-from grpo_ds.training.rollout import judge
+from grpo_ds.training.rollout import make_rollout
 from grpo_ds.training.run import Run
 from grpo_ds.training.trainer import Trainer
 from tests.training.engine_steps import DS
@@ -31,7 +31,7 @@ def main(model: str, folder: Path) -> None:
     ds = resolve_ds_config(json_file, fill=config.ds_sizes(bf16=False, world_size=here.size))
 
     def reward(completions: list[str], **_: object) -> list[float]:
-        """On rank 0 all completions are equally good, so that it draws as often as it may; elsewhere none are."""
+        """Equal rewards on rank 0, so that it draws as often as allowed; unequal ones elsewhere."""
         return [float(here.rank and row) for row in range(len(completions))]
 
     trainer = Trainer(config, ds, here, Console(speaks=False), {"rows": (reward, 1.0)})
@@ -40,7 +40,7 @@ def main(model: str, folder: Path) -> None:
     run.train()
     weights = torch.cat([p.detach().flatten() for p in trainer.engine.model.parameters()])
     groups = trainer.collector.draw(0, questions, 0, range(config.batch_size))
-    rollout = judge(groups, here, scale_rewards="batch", mask_truncated=False, reference=None, pack_tokens=0)
+    rollout = make_rollout(groups, here, scale_rewards="batch", mask_truncated=False, reference=None, pack_tokens=0)
     torch.save({"weights": weights, "advantages": rollout.advantages}, folder / f"rank{here.rank}.pt")
     run.close()
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import Rewards
-from grpo_ds.training.dynamic_sampling import draw_groups
+from grpo_ds.training.collect import draw_groups
 from grpo_ds.training.rollout import Groups
 from grpo_ds.training.sampling import Completions
 
@@ -14,10 +14,10 @@ SIZE = 3  # completions a question
 
 
 def groups_at(attempt, places, differs_at):
-    """Groups that say where they come from; place p earns unequal rewards from attempt differs_at[p] on."""
+    """Groups whose texts name their origin; place p has unequal rewards from attempt differs_at[p] on."""
     names = [f"{attempt}/{place}" for place in places]
     tokens = torch.tensor([[100 * attempt + 10 * place + row] for place in places for row in range(SIZE)])
-    width = 1 + (5 * attempt) % 7  # attempts are of different lengths
+    width = 1 + (5 * attempt) % 7  # attempts have different lengths
     ids, mask = tokens.expand(-1, width).clone(), torch.ones(len(tokens), width, dtype=torch.bool)
     total = [1.5 + row * (attempt >= differs_at[place]) for place in places for row in range(SIZE)]
     return Groups(
@@ -39,12 +39,12 @@ def test_a_group_is_drawn_again_until_its_rewards_differ_or_the_attempts_are_ove
         return groups_at(attempt, places, differs_at)
 
     groups, exchanged = draw_groups(draw, count=len(differs_at), attempts=attempts)
-    last = [min(n, attempts) for n in differs_at]  # the attempt a place ends with
+    last = [min(n, attempts) for n in differs_at]  # last attempt of each place
     assert exchanged == sum(last)
     assert [places for _, places in drawn[1:]] == [
         [p for p, n in enumerate(differs_at) if n >= attempt] for attempt in range(1, max(last) + 1)
     ]
-    assert groups.equal() == [p for p, n in enumerate(differs_at) if n > attempts]
+    assert groups.without_spread() == [p for p, n in enumerate(differs_at) if n > attempts]
     for place, attempt in enumerate(last):
         wanted, rows = groups_at(attempt, [place], {place: differs_at[place]}), slice(place * SIZE, (place + 1) * SIZE)
         assert groups.questions[place] == wanted.questions[0]
@@ -57,4 +57,4 @@ def test_a_group_is_drawn_again_until_its_rewards_differ_or_the_attempts_are_ove
             groups.completions.ids[rows], groups.completions.mask[rows], wanted.completions.ids, strict=True
         ):
             assert torch.equal(ids[mask], its)
-    assert groups.completions.mask.sum(dim=1).max() == groups.completions.ids.shape[1]  # no column is padding alone
+    assert groups.completions.mask.sum(dim=1).max() == groups.completions.ids.shape[1]  # no column holds only padding

@@ -1,11 +1,11 @@
-"""Host bytes a parameter under ZeRO-2 offload, one way to keep the masters after the other.
+"""RAM per parameter under ZeRO-2 offload, for each way to keep the master weights.
 
 Each way trains a model of Qwen2.5-0.5B's shape (random weights, bf16) in a process of its own: real DeepSpeed, real
-backward, real optimizer step. Counted are the storages of all tensors alive, less what a card would hold, by name:
-weights, their gradients, the reduce bucket. On a machine without a GPU that is resident memory too, so the growth of
-resident memory is held against the count of everything.
+backward, real optimizer step. The storages of all live tensors are counted, except those that a card would hold:
+weights, their gradients, the reduce bucket. On a machine without a GPU these are in RAM too, so the growth of resident
+memory is compared with the count of everything.
 
-    python benchmarks/host_memory.py [--layers 24] [--steps 2] [--json FILE]
+    python benchmarks/ram.py [--layers 24] [--steps 2] [--json FILE]
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-WAYS = {  # name -> (section bf16, what AdamW8bit is told, the goal in bytes a parameter)
+WAYS = {  # name -> (section bf16, parameters of AdamW8bit, goal in bytes per parameter)
     "own staging copy": ({}, {"share_staging": False}, 12.1),
     "zero2.json: staging shared": ({}, {}, 10.1),
     "zero2_lowram.json: bf16 + residual": ({"bf16_master_weights_and_grads": True}, {}, 8.1),
@@ -33,7 +33,7 @@ def main() -> None:
     for way in WAYS:
         command = [sys.executable, __file__, "--way", way, "--layers", str(arguments.layers)]
         command += ["--steps", str(arguments.steps)]
-        # The C library is to give back what is freed, or resident memory is the peak of the backward pass.
+        # Makes the C library return freed memory; otherwise resident memory stays at the peak of the backward pass.
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONWARNINGS": "ignore"}
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         rows[way] = json.loads(done.stdout.splitlines()[-1])
@@ -45,27 +45,27 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=24, help="of the model; 24 make 0.5B (default)")
+    parser.add_argument("--layers", type=int, default=24, help="layers of the model; 24 (default) make 0.5B")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps (default 2)")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
-    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     return parser.parse_args()
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
-    """Bytes a parameter at rest and at the peak of a step; counts and resident memory in bytes."""
+    """Return bytes per parameter, between steps and at the peak of a step; counts and resident memory in bytes."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
     import torch
 
     from grpo_ds.core.packing import pack_groups
-    from grpo_ds.memory.phases import host_memory, reset_host_peak
+    from grpo_ds.memory.phases import reset_resident_peak, resident_memory
     from grpo_ds.system import ranks
-    from grpo_ds.training import engine as deepspeeds_door  # its libraries are not what is measured
+    from grpo_ds.training import engine as engine_module  # imported before the count, which leaves out its libraries
 
-    assert deepspeeds_door
+    assert engine_module
     ranks.start()
     torch.ones(64, 64) @ torch.ones(64, 64)
-    _, before = host_memory()
+    _, before = resident_memory()
     engine = build_engine(arguments)
     parameters = sum(p.numel() for p in engine.policy.parameters())
     largest = max(p.numel() for p in engine.policy.parameters())
@@ -76,17 +76,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         engine.backward(-engine(rows).mean())
         gc.collect()
         at_start, _ = alive(engine)
-        reset_host_peak()
-        _, start = host_memory()
+        reset_resident_peak()
+        _, start = resident_memory()
         engine.step()
-        at_peak = max(at_peak, at_start + host_memory()[0] - start)
-    host, card = alive(engine)
-    grown = host_memory()[1] - before
+        at_peak = max(at_peak, at_start + resident_memory()[0] - start)
+    ram, gpu = alive(engine)
+    grown = resident_memory()[1] - before
     return {
         "parameters": parameters,
-        "bytes_per_parameter": host / parameters,
+        "bytes_per_parameter": ram / parameters,
         "in_a_step_bytes_per_parameter": at_peak / parameters,
-        "counted": host + card,
+        "counted": ram + gpu,
         "resident": grown,
         "largest_parameter": largest,
     }
@@ -117,7 +117,7 @@ def build_engine(arguments: argparse.Namespace):
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(std=0.02)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers were made on the meta device
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers were on the meta device
     model.train()
     bf16, params, _ = WAYS[arguments.way]
     ds = {
@@ -133,7 +133,7 @@ def build_engine(arguments: argparse.Namespace):
 
 
 def alive(engine) -> tuple[int, int]:
-    """Bytes of all tensors alive: of the host, and of what would be on a card."""
+    """Return the bytes of all live tensors: those in RAM, and those that a card would hold."""
     import torch
 
     zero = engine._engine.optimizer
@@ -143,9 +143,9 @@ def alive(engine) -> tuple[int, int]:
     card = {t.untyped_storage().data_ptr() for t in on_card}
     gc.collect()
     sizes = {}
-    found = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
-    found += [master.grad for master in zero.single_partition_of_fp32_groups]  # gradients are no objects of Python's
-    for tensor in found:
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    tensors += [master.grad for master in zero.single_partition_of_fp32_groups]  # gc does not list gradients
+    for tensor in tensors:
         if tensor.device.type == "cpu":
             storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
@@ -156,8 +156,8 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"Host memory, {next(iter(rows.values()))['parameters'] / 1e6:.0f} M parameters")
-    for header in ("masters", "goal B/param", "at rest", "in a step", "all counted GB", "resident growth GB"):
+    table = Table(title=f"RAM, {next(iter(rows.values()))['parameters'] / 1e6:.0f} M parameters")
+    for header in ("masters", "goal B/param", "between steps", "in a step", "all counted GB", "resident growth GB"):
         table.add_column(header, justify="right" if header != "masters" else "left")
     for way, row in rows.items():
         table.add_row(

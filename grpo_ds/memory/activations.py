@@ -1,11 +1,11 @@
-"""Bytes that grow with tokens: activations, attention masks, KV cache, logits.
+"""Memory that grows with tokens: activations, attention masks, KV cache, logits.
 
-The worst case: every prompt has max_prompt_length tokens, every completion max_completion_length.
-w is the bytes of a weight and of an activation: 2 in bf16, 4 in fp32.
+The worst case: every prompt has max_prompt_length tokens, every completion max_completion_length. w is the bytes of a
+weight and of an activation: 2 in bf16, 4 in fp32.
 
-The factors of a layer were counted with torch's memory profiler on Qwen2 layers in fp32 and bf16 (docs/memory.md);
-they are those of a gated MLP with SDPA attention under a mask. GPT-2's MLP, half as wide but with a GELU that
-keeps more, comes to about as much.
+The factors of a layer were counted with torch's memory profiler on Qwen2 layers in fp32 and bf16 (docs/memory.md).
+They are those of a gated MLP with SDPA attention under a mask. GPT-2's MLP, half as wide but with a GELU that keeps
+more, needs about as much.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """What a step of `config` computes at once, and what that takes for a model of this shape."""
+class ActivationMemory:
+    """Tokens that a step of `config` computes at once, and their bytes for a model of this shape."""
 
     shape: ModelShape
     config: TrainConfig
@@ -27,14 +27,14 @@ class Batch:
 
     @property
     def completions(self) -> int:
-        """Of a packed row: a group's, or as many as --pack_tokens lets stand behind one prompt."""
+        """Completions of a packed row: a group's, or as many as --pack_tokens allows behind one prompt."""
         config = self.config
         room = (config.pack_tokens - config.max_prompt_length) // max(1, config.max_completion_length - 1)
         return max(1, min(room, config.num_generations)) if config.pack_tokens else config.num_generations
 
     @property
     def width(self) -> int:
-        """Tokens of a packed row; a completion's last token is a target, but no input."""
+        """Tokens of a packed row; the last token of a completion is a target but not an input."""
         return self.config.max_prompt_length + self.completions * (self.config.max_completion_length - 1)
 
     @property
@@ -45,7 +45,7 @@ class Batch:
 
     @property
     def backwards(self) -> int:
-        """Of one optimizer step."""
+        """Backwards of one optimizer step."""
         return -(-self.config.batch_size * -(-self.config.num_generations // self.completions) // self.rows)
 
     @property
@@ -54,36 +54,36 @@ class Batch:
 
     @property
     def hidden(self) -> int:
-        """The wider of the residual stream and of all heads together."""
+        """Width of the residual stream or of all heads together, whichever is wider."""
         return max(self.shape.hidden, self.shape.heads * self.shape.head_dim)
 
     def masks(self) -> dict[str, int]:
-        """models/attention.py's: completions over prompt and themselves, as bits while it is made and as numbers."""
+        """The mask of models/attention.py, completions over prompt and themselves: first as booleans, then as w."""
         cells = self.rows * self.completions * self.config.max_completion_length * self.config.longest
         return {"attention mask": cells * (1 + self.w)}
 
     def _gathered(self) -> int:
-        """A layer's keys and values laid out for that: the prompt's once more for each completion."""
+        """Keys and values of a layer, gathered for that mask: the prompt's are repeated for each completion."""
         rows = self.rows * self.completions * self.config.longest
         return rows * 2 * self.shape.kv_heads * self.shape.head_dim * self.w
 
     def checkpoints(self) -> int:
-        """What forward leaves for backward: each layer's input, or without checkpointing all that it computed."""
+        """Tensors that forward keeps for backward: each layer's input, or without checkpointing all that it computed."""
         a_layer = self.tokens * self.shape.hidden * self.w
         if self.config.gradient_checkpointing is False:
             a_layer = self._saved() + self._gathered()
         return a_layer * self.shape.layers
 
     def _saved(self) -> int:
-        """Four MLP-wide tensors; of hidden width six in w and, in the two norms, three in fp32."""
+        """Four MLP-wide tensors in w; six of hidden width in w and, in the two norms, three in fp32."""
         return self.tokens * (4 * self.w * self.shape.mlp + (6 * self.w + 12) * self.hidden)
 
     def layer_backward(self) -> int:
-        """One layer at its fullest: computed again, with the gradients on their way through it."""
+        """Peak of one layer's backward: its activations, computed again, and their gradients."""
         return self._saved() + 2 * self._gathered() + self.tokens * self.w * (2 * self.shape.mlp + 2 * self.hidden)
 
     def layer_forward(self, tokens: int) -> int:
-        """One layer without gradients: gate, up and their product beside the residual stream."""
+        """One layer without gradients: gate, up and their product, and the residual stream."""
         return tokens * self.w * (3 * self.shape.mlp + 3 * self.hidden)
 
     def logprobs(self) -> int:
@@ -91,26 +91,28 @@ class Batch:
         targets = self.rows * self.completions * self.config.max_completion_length
         return int(self.config.logprob_chunk_mib * MIB) + targets * self.shape.hidden * (4 + 4 + 2 * self.w)
 
-    def scoring(self) -> dict[str, int]:
+    def forward(self) -> dict[str, int]:
         """A forward pass over the packed rows without gradients, as the reference does it."""
         heaviest = max(self.layer_forward(self.tokens), self.logprobs())
         return {"activations": heaviest + self.tokens * self.shape.hidden * self.w, **self.masks()}
 
     def sampling(self) -> dict[str, int]:
-        """Of a step's completions, as many groups at once as --generation_batch_size holds."""
+        """Sampling a step's completions, as many groups at once as --generation_batch_size allows."""
         config = self.config
         at_once = config.generation_batch_size or config.batch_size * config.num_generations
         prompts = max(1, min(at_once // config.num_generations, config.batch_size))
         return self._decoding(prompts, prompts * config.num_generations)
 
     def answering(self) -> dict[str, int]:
-        """Of held-out questions, each with one answer."""
+        """Sampling one answer to each held-out question."""
         rows = self.config.generation_batch_size or 1
         return self._decoding(rows, rows)
 
     def _decoding(self, prompts: int, rows: int) -> dict[str, int]:
-        """The last token: each prompt's cache once, each row's own, and logits. On a CPU in fp32 the weights are there
-        a second time (models/packed_linear.py)."""
+        """The last token: the cache of each prompt once, the cache of each row, and logits.
+
+        On a CPU in fp32 the weights exist a second time (models/packed_linear.py).
+        """
         config, shape = self.config, self.shape
         a_token = 2 * shape.kv_heads * shape.head_dim * self.w
         cached = prompts * config.max_prompt_length + rows * config.max_completion_length

@@ -1,0 +1,103 @@
+"""Settle a run before anything heavy is loaded: its flags, model, DeepSpeed JSON, memory plan and checkpoint."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from grpo_ds.errors import UsageError
+from grpo_ds.memory.choose import Choice, choose_model
+from grpo_ds.memory.plan import Plan
+from grpo_ds.memory.select import Job, fitted
+from grpo_ds.models.presets import lora_recipe
+from grpo_ds.models.shapes import ModelShape, adapter_base, shape_of
+from grpo_ds.run_folder.resume import find_checkpoint, flags_of, refuse_other_flags
+from grpo_ds.settings.command_line import parse
+from grpo_ds.settings.config import TrainConfig
+from grpo_ds.settings.ds_config import DsConfig, resolve_ds_config
+from grpo_ds.system.hardware import check_torch, cpu_has_bf16, gpu_memory_gib, ram_gib
+from grpo_ds.task.sources import data_or_default
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A run that can begin: its flags, its model, the DeepSpeed JSON filled from the flags, its memory plan."""
+
+    choice: Choice
+    config: TrainConfig
+    job: Job
+    plan: Plan
+    gpu_gib: float | None
+    ram_gib: float
+    resume_from: Path | None  # a checkpoint, verified
+    warnings: list[str]  # about damaged checkpoints that were passed over
+
+
+def settle(argv: list[str], *, about: str = "") -> Settled:
+    """Decide everything that can be decided before anything heavy is loaded. Raises GrpoError for what cannot work.
+
+    Defaults give way to a recipe (the checkpoint's flags, or what suits the model), and a recipe to what was typed.
+    """
+    check_torch()
+    parsed = parse(TrainConfig, argv, about=about)
+    origin, warnings, saved = checkpoint_of(parsed.unchecked())
+    asked = parsed.unchecked(saved)
+    gpu, ram = gpu_memory_gib(), ram_gib()
+    bf16 = gpu is not None or cpu_has_bf16()
+
+    def resolved(config: TrainConfig) -> DsConfig:
+        sizes = config.ds_sizes(bf16=bf16, world_size=ranks())
+        return resolve_ds_config(config.ds, fill=sizes, explicit=parsed.typed)
+
+    def run_with_auto() -> tuple[TrainConfig, DsConfig]:
+        config = parsed.config(saved)
+        return config, resolved(config)
+
+    choice = choose_model(asked.model, gpu_gib=gpu, ram_gib=ram, run=run_with_auto)
+    config = parsed.config(saved or lora_recipe(choice.recipe, asked), model=choice.model)
+    shape = usable_shape(config)
+    ds = resolved(config)
+    # The values that the run really uses, so that the config written beside the model makes the same run again.
+    config = replace(
+        config,
+        data=data_or_default(config.data),
+        learning_rate=ds.learning_rate,
+        weight_decay=ds.weight_decay,
+        max_grad_norm=ds.max_grad_norm,
+    )
+    if origin:
+        refuse_other_flags(config, saved, origin)
+    job = fitted(Job(shape, config, ds, "cuda" if gpu else "cpu"), gpu or 0, ram)
+    return Settled(choice, job.config, job, job.plan(), gpu, ram, origin, warnings)
+
+
+def checkpoint_of(asked: TrainConfig) -> tuple[Path | None, list[str], dict[str, Any]]:
+    """Checkpoint to resume from, warnings, and the checkpoint's flags; None and empty for a new run."""
+    if not asked.resume_from_checkpoint:
+        return None, [], {}
+    origin, warnings = find_checkpoint(asked)
+    return origin, warnings, flags_of(origin)
+
+
+def usable_shape(config: TrainConfig) -> ModelShape:
+    """Shape of the model. Raises UsageError for an adapter on an adapter, and for prompts longer than it can take."""
+    if config.lora_r and (base := adapter_base(config.model)):
+        raise UsageError(
+            f"--model {config.model} is an adapter on {base}, and a second one needs an ordinary model below it.\n"
+            "Name the merged model of that run (--merge_adapter writes one into its folder merged), or --lora_r 0,\n"
+            "which merges the adapter on loading and trains all parameters."
+        )
+    shape = shape_of(config.model, trust_remote_code=config.trust_remote_code)
+    longest = config.max_prompt_length + config.max_completion_length
+    if shape.positions and longest > shape.positions:
+        raise UsageError(
+            f"--model {config.model} has learned {shape.positions} positions, and --max_prompt_length "
+            f"{config.max_prompt_length} and\n--max_completion_length {config.max_completion_length} make {longest}. "
+            f"Try --max_prompt_length {max(1, shape.positions - config.max_completion_length)}."
+        )
+    return shape
+
+
+def ranks() -> int:
+    """Number of ranks that the launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,15 @@
+"""Names of the files that a run writes into its folder, for those who write and those who read them.
+
+Named elsewhere: run_status.json (status.py), trainer_state.json (progress.py), checkpoint-N (checkpoints.py) and
+grpo_config.yaml (settings).
+"""
+
+METRICS_FILE = "metrics.jsonl"  # a line per step, and one per evaluation during training
+COMPLETIONS_FILE = "completions.jsonl"  # a line per completion, with --log_completions
+HELD_OUT_FILE = "held_out.json"  # held-out questions with the answers before and after training
+ENVIRONMENT_FILE = "environment.json"  # versions, machine, command
+MEMORY_FILE = "memory.json"  # measured and planned memory by phase
+TIMELINE_FILE = "memory.svg"  # the same as a drawing
+SUMMARY_FILE = "summary.json"  # the figures of the complete run
+REPORT_FILE = "report.html"
+CARD_FILE = "README.md"  # the model card

@@ -1,0 +1,128 @@
+"""Flags of the model, the data and the prompt, with their defaults and what cannot work about their values."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from grpo_ds.settings.flags import Flags, failed, flag
+from grpo_ds.task.answers import TAG_NAME
+from grpo_ds.task.prompts import read_system_prompt
+from grpo_ds.task.records import NO_CONTEXT, Unusable
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags(Flags):
+    heading: ClassVar[str] = "model"
+
+    model: str = flag("auto", "preset (qwen2.5-0.5b, -1.5b, -3b, -7b, smollm2-135m), hub id or folder; auto: what fits")
+    trust_remote_code: bool = flag(False, "run the Python code that a model brings, with all your rights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordFlags(Flags):
+    """How a record of the data is read."""
+
+    heading: ClassVar[str] = "data"
+
+    labels: str = flag("yes,no", "allowed answers, comma-separated; add maybe to keep PubMedQA's maybe questions")
+    question_field: str | None = flag(None, "field of a record with the question; default: found as in PubMedQA")
+    context_field: str | None = flag(
+        None, f"field of a record with the context; {NO_CONTEXT}: no context; default: found"
+    )
+    label_field: str | None = flag(None, "field of a record with the correct answer; default: found as in PubMedQA")
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return tuple(label.strip() for label in self.labels.split(","))
+
+    @property
+    def field_names(self) -> dict[str, str]:
+        """Map question, context and label to the record's field, for those that were named."""
+        names = {"question": self.question_field, "context": self.context_field, "label": self.label_field}
+        return {field: name for field, name in names.items() if name}
+
+    def problems(self) -> list[str]:
+        different = {label.casefold() for label in self.label_names}
+        named = self.field_names
+        return [
+            *failed(
+                (len(different) < 2 or "" in different, "labels needs two answers or more: yes,no"),
+                (len(different) < len(self.label_names), f"labels is {self.labels}, which names one answer twice"),
+                (
+                    len(set(named.values())) < len(named),
+                    "question_field, context_field and label_field must name different fields",
+                ),
+            ),
+            *super().problems(),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFlags(Flags):
+    """How a question is put to the model, and how long an answer may be."""
+
+    heading: ClassVar[str] = "prompt"
+
+    system_prompt: str | None = flag(None, "text file, used as it is; default: our own, which asks for the two tags")
+    reasoning_tag: str = flag("reasoning", "tag around the reasoning")
+    answer_tag: str = flag("answer", "tag around the answer; the closing tag ends a completion")
+    few_shot: int = flag(0, "worked examples (yes or no, biomedical) in the prompt: 0, 1 or 2")
+    prefill: bool = flag(False, "put <reasoning> at the end of the prompt, so that the model continues from it")
+    max_prompt_length: int = flag(
+        768, "tokens; a context that is too long loses its beginning, the question is never cut"
+    )
+    max_completion_length: int = flag(300, "tokens; a longer completion is cut")
+
+    @property
+    def system_prompt_text(self) -> str:
+        """Text of the file, "" where none is named; `problems` has said whether it can be read."""
+        return read_system_prompt(self.system_prompt) if self.system_prompt is not None else ""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a packed row with one completion, at most."""
+        return self.max_prompt_length + self.max_completion_length - 1
+
+    def problems(self) -> list[str]:
+        tags = {"reasoning_tag": self.reasoning_tag, "answer_tag": self.answer_tag}
+        fault = self._system_prompt_fault()
+        return [
+            *failed(
+                *(
+                    (not TAG_NAME.fullmatch(tag), f"{name} is {tag!r}; a tag is one word, without its brackets")
+                    for name, tag in tags.items()
+                ),
+                (self.reasoning_tag == self.answer_tag, "reasoning_tag and answer_tag must differ"),
+                (bool(fault), f"system_prompt is {self.system_prompt}, which {fault}"),
+                (self.max_prompt_length < 1, "max_prompt_length must be 1 or more"),
+                (self.max_completion_length < 1, "max_completion_length must be 1 or more"),
+            ),
+            *super().problems(),
+        ]
+
+    def _system_prompt_fault(self) -> str:
+        try:
+            return self.system_prompt_text and ""
+        except Unusable as fault:
+            return str(fault)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFlags(Flags):
+    """The questions, and which of them are held out."""
+
+    heading: ClassVar[str] = "data"
+
+    data: str | None = flag(None, "JSON/JSONL file, hub id or sample; default: the golden 500 if here, else sample")
+    eval_fraction: float = flag(0.2, "share of the questions held out for evaluation, by class")
+    eval_limit: int | None = flag(None, "held-out questions to evaluate on, at most; default: all")
+    seed: int = flag(0, "decides the split, the order of questions and every random draw")
+
+    def problems(self) -> list[str]:
+        share = f"eval_fraction is {self.eval_fraction}; it must be a share between 0 and 1"
+        return [
+            *failed(
+                (not 0 < self.eval_fraction <= 1, share),
+                (self.eval_limit is not None and self.eval_limit < 1, "eval_limit must be 1 or more"),
+            ),
+            *super().problems(),
+        ]

@@ -1,0 +1,52 @@
+"""A flag, and a group of flags: the base of everything in data_flags.py, grpo_flags.py and run_flags.py."""
+
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar
+
+# Order of the headings in --help and in a written config; headings of one command alone come before them.
+HEADINGS = (
+    *("model", "data", "prompt", "rollouts", "rewards", "loss", "optimizer"),
+    *("reference", "adapter", "memory", "output", "safety"),
+)
+
+
+def flag(default: Any, meaning: str) -> Any:
+    """Declare a flag: a field with its default and its line of --help."""
+    return field(default=default, metadata={"help": meaning})
+
+
+def failed(*checks: tuple[bool, str]) -> list[str]:
+    """Messages of the checks (is it wrong, message) that found something wrong."""
+    return [message for wrong, message in checks if wrong]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Base of every group and config.
+
+    A group is a dataclass with a heading, its flags, and `problems`. A config inherits from its groups, so that
+    `config.beta` is one attribute access away.
+    """
+
+    heading: ClassVar[str] = ""
+
+    def problems(self) -> list[str]:
+        """A line for everything that cannot work: a subclass returns its own and those of super()."""
+        return []
+
+
+def flags_by_heading(config_type: type[Flags]) -> "dict[str, list[Field[Any]]]":
+    """Heading -> its flags, both in the order of --help."""
+    groups: dict[str, list[Field[Any]]] = {}
+    for group in config_type.__mro__:
+        if issubclass(group, Flags):
+            inherited = {it.name for base in group.__bases__ if is_dataclass(base) for it in fields(base)}
+            if own := [it for it in fields(group) if it.name not in inherited]:
+                groups.setdefault(group.heading, []).extend(own)
+    order = {heading: place for place, heading in enumerate(HEADINGS)}
+    return dict(sorted(groups.items(), key=lambda item: order.get(item[0], -1)))
+
+
+def all_flags(config_type: type[Flags]) -> "list[Field[Any]]":
+    """The flags of a config, in the order of --help."""
+    return [flag for group in flags_by_heading(config_type).values() for flag in group]

@@ -1,0 +1,164 @@
+"""Flags of GRPO: rollouts, rewards, loss, optimizer, reference. Names are TRL's where TRL has them."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from grpo_ds.core.objective import KlEstimator, LossType, RewardScale
+from grpo_ds.settings.flags import Flags, failed, flag
+from grpo_ds.task.reward_files import reward_problems
+from grpo_ds.task.rewards import READY_MADE
+from grpo_ds.task.scoring import OnRewardError
+
+ReferenceKind = Literal["auto", "int8", "llm.int8", "bf16", "bf16-cpu"]
+MAX_TIMEOUT = 1e6  # seconds, twelve days: an alarm cannot be set to more than an int holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutFlags(Flags):
+    """How many questions and completions a step has, and how many steps there are."""
+
+    heading: ClassVar[str] = "rollouts"
+
+    num_generations: int = flag(4, "completions per question, the G of the paper")
+    batch_size: int = flag(2, "questions per step on each rank")
+    temperature: float = flag(1.0, "temperature of sampling and of the log-probs")
+    num_steps: int = flag(100, "steps per outer iteration")
+    num_iterations: int = flag(1, "outer iterations, each with a new reference made from the policy")
+    balance_classes: bool = flag(True, "take questions of each class in turn, of a smaller class more often")
+    dynamic_sampling: int = flag(0, "times a step may replace questions whose rewards are all equal")
+
+    @property
+    def total_steps(self) -> int:
+        """Steps (rollouts) of the run."""
+        return self.num_iterations * self.num_steps
+
+    def problems(self) -> list[str]:
+        alone = (
+            f"num_generations is {self.num_generations}, but an advantage compares a completion with its siblings: "
+            "2 or more, e.g. --num_generations 4"
+        )
+        return [
+            *failed(
+                (self.num_generations < 2, alone),
+                (self.temperature <= 0, f"temperature is {self.temperature}; sampling needs more than 0"),
+                *(
+                    (getattr(self, name) < 1, f"{name} must be 1 or more")
+                    for name in ("batch_size", "num_steps", "num_iterations")
+                ),
+                (self.dynamic_sampling < 0, "dynamic_sampling must be 0 or more"),
+            ),
+            *super().problems(),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardFlags(Flags):
+    heading: ClassVar[str] = "rewards"
+
+    reward_funcs: str = flag("correctness,format", f"comma-separated: {', '.join(READY_MADE)}, FILE.py:FUNCTION")
+    reward_weights: str | None = flag(None, "a factor for each of reward_funcs, comma-separated; default: 1 each")
+    reward_timeout: float = flag(60.0, "seconds that a call of a reward function may take; 0: no limit")
+    on_reward_error: OnRewardError = flag("stop", "when a reward function fails; zero: continue without its rewards")
+    correctness_reward: float = flag(2.0, "reward for the correct answer in a well-formed completion")
+    format_reward: float = flag(0.2, "reward for each of the two tag pairs that is well-formed")
+    overlong_buffer: int = flag(0, "last tokens before the length limit that cost reward; 0: none")
+    overlong_penalty: float = flag(1.0, "reward that a completion at the limit loses, with overlong_buffer")
+
+    def problems(self) -> list[str]:
+        return [
+            *reward_problems(self.reward_funcs, self.reward_weights),
+            *failed(
+                (not 0 <= self.reward_timeout < MAX_TIMEOUT, "reward_timeout must be 0 or more seconds"),
+                (not self.overlong_penalty >= 0, "overlong_penalty must be 0 or more; it is subtracted"),
+            ),
+            *super().problems(),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossFlags(Flags):
+    heading: ClassVar[str] = "loss"
+
+    loss_type: LossType = flag("grpo", "surrogate and normalisation; formulas: docs/losses.md")
+    epsilon: float = flag(0.2, "clip the ratio below 1 - epsilon; gspo wants 3e-4")
+    epsilon_high: float | None = flag(None, "clip it above 1 + epsilon_high (dapo: 0.28, cispo: 4); default: epsilon")
+    delta: float | None = flag(None, "upper bound of the ratio where the advantage is negative, e.g. 4; default: none")
+    beta: float = flag(0.04, "weight of the KL to the reference; 0 loads no reference")
+    kl_estimator: KlEstimator = flag(
+        "k3", "estimator of the KL; k3_corrected is k3 times the ratio, with an unbiased gradient"
+    )
+    scale_rewards: RewardScale = flag(
+        "group", "std that divides advantages: of the group, of the batch, or none (Dr. GRPO)"
+    )
+    mask_truncated_completions: bool = flag(False, "leave completions cut at the length limit out of the loss")
+
+    @property
+    def upper_epsilon(self) -> float:
+        """epsilon_high, or epsilon where it is not given."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    def problems(self) -> list[str]:
+        delta, bound = self.delta, 1 + self.upper_epsilon
+        return [
+            *failed(
+                (self.beta < 0, f"beta is {self.beta}; it must be 0 or more"),
+                (not 0 < self.epsilon < 1, f"epsilon is {self.epsilon}; it must be between 0 and 1"),
+                (
+                    self.epsilon_high is not None and not self.epsilon_high > 0,
+                    f"epsilon_high is {self.epsilon_high}; it must be more than 0",
+                ),
+                (
+                    delta is not None and self.loss_type == "cispo",
+                    "delta has no effect with cispo, which bounds the ratio for either sign: leave it out",
+                ),
+                (
+                    delta is not None and not delta > bound,
+                    f"delta is {delta}; it must be more than 1 + epsilon_high, {bound:g}",
+                ),
+            ),
+            *super().problems(),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerFlags(Flags):
+    heading: ClassVar[str] = "optimizer"
+
+    ds: str = flag("ds_configs/zero2.json", "DeepSpeed JSON; ds_configs/README.md explains the keys")
+    learning_rate: float = flag(1e-6, "constant learning rate")
+    weight_decay: float = flag(0.0, "weight decay of AdamW")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: no clipping")
+    mu: int = flag(1, "optimizer steps on each rollout")
+
+    def problems(self) -> list[str]:
+        return [
+            *failed(
+                (self.learning_rate <= 0, f"learning_rate is {self.learning_rate}; it must be more than 0"),
+                (self.weight_decay < 0, "weight_decay must be 0 or more"),
+                (self.max_grad_norm < 0, "max_grad_norm must be 0 or more"),
+                (self.mu < 1, "mu must be 1 or more"),
+            ),
+            *super().problems(),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceFlags(Flags):
+    heading: ClassVar[str] = "reference"
+
+    reference: ReferenceKind = flag("auto", "how the reference is kept; auto: int8, or with LoRA the policy's own base")
+    sync_ref_model: bool = flag(False, "move the reference towards the policy every ref_model_sync_steps steps")
+    ref_model_mixup_alpha: float = flag(
+        0.6, "such a move makes alpha policy + (1 - alpha) reference; less than 1 needs a bf16 reference"
+    )
+    ref_model_sync_steps: int = flag(512, "steps between two such moves")
+
+    def problems(self) -> list[str]:
+        alpha = f"ref_model_mixup_alpha is {self.ref_model_mixup_alpha:g}; it must be above 0 and at most 1"
+        return [
+            *failed(
+                (not 0 < self.ref_model_mixup_alpha <= 1, alpha),
+                (self.ref_model_sync_steps < 1, "ref_model_sync_steps must be 1 or more"),
+            ),
+            *super().problems(),
+        ]

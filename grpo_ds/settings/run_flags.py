@@ -1,0 +1,137 @@
+"""Flags of the run: adapter, memory, output, safety."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from grpo_ds.settings.flags import Flags, failed, flag
+
+TRACKERS = ("none", "wandb", "tensorboard", "trackio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFlags(Flags):
+    heading: ClassVar[str] = "adapter"
+
+    lora_r: int = flag(0, "rank of a LoRA adapter on a frozen base; 0: train all parameters")
+    lora_alpha: int = flag(32, "the adapter's update is scaled by lora_alpha / lora_r")
+    lora_target: str = flag("all-linear", "layers with an adapter: all-linear, or names such as q_proj,v_proj")
+    load_in_4bit: bool = flag(False, "QLoRA: the frozen base in 4 bits (NF4), about a quarter of its memory")
+    load_in_8bit: bool = flag(False, "the frozen base in 8 bits (LLM.int8), about half of its memory")
+    merge_adapter: bool = flag(False, "also save base and adapter as one ordinary model, in output_dir/merged")
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.lora_target.split(","))
+
+    @property
+    def base_bits(self) -> int:
+        """Bits of a weight of the frozen layers; 16 stands for the run's own precision."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else 16
+
+    def problems(self) -> list[str]:
+        return [
+            *failed(
+                (self.lora_r < 0, f"lora_r is {self.lora_r}; it must be 0 (no adapter) or more"),
+                (self.lora_alpha <= 0, f"lora_alpha is {self.lora_alpha}; it must be more than 0"),
+                (not all(self.lora_targets), "lora_target is all-linear or names without gaps: q_proj,v_proj"),
+                (self.load_in_4bit and self.load_in_8bit, "load_in_4bit and load_in_8bit exclude each other"),
+                *(
+                    (getattr(self, name) and not self.lora_r, f"{name} is for an adapter: add --lora_r 16")
+                    for name in ("load_in_4bit", "load_in_8bit", "merge_adapter")
+                ),
+            ),
+            *super().problems(),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags(Flags):
+    """The one flag of memory that evaluation has as well."""
+
+    heading: ClassVar[str] = "memory"
+
+    generation_batch_size: int | None = flag(
+        None, "completions sampled at once, in training and evaluation; default: what the memory plan has room for"
+    )
+
+    def problems(self) -> list[str]:
+        wrong = (self.generation_batch_size or 1) < 1  # 0 means all of a step
+        return [*failed((wrong, "generation_batch_size must be 1 or more")), *super().problems()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryFlags(SamplingFlags):
+    heading: ClassVar[str] = "memory"
+
+    gradient_checkpointing: bool | None = flag(
+        None, "recompute activations in the backward pass; default: where the memory plan has no room for them"
+    )
+    pack_tokens: int = flag(0, "tokens per backward; 0: all of a step in one backward, which is fastest")
+    logprob_chunk_mib: float = flag(64.0, "MiB that a block of logits and its temporaries may take")
+    cuda_graphs: bool = flag(False, "on a GPU, launch the kernels of a sampled token together")
+    plan: bool = flag(False, "print the memory this run would take, phase by phase, and stop")
+    dry_run_worst_case: bool = flag(False, "first try a step of the longest prompts and completions; changes nothing")
+    oom_retry: bool = flag(False, "on one rank, repeat a phase that runs out of memory in smaller parts; same results")
+
+    def problems(self) -> list[str]:
+        return [
+            *failed((self.logprob_chunk_mib <= 0, "logprob_chunk_mib must be more than 0")),
+            *super().problems(),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputFlags(Flags):
+    """What a run writes, and which run it resumes."""
+
+    heading: ClassVar[str] = "output"
+
+    output_dir: str | None = flag(None, "folder of the trained model and its metrics; default: outputs/MODEL-DATE-TIME")
+    save_steps: int = flag(50, "steps between checkpoints (output_dir/checkpoint-N), and one at the end; 0: none")
+    save_total_limit: int | None = flag(2, "newest checkpoints to keep, beside the best by eval_steps; null: all")
+    eval_steps: int = flag(0, "steps between evaluations during training; 0: only before and after it")
+    resume_from_checkpoint: str | None = flag(
+        None, "a checkpoint-N folder, or auto: the newest complete one of output_dir; flags come from it"
+    )
+    log_completions: bool = flag(False, "write every completion with its rewards to completions.jsonl and the trackers")
+    report_to: str = flag(
+        "none", f"{TRACKERS[0]}, or some of {','.join(TRACKERS[1:])}; keys are read from the environment only"
+    )
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Names in report_to, each once."""
+        return tuple(dict.fromkeys(name.strip() for name in self.report_to.split(",")))
+
+    def problems(self) -> list[str]:
+        limit, save, evaluate = self.save_total_limit, self.save_steps, self.eval_steps
+        unknown = [name for name in self.trackers if name not in TRACKERS]
+        return [
+            *failed(
+                (save < 0, f"save_steps is {save}; it must be 0 (none) or more"),
+                (evaluate < 0, f"eval_steps is {evaluate}; it must be 0 (never) or more"),
+                (limit is not None and limit < 1, f"save_total_limit is {limit}; it must be 1 or more, or null: all"),
+                (
+                    save > 0 and evaluate > 0 and save % evaluate != 0,
+                    f"save_steps is {save}; make it a multiple of eval_steps, {evaluate}: "
+                    "the best checkpoint must be one that was evaluated",
+                ),
+                (bool(unknown), f"report_to names {', '.join(unknown)}; available: {', '.join(TRACKERS)}"),
+                (
+                    "none" in self.trackers and len(self.trackers) > 1,
+                    f"report_to is {self.report_to}: none cannot be combined with others",
+                ),
+            ),
+            *super().problems(),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafetyFlags(Flags):
+    heading: ClassVar[str] = "safety"
+
+    preflight: bool = flag(True, "before the first step, check gradients, log-probs and versions; takes seconds")
+    max_bad_steps: int = flag(3, "steps in a row that may be skipped because a number is not finite; one more stops")
+
+    def problems(self) -> list[str]:
+        return [*failed((self.max_bad_steps < 0, "max_bad_steps must be 0 or more")), *super().problems()]

@@ -1,0 +1,51 @@
+"""The config saved beside a model: how it was made, and how it has to be asked."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grpo_ds.errors import UsageError
+from grpo_ds.settings.config import AskConfig
+from grpo_ds.settings.flags import all_flags
+
+CONFIG_FILE = "grpo_config.yaml"
+SYSTEM_PROMPT_FILE = "system_prompt.txt"  # a copy of --system_prompt
+OF_ONE_RUN = ("output_dir", "resume_from_checkpoint", "plan")  # not saved: another run has its own
+
+
+def write_config(config: AskConfig, folder: Path) -> None:
+    """Write the resolved config as YAML; `--config` reads it back, for a run into a folder of its own."""
+    names = [flag.name for flag in all_flags(type(config)) if flag.name not in OF_ONE_RUN]
+    values = {name: getattr(config, name) for name in names}
+    if config.system_prompt:
+        values["system_prompt"] = str(folder / SYSTEM_PROMPT_FILE)
+        (folder / SYSTEM_PROMPT_FILE).write_text(f"{config.system_prompt_text}\n", encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def prompt_recipe(folder: Path) -> dict[str, Any]:
+    """Flags with which a model trained by us is asked, from the config saved beside it; {} without one."""
+    saved = folder / CONFIG_FILE
+    if not saved.is_file():
+        return {}
+    try:
+        values = yaml.safe_load(saved.read_bytes().decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        values = None
+    if not isinstance(values, dict):
+        raise UsageError(
+            f"{saved} is damaged: it holds no settings. The model was trained with the prompt described there:\n"
+            "restore it, or remove it and give --system_prompt, --labels and the tags yourself."
+        )
+    if values.get("system_prompt"):  # the copy, wherever the model has been moved
+        values["system_prompt"] = str(folder / SYSTEM_PROMPT_FILE)
+    # Only the person may allow code to run here, not a file that came with a model.
+    allowed = [flag for flag in all_flags(AskConfig) if flag.name not in ("model", "trust_remote_code")]
+    found = {flag.name: values[flag.name] for flag in allowed if flag.name in values}
+    numbers = [flag.name for flag in allowed if isinstance(flag.default, int)]
+    if wrong := [name for name in numbers if not isinstance(found.get(name, 0), int)]:
+        raise UsageError(
+            f"{saved}: {wrong[0]} is {found[wrong[0]]!r}, which is not a number. Fix it or delete the file."
+        )
+    return found

@@ -1,0 +1,73 @@
+"""How questions are put to the model, and how its tokens become the text that rewards and grades read.
+
+The same in training, evaluation and `ask`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from grpo_ds.settings.config import AskConfig
+from grpo_ds.task.answers import AnswerFormat
+from grpo_ds.task.prompts import encode_prompt
+from grpo_ds.task.questions import Question
+from grpo_ds.training.sampling import Completions
+
+
+@dataclass(frozen=True, slots=True)
+class PromptStyle:
+    """The settings of a prompt.
+
+    Example:
+        style = PromptStyle(AnswerFormat(("yes", "no")), few_shot=0, prefill=False, max_prompt_length=768)
+        style.encode(tokenizer, questions)  # [[151644, 8948, ...], ...], a list of token ids for each question
+    """
+
+    answer_format: AnswerFormat
+    few_shot: int  # worked examples
+    prefill: bool  # the prompt ends with the opening reasoning tag
+    max_prompt_length: int  # tokens
+    system_prompt: str = ""  # "": the packaged one
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[list[int]]:
+        """Token ids of each question's prompt. Raises DataError if a question alone is longer than a prompt may be."""
+        return [_prompt_ids(tokenizer, question, self) for question in questions]
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase, completions: Completions) -> list[str]:
+        """Text of each completion as rewards and grades read it, with a prefilled tag put back in front."""
+        opening = self.answer_format.opening * self.prefill
+        rows = zip(completions.ids, completions.mask, strict=True)
+        return [opening + _decode(tokenizer, ids[mask]) for ids, mask in rows]
+
+
+def prompt_style(config: AskConfig) -> PromptStyle:
+    """Return the style that this config asks for."""
+    return PromptStyle(
+        config.answer_format, config.few_shot, config.prefill, config.max_prompt_length, config.system_prompt_text
+    )
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, " C"]) -> str:
+    """Text of a completion without its final EOS.
+
+    Any other control token stays: left out, it could stand in the middle of an answer that would then be rewarded.
+    """
+    ends_in_control = len(ids) > 0 and not tokenizer.decode(ids[-1:], skip_special_tokens=True)
+    return str(tokenizer.decode(ids[:-1] if ends_in_control else ids, skip_special_tokens=False))
+
+
+@lru_cache(maxsize=20_000)  # a run checks all prompts before its first step and asks each again every epoch
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, question: Question, style: PromptStyle) -> list[int]:
+    return encode_prompt(
+        tokenizer,
+        question,
+        answer_format=style.answer_format,
+        few_shot=style.few_shot,
+        prefill=style.prefill,
+        max_prompt_length=style.max_prompt_length,
+        system_prompt=style.system_prompt,
+    ).ids

@@ -1,0 +1,42 @@
+"""--dry_run_worst_case: one step on the longest prompts with the longest completions, which changes nothing.
+
+A run that would go out of memory does so now and not after an hour.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from grpo_ds.core.packing import PackedRows
+from grpo_ds.memory.plan import GIB, MemoryKind
+from grpo_ds.training.rollout import micro_batches
+
+if TYPE_CHECKING:
+    from grpo_ds.training.trainer import Trainer
+
+RARE_ID = 100  # token of the made-up prompts: any will do
+
+
+def rehearse(trainer: "Trainer") -> None:
+    """Run every phase of a step at its largest size and print the peaks."""
+    config, sampler, reference, guard = trainer.config, trainer.sampler, trainer.reference, trainer.guard
+    prompts = [[RARE_ID] * config.max_prompt_length] * config.batch_size
+    with sampler.to_full_length():
+        completions = guard.run(
+            "sample", sampler, prompts, group_size=config.num_generations, temperature=config.temperature
+        )
+    tensors = trainer.row_prompts([torch.tensor(prompt, device=completions.ids.device) for prompt in prompts])
+
+    def packed() -> Iterator[PackedRows]:
+        yield from (rows for rows, _ in micro_batches(tensors, completions, trainer.limits.tokens))
+
+    if reference:
+        guard.run("reference", lambda: [reference(rows) for rows in packed()])
+    guard.run("update", lambda: trainer.engine.rehearse(packed()))
+    kind: MemoryKind = "gpu" if trainer.world.device.type == "cuda" else "ram"
+    peaks = ", ".join(f"{use.phase} {use.peak(kind) / GIB:.1f}" for use in trainer.profiler.uses().values())
+    trainer.console.line(
+        f"Worst case rehearsed: {config.max_prompt_length} + {config.max_completion_length} tokens; "
+        f"GiB at the peak of each phase: {peaks}"
+    )

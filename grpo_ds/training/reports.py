@@ -1,0 +1,98 @@
+"""Reports that a run writes: answers, memory, summary, model card, page. A failure here is at most a warning."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo_ds.report.held_out import grades, write_held_out
+from grpo_ds.report.memory_measured import write_memory
+from grpo_ds.report.model_card import write_card
+from grpo_ds.report.trackers import write_summary
+from grpo_ds.run_folder.files import HELD_OUT_FILE
+from grpo_ds.task.grading import Evaluation
+from grpo_ds.task.questions import Question
+from grpo_ds.task.scoring import Rewards, joined
+from grpo_ds.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a run."""
+
+    rewards: list[float]  # mean reward of each step, over all ranks
+    before: Evaluation
+    after: Evaluation
+
+    def quarters(self) -> tuple[float, float]:
+        """Mean reward of the first and of the last quarter of the steps."""
+        size = max(1, len(self.rewards) // 4)
+        return sum(self.rewards[:size]) / size, sum(self.rewards[-size:]) / size
+
+    def summary(self, questions: Sequence[Question]) -> dict[str, Any]:
+        """Figures of the complete run, for summary.json and the trackers."""
+        rewards = {"steps": len(self.rewards), "reward_first": self.rewards[0], "reward_last": self.rewards[-1]}
+        return {**rewards, **grades(questions, {"before": self.before, "after": self.after})}
+
+
+class Reports:
+    """Writes the reports of a run into its folder, on rank 0."""
+
+    def __init__(self, trainer: Trainer, questions: Sequence[Question], folder: Path) -> None:
+        """questions: the held-out ones."""
+        self.trainer, self.questions, self.folder = trainer, questions, folder
+        self.config, self.console, self.writes = trainer.config, trainer.console, trainer.world.is_first
+
+    def summary(self, outcome: Outcome, *, train: int) -> dict[str, Any]:
+        """Write summary.json and the model card; return the summary. train: number of training questions."""
+        counts = {"train": train, "held_out": len(self.questions)}
+        summary = {**outcome.summary(self.questions), "questions": counts}
+        if self.writes:
+            with self._at_most_a_warning("summary or model card"):
+                write_summary(self.folder, summary)
+                write_card(self.folder)
+        return summary
+
+    def held_out(self, evaluations: dict[str, Evaluation]) -> None:
+        """Write held_out.json; with rewards only at the end, as a user's function may count its calls."""
+        if self.writes:
+            score = self._score_in_parts if "after" in evaluations else None
+            with self._at_most_a_warning(HELD_OUT_FILE):
+                write_held_out(self.folder, self.questions, evaluations, score)
+
+    def _score_in_parts(self, texts: Sequence[str], questions: Sequence[Question]) -> Rewards:
+        """Score as many texts in one call as in training, since --reward_timeout is meant for that many."""
+        size, score = self.config.batch_size * self.config.num_generations, self.trainer.collector.score
+        parts = [
+            score(texts[start : start + size], questions[start : start + size], on_error="zero")
+            for start in range(0, len(texts), size)
+        ]
+        rewards = joined(parts)
+        for error in rewards.errors.values():
+            self.console.line(f"Warning: {error}\nThese answers have no such reward in {HELD_OUT_FILE}.")
+        return rewards
+
+    def memory(self) -> None:
+        """Print the table of phases; write memory.json and memory.svg."""
+        with self._at_most_a_warning("memory report"):
+            self.console.memory(self.trainer.profiler)
+            if self.writes:
+                self.console.line("Written: {} and {}".format(*write_memory(self.trainer.profiler, self.folder)))
+
+    def page(self) -> None:
+        """Write report.html. It can be made again at any time, so a failure here fails no run."""
+        if not self.writes:
+            return
+        with self._at_most_a_warning("report"):
+            from grpo_ds.report.page import write_page
+
+            self.console.line(f"Report: {write_page(self.folder)}")
+
+    @contextmanager
+    def _at_most_a_warning(self, what: str) -> Iterator[None]:
+        """Turn any error of a report into a warning: a disk, a library or our own bug must not end the run."""
+        try:
+            yield
+        except Exception as error:
+            self.console.line(f"Warning: no {what} was written ({type(error).__name__}: {error}).")

@@ -1,0 +1,130 @@
+"""Flags in groups, and the order in which defaults, recipes and typed flags win."""
+
+import re
+
+import pytest
+from jsonargparse import ArgumentParser
+
+from grpo_ds.commands.ask import QuestionConfig
+from grpo_ds.commands.select import SelectConfig
+from grpo_ds.commands.settle import settle
+from grpo_ds.errors import MAX_LINES, UsageError
+from grpo_ds.models.presets import EMBEDDED, PRESETS
+from grpo_ds.settings.command_line import parse
+from grpo_ds.settings.config import AskConfig, EvaluateConfig, TrainConfig
+from grpo_ds.settings.flags import HEADINGS, Flags, all_flags, flags_by_heading
+
+LAPTOP = PRESETS[EMBEDDED].recipe
+
+
+def help_of(config_type, capsys):
+    with pytest.raises(SystemExit):
+        parse(config_type, ["--help"], about="What it does.")
+    return capsys.readouterr().out
+
+
+def error_of(build) -> str:
+    with pytest.raises(UsageError) as error:
+        build()
+    assert len(str(error.value).splitlines()) <= MAX_LINES
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config_type", "headings"),
+    [
+        (TrainConfig, [*HEADINGS]),
+        (EvaluateConfig, ["model", "data", "prompt", "memory"]),
+        (AskConfig, ["model", "data", "prompt"]),
+        (SelectConfig, ["machine", *HEADINGS]),
+        (QuestionConfig, ["questions", "model", "data", "prompt"]),
+    ],
+)
+def test_help_shows_the_flags_below_headings(config_type, headings, capsys):
+    shown = help_of(config_type, capsys)
+    assert re.match(r"usage: \S+ \[options\]\n\nWhat it does\.", shown)
+    assert re.findall(r"^(\w+):$", shown, re.M) == ["options", *headings]
+    for heading, flags in flags_by_heading(config_type).items():
+        below = shown.partition(f"\n{heading}:\n")[2].partition("\n\n")[0]
+        assert re.findall(r"^  --(\w+)", below, re.M) == [flag.name for flag in flags]
+
+
+def test_every_flag_is_in_one_group_and_has_a_line_of_help():
+    names = [flag.name for flag in all_flags(TrainConfig)]
+    assert len(names) == len(set(names)) == 72
+    assert set(flags_by_heading(TrainConfig)) == set(HEADINGS)
+    assert all(flag.metadata["help"] for flag in all_flags(TrainConfig))
+
+
+def test_every_group_reports_its_problems():
+    """A group that forgets super() would hide the problems of the groups behind it."""
+    wrong = TrainConfig(
+        labels="yes", max_prompt_length=0, eval_limit=0, num_steps=0, reward_timeout=-1, beta=-1, mu=0,
+        ref_model_sync_steps=0, lora_alpha=0, logprob_chunk_mib=0, generation_batch_size=-1, save_steps=-1,
+        max_bad_steps=-1, few_shot=-1, overlong_buffer=-1,
+    )  # fmt: skip
+    changed = [flag.name for flag in all_flags(TrainConfig) if getattr(wrong, flag.name) != flag.default]
+    assert len(changed) == 15 and [name for name in changed if name not in " ".join(wrong.problems())] == []
+    groups = [group for group in TrainConfig.__mro__ if issubclass(group, Flags) and "problems" in vars(group)]
+    assert [group for group in groups if group is not Flags and not set(changed) & vars(group).keys()] == [
+        TrainConfig,  # overlong_buffer: what concerns several groups
+        AskConfig,  # few_shot
+    ]
+
+
+# Defaults < recipe < typed < decided by the command.
+
+
+def test_typed_flags_win_over_a_recipe_and_a_recipe_over_defaults():
+    parsed = parse(TrainConfig, ["--num_steps", "7"], about="")
+    config = parsed.config({"num_steps": 14, "max_completion_length": 48, "no_flag_of_ours": 1}, model="mine")
+    assert (config.num_steps, config.max_completion_length, config.seed, config.model) == (7, 48, 0, "mine")
+    assert parsed.typed == {"num_steps"}
+
+
+def test_values_are_checked_with_the_recipe_and_not_before():
+    parsed = parse(TrainConfig, ["--pack_tokens", "600"], about="")
+    assert "may have 1067" in error_of(parsed.config)  # of 768 + 300 tokens
+    assert parsed.config(LAPTOP).pack_tokens == 600  # of 512 + 48
+    parsed = parse(TrainConfig, ["--overlong_buffer", "100"], about="")
+    assert parsed.config().overlong_buffer == 100
+    assert "overlong_buffer is 100" in error_of(lambda: parsed.config(LAPTOP))
+
+
+def test_train_checks_the_values_that_the_model_gets(monkeypatch):
+    monkeypatch.setattr("grpo_ds.commands.settle.gpu_memory_gib", lambda: None)
+    assert settle(["--model", EMBEDDED, "--pack_tokens", "600"]).config.pack_tokens == 600
+    assert "overlong_buffer is 100" in error_of(lambda: settle(["--model", EMBEDDED, "--overlong_buffer", "100"]))
+    # With a GPU, auto first means a Qwen at the default lengths.
+    monkeypatch.setattr("grpo_ds.commands.settle.gpu_memory_gib", lambda: 16.0)
+    assert "may have 1067" in error_of(lambda: settle(["--pack_tokens", "600"]))
+
+
+def test_argv_is_parsed_once(monkeypatch):
+    parsed, real = [], ArgumentParser.parse_args
+    monkeypatch.setattr(ArgumentParser, "parse_args", lambda *a, **b: parsed.append(a) or real(*a, **b))
+    settle(["--model", EMBEDDED, "--lora_r", "8"])
+    assert len(parsed) == 1
+
+
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [
+        ({"num_steps": "many"}, ["num_steps", "many"]),
+        ({"reference": "int4"}, ["reference", "int8 | llm.int8", "int4"]),
+        ({"epsilon_high": "wide"}, ["epsilon_high"]),
+        ({"labels": None, "seed": None}, ["seed, labels cannot be null"]),
+        ({"labels": ["yes", "no"]}, ["labels"]),
+    ],
+)
+def test_a_recipe_with_a_wrong_type_is_named(saved, words):
+    message = error_of(lambda: parse(TrainConfig, [], about="").config(saved))
+    assert [word for word in words if word not in message] == [], message
+
+
+def test_null_is_refused_where_it_means_nothing(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("labels: null\nsave_total_limit: null\n")
+    assert error_of(parse(TrainConfig, ["--config", str(file)], about="").config).startswith("labels cannot be null")
+    file.write_text("save_total_limit: null\n")
+    assert parse(TrainConfig, ["--config", str(file)], about="").config().save_total_limit is None
