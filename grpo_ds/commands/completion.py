@@ -53,7 +53,9 @@ def main(argv: list[str]) -> None:
     if len(argv) != 1 or argv[0] not in SHELLS:
         shells = " or ".join(SHELLS)
         raise UsageError(f"grpo-ds completion {shells} prints a script for that shell to eval, e.g. in ~/.bashrc.")
-    names = {name: ["help", "config", "print_config", *(flag.name for flag in all_flags(CONFIGS[name]))] for name in CONFIGS}
+    names = {
+        name: ["help", "config", "print_config", *(flag.name for flag in all_flags(CONFIGS[name]))] for name in CONFIGS
+    }
     names["report"] = ["help", "output"]
     lines = {command: " ".join(f"--{name}" for name in its) for command, its in names.items()}
     flags = {flag.name: flag for config in CONFIGS.values() for flag in all_flags(config)}

@@ -68,7 +68,7 @@ class ActivationMemory:
         return rows * 2 * self.shape.kv_heads * self.shape.head_dim * self.w
 
     def checkpoints(self) -> int:
-        """Tensors that forward keeps for backward: each layer's input, or without checkpointing all that it computed."""
+        """Tensors that forward keeps for backward: each layer's input, or without checkpointing all it computed."""
         a_layer = self.tokens * self.shape.hidden * self.w
         if self.config.gradient_checkpointing is False:
             a_layer = self._saved() + self._gathered()

@@ -221,7 +221,7 @@ def _shortened(message: str, known: set[str], *, lines: int = 5) -> str:
     if unknown := re.fullmatch(r"Option '(\S+)' is not accepted", message.strip()):
         close = difflib.get_close_matches(unknown[1], known, n=1)
         guess = f"; did you mean {close[0]}?" if close else ""
-        message = f"The --config file: there is no flag {unknown[1]}{guess}"
+        message = f"The --config file: unknown flag {unknown[1]}{guess}"
     for choices in (ReferenceKind, LossType, KlEstimator, RewardScale, OnRewardError):
         message = message.replace(str(choices), " | ".join(get_args(choices)))
     texts = [line.strip() for line in message.splitlines() if line.strip()]

@@ -1,8 +1,8 @@
-"""What a command needs to know: AskConfig, EvaluateConfig and TrainConfig, each made of groups of flags.
+"""The config of a command: AskConfig, EvaluateConfig and TrainConfig, each made of groups of flags.
 
-The flags, their defaults and their checks are in data_flags.py, grpo_flags.py and run_flags.py; here are the checks
-and sizes that concern several groups. Command line and YAML (`--config FILE`) are made from these classes
-(command_line.py). A preset's recipe (models/presets.py) replaces defaults, never what was typed.
+Flags, defaults and checks of one group are in data_flags.py, grpo_flags.py and run_flags.py; checks and sizes that
+concern several groups are here. Command line and YAML (`--config FILE`) are made from these classes by command_line.py.
+A preset's recipe (models/presets.py) replaces defaults, never typed flags.
 Nothing heavy is imported here: `--help` and a mistyped flag are answered at once.
 """
 
@@ -20,7 +20,7 @@ from grpo_ds.task.prompts import worked_examples
 
 @dataclass(frozen=True, kw_only=True)
 class AskConfig(ModelFlags, RecordFlags, PromptFlags):
-    """Which model, and how questions are put to it."""
+    """A model, and the prompt that asks it a question."""
 
     @property
     def answer_format(self) -> AnswerFormat:
@@ -48,7 +48,7 @@ class AskConfig(ModelFlags, RecordFlags, PromptFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(DataFlags, AskConfig, SamplingFlags):
-    """Asking a model held-out questions."""
+    """A model, and the questions to evaluate it on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ class TrainConfig(
 
     @property
     def reference_kind(self) -> str:
-        """How the reference is kept: a ReferenceKind other than auto, or "adapter": the policy's own base."""
+        """Kind of the reference: a ReferenceKind other than auto, or "adapter", the policy's own base."""
         return "adapter" if self.lora_r else "int8" if self.reference == "auto" else self.reference
 
     def ds_sizes(self, *, bf16: bool, world_size: int = 1) -> DsSizes:

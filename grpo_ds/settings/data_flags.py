@@ -11,6 +11,8 @@ from grpo_ds.task.records import NO_CONTEXT, Unusable
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFlags(Flags):
+    """The model, by name."""
+
     heading: ClassVar[str] = "model"
 
     model: str = flag("auto", "preset (qwen2.5-0.5b, -1.5b, -3b, -7b, smollm2-135m), hub id or folder; auto: what fits")
@@ -19,7 +21,7 @@ class ModelFlags(Flags):
 
 @dataclass(frozen=True, kw_only=True)
 class RecordFlags(Flags):
-    """How a record of the data is read."""
+    """Fields of a record, and the answers that are allowed."""
 
     heading: ClassVar[str] = "data"
 
@@ -58,7 +60,7 @@ class RecordFlags(Flags):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptFlags(Flags):
-    """How a question is put to the model, and how long an answer may be."""
+    """The prompt of a question, and the lengths of prompt and answer."""
 
     heading: ClassVar[str] = "prompt"
 

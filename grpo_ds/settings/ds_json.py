@@ -45,7 +45,7 @@ def here_or_shipped(path: Path) -> Path:
 
 
 def no_such_file(path: Path) -> str:
-    """Message for a path that is no file, with the names of the shipped ones."""
+    """Message for a path that is not a file, with the names of the shipped files."""
     shipped = sorted(f"{SHIPPED.name}/{file.name}" for file in SHIPPED.glob("*.json"))
     what = "is a folder, not a JSON file" if path.is_dir() else "does not exist"
     named = ", ".join(shipped) or "none here, as they come with a checkout of the project"

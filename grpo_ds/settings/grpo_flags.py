@@ -15,7 +15,7 @@ MAX_TIMEOUT = 1e6  # seconds, twelve days: an alarm cannot be set to more than a
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutFlags(Flags):
-    """How many questions and completions a step has, and how many steps there are."""
+    """Questions and completions of a step, and the number of steps."""
 
     heading: ClassVar[str] = "rollouts"
 
@@ -53,6 +53,8 @@ class RolloutFlags(Flags):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardFlags(Flags):
+    """Reward functions and their sizes."""
+
     heading: ClassVar[str] = "rewards"
 
     reward_funcs: str = flag("correctness,format", f"comma-separated: {', '.join(READY_MADE)}, FILE.py:FUNCTION")
@@ -77,6 +79,8 @@ class RewardFlags(Flags):
 
 @dataclass(frozen=True, kw_only=True)
 class LossFlags(Flags):
+    """The loss: docs/losses.md."""
+
     heading: ClassVar[str] = "loss"
 
     loss_type: LossType = flag("grpo", "surrogate and normalisation; formulas: docs/losses.md")
@@ -122,6 +126,8 @@ class LossFlags(Flags):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerFlags(Flags):
+    """The optimizer; DeepSpeed's JSON owns the rest of it."""
+
     heading: ClassVar[str] = "optimizer"
 
     ds: str = flag("ds_configs/zero2.json", "DeepSpeed JSON; ds_configs/README.md explains the keys")
@@ -144,6 +150,8 @@ class OptimizerFlags(Flags):
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceFlags(Flags):
+    """The frozen model that the KL is measured to."""
+
     heading: ClassVar[str] = "reference"
 
     reference: ReferenceKind = flag("auto", "how the reference is kept; auto: int8, or with LoRA the policy's own base")

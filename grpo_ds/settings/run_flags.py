@@ -10,6 +10,8 @@ TRACKERS = ("none", "wandb", "tensorboard", "trackio")
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFlags(Flags):
+    """A LoRA adapter and its base: docs/lora.md."""
+
     heading: ClassVar[str] = "adapter"
 
     lora_r: int = flag(0, "rank of a LoRA adapter on a frozen base; 0: train all parameters")
@@ -46,7 +48,7 @@ class AdapterFlags(Flags):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingFlags(Flags):
-    """The one flag of memory that evaluation has as well."""
+    """The memory flag that evaluation needs as well."""
 
     heading: ClassVar[str] = "memory"
 
@@ -61,6 +63,8 @@ class SamplingFlags(Flags):
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryFlags(SamplingFlags):
+    """Memory and speed: docs/memory.md."""
+
     heading: ClassVar[str] = "memory"
 
     gradient_checkpointing: bool | None = flag(
@@ -82,7 +86,7 @@ class MemoryFlags(SamplingFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class OutputFlags(Flags):
-    """What a run writes, and which run it resumes."""
+    """Files that a run writes, and the checkpoint that it resumes from."""
 
     heading: ClassVar[str] = "output"
 
@@ -128,6 +132,8 @@ class OutputFlags(Flags):
 
 @dataclass(frozen=True, kw_only=True)
 class SafetyFlags(Flags):
+    """Checks before and during training."""
+
     heading: ClassVar[str] = "safety"
 
     preflight: bool = flag(True, "before the first step, check gradients, log-probs and versions; takes seconds")

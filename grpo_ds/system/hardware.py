@@ -1,4 +1,4 @@
-"""What this machine has: torch and other versions, GPU memory, RAM, bf16 on the CPU. No torch is imported."""
+"""Hardware and software of this machine: versions, GPU memory, RAM, bf16 on the CPU. Does not import torch."""
 
 import os
 import re

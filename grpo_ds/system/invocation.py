@@ -1,4 +1,4 @@
-"""How this process was started, so that messages name commands that the person can type.
+"""The command that started this process, so that messages name commands that the person can type.
 
 A command has three entry points: `grpo-ds train`, `python -m grpo_ds train` and `python launch/train.py`; launchers
 use the last two.

@@ -128,7 +128,7 @@ def test_a_question_stays_text_even_if_it_is_valid_yaml(text):
     assert (config.question, config.context) == (text, text)
 
 
-# What is printed.
+# Printed answers.
 
 
 def answered(text, *, label=""):

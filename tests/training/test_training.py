@@ -118,7 +118,7 @@ def test_the_run_ends_with_its_report(launched):
     assert f"Report: {folder / 'report.html'}" in output and "Warning: no report" not in output
     page = (folder / "report.html").read_text()
     assert "This run has not ended" not in page and "damaged" not in page
-    assert all(part in page for part in ("Held-out questions", "Memory over time", "KL a token", "Settings"))
+    assert all(part in page for part in ("Held-out questions", "Memory over time", "KL per token", "Settings"))
 
 
 def test_metrics_hold_a_line_a_step(launched):
