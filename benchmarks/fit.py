@@ -157,9 +157,8 @@ def train(config: Any, ds: Any, plan: Any) -> dict[str, Any]:
     ours = ready_made(answer_format=config.answer_format)
     rewards = {name: (ours[name], 1.0) for name in ("correctness", "format")}
     questions = read_questions("sample", labels=config.label_names).questions
-    trainer = Trainer(config, ds, here, Console(speaks=False), rewards, plan)
-    trainer.profiler.exact = True
-    trainer.collector.style = ShortStyle(config.answer_format, 0, False, max_prompt_length=4096)
+    style = ShortStyle(config.answer_format, 0, False, max_prompt_length=4096)
+    trainer = Trainer(config, ds, here, Console(speaks=False), rewards, plan, exact_memory=True, style=style)
     trainer.make_reference(questions)
     rehearse(trainer)
     for step in range(2):

@@ -166,14 +166,13 @@ def ours(arguments: argparse.Namespace) -> None:
     job = fitted(Job(shape_of(config.model), config, ds, "cuda" if card else "cpu"), card or 0, ram_gib())
     config = job.config
     rewards = {"spread": (lambda completions, **_: spread(completions), 1.0)}
-    trainer = Trainer(config, ds, ranks.start(), Console(speaks=False), rewards)
-    fixed = [trainer.tokenizer(text)["input_ids"] for text in prompts(trainer.tokenizer, arguments)]
 
     class Fixed(PromptStyle):
         def encode(self, tokenizer: Any, questions: Any) -> list[list[int]]:
-            return fixed[: len(questions)]
+            return [tokenizer(text)["input_ids"] for text in prompts(tokenizer, arguments)][: len(questions)]
 
-    trainer.collector.style = Fixed(config.answer_format, 0, False, arguments.prompt)
+    style = Fixed(config.answer_format, 0, False, arguments.prompt)
+    trainer = Trainer(config, ds, ranks.start(), Console(speaks=False), rewards, style=style)
     trainer.sampler.full_length = not arguments.free
     questions = list(read_questions("sample").questions)
     trainer.make_reference(questions)
@@ -188,8 +187,8 @@ def ours(arguments: argparse.Namespace) -> None:
         total = time.perf_counter() - started
         seconds = {phase: metrics[f"seconds/{phase}"] for phase in ("sample", "reference", "update", "step")}
         seconds["update"] += seconds.pop("step")
-        result = {"total": total, "peak": metrics["memory/ram_gib"], "length": metrics["completions/mean_length"]}
-        report({**seconds, **result})
+        peak = metrics.get("memory/gpu_peak_gib", metrics["memory/ram_gib"])
+        report({**seconds, "total": total, "peak": peak, "length": metrics["completions/mean_length"]})
 
 
 # Our ds_configs/zero2.json, with the keys that transformers fills.

@@ -31,13 +31,13 @@ class Limits:
             least_tokens=config.longest,
         )
 
-    def halved(self, config: TrainConfig) -> dict[str, float]:
+    def lowered(self, config: TrainConfig) -> dict[str, float]:
         """Return the limits that are smaller by now than `config` asks for."""
         asked = asdict(Limits.of(config))
         return {name: value for name, value in asdict(self).items() if value != asked[name]}
 
     def lower_to(self, smaller: Mapping[str, float]) -> None:
-        """Take over the limits that `halved` returned in an earlier run."""
+        """Take over the limits that `lowered` returned in an earlier run."""
         self.rows = min(self.rows, int(smaller.get("rows", self.rows)))
         self.tokens = min(self.tokens, int(smaller.get("tokens", self.tokens)))
         self.chunk_mib = min(self.chunk_mib, smaller.get("chunk_mib", self.chunk_mib))

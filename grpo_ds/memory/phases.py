@@ -45,7 +45,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class PhaseUse:
-    """All spans of a phase: the largest of each peak, the sum of the times.
+    """The spans of a phase taken together: the largest of each peak, the sum of the times.
 
     Example: two updates of 3.1 and 2.9 seconds, the fuller of which took 5 GiB.
         >>> use = PhaseUse("update", 3.1 + 2.9, ram_peak=5 * GIB, pinned=0, gpu_peak=0, gpu_reserved=0)

@@ -135,7 +135,7 @@ class _RunMemory:
     # --- what is always there ---------------------------------------------------------------------------------
 
     def optimizer(self, *, stepped: bool = True) -> Bytes:
-        """Masters, gradients and moments, wherever they live: the bytes per parameter of the host ladder."""
+        """Masters, gradients and moments, in whichever memory: the bytes per parameter in docs/memory.md."""
         parameters, ds, ours = self.trained, self.ds, self.ds.optimizer.type == "AdamW8bit"
         masters = self._block(parameters * self.master)
         parts = Bytes({"master weights": masters})

@@ -1,1 +1,1 @@
-"""What people read of a run: console, live view, metrics.jsonl, trackers, report page, model card."""
+"""Everything that people read of a run: console, live view, metrics.jsonl, trackers, report page, model card."""

@@ -101,6 +101,20 @@ class Console:
             self.line(f"  {row['question']} ({row['label']})\n    {' '.join(row['completion'].split())}")
             self.line(f"    reward {row['reward']:.2f} ({earned})")
 
+    def reference(self, kind: str, size: int, floor: float) -> None:
+        """Print a new reference's kind, its size in bytes, and the KL at which training starts with it."""
+        self.line(
+            f"Reference: {kind}, {size / 2**20:.0f} MiB; its KL to the policy it was made from is {floor:.4f} a token, "
+            f"so the logged KL starts {'there, not at 0' if floor else 'at 0'}."
+        )
+
+    def grades(self, when: str, grades: Grades) -> None:
+        """Print the grades of an evaluation in a line. when: a heading such as "Before training"."""
+        self.line(
+            f"{when}: accuracy {grades.accuracy:.1%}, macro-F1 {grades.macro_f1:.3f}, well-formed "
+            f"{grades.well_formed:.1%} of {grades.count} (majority baseline: {grades.majority_baseline:.1%})"
+        )
+
     def memory(self, profiler: Profiler) -> None:
         """Print each phase's peak beside its plan, and the phase that needs most."""
         uses = list(profiler.uses().values())

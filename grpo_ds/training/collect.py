@@ -22,7 +22,7 @@ from grpo_ds.task.questions import Question, questions_at
 from grpo_ds.task.rewards import WeightedFunctions
 from grpo_ds.task.scoring import Rewards, score
 from grpo_ds.training.prompt_style import PromptStyle
-from grpo_ds.training.rollout import Groups
+from grpo_ds.training.rollout import Groups, MicroBatch, micro_batches
 from grpo_ds.training.sampling import Completions, Sampler, seed_at
 
 NO_RANK = -1  # stands for all ranks in the seed of a later attempt; no rank's own draw has it
@@ -61,7 +61,7 @@ class Collector:
         """One group for each of these places of the step; later attempts ask other questions there."""
         config = self.config
         seed = seed_at(config.seed, attempt, NO_RANK) if attempt else config.seed
-        here = self.questions_of(step, questions, seed)
+        here = self.rank_questions(step, questions, seed)
         asked = [here[place] for place in places]
         prompts, completions = sample_completions(
             self.sampler,
@@ -75,12 +75,20 @@ class Collector:
         rewards = self.score(texts, [question for question in asked for _ in range(config.num_generations)])
         return Groups(asked, prompts, completions, texts, self.with_overlong_penalty(rewards, completions))
 
-    def questions_of(self, step: int, questions: list[Question], seed: int) -> list[Question]:
-        """This rank's share of the step's questions."""
+    def rank_questions(self, step: int, questions: list[Question], seed: int) -> list[Question]:
+        """Questions of the step (questions_at) that this rank asks."""
         size, first = self.config.batch_size, self.world.rank * self.config.batch_size
         balanced = self.config.balance_classes
         asked = questions_at(step, questions, per_step=size * self.world.size, seed=seed, balanced=balanced)
         return asked[first : first + size]
+
+    def first_completions(self, questions: list[Question]) -> list[MicroBatch]:
+        """Packed rows with one completion of each question that this rank asks in the first step."""
+        config, asked = self.config, self.rank_questions(0, questions, self.config.seed)
+        prompts, completions = sample_completions(
+            self.sampler, self.style, asked, group_size=1, temperature=config.temperature, seed=config.seed
+        )
+        return micro_batches(prompts, completions)
 
     def warn_of_failures(self, rewards: Rewards) -> None:
         """Report the first failure of each reward function that --on_reward_error zero passed over."""

@@ -1,4 +1,9 @@
-"""The metrics of a step over all ranks, under TRL's names where TRL has the metric (docs/trackers.md)."""
+"""The metrics of a step over all ranks, under TRL's names where TRL has the metric (docs/trackers.md lists all).
+
+Names are given where the numbers arise: rewards, lengths and accuracy in rollout.py (`count_into`), kl, entropy and
+clip ratios in update.py (`TOKEN_METRICS`), seconds and memory here, epoch and num_tokens in trainer.py
+(`finish_step`); report/metric_names.py has the names that several readers share.
+"""
 
 import torch
 

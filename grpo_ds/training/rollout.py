@@ -123,11 +123,11 @@ class PartialStep:
     rollout: Rollout
     redrawn: int = 0  # groups exchanged by --dynamic_sampling
     updates: int = 0
-    old_logprobs: Float[Tensor, "B C"] | None = None  # before the first update
+    old_logprobs: Float[Tensor, "B C"] | None = None  # pi_old's; None before the first update, where it is the policy
     tally: Tally = field(default_factory=Tally)
 
-    def count(self, tally: Tally, logprobs: Float[Tensor, "B C"]) -> None:
-        """Record one more update: its sums, and the policy's log-probs before it."""
+    def record(self, tally: Tally, logprobs: Float[Tensor, "B C"]) -> None:
+        """Record one more update: its sums, and the policy's log-probs before it, the old ones of later updates."""
         self.updates += 1
         self.tally.merge(tally)
         if self.old_logprobs is None:

@@ -1,19 +1,22 @@
 """The trainer: a policy, its engine, and the steps of GRPO.
 
-`Trainer.steps` reads like Algorithm 1 of DeepSeekMath (Shao et al. 2024): an outer loop that remakes the reference
-from the policy, a middle loop that samples, and mu updates on every sample. One step is eight calls:
+Algorithm 1 of DeepSeekMath (Shao et al. 2024) has three loops: its outer loop, a new reference, is
+`Trainer.refresh_reference`; its middle loop is `Trainer.steps`; its mu updates are in `Trainer.step`. A step is eight
+calls, in three groups that the guard surrounds:
 
-    questions_at         task/questions.py           the step's questions
-    encode               training/prompt_style.py    prompts as token ids
-    Sampler              training/sampling.py        G completions of each prompt
-    score                task/scoring.py             rewards
-    group_advantages     core/advantages.py          how much better a completion did than its siblings
-    pack, Reference      core/packing.py, models/reference.py        rows with the prompt once; reference log-probs
-    Engine, grpo_loss    models/logprob_model.py, core/losses.py     policy log-probs and the loss
-    backward, step       training/engine.py          gradients, optimizer
+    collect         training/collect.py
+        questions_at        task/questions.py           questions of the step
+        encode              training/prompt_style.py    prompts as token ids
+        sampler             training/sampling.py        G completions of each prompt
+        score               task/scoring.py             rewards
+    make_rollout    training/rollout.py
+        group_advantages    core/advantages.py          how much better a completion did than its siblings
+        reference           models/reference.py         log-probs over packed rows (core/packing.py)
+    update          training/update.py
+        grpo_loss           core/losses.py              from the policy's log-probs (models/logprob_model.py)
+        backward, step      training/engine.py          gradients, optimizer
 
-collect.py makes the first four, rollout.py the next two, update.py the last two. Evaluation, logging, checkpoints and
-signals around the steps are run.py's.
+Evaluation, logging, checkpoints and signals around the steps are run.py's.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,16 +43,16 @@ from grpo_ds.system.signals import Interruption
 from grpo_ds.task.grading import Evaluation
 from grpo_ds.task.questions import Question
 from grpo_ds.task.rewards import WeightedFunctions
-from grpo_ds.training.collect import Collector, sample_completions
+from grpo_ds.training.collect import Collector
 from grpo_ds.training.engine import Engine
 from grpo_ds.training.evaluate import evaluate
 from grpo_ds.training.guard import Guard
 from grpo_ds.training.metrics import step_metrics
 from grpo_ds.training.nonfinite import NonfiniteSteps
 from grpo_ds.training.preflight import preflight
-from grpo_ds.training.prompt_style import prompt_style
+from grpo_ds.training.prompt_style import PromptStyle, prompt_style
 from grpo_ds.training.rehearsal import rehearse
-from grpo_ds.training.rollout import Groups, PartialStep, Rollout, make_rollout, micro_batches
+from grpo_ds.training.rollout import Groups, PartialStep, Rollout, make_rollout
 from grpo_ds.training.sampling import Sampler, seed_at
 from grpo_ds.training.update import Updated, update
 
@@ -69,10 +72,13 @@ class Trainer:
         weights: Path | None = None,
         identity: Mapping[str, str] | None = None,
         exact_memory: bool = False,
+        style: PromptStyle | None = None,
     ) -> None:
-        """weights: folder of the model to resume from, in place of config.model. identity: of run_folder/progress.py.
+        """weights: folder of the model to resume from, in place of config.model.
 
-        exact_memory: every phase starts without memory that the last one has freed.
+        identity: digests of data and settings, which checkpoints keep (run_folder/progress.py). exact_memory: return
+        freed memory to the system after every phase, so that each is measured alone. style: of the prompts, in place
+        of the one that config asks for.
         """
         self.config, self.ds, self.world, self.console = config, ds, world, console
         self.progress = Progress(config.total_steps, dict(identity or {}))
@@ -94,10 +100,10 @@ class Trainer:
             cuda_graphs=config.cuda_graphs,
             poll=self.guard.poll,
         )
-        style = prompt_style(config)
+        style = style or prompt_style(config)
         self.collector = Collector(config, world, self.sampler, style, reward_functions, warn=console.line)
         self.reference: Reference | None = None
-        self.partial_step: PartialStep | None = None  # a rollout between two of its mu updates
+        self.partial_step: PartialStep | None = None  # a rollout whose mu updates are not all done
         self.completions: list[dict[str, Any]] = []  # of the last step on this rank, for people
         self.limits = Limits.of(config)
         self.apply_limits()
@@ -114,23 +120,24 @@ class Trainer:
 
     def step(self, step: int, questions: list[Question]) -> dict[str, float]:
         """One rollout and its mu updates; returns the step's metrics over all ranks."""
-        first_span = len(self.profiler.spans)
+        first_span = len(self.profiler.spans)  # the step's seconds and peaks are those of its spans
         if self.partial_step is None:
             groups, redrawn = self.guard.run("sample", self.collector.collect, step, questions)
-            self.partial_step = PartialStep(self.guard.run("reference", self.make_rollout, groups), redrawn)
+            rollout = self.guard.run("reference", self.make_rollout, groups)
+            self.partial_step = PartialStep(rollout, redrawn)
         partial = self.partial_step
-        self.show(step, partial)
+        self.keep_completions(step, partial)
         while partial.updates < self.config.mu:
-            done = self.guard.run("update", self.update, partial)
-            self.bad_steps.record_step(done.bad, step, partial.rollout, old=partial.old_logprobs, policy=done.logprobs)
-            partial.count(done.tally, done.logprobs)
+            updated = self.guard.run("update", self.update, partial)
+            self.check_numbers(step, partial, updated)
+            partial.record(updated.tally, updated.logprobs)
             if partial.updates < self.config.mu:
                 self.guard.safe_point()
         self.partial_step = None
         return self.finish_step(step, partial, questions, first_span)
 
     def make_rollout(self, groups: Groups) -> Rollout:
-        """Advantages and reference log-probs of sampled groups."""
+        """Add advantages and reference log-probs to sampled groups."""
         return make_rollout(
             replace(groups, prompts=self.row_prompts(groups.prompts)),
             self.world,
@@ -141,7 +148,7 @@ class Trainer:
         )
 
     def update(self, partial: PartialStep) -> Updated:
-        """One optimizer step on a rollout; none if a number was not finite."""
+        """Take one optimizer step on a rollout, or none if a number is not finite."""
         return update(
             self.engine,
             partial.rollout,
@@ -152,14 +159,19 @@ class Trainer:
             objective=self.config.objective,
         )
 
+    def check_numbers(self, step: int, partial: PartialStep, updated: Updated) -> None:
+        """Report a skipped update. Raises NumbersError if --max_bad_steps is exceeded."""
+        old, new = partial.old_logprobs, updated.logprobs
+        self.bad_steps.record_step(updated.bad, step, partial.rollout, old=old, policy=new)
+
     def finish_step(
         self, step: int, done: PartialStep, questions: Sequence[Question], first_span: int
     ) -> dict[str, float]:
         """Advance the progress and return the metrics to log."""
         progress, config = self.progress, self.config
-        asked = config.batch_size * self.world.size
+        questions_per_step = config.batch_size * self.world.size
         progress.num_input_tokens_seen += sum(self.world.gather(done.rollout.tokens()))
-        progress.global_step, progress.epoch = step + 1, (step + 1) * asked / len(questions)
+        progress.global_step, progress.epoch = step + 1, (step + 1) * questions_per_step / len(questions)
         floor = {} if progress.kl_floor is None else {"kl_floor": progress.kl_floor}
         return {
             **step_metrics(config, done, self.world, self.profiler, first_span),
@@ -169,8 +181,8 @@ class Trainer:
             "learning_rate": self.engine.learning_rate,
         }
 
-    def show(self, step: int, partial: PartialStep) -> None:
-        """Keep the step's completions for the log; print the first ones of a run."""
+    def keep_completions(self, step: int, partial: PartialStep) -> None:
+        """Keep the step's completions for the log; print those of the first step."""
         self.completions = partial.rollout.table()
         if step == 0 and not partial.updates:
             self.console.samples(self.completions)
@@ -201,7 +213,7 @@ class Trainer:
             self.console.line(f"Padded rows, which repeat each prompt: this model cannot take packed rows ({reason}).")
 
     def row_prompts(self, prompts: list[Tensor]) -> list[Tensor]:
-        """One prompt for each row to come: a row is a group where the model packs, else a completion."""
+        """Repeat each prompt for its rows: one row for a group if the model packs, else one for each completion."""
         size = 1 if self.engine.policy.packs else self.config.num_generations
         return [prompt for prompt in prompts for _ in range(size)]
 
@@ -222,16 +234,13 @@ class Trainer:
         kind = self.config.reference_kind
         if not self.config.beta:
             return
-        self.reference = self.progress.reference_step = None  # frees the old copy before the new one is made
+        self.reference = self.progress.reference_step = None  # frees the old copy first; a checkpoint now has none
         self.reference = self.guard.run("reference", make_reference, self.engine.policy, kind)
         floor = self.progress.kl_floor = self.guard.run("floor", self.measure_floor, self.reference, questions)
-        self.console.line(
-            f"Reference: {kind}, {self.reference.bytes() / 2**20:.0f} MiB; its KL to the policy it was made from is "
-            f"{floor:.4f} a token, so the KL below starts {'there, not at 0' if floor else 'at 0'}."
-        )
+        self.console.reference(kind, self.reference.bytes(), floor)
 
     def sync_reference(self, questions: list[Question]) -> None:
-        """Move the reference towards the policy as TRL's sync_ref_model does; alpha 1 remakes it."""
+        """Move the reference towards the policy as TRL's sync_ref_model does; alpha 1 or no reference: make one."""
         alpha = self.config.ref_model_mixup_alpha
         if alpha == 1 or self.reference is None:
             return self.make_reference(questions)
@@ -239,13 +248,8 @@ class Trainer:
 
     def measure_floor(self, reference: Reference, questions: list[Question]) -> float:
         """Mean k3 a token between policy and reference, over completions of the first step's questions."""
-        config, asked = self.config, self.collector.questions_of(0, questions, self.config.seed)
-        style, temperature = self.collector.style, config.temperature
-        prompts, completions = sample_completions(
-            self.sampler, style, asked, group_size=1, temperature=temperature, seed=config.seed
-        )
         tally = Tally()
-        for rows, _ in micro_batches(prompts, completions):
+        for rows, _ in self.collector.first_completions(questions):
             tally.add("floor", kl_floor(self.engine.policy, reference, rows))
         return tally.means(self.world.sum(tally.as_tensor()))["floor"]
 
@@ -264,27 +268,21 @@ class Trainer:
         with self.console.progress(when, len(questions)) as advance:
             style, run = self.collector.style, self.guard.run
             result = evaluate(self.sampler, style, questions, self.world, advance=advance, run=run)
-        grades = result.grades
-        self.console.line(
-            f"{when}: accuracy {grades.accuracy:.1%}, macro-F1 {grades.macro_f1:.3f}, well-formed "
-            f"{grades.well_formed:.1%} of {grades.count} (majority baseline: {grades.majority_baseline:.1%})"
-        )
+        self.console.grades(when, result.grades)
         return result
 
     def use_folder(self, folder: Path) -> None:
-        """Name the run's folder, into which bad_batch.json goes if numbers stay not finite."""
+        """Set the folder for bad_batch.json, which is written if numbers stay not finite."""
         self.bad_steps.folder = folder
 
-    # --- state ------------------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
-        """All state beside weights and optimizer (Engine.save_checkpoint) and random numbers of user code.
+        """Return the trainer's state. Weights and optimizer are not in it: Engine.save_checkpoint writes them.
 
         Example:
             {"progress": Progress(global_step=50, ...), "partial_step": None, "reference": {"model.lm_head.codes": ...}}
         """
         progress = replace(
-            self.progress, limits=self.limits.halved(self.config), bad_steps=list(self.bad_steps.in_a_row)
+            self.progress, limits=self.limits.lowered(self.config), bad_steps=list(self.bad_steps.in_a_row)
         )
         reference = self.reference.state() if self.reference else None
         return {"progress": progress, "partial_step": self.partial_step, "reference": reference}

@@ -48,6 +48,9 @@ def _do(run: Callable[[], Any], result: Any) -> None:
     """Call `run`, write its result, and end this process."""
     code, value = FAILED, None
     try:
+        if torch := sys.modules.get("torch"):
+            # Renews torch's thread pool, which a fork loses; threads that renew it at the same time can crash.
+            torch.set_num_threads(1)
         try:
             code, value = 0, run()
         except SystemExit as error:

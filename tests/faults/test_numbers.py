@@ -194,7 +194,7 @@ def test_the_script_ends_in_six_lines_and_exit_code_6(tiny_folder, tmp_path, tri
     message = result.stderr[result.stderr.index("Error: ") :].strip()
     assert len(message.splitlines()) <= MAX_LINES and "Traceback" not in result.stderr
     assert "steps 2 to 3" in message and "lower --learning_rate" in message
-    assert "Preflight:" in result.stdout and "Step 3 is skipped (2 in a row, of at most 1)" in result.stdout
+    assert "Preflight passed:" in result.stdout and "Step 3 is skipped (2 in a row, of at most 1)" in result.stdout
     written = {file.name for file in (tmp_path / "run").iterdir()}
     assert BAD_BATCH in written and not {"model.safetensors", "summary.json"} & written
     tried(KIND, "run ended by name, batch saved")

@@ -320,6 +320,12 @@ def test_gained_and_lost_are_both_shown_and_the_rest_is_counted():
     assert found.shown[10].after.verdict == "wrong: no answer in the required form"
 
 
+def test_the_sentences_on_the_pairs_stand_apart(finished):
+    assert "unchanged, of 40. 30 are shown, changed ones first; the other 10 are in held_out.json." in page(
+        read_run(finished)
+    )
+
+
 def test_long_texts_end_with_how_much_is_missing(run):
     held = json.loads((run / "held_out.json").read_text())
     held["questions"][0]["after"]["text"] = "x" * (LONGEST_TEXT + 17)
