@@ -1,7 +1,7 @@
 """Check the memory plan: real trainers with random weights under memory caps, each phase's peak beside its plan.
 
 A run rehearses the worst case (longest prompts and completions), takes two steps and saves. With a card, each run of
-RUNS_ON_A_CARD has a process of its own, in which torch may use the cap minus CUDA's own memory. Without a card, one run
+RUNS_ON_A_CARD has a separate process, in which torch may use the cap minus CUDA's own memory. Without a card, one run
 of 0.5B in fp32 checks RAM, in which the plan then puts everything.
 
     python benchmarks/fit.py [--docs docs/memory.md]       all runs; the table goes between the file's fit markers
@@ -117,7 +117,7 @@ def one_run(arguments: argparse.Namespace) -> dict[str, Any]:
 def random_model(arguments: argparse.Namespace, folder: Path) -> None:
     """Save a bf16 checkpoint of the preset's shape with random weights and the embedded model's tokenizer.
 
-    It is made in a process of its own, so that its memory is free afterwards.
+    It is made in a separate process, so that its memory is free afterwards.
     """
     if os.fork():
         _, status = os.wait()

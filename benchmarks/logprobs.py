@@ -1,8 +1,8 @@
-"""Cost of log-probs through the head: our chunked version beside TRL's, Liger's and the full logits.
+"""Cost of log-probs through the head: our chunked version, TRL's, Liger's and the full logits.
 
 Each method computes log-probs from hidden states [N, H], head [V, H] and targets, and both gradients. `peak` is the
 memory above the inputs, gradients included: on a card the allocator's peak; on a CPU the growth of resident memory in a
-process of its own, with a malloc that returns freed memory. `seconds` are medians of rounds in which the methods take
+separate process, with a malloc that returns freed memory. `seconds` are medians of rounds in which the methods take
 turns, so that other load on the machine slows all of them. `error` is the largest difference of a log-prob from
 float64, over the first 300 tokens.
 
@@ -29,7 +29,7 @@ NAIVE, TRL_FULL = "full logits, log_softmax + gather", "full logits, TRL selecti
 COMPLETION = 300  # tokens; Liger needs sequences and computes them one at a time
 CHECKED = 300  # tokens whose log-probs are compared with float64
 TRL_CHUNK = 32768  # the value in TRL's trainers
-# glibc keeps freed blocks below a threshold, which it raises over time; a fixed one makes it return larger blocks.
+# glibc keeps freed blocks below a threshold that rises over time; with a fixed one it returns larger blocks.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 Logprobs = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -37,7 +37,7 @@ Logprobs = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One method at one number of tokens; None where it was not measured, or cannot run (`note` says why)."""
+    """One method at one number of tokens; None if it was not measured or cannot run (`note` has the reason)."""
 
     name: str
     tokens: int
@@ -86,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
         "--quick", action="store_true", help="300 tokens, a head of 8,192 x 256, two rounds: a minute on a CPU"
     )
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
-    parser.add_argument("--one_peak", metavar="SIDE", help=argparse.SUPPRESS)  # run in a process of its own
+    parser.add_argument("--one_peak", metavar="SIDE", help=argparse.SUPPRESS)  # run in a separate process
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.vocab, arguments.hidden, arguments.tokens, arguments.rounds = 8192, 256, [300], 2
@@ -94,7 +94,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def naive(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Convert to fp32 after the matmul, as models do that upcast their logits."""
+    """Convert to fp32 after the matmul, like models that upcast their logits."""
     return (hidden @ head.T).float().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 
 
@@ -123,7 +123,7 @@ def liger_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     length = COMPLETION if len(targets) % COMPLETION == 0 else len(targets)
     ids = targets.view(-1, length)
     advantages = torch.linspace(-1, 1, len(ids), device=ids.device)
-    # Without a reference, and without torch.compile, which would compile the [B, T] part alone.
+    # Without a reference, and without torch.compile, which would compile only the [B, T] part.
     loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False)
     return loss(hidden.view(*ids.shape, -1), head, ids, torch.ones_like(ids), advantages)[0]
 
@@ -220,7 +220,7 @@ def peak(name: str, tokens: int, loss: Logprobs, tensors, arguments: argparse.Na
 
 
 def resident_peak(name: str, arguments: argparse.Namespace) -> float:
-    """Return the growth of resident memory in one step, in MB; called in a process of its own."""
+    """Return the growth of resident memory in one step, in MB; called in a separate process."""
     from grpo_ds.memory.phases import reset_resident_peak, resident_memory
 
     loss = loss_of(name, arguments.chunk_mib)

@@ -1,4 +1,4 @@
-"""Speed of optimizer steps on a CPU: our 8-bit AdamW beside bitsandbytes', DeepSpeed's and torch's.
+"""Speed of optimizer steps on a CPU: our 8-bit AdamW, bitsandbytes', DeepSpeed's and torch's.
 
 The optimizers step the same gradient in turn, round after round, so that other load on the machine slows all of them.
 Reported are medians and the fastest step (other load slows a step that computes more than one that waits for memory).
@@ -48,7 +48,7 @@ class Measurement:
 
 def main() -> None:
     arguments = parse_arguments()
-    # DeepSpeed's build needs ninja, which lies in the folder of this Python and may not be in PATH.
+    # DeepSpeed's build needs ninja, which is in the folder of this Python and perhaps not in PATH.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     steps = optimizer_steps(arguments.elements)
     transients = {name: transient_megabytes(step) for name, step in steps.items()}

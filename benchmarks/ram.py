@@ -1,7 +1,7 @@
 """RAM per parameter under ZeRO-2 offload, for each way to keep the master weights.
 
-Each way trains a model of Qwen2.5-0.5B's shape (random weights, bf16) in a process of its own: real DeepSpeed, real
-backward, real optimizer step. The storages of all live tensors are counted, except those that a card would hold:
+Each way trains a model of Qwen2.5-0.5B's shape (random weights, bf16) in a separate process: real DeepSpeed, real
+backward, real optimizer step. The storages of all live tensors are counted, except those that a GPU would hold:
 weights, their gradients, the reduce bucket. On a machine without a GPU these are in RAM too, so the growth of resident
 memory is compared with the count of everything.
 
@@ -133,7 +133,7 @@ def build_engine(arguments: argparse.Namespace):
 
 
 def alive(engine) -> tuple[int, int]:
-    """Return the bytes of all live tensors: those in RAM, and those that a card would hold."""
+    """Return the bytes of all live tensors: those in RAM, and those that a GPU would hold."""
     import torch
 
     zero = engine._engine.optimizer

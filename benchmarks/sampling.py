@@ -1,6 +1,6 @@
-"""Time of sampling beside transformers' generate(): the same model, prompts and length, in turn; ratios of medians.
+"""Compare sampling with transformers' generate(): the same model, prompts and length, in turn; ratios of medians.
 
-generate() gets the prompt repeated for every row, as its users do it. On a card ours also runs with CUDA graphs.
+generate() gets the prompt repeated for every row, as is usual. On a card ours also runs with CUDA graphs.
 Prompts and weights may be random, as only time is measured.
 
     python benchmarks/sampling.py [--questions 1] [--prompt 384] [--generations 8] [--completion 64] [--rounds 3]

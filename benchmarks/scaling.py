@@ -1,7 +1,7 @@
-"""Time of a step by group size, prompt, completion and model, beside a lower bound from arithmetic.
+"""Time of a step by group size, prompt, completion and model, with a lower bound from arithmetic.
 
-One size at a time differs from the middle shape; each shape has a process of its own (benchmarks/step.py's side
-"ours"). The bound is the necessary work at the speed of a large matrix product on this machine, or for decoding, where
+One size at a time differs from the middle shape; each shape has a separate process (benchmarks/step.py's side
+"ours"). The bound is the necessary work at the speed of a large matrix product on this machine; for decoding, if
 that is slower, reading the weights once per token at the speed of a copy. The last column has the tokens of a trainer
 that repeats the prompt for every completion.
 
@@ -108,7 +108,7 @@ def measured(shape: Shape, arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def lower_bound(shape: Shape, dtype: str, flops: float, bandwidth: float) -> dict[str, float]:
-    """Return the seconds of each phase for its matrix products alone (when decoding, for reading the weights)."""
+    """Return the seconds of each phase for only its matrix products (for decoding: reading the weights)."""
     from grpo_ds.models.shapes import shape_of
 
     model = shape_of(shape.model)

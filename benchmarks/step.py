@@ -1,11 +1,11 @@
-"""A complete training step beside TRL's GRPOTrainer: the same weights, prompts, shapes, dtype and number of threads.
+"""Compare a complete training step with TRL's GRPOTrainer: same weights, prompts, shapes, dtype and number of threads.
 
-Each side has a process of its own. They take steps in turn while the other is stopped, so that other load on the
+Each side has a separate process. They take steps in turn while the other is stopped, so that other load on the
 machine slows both; ratios are ratios of medians. Completions have their full length, so that both sides do the same
 work; with --free they may end. On a card both run under ZeRO-2 with the optimizer in RAM, and --preset takes a Qwen's
 shape with random weights. Needs the extra `benchmark`.
 
-TRL runs with its defaults (gradient checkpointing on); ours uses checkpointing where the memory plan has no room for
+TRL runs with its defaults (gradient checkpointing on); ours uses checkpointing if the memory plan has no room for
 all activations, or as --checkpointing says.
 
     python benchmarks/step.py [--questions 1] [--prompt 384] [--generations 8] [--completion 64] [--steps 3]
@@ -136,7 +136,7 @@ def cut_to(tokenizer: Any, ids: list[int], length: int) -> str:
 
 
 def spread(texts: list[str]) -> list[float]:
-    """Return rewards that differ within a group but depend on the text alone."""
+    """Return rewards that differ within a group but depend only on the text."""
     return [sum(map(ord, text)) % 97 / 97 for text in texts]
 
 
@@ -176,7 +176,7 @@ def ours(arguments: argparse.Namespace) -> None:
     trainer.sampler.full_length = not arguments.free
     questions = list(read_questions("sample").questions)
     trainer.make_reference(questions)
-    if arguments.preset:  # use all rows of the head, of which the embedded model's tokenizer has fewer
+    if arguments.preset:  # use all rows of the head; the embedded model's tokenizer has fewer ids
         for model in (trainer.engine.policy, *([trainer.reference.model] if trainer.reference else [])):
             model.options["vocab_size"] = trainer.engine.model.config.vocab_size
     report({})

@@ -1,7 +1,7 @@
-"""Errors that a person can cause or meet: a message of at most six lines and an exit code, no traceback.
+"""Errors that users can cause or see: a message of at most six lines and an exit code, no traceback.
 
 A command prints the message of a GrpoError to stderr and exits with its code; any other exception is our bug and
-keeps its traceback. `one_error` puts all mistakes into one error, so that five of them do not take five runs to find.
+keeps its traceback. `one_error` puts all mistakes into one error, so that finding five of them does not take five runs.
 """
 
 import os
@@ -12,7 +12,7 @@ from io import TextIOWrapper
 from grpo_ds.terminal import escape_control_chars
 
 BY_CTRL_C, PREEMPTED = 130, 75  # exit codes of a run that was asked to stop; 75 is sysexits' "try again"
-MAX_LINES = 6  # readable at a glance in a terminal full of launcher output
+MAX_LINES = 6  # easy to read between lines of the launcher
 
 
 class GrpoError(Exception):
@@ -20,7 +20,7 @@ class GrpoError(Exception):
 
     exit_code = 1
     opening = "Error: "
-    on_every_rank = False  # True if all ranks raise it at the same place
+    on_every_rank = False  # True: all ranks raise it at the same place
 
 
 class UsageError(GrpoError):
@@ -48,7 +48,7 @@ class NumbersError(GrpoError):
 
 
 class PreflightError(NumbersError):
-    """A check before the first step that failed. It has the exit code of wrong numbers."""
+    """A failed check before the first step. It has the exit code of wrong numbers."""
 
 
 class RewardError(GrpoError):
@@ -58,7 +58,7 @@ class RewardError(GrpoError):
 
 
 def one_error(error_type: type[GrpoError], headline: str, problems: Sequence[str], remedy: str = "") -> GrpoError:
-    """Make one error of many problems: headline, as many problems as fit, how many more, remedy."""
+    """Make one error of many problems: headline, the problems that fit, the number of others, remedy."""
     room = MAX_LINES - 1 - bool(remedy)
     shown = list(problems) if len(problems) <= room else list(problems[: room - 1])
     if len(shown) < len(problems):
@@ -67,7 +67,7 @@ def one_error(error_type: type[GrpoError], headline: str, problems: Sequence[str
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Call `main(argv)`. For a GrpoError rank 0 prints its message, and the process exits with its code."""
+    """Call `main(argv)`. If it raises a GrpoError, rank 0 prints the message and the process exits with its code."""
     for stream in (sys.stdout, sys.stderr):  # a model may write characters that a Latin-1 terminal cannot show
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -1,1 +1,1 @@
-"""The commands that a person types, one module each with a `main(argv)`; started by `grpo-ds` and launch/."""
+"""Commands that a user types, one module each with a `main(argv)`; `grpo-ds` and launch/ start them."""

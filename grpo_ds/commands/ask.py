@@ -1,7 +1,7 @@
-"""Ask a model: --question and --context, or --file with many, or neither to type questions at a terminal.
+"""Ask a model: --question and --context, or --file for many questions; without them, type questions at a terminal.
 
-Answers are greedy; a model trained here gets the prompt it was trained with. Only answers go to stdout, so that
---json can be piped.
+Answers are greedy; a model trained here gets its training prompt. Only answers go to stdout, so that --json can be
+piped.
 """
 
 import json
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 WAYS = ("question", "file", "interactive")
-HOW = "Give --question and --context, or --file FILE (-: standard input); at a terminal, neither."
+HOW = "Give --question and --context, or --file FILE (-: standard input). At a terminal both may be left out."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,8 @@ class QuestionFlags(Flags):
 
     heading: ClassVar[str] = "questions"
 
-    question: str = flag("", "a question that one of the labels answers")
-    context: str = flag("", "the text to answer it from")
+    question: str = flag("", "a question whose answer is one of the labels")
+    context: str = flag("", "the text that answers it")
     file: str = flag("", "JSON or JSONL with questions, labels not needed; -: standard input")
     interactive: bool = flag(False, "type questions one after another; default: at a terminal, if no question is given")
     json: bool = flag(
@@ -67,7 +67,7 @@ class QuestionFlags(Flags):
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionConfig(QuestionFlags, AskConfig):
-    """Asking a model these questions."""
+    """Config of `ask`: a model and its questions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +111,12 @@ def main(argv: list[str]) -> None:
             return converse(lambda question: show(*answers(sampler, style, [question])), config)
         for answered in answers(sampler, style, questions):
             show(answered)
-    except BrokenPipeError:  # the reader, such as `| head`, has closed; Python would still flush when it exits
+    except BrokenPipeError:  # the reader, such as `| head`, has closed the pipe; Python would still flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def loaded(config: QuestionConfig, *, bf16: bool) -> "tuple[Sampler, PromptStyle]":
-    """Load heavy libraries and the model; what they print goes to stderr, as it is not an answer."""
+    """Load heavy libraries and the model; their output goes to stderr, because it is not an answer."""
     with redirect_stdout(sys.stderr):
         from grpo_ds.training.evaluate import load_for_asking
 
@@ -124,7 +124,7 @@ def loaded(config: QuestionConfig, *, bf16: bool) -> "tuple[Sampler, PromptStyle
 
 
 def given_questions(config: QuestionConfig) -> list[Question]:
-    """Questions of the file, or the one question of the flags."""
+    """Return the questions of the file, or the single question of the flags."""
     if config.file:
         return unanswered_questions(opened(config.file), labels=config.label_names, fields=config.field_names)
     texts, problems = {"question": "", "context": ""}, []
@@ -140,7 +140,7 @@ def given_questions(config: QuestionConfig) -> list[Question]:
 
 
 def sound(name: str, text: str) -> str:
-    """Check the text like one of a record. Raises Unusable, with the name in it."""
+    """Check the text like a text of a record. Raises Unusable, with the name in its message."""
     try:
         return sound_text(text)
     except Unusable as fault:
@@ -157,7 +157,7 @@ def opened(file: str) -> Source:
 
 
 def answers(sampler: "Sampler", style: "PromptStyle", questions: Sequence[Question]) -> Iterator[Answered]:
-    """One answer per question, in order, as soon as its batch is done."""
+    """Yield one answer per question, in order, as soon as its batch is done."""
     style.encode(sampler.tokenizer, questions)  # reports a question that is too long before any is answered
     for first in range(0, len(questions), ROWS_AT_ONCE):
         some = questions[first : first + ROWS_AT_ONCE]
@@ -168,7 +168,7 @@ def answers(sampler: "Sampler", style: "PromptStyle", questions: Sequence[Questi
 
 
 def show_as(config: QuestionConfig) -> Callable[[Answered], None]:
-    """Function that prints an answer: as JSON, or as text, below its question unless the user has just typed it."""
+    """Return a function that prints an answer as JSON or text; questions of a file are printed too."""
 
     def show(answered: Answered) -> None:
         question = answered.question

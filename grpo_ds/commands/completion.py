@@ -1,6 +1,6 @@
-"""Shell script that completes grpo-ds at TAB: commands, their flags, and the values of flags that have a choice.
+"""Print a shell script for TAB completion of grpo-ds: commands, their flags, and values of flags with fixed choices.
 
-It is made once, from the same flags as the command line, so no Python runs at a TAB. Otherwise it offers files.
+The script is made once, from the flags of the command line, so TAB runs no Python. Elsewhere it offers files.
 """
 
 from dataclasses import Field
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
 
 
 def choices(flag: "Field[Any]") -> list[str]:
-    """Values of the flag, as far as they can be listed."""
+    """Return the values of the flag, if they can be listed."""
     if get_origin(flag.type) is Literal:
         return list(get_args(flag.type))
     listed = {
@@ -80,5 +80,5 @@ def choices(flag: "Field[Any]") -> list[str]:
 
 
 def cases(words: dict[str, str]) -> str:
-    """Branches of a shell's `case`: pattern -> words."""
+    """Return the branches of a shell's `case`: pattern -> words."""
     return "\n".join(f'            {pattern}) words="{its}" ;;' for pattern, its in words.items())

@@ -1,4 +1,4 @@
-"""Grade a model's greedy answers: to the held-out questions, or with --eval_fraction 1 to all of the file."""
+"""Grade a model's greedy answers to the held-out questions, or with --eval_fraction 1 to all questions."""
 
 import json
 from dataclasses import asdict

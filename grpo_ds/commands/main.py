@@ -1,4 +1,4 @@
-"""`grpo-ds COMMAND ...`: entry point of all commands; imports the typed command and no other."""
+"""`grpo-ds COMMAND ...`: entry point of all commands; imports only the typed command."""
 
 import difflib
 from importlib import import_module, metadata
@@ -6,12 +6,12 @@ from importlib import import_module, metadata
 from grpo_ds.errors import UsageError, run_script
 from grpo_ds.system.invocation import LOCAL_RANK
 
-COMMANDS = {  # name -> its module, what it does
+COMMANDS = {  # name -> module, meaning
     "train": ("train", "fine-tune a model by GRPO"),
     "eval": ("evaluate", "grade a model's answers"),
     "select": ("select", "find the model that fits this card and this RAM"),
-    "profile": ("profile", "measure where a run's memory goes"),
-    "ask": ("ask", "ask a model questions: one, a file of them, or as you type"),
+    "profile": ("profile", "measure a run's memory, phase by phase"),
+    "ask": ("ask", "ask a model: one question, a file of questions, or typed questions"),
     "report": ("report", "write one page about a run, from its folder"),
     "completion": ("completion", 'complete flags at TAB: eval "$(grpo-ds completion bash)", or zsh'),
 }

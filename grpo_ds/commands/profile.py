@@ -1,4 +1,4 @@
-"""Measure a run's memory: the worst case, then a few real steps, with the peak of each phase beside its plan.
+"""Measure a run's memory: the worst case, then a few real steps; print the peak of each phase beside its plan.
 
 Takes every flag of `grpo-ds train`. Evaluates nothing and saves no model; writes memory.json and memory.svg.
 

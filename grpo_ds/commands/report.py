@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
 
     try:
         print(f"Report: {write_page(asked.folder, asked.output)}")
-    except WRONG as error:  # damage that the page has no words for, such as numbers beyond any chart
+    except WRONG as error:  # damage that run_files.py does not detect, such as numbers too large for a chart
         raise UsageError(f"The run in {asked.folder} cannot be drawn: {type(error).__name__}: {error}"[:300]) from None
     except OSError as error:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Predict which model fits this card and this RAM, from the models' shapes alone: no weights, no torch, no GPU.
+"""Predict which model fits this card and this RAM, only from the models' shapes: no weights, no torch, no GPU.
 
     python launch/select_model.py --gpu_gib 16 --ram_gib 32
 
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
 
 
 def all_candidates(one: str, config: SelectConfig, typed: frozenset[str], gpu: float, ram: float) -> list[Candidate]:
-    """Every model of the presets, or `one`, with every DeepSpeed JSON and kind of reference to choose from."""
+    """Return all presets, or only `one`, with every allowed DeepSpeed JSON and kind of reference."""
     models = [one] if one else [name for name, preset in PRESETS.items() if preset.hub_id]
     ds_files = resolved(config, typed, on_gpu=gpu > 0)
     given = "reference" in typed or config.lora_r > 0
@@ -95,25 +95,25 @@ def all_candidates(one: str, config: SelectConfig, typed: frozenset[str], gpu: f
 
 
 def resolved(config: SelectConfig, typed: frozenset[str], *, on_gpu: bool) -> dict[str, DsConfig]:
-    """The DeepSpeed JSON of --ds, or for a GPU every shipped one, filled from the flags."""
+    """Return the DeepSpeed JSON of --ds, or for a GPU every shipped one, filled from the flags."""
     sizes = config.ds_sizes(bf16=on_gpu or cpu_has_bf16())
     files = {config.ds: Path(config.ds)}
     if on_gpu and "ds" not in typed:
-        # First the optimizer on the GPU, if it fits: no step on the CPU. Then fp32 masters before split ones.
+        # The optimizer on the GPU first, which needs no step on the CPU; then fp32 masters before bf16 masters.
         shipped = sorted(SHIPPED.glob("*.json"), key=lambda file: ("lowram" in file.name, "gpu" not in file.name))
         files = {f"{SHIPPED.name}/{file.name}": file for file in shipped}
     return {name: resolve_ds_config(path, fill=sizes, explicit=typed) for name, path in files.items()}
 
 
 def typed_flags(config: SelectConfig, typed: frozenset[str]) -> str:
-    """The typed flags that the advised command needs again, as words."""
+    """Return the typed flags that the recommended command needs again, as words."""
     own = {"model", "plan", "ds", "reference", "beta", "gpu_gib", "ram_gib", "json"}
     flags = [(name, getattr(config, name)) for name in sorted(typed - own)]
     return "".join(f" --{name} {'null' if value is None else shlex.quote(str(value))}" for name, value in flags)
 
 
 def overview(found: list[Candidate], gpu: float, ram: float) -> Table:
-    """Table of all candidates; a ! marks the memory that is too small."""
+    """Return a table of all candidates; a ! marks a memory that is too small."""
     title = f"Predicted peaks in GiB, for {gpu:g} GiB of GPU memory and {ram:g} GiB of RAM"
     table = Table(title=title, title_justify="left")
     columns = ("model", "DeepSpeed JSON", "reference", "GPU", "in phase", "RAM", "in phase", "")
@@ -133,7 +133,7 @@ def overview(found: list[Candidate], gpu: float, ram: float) -> Table:
 
 
 def advice(found: list[Candidate], chosen: Candidate | None, typed: str, gpu: float, ram: float) -> str:
-    """The command line to run, or the changes with which the smallest candidate fits."""
+    """Return the command line to run, or changes that make the smallest candidate fit."""
     on_gpu, in_ram = (limit / GIB for limit in usable(gpu, ram))
     of_gpu = f"{on_gpu:.1f} GiB of GPU memory (computed from the code, not yet measured on a GPU) and " if gpu else ""
     usable_line = f"Usable: {of_gpu}{in_ram:.1f} GiB of RAM."
@@ -142,7 +142,7 @@ def advice(found: list[Candidate], chosen: Candidate | None, typed: str, gpu: fl
     smallest = found[0]
     changes = remedies(smallest.job, gpu, ram)
     if not changes:
-        return f"{usable_line}\nNothing fits, whatever is changed. Without a GPU: --model {EMBEDDED}"
+        return f"{usable_line}\nNothing fits, even with all changes. Without a GPU: --model {EMBEDDED}"
     lines = [f"  {remedy.change}  (costs: {remedy.cost})" for remedy in changes]
     return "\n".join([usable_line, f"Nothing fits yet. {smallest.command(typed)} would with:", *lines])
 

@@ -30,13 +30,13 @@ class Settled:
     gpu_gib: float | None
     ram_gib: float
     resume_from: Path | None  # a checkpoint, verified
-    warnings: list[str]  # about damaged checkpoints that were passed over
+    warnings: list[str]  # about damaged checkpoints that were skipped
 
 
 def settle(argv: list[str], *, about: str = "") -> Settled:
-    """Decide everything that can be decided before anything heavy is loaded. Raises GrpoError for what cannot work.
+    """Decide everything that can be decided before anything heavy is loaded. Raises GrpoError if a run cannot work.
 
-    Defaults give way to a recipe (the checkpoint's flags, or what suits the model), and a recipe to what was typed.
+    A recipe (the checkpoint's flags, or the model's) replaces defaults, and typed flags replace a recipe.
     """
     check_torch()
     parsed = parse(TrainConfig, argv, about=about)
@@ -57,7 +57,7 @@ def settle(argv: list[str], *, about: str = "") -> Settled:
     config = parsed.config(saved or lora_recipe(choice.recipe, asked), model=choice.model)
     shape = usable_shape(config)
     ds = resolved(config)
-    # The values that the run really uses, so that the config written beside the model makes the same run again.
+    # The values that the run really uses, so that the config saved beside the model repeats the run.
     config = replace(
         config,
         data=data_or_default(config.data),
@@ -72,7 +72,7 @@ def settle(argv: list[str], *, about: str = "") -> Settled:
 
 
 def checkpoint_of(asked: TrainConfig) -> tuple[Path | None, list[str], dict[str, Any]]:
-    """Checkpoint to resume from, warnings, and the checkpoint's flags; None and empty for a new run."""
+    """Return the checkpoint to resume from, warnings, and its flags; None and empty for a new run."""
     if not asked.resume_from_checkpoint:
         return None, [], {}
     origin, warnings = find_checkpoint(asked)
@@ -80,7 +80,7 @@ def checkpoint_of(asked: TrainConfig) -> tuple[Path | None, list[str], dict[str,
 
 
 def usable_shape(config: TrainConfig) -> ModelShape:
-    """Shape of the model. Raises UsageError for an adapter on an adapter, and for prompts longer than it can take."""
+    """Return the model's shape. Raises UsageError for an adapter on an adapter, and for too long prompts."""
     if config.lora_r and (base := adapter_base(config.model)):
         raise UsageError(
             f"--model {config.model} is an adapter on {base}, and a second one needs an ordinary model below it.\n"

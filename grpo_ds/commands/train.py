@@ -70,7 +70,7 @@ def train_from(argv: list[str]) -> None:
 
 
 def reward_functions(config: TrainConfig, questions: QuestionSet) -> WeightedFunctions:
-    """Functions and weights of --reward_funcs and --reward_weights, checked against the data's columns."""
+    """Return the functions and weights of --reward_funcs and --reward_weights, checked against the data's columns."""
     return find_reward_functions(
         config.reward_funcs,
         config.reward_weights,
@@ -95,7 +95,7 @@ def make_run(
     *,
     exact_memory: bool = False,
 ) -> "Run":
-    """Load heavy libraries and the model; print `lines` before that wait.
+    """Print `lines`, then load heavy libraries and the model, which takes a while.
 
     this_run: identity of the run (run_folder/progress.py). exact_memory: for a profile, see Trainer.
     """
@@ -111,7 +111,7 @@ def make_run(
     for line in lines:
         console.line(line)
     console.plan(settled.plan, settled.gpu_gib, settled.ram_gib)
-    # Each rank names a folder by its own clock, and sees a file system that another rank may be changing.
+    # The clocks of ranks differ, and another rank may be changing the file system.
     folder, origin = world.gather(folder)[0], settled.resume_from
     if any(other != origin for other in world.gather(origin)):
         raise CheckpointError("The ranks do not see the same checkpoints; they need one shared folder. Try again.")
@@ -135,7 +135,7 @@ def make_run(
 
 
 def print_plan(settled: Settled) -> None:
-    """Print what each phase takes, and whether it fits: --plan."""
+    """Print the planned memory of each phase, and if it fits: --plan."""
     from rich.console import Console
     from rich.text import Text
 
@@ -149,7 +149,7 @@ def print_plan(settled: Settled) -> None:
 
 
 def output_folder(config: TrainConfig, origin: Path | None = None) -> Path:
-    """Folder that the run writes to: the checkpoint's own when it resumes, else a new or empty one.
+    """Return the output folder: the checkpoint's when the run resumes, else a new or empty one.
 
     Raises UsageError for a folder that holds files or cannot be written to.
     """
@@ -168,7 +168,7 @@ def output_folder(config: TrainConfig, origin: Path | None = None) -> Path:
 
 
 def first_lines(settled: Settled, questions: QuestionSet, train: int, held_out: int) -> list[str]:
-    """Lines that say what was chosen and why, to be printed before the wait for the model."""
+    """Return lines that say what was chosen and why, printed before the model is loaded."""
     from grpo_ds.report.memory_plan import plan_line
 
     choice, config, ds = settled.choice, settled.config, settled.job.ds
@@ -187,7 +187,7 @@ def first_lines(settled: Settled, questions: QuestionSet, train: int, held_out: 
 
 
 def checkpoint_lines(settled: Settled) -> list[str]:
-    """Size of the checkpoints, and a warning if the disk has no room for them."""
+    """Return a line with the size of the checkpoints, and a warning if the disk is too full for them."""
     config, size = settled.config, settled.plan.checkpoint / GIB
     if not config.save_steps:
         return []
@@ -195,12 +195,12 @@ def checkpoint_lines(settled: Settled) -> list[str]:
     folder = output_folder(config, settled.resume_from)
     free = disk_usage(next(path for path in (folder, *folder.resolve().parents) if path.is_dir())).free / GIB
     line = f"Checkpoints: every {config.save_steps} steps and at the end, {size:.1f} GiB each, {kept} kept"
-    short = f"Warning: while one is written they take {(kept + 1) * size:.1f} GiB, but {free:.1f} are free in {folder}."
+    short = f"Warning: during a save they take {(kept + 1) * size:.1f} GiB, but {free:.1f} GiB are free in {folder}."
     return [line, short] if (kept + 1) * size > free else [line]
 
 
 def adapter_line(settled: Settled) -> str:
-    """The adapter in the line of the model: its rank, its base and its number of parameters."""
+    """Describe the adapter for the line of the model: rank, base and number of parameters."""
     config, shape = settled.config, settled.job.shape
     if not config.lora_r:
         return ""

@@ -1,1 +1,1 @@
-"""Tensors only: the algorithm as pure functions. Knows nothing of text, DeepSpeed or GPUs."""
+"""Tensors only: the algorithm as pure functions, without text, DeepSpeed or GPUs."""

@@ -20,7 +20,7 @@ def group_advantages(
     scale: RewardScale = "group",
     step_rewards: Float[Tensor, " N"] | None = None,
 ) -> Float[Tensor, " B"]:
-    """Centre each reward on its group and scale it: (reward - mean) / (std + EPS); exactly 0 where all are equal.
+    """Centre each reward on its group and scale it: (reward - mean) / (std + EPS); exactly 0 if all are equal.
 
     scale: "group" divides by the standard deviation of the group (DeepSeekMath, Shao et al. 2024, section 4.1.2),
         "batch" by that of `step_rewards` (Liu et al. 2025, "Tricks or Traps"), "none" does not divide (Dr. GRPO,
@@ -29,7 +29,7 @@ def group_advantages(
     """
     groups = rewards.view(-1, group_size)  # [Q, G]
     equal = (groups == groups[:, :1]).all(dim=1, keepdim=True)
-    # A mean is rounded: without this, equal rewards of 2.4 leave 1e-7, which dividing by EPS makes 1e-3.
+    # A mean is rounded: without this, equal rewards of 2.4 leave 1e-7, and the division by EPS gives 1e-3.
     centred = (groups - groups.mean(dim=1, keepdim=True)).masked_fill(equal, 0)
     if scale == "none":
         return centred.flatten()

@@ -21,7 +21,7 @@ MIN_BLOCK = 128  # rows; smaller matmuls are mostly overhead, and these tiles fi
 
 @runtime_checkable
 class HeadRows(Protocol):
-    """A head that gives its rows as `head[start:stop]` [rows, H]: a weight tensor, or one stored in 8 bits."""
+    """A head with rows `head[start:stop]` [rows, H]: a weight tensor, or a weight stored in 8 bits."""
 
     def __getitem__(self, rows: slice) -> Tensor: ...
 
@@ -67,7 +67,7 @@ def token_logprobs(
     Differentiable in `hidden`, and in `head` if it is a tensor.
 
     vocab_size: rows of the head that count. Later rows are padding without a token: they are never sampled.
-    chunk_mib: memory for one block, MiB: its tiles, and its rows where they must be converted.
+    chunk_mib: memory for one block, MiB: its tiles, and its rows if they must be converted.
     entropy: return (log-probs, entropies in nats); an entropy is a metric and has no gradient.
     """
     logprobs, entropies = _TokenLogprobs.apply(hidden, head, targets, vocab_size, temperature, chunk_mib, entropy)
@@ -109,7 +109,7 @@ class _TokenLogprobs(torch.autograd.Function):
         # row is applied to the [N, H] tensors, which are smaller.
         scale = (grad.float() / -temperature)[:, None]
         scaled_hidden = (hidden * scale).to(dtype)
-        target_error = logprobs.expm1().to(dtype)[:, None]  # p - 1, exact also where p rounds to 1
+        target_error = logprobs.expm1().to(dtype)[:, None]  # p - 1, exact even if p rounds to 1
         hidden_grad = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         head_grad = None
         if ctx.needs_input_grad[1]:
@@ -153,16 +153,16 @@ def _columns(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _factor_dtype(hidden: Tensor) -> torch.dtype:
-    """Dtype of the matmuls' factors: on a GPU 16 bits use the tensor cores; a CPU gains nothing from rounding."""
+    """Dtype of the matmuls' factors: a GPU uses its tensor cores for 16 bits; a CPU gains nothing from rounding."""
     return hidden.dtype if hidden.is_cuda else torch.float32
 
 
 def _matmul(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> Tensor:
-    """Compute out = a @ b (+ out), summed in fp32: log-probs of 16-bit logits are off by 1e-2, of fp32 ones by 1e-6."""
+    """Compute out = a @ b (+ out), summed in fp32: 16-bit logits give log-probs that are off by 1e-2, fp32 by 1e-6."""
     if a.dtype == out.dtype:
         return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
     if a.is_cuda and out.dtype == torch.float32:
-        # addmm with out_dtype would save a pass, but not every torch since 2.8 accepts an fp32 summand.
+        # addmm with out_dtype would save a pass, but some torch versions since 2.8 refuse an fp32 summand.
         if add:
             return out.add_(torch.mm(a, b, out_dtype=torch.float32))
         return torch.mm(a, b, out_dtype=torch.float32, out=out)

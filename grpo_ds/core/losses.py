@@ -1,11 +1,11 @@
 """The GRPO loss: a weighted sum over tokens of beta * KL - surrogate.
 
-`clipped_surrogate` and `cispo_surrogate` are the surrogates; `choose_surrogate` says which loss type uses which.
+`clipped_surrogate` and `cispo_surrogate` are the surrogates; `choose_surrogate` picks one by loss type.
 `token_weights` fixes the weight of each token once per optimizer step, before the batch is split. The loss is then a
 plain sum, the same for any micro-batches and any number of ranks. The exception is bnpo, which is defined as a mean
 over micro-batches.
 
-Sources: DeepSeekMath (Shao et al. 2024), equations 3 (surrogate) and 4 (k3), unless a function names another.
+Sources: DeepSeekMath (Shao et al. 2024), equations 3 (surrogate) and 4 (k3), unless a function names another source.
 docs/losses.md has all formulas side by side. B completions, C tokens in the longest.
 """
 
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from grpo_ds.core.objective import KlEstimator, LossType, Objective
 
-MAX_LOG_RATIO = 20.0  # e^20 = 5e8: beyond it exp only overflows, and no optimizer step should use it
+MAX_LOG_RATIO = 20.0  # e^20 = 5e8: larger ratios overflow and are useless for a step
 
 
 @dataclass(frozen=True, slots=True)
 class LossTerms:
-    """The loss, and its parts per token for the metrics; 0 and False where a token does not count.
+    """The loss, and its parts per token for the metrics; 0 and False if a token does not count.
 
     Example: two tokens of advantage 1 that weigh 1/2 each, with ratios 1.5 (clipped at 1.2) and 1.
         >>> old = torch.tensor([[0.5, 0.5]]).log()
@@ -42,7 +42,7 @@ class LossTerms:
 
 @dataclass(frozen=True, slots=True)
 class Surrogate:
-    """The surrogate of every token and where it is clipped, masked tokens included.
+    """Surrogate of every token, masked ones included, and masks of the clipped tokens.
 
     Example: ratios 1.5 and 0.5 of a completion with advantage 1; only the first is clipped.
         >>> surrogate = clipped_surrogate(torch.tensor([[1.5, 0.5]]), torch.ones(1), epsilon=0.2, epsilon_high=0.2)
@@ -65,7 +65,7 @@ def token_weights(
     dapo, cispo, bnpo: each token weighs 1 / tokens (DAPO eq. 8, MiniMax-M1 eq. 4).
     dr_grpo: each token weighs 1 / (sequences * max_completion_length) (Liu et al. 2025, section 3.2).
 
-    sequences, tokens: number of those that count in the optimizer step, over all micro-batches and ranks. For bnpo
+    sequences, tokens: counted in the optimizer step, over all micro-batches and ranks. For bnpo
         `tokens` is the number in this micro-batch times the number of micro-batches.
     max_completion_length: tokens.
     """
@@ -109,10 +109,10 @@ def clipped_surrogate(
     A clipped token has no gradient. Without delta, a token of negative advantage whose ratio has grown is not clipped.
 
     ratio: policy / old, of the token or of its sequence.
-    advantages: A, one a completion, for all its tokens.
+    advantages: A, one per completion, for all its tokens.
     epsilon: the clip's lower bound is 1 - epsilon.
-    epsilon_high: the clip's upper bound is 1 + epsilon_high (a wider one than epsilon is DAPO's clip-higher, eq. 10).
-    delta: bound of the unclipped ratio, which matters where A < 0: min(min(ratio, delta) A, clip(ratio) A)
+    epsilon_high: the clip's upper bound is 1 + epsilon_high (more than epsilon: DAPO's clip-higher, eq. 10).
+    delta: bound of the unclipped ratio, which matters if A < 0: min(min(ratio, delta) A, clip(ratio) A)
         (INTELLECT-2, two-sided clipping). More than 1 + epsilon_high; None: no bound.
     """
     advantage = advantages[:, None]
@@ -135,11 +135,11 @@ def cispo_surrogate(
 ) -> Surrogate:
     """CISPO's surrogate, min(ratio, 1 + epsilon_high) A log policy, with the clipped ratio as a constant factor.
 
-    The gradient flows through log policy alone, so a clipped token keeps a bounded one (MiniMax-M1, 2025, eq. 4 and 5,
-    without a lower bound).
+    The gradient flows only through log policy, so a clipped token keeps a bounded gradient (MiniMax-M1, 2025, eq. 4
+    and 5, without a lower bound).
 
     ratio: policy / old of the token.
-    advantages: A, one a completion, for all its tokens.
+    advantages: A, one per completion, for all its tokens.
     policy_logprobs: log policy, nats.
     epsilon_high: the clip's upper bound is 1 + epsilon_high.
     """
@@ -156,7 +156,7 @@ def choose_surrogate(
     policy_logprobs: Float[Tensor, "B C"],
     objective: Objective,
 ) -> Surrogate:
-    """The surrogate of the objective's loss type; the arguments are those of the surrogates."""
+    """Compute the surrogate of the objective's loss type; arguments as in the surrogates above."""
     epsilon, epsilon_high = objective.epsilon, objective.epsilon_high
     if objective.loss_type == "cispo":
         return cispo_surrogate(ratio, advantages, policy_logprobs, epsilon_high=epsilon_high)
@@ -180,9 +180,9 @@ def kl_estimate(
 ) -> Float[Tensor, "B C"]:
     """KL(policy || ref) of each token, with Schulman's names; with d = ref - policy: k1 = -d, k2 = d^2 / 2, k3 above.
 
-    As losses on fresh samples they differ by their gradient: that of k1 is 0 on average, that of k2 is the gradient of
-    KL(policy || ref), that of k3 of KL(ref || policy). k3_corrected is k3 times the ratio, whose own gradient makes it
-    KL(policy || ref) again (DeepSeek-V3.2, section 3.1).
+    As losses on fresh samples they have different expected gradients: k1: 0; k2: the gradient of KL(policy || ref);
+    k3: the gradient of KL(ref || policy); k3_corrected, which is k3 times the ratio with the ratio's own gradient:
+    KL(policy || ref) (DeepSeek-V3.2, section 3.1).
     """
     if estimator == "k1":
         return policy_logprobs - ref_logprobs
@@ -206,9 +206,9 @@ def grpo_loss(
     """Sum over tokens of weights * (beta * KL - surrogate).
 
     policy_logprobs, old_logprobs, ref_logprobs: nats, of the trained policy (with gradient), of the policy that
-        sampled, and of the reference, which is not read when beta is 0.
-    advantages: one a completion, for all its tokens.
-    weights: from `token_weights`. A masked token must have weight 0 and finite log-probs (0 will do).
+        sampled, and of the reference (not read if beta is 0).
+    advantages: one per completion, for all its tokens.
+    weights: from `token_weights`. A masked token must have weight 0 and finite log-probs (0 works).
     """
     counted = weights > 0
     ratio = importance_ratio(policy_logprobs, old_logprobs, counted, loss_type=objective.loss_type)
@@ -222,5 +222,5 @@ def grpo_loss(
 
 
 def _unknown(setting: str, name: str, names: Any) -> ValueError:
-    """Refusal of a name that is not in the Literal `names`."""
+    """Return the error for a name that is not in the Literal `names`."""
     return ValueError(f"{setting} is {name!r}; it must be one of {', '.join(get_args(names))}.")

@@ -1,4 +1,4 @@
-"""Settings of the objective that a run maximises, and the names they may take.
+"""Settings of the objective that a run maximises, and their allowed names.
 
 Standard library only: the command line reads the names before anything heavy is loaded.
 """
@@ -23,7 +23,7 @@ class Objective:
     loss_type: LossType = "grpo"
     epsilon: float = 0.2  # the ratio is clipped at 1 - epsilon ...
     epsilon_high: float = 0.2  # ... and at 1 + epsilon_high
-    delta: float | None = None  # bound of the unclipped ratio where the advantage is negative; None: no bound
+    delta: float | None = None  # bound of the unclipped ratio if the advantage is negative; None: no bound
     beta: float = 0.04  # weight of the KL to the reference; 0: no reference is needed
     kl_estimator: KlEstimator = "k3"
     max_completion_length: int  # tokens; the divisor of dr_grpo

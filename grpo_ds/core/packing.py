@@ -1,9 +1,9 @@
-"""Packed rows: a prompt is computed once for its G completions, which see it but not each other.
+"""Packed rows: a prompt is computed once for its G completions; they see it but not each other.
 
 A row is [prompt | c1 | ... | cG | padding]. Position ids restart after the prompt for every completion. The attention
 mask lets a token see the prompt and the earlier tokens of its own completion, so each completion gets exactly the
-hidden states that it would get alone behind the prompt. The last token of a completion is a target but not an input,
-because nothing that it predicts is trained.
+hidden states that it would get in a separate row. The last token of a completion is a target but not an input,
+because its prediction is not trained.
 
 A group may be split over several rows, each with the prompt.
 
@@ -36,7 +36,7 @@ class PackedRows:
     input_ids: Int[Tensor, "R L"]
     position_ids: Int[Tensor, "R L"]
     segments: Int[Tensor, "R L"]  # PROMPT, 1..G, or PADDING
-    sources: Int[Tensor, "B C"]  # flat index into R * L of the token that predicts the target; 0 where mask is False
+    sources: Int[Tensor, "B C"]  # flat index into R * L of the token that predicts the target; 0 if masked
     targets: Int[Tensor, "B C"]
     mask: Bool[Tensor, "B C"]  # True: a token of the completion
 
@@ -49,7 +49,7 @@ class PackedRows:
 class RowContents:
     """Contents of a packed row: a prompt, and some or all completions of its group.
 
-    Example: a prompt of 2 tokens whose completions have 2 tokens each, of which 1 is an input.
+    Example: a prompt of 2 tokens whose completions have 2 tokens each; 1 of them is an input.
         >>> fill_rows([2], [2, 2])
         [[RowContents(prompt=0, completions=(0, 1), tokens=4)]]
     """
@@ -69,7 +69,7 @@ def fill_rows(
     """Plan batches of rows; a batch is one forward pass of at most `budget` tokens, padding included.
 
     A group that is too long for the budget is split over rows, and its prompt is computed again in each; this changes
-    no result. A completion that is too long by itself gets a batch of its own. The longest rows come first, so that
+    no result. A completion that is too long alone gets a separate batch. The longest rows come first, so that the
     rows of a batch have similar lengths and little padding.
 
     prompt_lengths, lengths: tokens of the Q prompts and of the B completions, Q groups of equal size.
@@ -104,7 +104,7 @@ def _row(q: int, prompt: int, chosen: Sequence[int], lengths: Sequence[int]) -> 
 
 def pack(
     rows: Sequence[RowContents],
-    prompts: Sequence[Int[Tensor, " _"]],  # Q, each of its own length
+    prompts: Sequence[Int[Tensor, " _"]],  # Q, of different lengths
     completion_ids: Int[Tensor, "B C"],
     completion_mask: Bool[Tensor, "B C"],
     *,

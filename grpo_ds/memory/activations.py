@@ -4,8 +4,8 @@ The worst case: every prompt has max_prompt_length tokens, every completion max_
 weight and of an activation: 2 in bf16, 4 in fp32.
 
 The factors of a layer were counted with torch's memory profiler on Qwen2 layers in fp32 and bf16 (docs/memory.md).
-They are those of a gated MLP with SDPA attention under a mask. GPT-2's MLP, half as wide but with a GELU that keeps
-more, needs about as much.
+They describe a gated MLP with SDPA attention under a mask. GPT-2's MLP needs about as much: it is half as wide, but its
+GELU keeps more.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class ActivationMemory:
 
     @property
     def completions(self) -> int:
-        """Completions of a packed row: a group's, or as many as --pack_tokens allows behind one prompt."""
+        """Completions in a packed row: a complete group, or as many as --pack_tokens allows after one prompt."""
         config = self.config
         room = (config.pack_tokens - config.max_prompt_length) // max(1, config.max_completion_length - 1)
         return max(1, min(room, config.num_generations)) if config.pack_tokens else config.num_generations
@@ -54,11 +54,11 @@ class ActivationMemory:
 
     @property
     def hidden(self) -> int:
-        """Width of the residual stream or of all heads together, whichever is wider."""
+        """Larger width: of the residual stream or of all heads together."""
         return max(self.shape.hidden, self.shape.heads * self.shape.head_dim)
 
     def masks(self) -> dict[str, int]:
-        """The mask of models/attention.py, completions over prompt and themselves: first as booleans, then as w."""
+        """Attention mask of the completions (models/attention.py): first as booleans, then in w bytes."""
         cells = self.rows * self.completions * self.config.max_completion_length * self.config.longest
         return {"attention mask": cells * (1 + self.w)}
 
@@ -68,22 +68,22 @@ class ActivationMemory:
         return rows * 2 * self.shape.kv_heads * self.shape.head_dim * self.w
 
     def checkpoints(self) -> int:
-        """Tensors that forward keeps for backward: each layer's input, or without checkpointing all it computed."""
+        """Tensors that forward keeps for backward: each layer's input, or, without checkpointing, all its tensors."""
         a_layer = self.tokens * self.shape.hidden * self.w
         if self.config.gradient_checkpointing is False:
             a_layer = self._saved() + self._gathered()
         return a_layer * self.shape.layers
 
     def _saved(self) -> int:
-        """Four MLP-wide tensors in w; six of hidden width in w and, in the two norms, three in fp32."""
+        """Per token: four MLP-wide tensors in w; six of hidden width in w, and three in fp32 (in the two norms)."""
         return self.tokens * (4 * self.w * self.shape.mlp + (6 * self.w + 12) * self.hidden)
 
     def layer_backward(self) -> int:
-        """Peak of one layer's backward: its activations, computed again, and their gradients."""
+        """Peak of one layer's backward: its recomputed activations and their gradients."""
         return self._saved() + 2 * self._gathered() + self.tokens * self.w * (2 * self.shape.mlp + 2 * self.hidden)
 
     def layer_forward(self, tokens: int) -> int:
-        """One layer without gradients: gate, up and their product, and the residual stream."""
+        """One layer without gradients: gate, up, their product, and the residual stream."""
         return tokens * self.w * (3 * self.shape.mlp + 3 * self.hidden)
 
     def logprobs(self) -> int:
@@ -92,7 +92,7 @@ class ActivationMemory:
         return int(self.config.logprob_chunk_mib * MIB) + targets * self.shape.hidden * (4 + 4 + 2 * self.w)
 
     def forward(self) -> dict[str, int]:
-        """A forward pass over the packed rows without gradients, as the reference does it."""
+        """Forward pass of the reference over the packed rows, without gradients."""
         heaviest = max(self.layer_forward(self.tokens), self.logprobs())
         return {"activations": heaviest + self.tokens * self.shape.hidden * self.w, **self.masks()}
 
@@ -109,7 +109,7 @@ class ActivationMemory:
         return self._decoding(rows, rows)
 
     def _decoding(self, prompts: int, rows: int) -> dict[str, int]:
-        """The last token: the cache of each prompt once, the cache of each row, and logits.
+        """Memory at the last token: the cache of each prompt once, the cache of each row, and logits.
 
         On a CPU in fp32 the weights exist a second time (models/packed_linear.py).
         """

@@ -21,11 +21,11 @@ class Choice:
     model: str
     why: str
     recipe: Mapping[str, object]
-    needs_gpu: bool  # it was chosen because there is a card
+    needs_gpu: bool  # the model was chosen because there is a card
 
 
 def default_run() -> tuple[TrainConfig, DsConfig]:
-    """Return flags and DeepSpeed JSON of a training run in which every flag has its default."""
+    """Return flags and DeepSpeed JSON of a run with every flag at its default."""
     config = TrainConfig()
     return config, resolve_ds_config(SHIPPED / Path(config.ds).name, fill=config.ds_sizes(bf16=True))
 
@@ -39,7 +39,7 @@ def choose_model(
 ) -> Choice:
     """Return the model that --model names; for `auto` the largest Qwen that this card and this RAM can train.
 
-    run: returns flags and DeepSpeed JSON of that training; called for `auto` alone.
+    run: returns flags and DeepSpeed JSON of that training; called only for `auto`.
     """
     if name in PRESETS:
         return Choice(name, "set by --model", PRESETS[name].recipe, needs_gpu=False)

@@ -10,12 +10,12 @@ SMALLEST_CHUNK_MIB = 4.0
 
 @dataclass(slots=True)
 class Limits:
-    """Completions sampled at once, tokens of packed rows computed at once, MiB of logits alive at a time."""
+    """Completions sampled at once, tokens of packed rows computed at once, MiB of logits in memory at once."""
 
     rows: int
     tokens: int
     chunk_mib: float
-    least_rows: int = 1  # a group: its completions share a prompt
+    least_rows: int = 1  # a group, whose completions share a prompt
     least_tokens: int = 1  # a prompt with one completion
 
     @classmethod
@@ -32,18 +32,18 @@ class Limits:
         )
 
     def lowered(self, config: TrainConfig) -> dict[str, float]:
-        """Return the limits that are smaller by now than `config` asks for."""
+        """Return the limits that are now smaller than `config` asks for."""
         asked = asdict(Limits.of(config))
         return {name: value for name, value in asdict(self).items() if value != asked[name]}
 
     def lower_to(self, smaller: Mapping[str, float]) -> None:
-        """Take over the limits that `lowered` returned in an earlier run."""
+        """Use the limits that `lowered` returned in an earlier run."""
         self.rows = min(self.rows, int(smaller.get("rows", self.rows)))
         self.tokens = min(self.tokens, int(smaller.get("tokens", self.tokens)))
         self.chunk_mib = min(self.chunk_mib, smaller.get("chunk_mib", self.chunk_mib))
 
     def halve(self, phase: str) -> str | None:
-        """Halve the limit that makes this phase large and say so in words; None when nothing is left to halve."""
+        """Halve the limit that makes this phase large and return its description; None if nothing can be halved."""
         if phase == "sample":
             if self.rows <= self.least_rows:
                 return None

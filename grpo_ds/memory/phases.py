@@ -1,7 +1,7 @@
-"""Measured memory of a run, phase by phase, to be compared with its plan.
+"""Measure the memory of a run, phase by phase, to compare it with its plan.
 
 Always on: a phase costs two reads of /proc and, on a card, a synchronisation that it needs anyway. Phases may nest;
-while an inner phase runs, the clock and the peak of the outer one stand still.
+the time and peak of an inner phase do not count for the outer one.
 """
 
 import ctypes
@@ -45,9 +45,9 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class PhaseUse:
-    """The spans of a phase taken together: the largest of each peak, the sum of the times.
+    """Spans of a phase together: the largest of each peak, the sum of the times.
 
-    Example: two updates of 3.1 and 2.9 seconds, the fuller of which took 5 GiB.
+    Example: two updates of 3.1 and 2.9 seconds; the larger one took 5 GiB.
         >>> use = PhaseUse("update", 3.1 + 2.9, ram_peak=5 * GIB, pinned=0, gpu_peak=0, gpu_reserved=0)
         >>> use.peak("ram") // GIB
         5
@@ -75,10 +75,10 @@ class OutOfMemory(GrpoError):
 
 
 class Profiler:
-    """Measure phases. The error of a phase that runs out of memory quotes `plan`."""
+    """Measures phases. If a phase runs out of memory, the error message quotes `plan`."""
 
     def __init__(self, device: torch.device, plan: Plan | None = None, *, exact: bool = False) -> None:
-        """exact: also a step's phases begin without what the phase before has freed."""
+        """exact: phases within a step also begin without memory that earlier phases freed."""
         self.plan, self.spans, self.exact = plan, list[Span](), exact
         self._gpu = device if device.type == "cuda" else None
         self._began = time.monotonic()
@@ -87,7 +87,7 @@ class Profiler:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count everything inside as phase `name`. Raises OutOfMemory in place of torch's error."""
+        """Count everything inside as phase `name`. Raises OutOfMemory instead of torch's error."""
         self._cut()
         self._open.append(name)
         try:
@@ -103,7 +103,7 @@ class Profiler:
 
     @property
     def doing(self) -> str:
-        """The phase that is open, "" between two phases."""
+        """Name of the open phase; "" between two phases."""
         return next(iter(self._open[-1:]), "")
 
     def uses(self, first: int = 0) -> dict[str, PhaseUse]:
@@ -122,7 +122,7 @@ class Profiler:
         return max((s.gpu_peak if kind == "gpu" else s.ram_peak for s in self.spans), default=0)
 
     def _cut(self) -> None:
-        """End the open phase's span here, and begin new peaks."""
+        """End the span of the open phase and restart the peaks."""
         if self._gpu:
             torch.cuda.synchronize(self._gpu)
         now = time.monotonic()
@@ -155,7 +155,7 @@ class Profiler:
         )
 
 
-# The two changes that make a phase smaller by most, by the memory that was full.
+# The two changes that reduce a phase most, by the memory that was full.
 RELIEF: dict[tuple[str, MemoryKind], tuple[str, str]] = {
     ("sample", "gpu"): ("a smaller --generation_batch_size", "a smaller --max_completion_length"),
     ("evaluate", "gpu"): ("a smaller --generation_batch_size", "a smaller --max_completion_length"),
@@ -170,7 +170,7 @@ RELIEF: dict[tuple[str, MemoryKind], tuple[str, str]] = {
 
 
 def resident_memory() -> tuple[int, int]:
-    """Return resident bytes: the peak since its last reset, and now. Without Linux's /proc the peak of the run."""
+    """Return resident bytes: the peak since the last reset, and now. Without /proc: the peak of the run."""
     if not STATUS.is_file():
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return peak, peak
@@ -180,8 +180,8 @@ def resident_memory() -> tuple[int, int]:
 
 
 def reset_resident_peak() -> None:
-    """Restart the peak of resident_memory() at what is resident now."""
-    with suppress(OSError):  # no Linux, or a hardened container: a phase then includes the peaks of those before it
+    """Restart the peak of resident_memory() at the current value."""
+    with suppress(OSError):  # no Linux, or a restricted container: a phase then includes the peaks of earlier phases
         CLEAR.write_text(RESET_PEAK, encoding="ascii")
 
 
@@ -196,7 +196,7 @@ def _return_freed_memory() -> None:
 
 
 def _full_memory(error: BaseException) -> MemoryKind | None:
-    """Return the memory that an error says is full; None where it says something else."""
+    """Return the memory that an error reports as full; None for any other error."""
     if isinstance(error, torch.OutOfMemoryError):
         return "gpu"
     full = isinstance(error, MemoryError) or "can't allocate memory" in str(error)

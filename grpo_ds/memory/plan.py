@@ -1,9 +1,9 @@
 """Predicted memory of a run: bytes by phase and component, in GPU memory and in RAM.
 
-A phase is as large as its fullest moment. The sizes come from the code that allocates them: ours, DeepSpeed 0.19.8's
+A phase counts its largest moment. The sizes come from the code that allocates them: ours, DeepSpeed 0.19.8's
 (runtime/zero/stage_1_and_2.py, "ZeRO" below) and transformers'. The plan is for one rank, after the first step, when
 the optimizer's moments exist. N is the number of parameters, w the bytes of a weight: 2 in bf16, 4 in fp32. With LoRA,
-masters, gradients and moments exist for the adapter alone (peft, and bitsandbytes for a base in 4 or 8 bits).
+masters, gradients and moments exist only for the adapter (peft, and bitsandbytes for a base in 4 or 8 bits).
 """
 
 from collections import Counter
@@ -22,11 +22,11 @@ Bytes = Counter[str]  # component -> bytes; adding two adds shared components an
 Moment = tuple[Bytes, Bytes]  # what is alive at the same time: in GPU memory, in RAM
 GIB = 2**30
 PHASES = ("load", "initialise", "evaluate", "sample", "reference", "update", "step", "save", "resume")
-MAPPED = "mapped file"  # resident while it is read; the system drops its pages where memory is short
+MAPPED = "mapped file"  # resident while it is read; the system drops its pages if memory is short
 
 # Measured by benchmarks/fit.py: Python, torch, transformers, deepspeed, threads; 0.4 GiB before the first step.
 PROCESS = int(0.55 * GIB)
-# Not measured, for want of a card: what a CUDA build of torch and the driver add in RAM ...
+# Not measured, as there was no card: memory that a CUDA build of torch and the driver add in RAM ...
 CUDA_IN_RAM = int(1.0 * GIB)
 # ... and context, kernels and cuBLAS workspaces in GPU memory, which torch's allocator does not count.
 CUDA_CONTEXT = int(0.5 * GIB)
@@ -34,13 +34,13 @@ CUDA_CONTEXT = int(0.5 * GIB)
 MOMENTS_8BIT = 2 + 8 / 256  # two codes, and two fp32 scales for 256 values
 MOMENTS_FP32 = 8
 # Extra bytes per gradient element: its cast to fp32 for fp32 masters, and the copy from which its norm is computed
-# (fp64 in DeepSpeed; engine.py needs no copy, except where the optimizer is on the card).
+# (fp64 in DeepSpeed; engine.py needs no copy, except if the optimizer is on the card).
 GRADIENT_CAST, NORM_COPY, NORM_COPY_ON_CARD = 4, 0, 8
 
 
 @dataclass(frozen=True, slots=True)
 class PhasePlan:
-    """Planned bytes of a phase at its fullest moment, in each kind of memory.
+    """Planned bytes of a phase at its largest moment, in each kind of memory.
 
     Example: the pages of a mapped file do not have to fit.
         >>> phase = PhasePlan("resume", gpu={"weights": 6 * GIB}, ram={"process": GIB, "mapped file": 2 * GIB})
@@ -49,7 +49,7 @@ class PhasePlan:
     """
 
     name: str
-    gpu: dict[str, int]  # component -> bytes; empty where the CPU computes
+    gpu: dict[str, int]  # component -> bytes; empty if the CPU computes
     ram: dict[str, int]
 
     @property
@@ -67,13 +67,13 @@ class PhasePlan:
         return sum(self.components(kind).values())
 
     def needed_in(self, kind: MemoryKind) -> int:
-        """Bytes that have to fit: all but the pages of a mapped file."""
+        """Bytes that must fit: all except the pages of a mapped file."""
         return self.bytes_in(kind) - (self.ram.get(MAPPED, 0) if kind == "ram" else 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Planned memory of a run: its phases, in the order in which they first come.
+    """Planned memory of a run: its phases, in the order of their first use.
 
     Example: a run that fits a machine with 6 GiB of GPU memory and 8 GiB of RAM.
         >>> plan = Plan((PhasePlan("load", {}, {"weights": 8 * GIB}), PhasePlan("step", {"weights": 6 * GIB}, {})))
@@ -85,7 +85,7 @@ class Plan:
     checkpoint: int = 0  # bytes of one checkpoint on disk
 
     def binding(self, kind: MemoryKind) -> PhasePlan:
-        """Return the phase that decides whether the run fits this memory."""
+        """Return the phase that needs most of this memory."""
         return max(self.phases, key=lambda phase: phase.needed_in(kind))
 
     def peak(self, kind: MemoryKind) -> int:
@@ -104,7 +104,7 @@ def make_plan(shape: ModelShape, config: TrainConfig, ds: DsConfig, *, device: D
 
 
 def _phase(name: str, moments: list[Moment], device: Device) -> PhasePlan:
-    """Take the fullest moment of each memory; on the CPU the two memories are one."""
+    """Take the largest moment of each memory; on the CPU all memory is RAM."""
     alive = moments if device == "cuda" else [(Bytes(), gpu + ram) for gpu, ram in moments]
     gpu, ram = (max(parts, key=Counter.total) for parts in zip(*alive, strict=True))
     return PhasePlan(name, dict(+gpu), dict(+ram))
@@ -135,7 +135,7 @@ class _RunMemory:
     # --- what is always there ---------------------------------------------------------------------------------
 
     def optimizer(self, *, stepped: bool = True) -> Bytes:
-        """Masters, gradients and moments, in whichever memory: the bytes per parameter in docs/memory.md."""
+        """Masters, gradients and moments, in GPU memory or RAM: the bytes per parameter in docs/memory.md."""
         parameters, ds, ours = self.trained, self.ds, self.ds.optimizer.type == "AdamW8bit"
         masters = self._block(parameters * self.master)
         parts = Bytes({"master weights": masters})
@@ -144,8 +144,8 @@ class _RunMemory:
             parts["residual"] = parameters * 2 * (ds.bf16_masters and ds.rounding == "residual")
         if ds.offload:
             parts["gradients"] = masters
-            alias = ds.share_staging or (ds.bf16_masters and ours)  # of the used gradients, or of the masters
-            parts["staging copy"] = 0 if alias else self._block(self.trained * self.w)
+            alias = ds.share_staging or (ds.bf16_masters and ours)  # of the gradients' memory, or of the masters
+            parts["staging buffer"] = 0 if alias else self._block(self.trained * self.w)
             # ZeRO: accumulated_grads_in_cpu, which bf16 gradients do not need.
             several = self.activations.backwards > 1 and not ds.bf16_masters
             parts["accumulated gradients"] = self._block(self.trained * self.w) * several
@@ -156,7 +156,7 @@ class _RunMemory:
         gpu, ram = Bytes({"weights": self.weights}), self.process
         if self.ds.offload:
             ram = ram + self.optimizer(stepped=stepped)
-            # ZeRO: temp_grad_buffer_for_gpu_offload; engine.py drops it where a step has one backward.
+            # ZeRO: temp_grad_buffer_for_gpu_offload; engine.py frees it if a step has one backward.
             gpu["accumulation buffer"] = self.largest * self.w * (self.activations.backwards > 1)
         else:
             gpu += self.optimizer(stepped=stepped)
@@ -165,7 +165,7 @@ class _RunMemory:
 
     def reference_bytes(self) -> int:
         sizes = {"int8": self.shape.int8_bytes(self.w), "llm.int8": self.shape.llm_int8_bytes(self.w)}
-        sizes["adapter"] = self.trained * self.w  # a copy of the adapter; the base is the policy's
+        sizes["adapter"] = self.trained * self.w  # a copy of the adapter; the policy has the base
         return sizes.get(self.config.reference_kind, self.weights)
 
     def _block(self, size: int) -> int:
@@ -200,9 +200,9 @@ class _RunMemory:
         if not self.ds.offload:  # ZeRO allocates a gradient buffer once and drops it
             return [(twice, moved), (flat + every + Bytes({"gradients": masters.total()}), self.process)]
         buffers = Bytes({"buffers of the largest parameter": self.largest * self.w})  # engine.py frees them later,
-        every["staging copy"] = self._block(trained)  # and this
+        every["staging buffer"] = self._block(trained)  # and this
         every["accumulated gradients"] = 0
-        if self.pins:  # masters and staging copy exist twice while they are pinned: pageable and pinned
+        if self.pins:  # masters and staging buffer exist twice while they are pinned: pageable and pinned
             every["pageable originals"] = masters.total() + trained
         moments = [(twice, moved), (flat + buffers, self.process + every + buffers)]
         if self.on_gpu or self.w != self.master:  # otherwise the clone is the master
@@ -216,7 +216,7 @@ class _RunMemory:
         return [self._during({**self.activations.sampling(), **self.dequantised})]
 
     def reference(self) -> list[Moment]:
-        """Make the reference, layer by layer, and compute log-probs with it."""
+        """Making the reference, layer by layer, and computing log-probs with it."""
         kind, forward = self.config.reference_kind, self.activations.forward()
         if not self.config.beta:
             return [self.resident()]
@@ -244,7 +244,7 @@ class _RunMemory:
             layer = activations.layer_backward() + self.shape.widest * (w + leaving)
         return [
             self._during({**stored, "largest gradients": head, "log-probs": activations.logprobs()}),
-            # A tied head's gradient waits for the embedding's gradient, to which it is added.
+            # A tied head's gradient is kept until it is added to the embedding's gradient.
             self._during({**stored, "largest gradients": head * self.shape.tied, "a layer's activations": layer}),
             self._during({**kept, "largest gradients": head + self.largest * leaving}),
         ]

@@ -1,6 +1,6 @@
-"""Compare a plan with the memory of a machine: does it fit, which cheap changes make it fit, which model is best.
+"""Compare a plan with a machine's memory: if it fits, the cheapest changes that make it fit, and the best model.
 
-The planner's margins are stated here, once.
+The planner's margins are defined here.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from grpo_ds.settings.ds_config import SMALL_BUCKET, DsConfig, OptimizerSpec
 from grpo_ds.system import invocation
 
 RAM_RESERVE = 2 * GIB  # the system, the launcher's two processes (0.45 GiB, measured) and page cache for the files
-FRAGMENTATION = 0.03  # of the card: torch's allocator cannot use every gap between blocks; a guess until measured
+FRAGMENTATION = 0.03  # share of the card: torch's allocator cannot use every gap between blocks; a guess, not measured
 
 
 def usable(gpu_gib: float, ram_gib: float) -> tuple[int, int]:
@@ -25,7 +25,7 @@ def usable(gpu_gib: float, ram_gib: float) -> tuple[int, int]:
 
 
 def fits(plan: Plan, gpu_gib: float, ram_gib: float) -> bool:
-    """Check that the plan fits with the margins; a plan for the CPU needs no GPU memory."""
+    """Return True if the plan fits with the margins; a plan for the CPU needs no GPU memory."""
     gpu, ram = usable(gpu_gib, ram_gib)
     return plan.peak("gpu") <= gpu and plan.peak("ram") <= ram
 
@@ -44,10 +44,10 @@ class Job:
 
 
 def fitted(job: Job, gpu_gib: float, ram_gib: float) -> Job:
-    """Fill in the flags that were left to the memory plan.
+    """Fill the flags that the memory plan chooses.
 
-    Completions sampled at once: the most with which evaluation needs less than the fullest of the other phases.
-    Gradient checkpointing: off where the run fits without it and leaves room, for a faster update.
+    Completions sampled at once: as many as possible while evaluation needs less than the largest other phase.
+    Gradient checkpointing: off if the run fits without it and leaves room, for a faster update.
     """
     if job.config.gradient_checkpointing is None:
         without = replace(job, config=replace(job.config, gradient_checkpointing=False))
@@ -60,7 +60,7 @@ def fitted(job: Job, gpu_gib: float, ram_gib: float) -> Job:
     return job
 
 
-ROOM = 0.8  # share of a memory that may be filled for speed alone
+ROOM = 0.8  # share of a memory that may be filled only for speed
 BATCH_SIZES = (64, 32, 16, 8)
 
 
@@ -82,7 +82,7 @@ class Remedy:
 
 
 def remedies(job: Job, gpu_gib: float, ram_gib: float) -> tuple[Remedy, ...]:
-    """Return the fewest and then cheapest changes after which the job fits; none if it fits, or if nothing helps."""
+    """Return the fewest, then cheapest changes that make the job fit; () if it fits or nothing helps."""
     if fits(job.plan(), gpu_gib, ram_gib):
         return ()
     for number in range(1, MOST_REMEDIES + 1):
@@ -94,7 +94,7 @@ def remedies(job: Job, gpu_gib: float, ram_gib: float) -> tuple[Remedy, ...]:
 
 
 def applied(job: Job, changes: tuple[Remedy, ...]) -> Job | None:
-    """Apply all changes. None where one of them changes nothing: fewer changes have been tried already."""
+    """Apply all changes. None if one of them changes nothing: fewer changes were tried before."""
     for remedy in changes:
         if not remedy.when(job):
             return None
@@ -122,7 +122,7 @@ IN_RAM = {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": False
 EIGHT_BIT = {"optimizer": OptimizerSpec("AdamW8bit", {}), "share_staging": True}
 HALVES = {"bf16_masters": True, "rounding": "residual"}
 
-# In order of cost: first little, then speed, then a change of the algorithm.
+# In order of cost: little, then speed, then a change of the algorithm.
 REMEDIES = (
     Remedy('"pin_memory": false', "slower copies to the card", lambda job: job.ds.offload, zero=IN_RAM),
     Remedy('"share_staging": true', "nothing", _ours, ds={"share_staging": True}),
@@ -197,7 +197,7 @@ class Candidate:
         return self.job.config.reference_kind if self.job.config.beta else "none"
 
     def command(self, typed: str = "") -> str:
-        """Return the command line that trains it; typed: further flags."""
+        """Return the command line that trains it. typed: further flags."""
         flags = {"none": " --beta 0", "int8": "", "adapter": ""}.get(self.reference, f" --reference {self.reference}")
         train = invocation.command("train", launcher="deepspeed")
         return f"{train} --model {self.job.shape.name} --ds {self.ds_file}{flags}{typed}"

@@ -1,10 +1,10 @@
 """The attention of every model here: transformers' SDPA, or the function `attend` of the caller.
 
 Registered with transformers' AttentionInterface, so a model's own code runs unchanged. `PackedAttention` computes
-packed rows without a mask over them: it computes only those of a row's [L, L] scores that such a mask would keep.
+packed rows without a mask over them: it computes only the scores that such a mask would keep.
 
-R rows of L tokens, at most P of them in a prompt; B completions, each with at most C tokens of input. H heads of
-queries, K heads of keys, of width D.
+R rows of L tokens, prompts of at most P; B completions of at most C input tokens. H heads of queries, K heads of keys,
+of width D.
 """
 
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ NAME = "grpo_ds"
 UNKNOWN = ("softcap", "s_aux")
 # Errors of models whose attention is not written for transformers' AttentionInterface; the probes catch them.
 NOT_MADE_FOR_US = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
-ALIGNED = 8  # columns: memory-efficient attention on a card copies a mask whose rows do not begin at a multiple of 8
+ALIGNED = 8  # columns: on a card memory-efficient attention copies a mask unless its rows begin at multiples of 8
 
 
 class Attend(Protocol):
@@ -34,7 +34,7 @@ class Attend(Protocol):
 
 
 def use_our_attention(model: PreTrainedModel) -> None:
-    """Make `model(..., **attending(attend))` use `attend`; calls without it stay as before."""
+    """Make `model(..., **attending(attend))` use `attend`; calls without it do not change."""
     if model.config._attn_implementation != NAME:
         model.set_attn_implementation(NAME)
 
@@ -68,14 +68,14 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def sliding_window(config: Any) -> float:
-    """Number of tokens that every layer attends to at most; infinite where no window slides."""
+    """Maximum number of tokens that a layer attends to; infinite without a sliding window."""
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     return window if window and slides else float("inf")
 
 
 class PackedAttention:
-    """Attention over packed rows in two parts: prompts over themselves, completions over their prompt and themselves.
+    """Attention over packed rows in two parts: prompts over themselves; completions over their prompt and themselves.
 
     With a mask over complete rows, (P + B C / R)^2 scores per row are computed; here P^2 / 2 + C (P + C) B / R.
     """
@@ -84,10 +84,10 @@ class PackedAttention:
         device, (_, length) = rows.input_ids.device, rows.input_ids.shape
         prompts = (rows.segments == PROMPT).sum(dim=1)  # [R] tokens
         row = rows.sources[:, 0] // length  # [B] the row of each completion
-        # A completion's inputs are the positions that predict its tokens, except the first.
+        # A completion's inputs are the positions that predict its tokens, without the first position.
         self.own, counts = rows.sources[:, 1:], rows.mask[:, 1:]
         self.longest = int(prompts.max())
-        self.completions = torch.bincount(row, minlength=len(prompts))  # [R] number in each row, side by side
+        self.completions = torch.bincount(row, minlength=len(prompts))  # [R] number of completions in each row
         b, c = self.own.shape
         width = self.longest + c
         mask = torch.full((b, 1, c, -(-width // ALIGNED) * ALIGNED), -torch.inf, dtype=dtype, device=device)

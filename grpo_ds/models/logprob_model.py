@@ -18,15 +18,15 @@ from grpo_ds.errors import UsageError
 from grpo_ds.models.attention import NOT_MADE_FOR_US, PackedAttention, attending, sliding_window, use_our_attention
 from grpo_ds.models.quantized import Int8Rows
 
-# Config keys of models that change their logits after the head, which we compute without them.
+# Config keys of models that change their logits after the head; our chunked log-probs would not.
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
 
 
 class LogprobModel(nn.Module):
-    """`model` as a function PackedRows -> [B, C] fp32 log-probs, 0 where masked.
+    """`model` as a function PackedRows -> [B, C] fp32 log-probs, 0 if masked.
 
     vocab_size: number of ids of the tokenizer; the head's padding rows above it are left out.
-    In training mode `entropies` holds those of the last call: [B, C] in nats, without gradient, 0 where masked.
+    In training mode `entropies` holds the last call's entropies: [B, C] in nats, without gradient, 0 if masked.
     """
 
     entropies: Tensor
@@ -53,14 +53,14 @@ class LogprobModel(nn.Module):
         chosen = F.embedding(sources, hidden.flatten(0, 1))
         if not self.training:
             return _at_mask(token_logprobs(chosen, self.head, targets, **self.options), rows.mask)
-        # Kept here, not returned: DeepSpeed would hook the gradient of a second output, and this one has none.
+        # Kept here, not returned: DeepSpeed would hook the gradient of a second output, but entropies have none.
         logprobs, entropies = token_logprobs(chosen, self.head, targets, **self.options, entropy=True)
         self.entropies = _at_mask(entropies, rows.mask)
         return _at_mask(logprobs, rows.mask)
 
     @property
     def head(self) -> HeadRows:
-        """Rows of the output embedding: its weight, or a module that keeps them in 8 bits."""
+        """Output embedding: its weight, or a module that keeps the weight in 8 bits."""
         head = self.model.get_output_embeddings()
         return head if isinstance(head, Int8Rows) else head.weight
 
@@ -78,12 +78,12 @@ PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02
 def why_not_packed(policy: LogprobModel, *, longest: int) -> str | None:
     """Return the reason why this model cannot use packed rows, None if it can.
 
-    Tried on one row: a completion must get the log-probs that it gets alone. longest: tokens of a prompt with its
+    Tested on one row: it must give the same log-probs as separate rows. longest: tokens of a prompt with its
     completion.
     """
     device = policy.model.device
     if (window := sliding_window(policy.model.config)) < longest:
-        return f"its attention slides over {window} tokens, fewer than the {longest} of a prompt and its completion"
+        return f"its attention window of {window} tokens is smaller than the {longest} of a prompt and its completion"
     prompt = torch.tensor([1, 2, 3], device=device)
     ids, mask = torch.tensor([[9, 8, 7], [4, 5, 6]], device=device), torch.ones(2, 3, dtype=torch.bool, device=device)
     policy.packs = False
@@ -94,7 +94,7 @@ def why_not_packed(policy: LogprobModel, *, longest: int) -> str | None:
     except NOT_MADE_FOR_US as error:
         return (str(error).splitlines() or [type(error).__name__])[0][:100]
     seen = float((alone - beside).abs().max())
-    return None if seen <= PROBE_TOLERANCE[policy.model.dtype] else "its attention is more than SDPA's"
+    return None if seen <= PROBE_TOLERANCE[policy.model.dtype] else "its attention is more than plain SDPA"
 
 
 def check_plain_head(model: PreTrainedModel) -> None:

@@ -1,6 +1,6 @@
 """LoRA (Hu et al. 2021) and QLoRA (Dettmers et al. 2023): small trained matrices beside a frozen base.
 
-peft adds them to the transformers model itself, so sampling, log-probs and DeepSpeed use it as any other model.
+peft adds them to the transformers model itself, so sampling, log-probs and DeepSpeed use it like any other model.
 """
 
 import logging
@@ -21,7 +21,7 @@ def add_adapter(
 ) -> None:
     """Freeze `model` and add alpha / r * B A to each targeted weight; B starts at 0, so nothing changes yet.
 
-    base: this model's name or folder for from_pretrained, written into the saved adapter. seed: of A.
+    base: this model's name or folder for from_pretrained, written into the saved adapter. seed: for A.
     """
     config = LoraConfig(
         r=r,
@@ -46,7 +46,7 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """Return bitsandbytes' config for the linear layers of a frozen base; embeddings and head stay in `dtype`."""
+    """Return bitsandbytes' config for a frozen base: linear layers quantised, embeddings and head in `dtype`."""
     if bits == 4:
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -55,7 +55,7 @@ def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
             bnb_4bit_compute_dtype=dtype,
         )
     if bits == 8:
-        # It logs at every product that activations are rounded; docs/lora.md says it once.
+        # It logs for every product that activations are rounded; docs/lora.md says so.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return None

@@ -1,7 +1,7 @@
 """Linear layers for few rows on a CPU: weights stored once in oneDNN's own layout.
 
-torch's matmul converts a weight to that layout at every call, which for the 8 rows of a decoding step takes as long as
-the product. `packed_linears` converts it once for a rollout, which needs a second copy of the weights meanwhile.
+torch's matmul converts a weight to that layout at every call; for the 8 rows of a decoding step this takes as long as
+the product. `packed_linears` converts each weight once per rollout, and keeps a second copy of the weights meanwhile.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ TYPICAL_ROWS = 8  # the layout is chosen for this number of rows; others work to
 
 @contextmanager
 def packed_linears(model: nn.Module) -> Iterator[None]:
-    """Run a model's fp32 linear layers on the CPU from packed copies of their weights; change no other layer.
+    """Run a model's fp32 linear layers on the CPU with packed copies of their weights; other layers stay unchanged.
 
     The weights must not change meanwhile. Works without gradients only.
     """

@@ -22,7 +22,7 @@ from grpo_ds.settings.config import TrainConfig
 from grpo_ds.system.hub import check_hub
 from grpo_ds.task.prompts import ensure_chat_template
 
-# For a hub model without safetensors, transformers would ask a service on the hub to convert it, in our user's name.
+# For a hub model without safetensors, transformers would ask a hub service to convert it, with the user's account.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 transformers_logging.disable_progress_bar()  # our own lines and bars show the progress
 
@@ -36,7 +36,7 @@ def model_source(name: str) -> str:
     try:
         check_hub()
     except (OSError, ValueError):
-        constants.HF_HUB_OFFLINE = True  # a model in the cache still loads; any other fails at once, not in a minute
+        constants.HF_HUB_OFFLINE = True  # a model in the cache still loads; others fail at once, not after a minute
     return (PRESETS[name].hub_id or name) if name in PRESETS else name
 
 
@@ -47,7 +47,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Tokenizer:
     _check_template_names(name, tokenizer.chat_template)
     ensure_chat_template(tokenizer)
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # EOS may be the pad token: masks say what counts, ids never do
+        tokenizer.pad_token = tokenizer.eos_token  # EOS may be the pad token: masks decide which tokens count, not ids
     return tokenizer
 
 
@@ -56,12 +56,12 @@ def load_policy(
 ) -> PreTrainedModel:
     """Load the model on the CPU, without dropout and with a neutral generation config; an adapter is merged.
 
-    bits: 4 or 8 quantises the linear layers, on the card if there is one. trust_remote_code: run the model's own
+    bits: 4 or 8 quantises the linear layers, on the GPU if there is one. trust_remote_code: run the model's own
     Python files. Weights are read from safetensors, or from a .bin file with weights_only.
 
     Dropout would make the ratio of the first update differ from 1. With the model's own generation config (Qwen's has
-    top_k 20, top_p 0.8, repetition_penalty 1.1) samples would come from another distribution than the log-probs
-    describe; only its token ids are kept.
+    top_k 20, top_p 0.8, repetition_penalty 1.1) the distribution of samples would differ from the log-probs;
+    only its token ids are kept.
     """
     adapter_on = adapter_base(name)
     source = model_source(adapter_on or name)
@@ -70,7 +70,7 @@ def load_policy(
         for key, value in config.to_dict().items():
             if ("dropout" in key or key.endswith("_pdrop")) and isinstance(value, float):
                 setattr(config, key, 0.0)
-        # SDPA where the architecture has it, which is transformers' own choice.
+        # SDPA if the architecture has it: transformers' default.
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -93,7 +93,7 @@ def load_policy(
 
 
 def trainable_policy(config: TrainConfig, *, dtype: torch.dtype, known_ids: int) -> LogprobModel:
-    """Load the policy that a run trains, with an adapter if the flags ask for one. known_ids: of the tokenizer."""
+    """Load the policy of a run, with an adapter if the flags ask for one. known_ids: number of the tokenizer's ids."""
     model = load_policy(
         config.model,
         dtype=dtype,
@@ -148,7 +148,7 @@ def _check_template_names(name: str, templates: str | dict[str, str] | None) -> 
 
 
 def save_merged(adapter: Path, folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
-    """Save base and adapter as one ordinary model; the base is read again in `dtype`, not as it was trained."""
+    """Save base and adapter as one ordinary model; the base is read again in `dtype`, not with the bits of training."""
     model = load_policy(str(adapter), dtype=dtype, checkpointing=False, trust_remote_code=trust_remote_code)
     model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
 
@@ -160,16 +160,16 @@ def first_bad_weight(model: torch.nn.Module) -> str | None:
     Reads the weights once and copies none.
     """
     weights = {name: p for name, p in model.named_parameters() if p.is_floating_point() and p.numel()}
-    # One transfer for all: each value read by itself would wait for the card.
+    # One transfer for all: reading each value alone would wait for the GPU every time.
     finite = torch.stack([torch.linalg.vector_norm(p, torch.inf).float() for p in weights.values()]).isfinite()
     return next((name for name, is_finite in zip(weights, finite.tolist(), strict=True) if not is_finite), None)
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Save an ordinary transformers folder, or of a model with an adapter the adapter alone, as peft writes it.
+    """Save an ordinary transformers folder; for a model with an adapter only the adapter, as peft writes it.
 
     ZeRO keeps all weights as views of one buffer. save_pretrained would treat them as shared tensors and clone all of
-    them at once, on the card. Passed through dlpack, each view is a tensor of its own over the same bytes.
+    them at once, in GPU memory. Passed through dlpack, each view is a separate tensor over the same bytes.
     """
     if getattr(model, "peft_config", None):
         return model.save_pretrained(folder)

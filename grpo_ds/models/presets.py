@@ -21,8 +21,8 @@ class Preset:
 
 EMBEDDED = "smollm2-135m"
 
-# For a laptop. A 135M model keeps the answer format only if it is shown: the opening tag prefilled, a worked example of
-# each class (with one example it always copies that answer). It learns at 5 times a large model's rate; at 20 times it
+# For a laptop. A 135M model needs help with the answer format: the opening tag prefilled, and a worked example of each
+# class (with one example it always copies that answer). Its learning rate is 5 times a large model's; with 20 times it
 # answered "yes" to every question after 12 steps (docs/results.md). 300 tokens would take too long on two cores.
 LAPTOP = {
     "few_shot": 2,
@@ -47,7 +47,7 @@ PRESETS = {
 }
 
 
-LORA_RATE = 10  # an adapter's learning rate / that of full fine-tuning (Schulman et al. 2025, LoRA Without Regret)
+LORA_RATE = 10  # an adapter's learning rate / the rate of full fine-tuning (Schulman et al. 2025, LoRA Without Regret)
 
 
 def lora_recipe(recipe: Mapping[str, object], config: TrainConfig) -> Mapping[str, object]:

@@ -1,8 +1,8 @@
 """Weight-only int8 layers: one byte per weight, a scale per group, products in the activations' dtype.
 
 Rows are cut into groups of at most SCALE_GROUP input features (models/shapes.py); each group is scaled by its largest
-absolute value. Activations are not rounded; the KL floor is therefore a sixth of LLM.int8's, which rounds both. Weights
-become bf16 again one layer at a time, for the duration of its matmul.
+absolute value. Activations are not rounded, so the KL floor is a sixth of LLM.int8's, which rounds both. Weights are
+converted to bf16 one layer at a time, only for its matmul.
 """
 
 import torch
@@ -15,7 +15,7 @@ from grpo_ds.models.shapes import scale_group
 def quantize(weight: Float[Tensor, "out in"]) -> tuple[Int8[Tensor, "out in"], Float[Tensor, "out groups"]]:
     """Round to symmetric int8 codes with a scale per group of inputs, in the weight's dtype.
 
-    The codes are computed with the scale as it is stored, so the rounding of the scale adds no error.
+    The codes are computed with the scale as it is stored, so rounding the scale adds no error.
     """
     out_features, in_features = weight.shape
     grouped = weight.detach().float().view(out_features, -1, scale_group(in_features))
@@ -32,7 +32,7 @@ def dequantize(codes: Int8[Tensor, "out in"], scale: Float[Tensor, "out groups"]
 
 
 class Int8Rows(nn.Module):
-    """A frozen weight [out, in] in int8 that dequantises some rows at a time, so that a head never is 16-bit."""
+    """A frozen weight [out, in] in int8 that dequantises a few rows at a time: a 16-bit copy never exists."""
 
     codes: Tensor  # int8
     scale: Tensor

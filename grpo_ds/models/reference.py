@@ -1,8 +1,8 @@
 """The reference: a frozen copy of the policy that needs one byte per weight.
 
-It is made from the policy in memory, layer by layer, at the start of every outer iteration: nothing is read twice from
-disk, and a second 16-bit model never exists (except with --reference bf16). With LoRA there is no second model at all:
-the reference is the policy with an earlier state of its adapter.
+It is made from the policy in memory, layer by layer, at the start of every outer iteration: nothing is read from disk
+again, and no second 16-bit model exists (except with --reference bf16). With LoRA there is no second model: the
+reference is the policy with an earlier state of its adapter.
 """
 
 import copy
@@ -32,7 +32,7 @@ class Reference:
 
     @torch.no_grad()
     def __call__(self, rows: PackedRows) -> Tensor:
-        """Return log-probs [B, C] on the device of the rows, wherever the reference lives."""
+        """Return log-probs [B, C] on the device of the rows; the reference may be on another."""
         return self.model(rows.to(self.device)).to(rows.input_ids.device)
 
     def bytes(self) -> int:
@@ -40,18 +40,18 @@ class Reference:
         return sum(t.untyped_storage().nbytes() for t in _distinct(self.model))
 
     def state(self) -> dict[str, Tensor]:
-        """Return everything that `load_state` needs to turn another reference of this kind into this one."""
+        """Return the state that `load_state` copies into another reference of this kind."""
         return self.model.state_dict()
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take over a state of `state()`, in place."""
+        """Load the result of `state()`, in place."""
         self.model.load_state_dict(state)
 
     @torch.no_grad()
     def mix(self, policy: LogprobModel, alpha: float) -> None:
         """Move towards the policy: alpha policy + (1 - alpha) reference (Gorbatovski et al. 2024).
 
-        Each weight by itself; works for 16-bit weights alone.
+        One weight at a time; works only for 16-bit weights.
         """
         own = dict(self.model.named_parameters())
         for name, parameter in policy.named_parameters():
@@ -61,7 +61,7 @@ class Reference:
 class AdapterReference(Reference):
     """The policy with the adapter's weights as they were when this object was made.
 
-    At the start of a run B = 0 adds exactly 0, so this reference is the base alone.
+    At the start of a run B = 0 adds exactly 0, so this reference is the unchanged base.
     """
 
     def __init__(self, policy: LogprobModel) -> None:
@@ -90,7 +90,7 @@ class AdapterReference(Reference):
             weight.copy_(state[str(number)])
 
     def bytes(self) -> int:
-        """Return the bytes of the adapter's copy; the base is the policy's own."""
+        """Return the bytes of the adapter's copy; the policy has the base."""
         return sum(weight.nbytes for weight in self.weights)
 
 
@@ -121,13 +121,13 @@ def _distinct(module: nn.Module) -> Iterator[Tensor]:
 def _rebuilt(policy: PreTrainedModel, replace: Callable[[Any], nn.Module]) -> PreTrainedModel:
     """Build an empty model of the policy's class and fill it, module by module, with `replace(policy's layer)`.
 
-    Everything but linear layers and embeddings (norms, buffers) is copied. Tied modules stay tied.
+    Other layers (norms) and buffers are copied. Tied modules stay tied.
     """
     with init_empty_weights():
         kind = policy.config._attn_implementation
-        # The policy's own class: AutoModel would ask again whether the model's own code is trusted.
+        # The policy's own class: AutoModel would ask again if the model's own code is trusted.
         model = type(policy)._from_config(policy.config, dtype=policy.dtype, attn_implementation=kind)
-    replaced: dict[int, nn.Module] = {}  # address of a weight -> its module, so that a tied head is made once
+    replaced: dict[int, nn.Module] = {}  # address of a weight -> its module, so that a tied head is made only once
     for name, source in policy.named_modules():
         if not isinstance(source, nn.Linear | nn.Embedding | Conv1D):
             for key, tensor in (*source._parameters.items(), *source._buffers.items()):
@@ -137,7 +137,7 @@ def _rebuilt(policy: PreTrainedModel, replace: Callable[[Any], nn.Module]) -> Pr
                 elif tensor is not None:
                     target._buffers[key] = tensor.detach().clone()
             continue
-        address = source.weight.data_ptr()  # not its storage, in which ZeRO keeps all parameters
+        address = source.weight.data_ptr()  # not its storage: ZeRO keeps all parameters in one
         if address not in replaced:
             replaced[address] = replace(source)
         model.set_submodule(name, replaced[address])

@@ -1,4 +1,4 @@
-"""Decoding with the prompt repeated for every row, in transformers' cache: for models with attention of their own."""
+"""Decoding with the prompt repeated for every row, in transformers' cache: for models with special attention."""
 
 import inspect
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ class RepeatedPrompts:
         return self._forward(tokens[:, None], positions[:, None])
 
     def keep(self, rows: Int[Tensor, " B"], *, group_size: int) -> None:
-        """Drop all other rows."""
+        """Keep only these rows."""
         self.group_size = group_size
         self.cache.batch_select_indices(rows)
         self.seen = self.seen[rows]

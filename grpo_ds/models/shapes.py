@@ -1,6 +1,6 @@
-"""A model's shape, read from its config alone: its matrices and their sizes.
+"""A model's shape, read only from its config: its matrices and their sizes.
 
-Standard library only for Llama, Mistral, Qwen2, Qwen3 and GPT-2; any other architecture is counted on torch's meta
+Standard library only for Llama, Mistral, Qwen2, Qwen3 and GPT-2; other architectures are counted on torch's meta
 device, which takes seconds and is equally exact. Sizes that the memory plan shares with modules that import torch are
 defined here.
 """
@@ -17,13 +17,13 @@ from grpo_ds.system.hub import check_hub
 
 # Weights that share an int8 scale. 64 divides all hidden sizes in use; 128 saves 1.5 % of memory, raises the KL floor.
 SCALE_GROUP = 64
-MIN_SCALE_GROUP = 16  # for odd widths: in smaller groups the scales would cost more than they save
+MIN_SCALE_GROUP = 16  # for odd widths: with smaller groups the scales would cost more than they save
 QUANTIZE_BYTES = {2: 9, 4: 5}  # models/quantized.py, per weight of that size: its fp32 copy, the quotient, the code
-LARGEST_LAYER = 40_000  # output rows; more than any hidden layer has and fewer than any vocabulary in use
+LARGEST_LAYER = 40_000  # output rows: more than in any hidden layer, fewer than in any vocabulary in use
 SHARD_BYTES = 2 * 10**9  # of a saved model; on its way to the file a shard is copied from the card to RAM
 
 ALL_LINEAR = "all-linear"
-ADAPTER_FILE = "adapter_config.json"  # in a folder that peft wrote: it names the base model
+ADAPTER_FILE = "adapter_config.json"  # in a folder written by peft; it names the base model
 
 Matrix = tuple[int, int, int]  # output rows, input columns, how many such matrices
 Linear = tuple[str, int, int, int]  # a linear layer's name within its block, and its matrix
@@ -49,9 +49,9 @@ class ModelShape:
     head_dim: int
     tied: bool  # the head is the embedding
     matrices: tuple[Matrix, ...]  # linear layers and embeddings, a tied head once
-    linears: tuple[Linear, ...]  # linear layers of the blocks alone, which LoRA adapts and QLoRA quantises
+    linears: tuple[Linear, ...]  # linear layers of the blocks, which LoRA adapts and QLoRA quantises
     vectors: int  # elements of all norms and biases
-    positions: int | None = None  # most tokens of a row, where positions are learned
+    positions: int | None = None  # maximum tokens of a row if positions are learned
 
     @property
     def parameters(self) -> int:
@@ -64,8 +64,8 @@ class ModelShape:
 
     @property
     def widest(self) -> int:
-        """Elements of the largest matrix of a layer, which is alive in 16 bits while an int8 layer multiplies."""
-        return max(rows * columns for rows, columns, _ in self.matrices if rows < LARGEST_LAYER)
+        """Elements of the largest matrix of a layer, which exists in 16 bits while an int8 layer multiplies."""
+        return max(rows * columns for rows, columns, _ in self.matrices if rows <= LARGEST_LAYER)
 
     def lora_parameters(self, r: int, targets: Sequence[str]) -> int:
         """Elements of A [r, columns] and B [rows, r] of every targeted layer. Raises UsageError for an unknown name."""
@@ -96,7 +96,7 @@ class ModelShape:
 
     def llm_int8_bytes(self, itemsize: int) -> int:
         """Bytes under LLM.int8: a byte per weight, an fp32 scale per row; embeddings and head stay in 16 bits."""
-        small = [matrix for matrix in self.matrices if matrix[0] < LARGEST_LAYER]
+        small = [matrix for matrix in self.matrices if matrix[0] <= LARGEST_LAYER]
         codes = sum(rows * columns * count for rows, columns, count in small)
         return codes + 4 * sum(rows * count for rows, _, count in small) + itemsize * (self.parameters - codes)
 
@@ -133,7 +133,7 @@ def shape_of(model: str, *, trust_remote_code: bool = False) -> ModelShape:
     family = FAMILIES.get(config.get("model_type", ""))
     try:
         return family(model, config) if family else meta_shape(model, config, trust_remote_code=trust_remote_code)
-    except KeyError:  # a key that is left to the default of its config class
+    except KeyError:  # a missing key has the default of its config class
         return meta_shape(model, config, trust_remote_code=trust_remote_code)
 
 
@@ -156,7 +156,7 @@ def read_config(model: str) -> dict[str, Any]:
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0][:150]
             raise UsageError(
-                f"--model {model} is no preset and no folder, and its config.json cannot be loaded: {reason}\n"
+                f"--model {model} is not a preset or a folder, and its config.json cannot be loaded: {reason}\n"
                 f"Presets: {', '.join(PRESET_CONFIGS)}"
             ) from None
     try:
@@ -171,7 +171,7 @@ def read_config(model: str) -> dict[str, Any]:
 def adapter_base(model: str) -> str | None:
     """Return the base model named in an adapter's folder, None for any other model.
 
-    Raises UsageError where an adapter names no base.
+    Raises UsageError if an adapter names no base.
     """
     file = Path(model) / ADAPTER_FILE
     if not file.is_file():
@@ -243,7 +243,7 @@ def brings_code(model: str) -> UsageError:
 
 
 def meta_shape(name: str, config: Mapping[str, Any], *, trust_remote_code: bool = False) -> ModelShape:
-    """Shape of any causal LM that transformers or the model's own trusted code builds; built without weights."""
+    """Shape of any causal LM that transformers or the model's own trusted code can build; no weights are made."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -259,7 +259,7 @@ def meta_shape(name: str, config: Mapping[str, Any], *, trust_remote_code: bool 
             raise brings_code(name) from None
         reason = (str(error).splitlines() or [""])[0][:150]
         raise UsageError(f"--model {name}: transformers builds no causal LM from its config.json: {reason}") from None
-    parameters = list(model.parameters())  # a tied head is in it once
+    parameters = list(model.parameters())  # contains a tied head once
     matrices = [(rows, columns, 1) for rows, columns in (p.shape for p in parameters if p.dim() == 2)]
     vectors = sum(p.numel() for p in parameters if p.dim() != 2)
     head = model.get_output_embeddings()

@@ -31,7 +31,7 @@ class SharedPromptCache:
             for pair in self.prompts
         ]
         first = self.prompts[0][0]
-        self.padding: Float[Tensor, "Q 1 1 P"] | None = None  # -inf behind a prompt's end; None: all are equally long
+        self.padding: Float[Tensor, "Q 1 1 P"] | None = None  # -inf after a prompt's end; None: all are equally long
         if min(lengths) < first.shape[2]:
             ends = torch.tensor(lengths, device=first.device).view(-1, 1, 1, 1)
             behind = torch.arange(first.shape[2], device=first.device) >= ends
@@ -40,10 +40,10 @@ class SharedPromptCache:
         self.written = 0  # number of columns; a forward pass writes one more
         self.column = torch.zeros(1, dtype=torch.long, device=first.device)  # index of the column that it writes
         self.width = 1  # number of columns that it attends to ...
-        self.unwritten: Float[Tensor, " width"] | None = None  # ... of which these are -inf; None: none
+        self.unwritten: Float[Tensor, " width"] | None = None  # ... these of them are -inf; None: none
 
     def keep(self, rows: Int[Tensor, " B"], *, group_size: int) -> None:
-        """Drop all other rows; groups of the new size stand side by side."""
+        """Keep only these rows, in groups of the new size side by side."""
         prompts = rows[::group_size] // self.group_size
         self.own = [(keys[rows], values[rows]) for keys, values in self.own]
         if len(prompts) < len(self.prompts[0][0]):
@@ -97,15 +97,15 @@ class SharedPrompts:
     ) -> None:
         """Compute the cache of all prompt tokens but the last, which is the first input of decoding.
 
-        Prompts have at least two tokens. columns: most tokens per row. cuda_graphs: launch the kernels of a token
-        together; with a small model and few rows launching them one by one takes longer than running them. On a CPU
-        the same steps run without a graph.
+        Prompts have at least two tokens. columns: maximum tokens per row. cuda_graphs: launch all kernels of a
+        token at once; with a small model and few rows, launching them one by one takes longer than running them. On a
+        CPU the same steps run without a graph.
         """
         use_our_attention(model)
         self.model, self.cuda_graphs = model, cuda_graphs
         lengths = [len(prompt) - 1 for prompt in prompts]
         width = max(lengths)
-        # Padded on the right, so that causal attention hides the padding from every real token without a mask.
+        # Padded on the right: causal attention then hides the padding from all real tokens, without a mask.
         ids = torch.tensor([[*prompt[:-1], *[0] * (width - len(prompt) + 1)] for prompt in prompts])
         cache = DynamicCache(config=model.config)
         model.base_model(
@@ -133,7 +133,7 @@ class SharedPrompts:
         return logits
 
     def keep(self, rows: Int[Tensor, " B"], *, group_size: int) -> None:
-        """Drop all other rows."""
+        """Keep only these rows."""
         self.stale = True
         self.cache.keep(rows, group_size=group_size)
 
@@ -149,8 +149,8 @@ class SharedPrompts:
     def _fixed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Forward with tensors of fixed size and address, as a graph needs them.
 
-        Up to WIDTH unwritten columns are attended to (as -inf). When they are full, or the rows have changed, a new
-        graph is captured.
+        A graph includes up to WIDTH unwritten columns (as -inf). When they are full, or the rows change, a new graph is
+        captured.
         """
         cache = self.cache
         if self.stale or cache.written >= cache.width:
@@ -173,19 +173,19 @@ class SharedPrompts:
         self.logits = self._forward(self.tokens, self.positions)
 
 
-WIDTH = 64  # columns by which the width of a graph grows
+WIDTH = 64  # columns by which a new graph is wider
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # share of the logits' norm
 
 
 @torch.no_grad()
 def can_share_prompts(model: PreTrainedModel) -> bool:
-    """Test on three tokens whether `attend` computes the same attention as the model does by itself."""
+    """Test on three tokens if `attend` computes the same attention as the model itself."""
     tokens = torch.tensor([3], device=model.device)
     try:
         whole = model(input_ids=torch.tensor([[1, 2, 3]], device=model.device)).logits[0, -1]
         ours = SharedPrompts(model, [[1, 2, 3]], group_size=1, columns=1)(tokens, tokens - 1)[0]
     except NOT_MADE_FOR_US:
-        return False  # not made for transformers' AttentionInterface; others ignore the prompt and fail below
+        return False  # not written for transformers' AttentionInterface; others ignore the prompt and fail below
     return bool((ours - whole).float().norm() <= TOLERANCE.get(model.dtype, 0.05) * whole.float().norm())
 
 

@@ -1,8 +1,8 @@
 """AdamW with 8-bit moments for parameters in RAM: bitsandbytes' update without its temporaries.
 
-bitsandbytes first dequantises the complete tensor, which takes 20 bytes a parameter for ZeRO's flat partition (62 GB
+bitsandbytes first dequantises the complete tensor, which takes 20 bytes per parameter for ZeRO's flat partition (62 GB
 for 3B parameters). Here the same update runs over one block at a time, so a step needs almost no extra memory. The
-state layout (keys, dtypes, shapes) is bitsandbytes', so either can load a state dict of the other.
+state layout (keys, dtypes, shapes) is bitsandbytes', so each can load the other's state dict.
 
 N elements of a tensor, K = ceil(N / 256) blocks that share one scale.
 """
@@ -27,7 +27,7 @@ _BNB_WRAPPER = "__bnb_optimizer_quant_state__"  # bitsandbytes nests the exact k
 
 
 class NonFiniteGradient(NumbersError):
-    """A step that was refused, before anything changed. `element` indexes the flat tensor."""
+    """Error of a step that was refused before anything changed. `element`: index into the flat tensor."""
 
     def __init__(self, name: str, element: int, value: float):
         super().__init__(
@@ -40,16 +40,16 @@ class NonFiniteGradient(NumbersError):
 class CPUAdamW8bit(torch.optim.Optimizer):
     """bitsandbytes' blockwise 8-bit AdamW (Dettmers et al. 2022, arXiv:2110.02861) for CPU tensors in fp32 or bf16.
 
-    Gradients may be fp32 or bf16, whatever the parameter is. If a gradient is not finite, or so large that its square
+    Gradients may be fp32 or bf16, for any parameter. If a gradient is not finite, or so large that its square
     is not, the step raises NonFiniteGradient before anything changes.
 
     rounding: how the new value of a bf16 parameter is rounded; fp32 parameters are never rounded.
         nearest: to the nearest bf16. A step smaller than half of bf16's spacing is lost, and at fine-tuning learning
             rates most steps are.
         residual: the parameter is the upper half of an fp32 master; its other 16 bits are in state["residual"]. The
-            steps are those of the fp32 master, bit by bit. It takes two bytes a parameter less than a master and a
-            bf16 copy.
-        stochastic: up or down at random, right on average, without extra memory (Gupta et al. 2015,
+            steps are those of the fp32 master, bit by bit. It needs two bytes per parameter less than a master
+            and a bf16 copy.
+        stochastic: up or down at random, correct on average, without extra memory (Gupta et al. 2015,
             arXiv:1502.02551). The noise is a function of `seed`, the tensor, its element and the step; a state dict
             keeps it.
     """
@@ -147,7 +147,7 @@ def build_optimizer(
     rounding: Rounding = "nearest",
     seed: int = 0,
 ) -> torch.optim.Optimizer:
-    """Build the 8-bit AdamW for the place of the moments: ours for RAM, bitsandbytes' for GPU memory."""
+    """Build the 8-bit AdamW: ours for moments in RAM, bitsandbytes' for moments in GPU memory."""
     settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     if offload or not torch.cuda.is_available():
         return CPUAdamW8bit(parameters, **settings, rounding=rounding, seed=seed)
@@ -157,7 +157,7 @@ def build_optimizer(
 
 
 def _noise_key(state: dict[str, Any]) -> int | None:
-    """32 bits that differ for every step and tensor; None without stochastic rounding."""
+    """Return 32 bits that differ for every step and tensor; None without stochastic rounding."""
     if "noise" not in state:
         return None
     return int.from_bytes(hashlib.blake2b(f"{state['noise']}/{state['step']}".encode(), digest_size=4).digest(), "big")
@@ -202,6 +202,6 @@ def _check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, we
 
 
 def _names(group: dict, group_index: int) -> list[str]:
-    """Names of the group's parameters: those given to torch (named_parameters), else their positions."""
+    """Names of the group's parameters as given to torch (named_parameters), else their positions."""
     fallback = [f"parameter {i} of group {group_index}" for i in range(len(group["params"]))]
     return group.get("param_names", fallback)

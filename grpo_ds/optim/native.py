@@ -1,8 +1,8 @@
 """The compiled step: built with the machine's C++ compiler at first use, cached where torch caches its extensions.
 
 It is a plain shared object loaded with ctypes. With torch's headers a build would take a minute instead of nine
-seconds, and torch's loader needs ninja and waits for ever on the lock of a killed build. The file name has a hash of
-source and flags, and the file is renamed into place, so ranks can build at the same time.
+seconds, and torch's loader needs ninja and waits for ever for the lock of a killed build. The file name has a hash of
+source and flags, and the file is renamed when complete, so ranks can build at the same time.
 """
 
 import ctypes
@@ -111,7 +111,7 @@ def best_path() -> str:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled kernels, or None (with one warning that says why) if this machine cannot build them."""
+    """Return the compiled kernels, or None (with one warning and the reason) if this machine cannot build them."""
     try:
         loaded = ctypes.CDLL(str(_build()))
     except (OSError, subprocess.SubprocessError) as error:

@@ -5,13 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-SLICE = 1 << 20  # elements: 20 MB of bitsandbytes' temporaries; with smaller slices its overhead per call dominates
+SLICE = 1 << 20  # elements: 20 MB of bitsandbytes' temporaries; smaller slices have too much overhead per call
 BLOCK = 256  # values that share one scale; fixed by bitsandbytes' kernels
 GRADIENT_LIMIT = 2.0**64  # the smallest gradient whose square overflows fp32, and with it the second moment
 
 
 def first_bad_element(gradient: Tensor) -> int | None:
-    """Index of the first element that is NaN, infinite or has an infinite square; None if all are good."""
+    """Index of the first element that is NaN, infinite or has an infinite square; None if there is none."""
     flat = gradient.view(-1)
     for start in range(0, flat.numel(), SLICE):
         window = flat[start : start + SLICE]
@@ -63,7 +63,7 @@ def split(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join(half: Tensor, residual: Tensor) -> Tensor:
-    """Return the fp32 values that `split` took apart."""
+    """Return the fp32 values that were passed to `split`."""
     return ((half.view(torch.int16).to(torch.int32) << 16) + residual).view(torch.float32)
 
 

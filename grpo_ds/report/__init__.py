@@ -1,1 +1,1 @@
-"""Everything that people read of a run: console, live view, metrics.jsonl, trackers, report page, model card."""
+"""Output about a run for users: console, live view, metrics.jsonl, trackers, report page, model card."""

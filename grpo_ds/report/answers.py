@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from grpo_ds.report.run_files import JsonObject, RunFiles, as_label, as_number, as_object, as_objects, as_text
 
 MOST_PAIRS = 30
-MOST_OF_A_KIND = 10  # so that both gained and lost ones are shown
+MOST_OF_A_KIND = 10  # so that gained and lost ones are both shown
 MOST_SAMPLES = 4  # per step
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A completion, whether it is right, and its rewards."""
+    """A completion, if it is right, and its rewards."""
 
     text: str
     right: bool | None  # None: the file does not say
@@ -38,7 +38,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class SampledStep:
-    """Some completions of one step, and how many it had."""
+    """Some completions of one step, and their total number."""
 
     step: int
     count: int
@@ -47,7 +47,7 @@ class SampledStep:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """The pairs on the page, and the number of all pairs, of gained and of lost ones."""
+    """The pairs on the page, and the numbers of all, gained and lost pairs."""
 
     shown: list[Pair]
     count: int

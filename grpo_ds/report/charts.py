@@ -12,7 +12,7 @@ from typing import Any
 
 WIDTH, HEIGHT = 420, 220  # of the viewBox; about the pixels of a chart on the page
 FONT = 14
-# Position of the axes, as shares: left, bottom, width, height. The same in all charts, so that their steps align.
+# Position of the axes, as shares: left, bottom, width, height. All charts have the same, so that their steps align.
 AXES_POSITION = (54 / WIDTH, 28 / HEIGHT, 352 / WIDTH, 180 / HEIGHT)
 SERIES = 6  # number of colours in page.css
 MUTED, RULE, TEXT = "#fe00f1", "#fe00f2", "#fe00f3"  # placeholders for the page's colours
@@ -29,7 +29,7 @@ def colour(number: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line, interrupted where a value is NaN, and the points that it smooths, if any."""
+    """A line with a gap for each NaN, and the points that it smooths, if any."""
 
     line: Points
     points: Points

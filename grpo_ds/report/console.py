@@ -1,4 +1,4 @@
-"""Console output of a run, from rank 0 alone: a live view at a terminal, plain lines elsewhere."""
+"""Console output of a run, only from rank 0: a live view at a terminal, plain lines elsewhere."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,7 +37,7 @@ class Console:
         self._view: LiveView | None = None
 
     def line(self, text: str) -> None:
-        """Print a line. As a Text, not a str: [red] in a model's name or answer is not markup."""
+        """Print a line. It is a Text, not a str, so that [red] in a model's name or answer is not markup."""
         self._rich.print(Text(escape_control_chars(text)))
 
     @contextmanager
@@ -86,7 +86,7 @@ class Console:
         )
 
     def plan(self, plan: Plan, gpu_gib: float | None, ram_gib: float) -> None:
-        """Print what each phase needs of each memory."""
+        """Print the planned memory of each phase."""
         self._rich.print(phase_table(plan, gpu_gib, ram_gib))
 
     def samples(self, rows: Sequence[dict[str, Any]]) -> None:
@@ -104,8 +104,8 @@ class Console:
     def reference(self, kind: str, size: int, floor: float) -> None:
         """Print a new reference's kind, its size in bytes, and the KL at which training starts with it."""
         self.line(
-            f"Reference: {kind}, {size / 2**20:.0f} MiB; its KL to the policy it was made from is {floor:.4f} a token, "
-            f"so the logged KL starts {'there, not at 0' if floor else 'at 0'}."
+            f"Reference: {kind}, {size / 2**20:.0f} MiB; its KL to the policy it was made from is {floor:.4f} per token"
+            f", so the logged KL starts {'there, not at 0' if floor else 'at 0'}."
         )
 
     def grades(self, when: str, grades: Grades) -> None:
@@ -116,7 +116,7 @@ class Console:
         )
 
     def memory(self, profiler: Profiler) -> None:
-        """Print each phase's peak beside its plan, and the phase that needs most."""
+        """Print each phase's peak beside its plan, and the largest phase."""
         uses = list(profiler.uses().values())
         kinds: list[MemoryKind] = ["gpu", "ram"] if any(use.gpu_peak for use in uses) else ["ram"]
         table = Table(title="Memory by phase, GiB at the peak", title_justify="left")

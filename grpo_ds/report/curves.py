@@ -16,9 +16,9 @@ from grpo_ds.report.charts import Area, Line
 from grpo_ds.report.metric_names import CLIPPED_RATIO, MEAN_LENGTH, reward_name
 from grpo_ds.report.run_files import JsonObject, RunFiles, as_label, as_number, as_object
 
-FEW = 20  # up to so many steps every one is drawn as it is
+FEW = 20  # up to this number of steps, each step is drawn
 LONGEST_MEAN = 51  # steps
-MOST_DOTS = 150  # of a line; in a longer run a dot is a mean
+MOST_DOTS = 150  # per line; in a longer run a dot is a mean
 MOST_BARS = 60
 PHASES = {"sample": 0, "reference": 1, "update": 2, "step": 3, "evaluate": 4}  # phase -> index of its colour
 OTHERS = 5  # colour of all other phases
@@ -94,7 +94,7 @@ def accuracy_curve(run: RunFiles) -> Chart | None:
 
 
 def kl_curve(run: RunFiles) -> Chart | None:
-    """Draw the KL and its floor; no chart without a reference, for which the trainer logs a KL of 0."""
+    """Draw the KL and its floor; no chart without a reference (the trainer then logs a KL of 0)."""
     if not any(as_number(row.get("kl")) for row in run.steps):
         return None
     names = {"kl": "to the reference", "kl_floor": "floor: KL of an 8-bit copy of the same policy"}
@@ -102,7 +102,7 @@ def kl_curve(run: RunFiles) -> Chart | None:
 
 
 def shares_curve(run: RunFiles) -> Chart | None:
-    """Draw the shares that show whether a step can teach anything: cut completions, equal rewards, clipped tokens."""
+    """Draw the shares that show if a step can teach anything: cut completions, equal rewards, clipped tokens."""
     names = {
         CLIPPED_RATIO: "completions cut at the length limit",
         "frac_reward_zero_std": "groups with equal rewards",
@@ -131,7 +131,7 @@ def seconds_chart(run: RunFiles) -> Chart | None:
         areas.append(Area(edges, below, tops[i], colour))
         total = sum(as_number(row.get(metric)) or 0.0 for row in steps)
         legends.append(Legend(as_label(phase), colour, "area", f"{total / len(steps):.1f}"))
-    caption = "Beside each phase its mean. By step" + (f", means of {size}." if size > 1 else ".")
+    caption = "The legend has each phase's mean. By step" + (f", means of {size}." if size > 1 else ".")
     return Chart("Seconds per step", Markup(charts.area_chart("seconds", areas)), legends, caption)
 
 
@@ -184,21 +184,21 @@ def window(count: int) -> int:
 
 
 def smoothed(values: Sequence[tuple[float, float]], size: int) -> list[tuple[float, float]]:
-    """Return means over `size` neighbours, fewer at the ends; NaN where none of them is a number."""
+    """Return means over `size` neighbours, fewer at the ends; NaN if none of them is a number."""
     half = size // 2
     around = [[v for _, v in values[max(0, i - half) : i + half + 1] if math.isfinite(v)] for i in range(len(values))]
     return [(step, _mean(some) if some else math.nan) for (step, _), some in zip(values, around, strict=True)]
 
 
 def thinned(values: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return at most MOST_DOTS points, each the mean of equally many neighbours."""
+    """Return at most MOST_DOTS points, each the mean of the same number of neighbours."""
     size = math.ceil(len(values) / MOST_DOTS)
     parts = [[pair for pair in values[i : i + size] if math.isfinite(pair[1])] for i in range(0, len(values), size)]
     return [(_mean([step for step, _ in part]), _mean([value for _, value in part])) for part in parts if part]
 
 
 def _caption(steps: list[JsonObject], metrics: list[str]) -> str:
-    """Say how a line is smoothed and what is missing in it."""
+    """Return the caption: how a line is smoothed, and the steps that are missing."""
     size, dot = window(len(steps)), math.ceil(len(steps) / MOST_DOTS)
     dots = "single steps" if dot == 1 else f"means of {dot} steps"
     parts = [f"Line: mean of {size} steps, fewer at the ends; dots: {dots}." if size > 1 else "By step, not smoothed."]

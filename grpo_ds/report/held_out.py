@@ -36,7 +36,7 @@ def write_held_out(
 
 
 def grades(questions: Sequence[Question], evaluations: dict[str, Evaluation]) -> dict[str, Any]:
-    """Return the grades before and after, and with both the p of McNemar's test that they do not differ."""
+    """Return the grades before and after; if both exist, also McNemar's p that they do not differ."""
     report: dict[str, Any] = {when: asdict(evaluation.grades) for when, evaluation in evaluations.items()}
     if len(evaluations) > 1:
         report["mcnemar"] = mcnemar(*(answered_right(evaluation, questions) for evaluation in evaluations.values()))
@@ -44,5 +44,5 @@ def grades(questions: Sequence[Question], evaluations: dict[str, Evaluation]) ->
 
 
 def answered_right(evaluation: Evaluation, questions: Sequence[Question]) -> list[bool]:
-    """Return for each question whether its answer is right."""
+    """Return a bool for each question: True if its answer is right."""
     return [answer == q.label for answer, q in zip(evaluation.answers, questions, strict=True)]

@@ -19,7 +19,7 @@ PHASES = ("sample", "reference", "update", "step")  # of a training step
 LOSS_NOTE = (
     "The loss starts near 0 in every run: the advantages of a group sum to 0, and the ratio of the first update is 1."
 )
-RECENT, TREND = 10, 40  # steps of the mean, and of the small chart beside it
+RECENT, TREND = 10, 40  # number of steps in the mean and in the small chart
 BARS = "▁▂▃▄▅▆▇█"
 History = Sequence[dict[str, Any]]
 

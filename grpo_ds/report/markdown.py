@@ -29,7 +29,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def fenced(text: str, language: str = "") -> str:
-    """Return a block of code whose fence is longer than any fence in the text."""
+    """Return a code block with a fence longer than any fence in the text."""
     longest = max((len(run) for run in re.findall("`{3,}", text)), default=2)
     fence = "`" * (longest + 1)
     return f"{fence}{language}\n{escape_control_chars(text).rstrip()}\n{fence}"

@@ -1,6 +1,6 @@
 """Measured memory of the running process beside its plan: rows for the console, memory.json and memory.svg.
 
-Imports torch through the profiler; memory_page.py shows the same from memory.json, without torch.
+Imports torch through the profiler; memory_page.py shows the same figures from memory.json, without torch.
 """
 
 import json
@@ -34,7 +34,7 @@ def compare(uses: Sequence[PhaseUse], plan: Plan | None, kind: MemoryKind) -> li
 
 
 def diagnosis(rows: Sequence[Comparison], plan: Plan | None, kind: MemoryKind) -> str:
-    """One sentence on the phase that decides whether the run fits."""
+    """Return a sentence about the largest phase, which decides if the run fits."""
     largest = max(rows, key=lambda row: row.measured)
     sentence = f"{MEMORY_NAMES[kind]}: {largest.phase} needs most, {largest.measured / GIB:.2f} GiB"
     components = {phase.name: phase.components(kind) for phase in plan.phases}.get(largest.phase, {}) if plan else {}

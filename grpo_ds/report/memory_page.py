@@ -10,8 +10,8 @@ from grpo_ds.report.charts import Area, area_chart
 from grpo_ds.report.curves import OTHERS, PHASES, Chart, Legend
 from grpo_ds.report.run_files import JsonObject, RunFiles, as_label, as_number, as_object, as_objects
 
-# Columns of the timeline. In a short run a column shows one phase, in a long run the phases of several steps; with a
-# number of columns between the two, chance would decide which phases a column shows.
+# Columns of the timeline. In a short run a column shows one phase, in a long run the phases of several steps; with
+# another number of columns it would be random which phases a column shows.
 MOST_APART, EACH_APART = 120, 240
 MOST_TOGETHER, SPANS_TOGETHER = 60, 12
 UNITS = {"hours": 3600, "minutes": 60, "seconds": 1}
@@ -111,7 +111,7 @@ def _planned(memory: JsonObject, kind: MemoryKind) -> dict[str, float]:
 
 
 def _timeline(memory: JsonObject, kind: MemoryKind) -> Timeline | None:
-    """Compute a timeline, None where no time was measured."""
+    """Compute a timeline; None if no time was measured."""
     spans = [span for span in map(_phase_span, as_objects(memory.get("spans", []))) if span.end > span.start >= 0]
     end = max((span.end for span in spans), default=0.0)
     if not end:

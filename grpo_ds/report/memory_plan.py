@@ -1,4 +1,4 @@
-"""A memory plan as tables and as a line of text. No torch here: a plan is printed before torch is imported."""
+"""A memory plan as tables and as a line of text. No torch: a plan is printed before torch is imported."""
 
 from rich.table import Table
 from rich.text import Text
@@ -37,7 +37,7 @@ def phase_table(plan: Plan, gpu_gib: float | None, ram_gib: float) -> Table:
 
 
 def plan_line(job: Job, plan: Plan, gpu_gib: float | None, ram_gib: float) -> str:
-    """Peaks, the phases in which they occur, and, if the run does not fit this machine, changes that make it fit."""
+    """Peaks and their phases, and, if the run does not fit this machine, changes that make it fit."""
     ram, gpu = plan.binding("ram"), plan.binding("gpu")
     card = f"{gpu.needed_in('gpu') / GIB:.1f} of {gpu_gib:.1f} GiB of GPU memory ({gpu.name}), " if gpu_gib else ""
     line = f"Memory plan: {card}{ram.needed_in('ram') / GIB:.1f} of {ram_gib:.1f} GiB of RAM ({ram.name})"

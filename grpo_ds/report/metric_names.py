@@ -1,4 +1,4 @@
-"""Names of metrics in a line of metrics.jsonl, as far as the console, the live view and the page share them."""
+"""Names of metrics in a line of metrics.jsonl, shared by the console, the live view and the page."""
 
 import re
 

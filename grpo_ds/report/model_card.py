@@ -1,6 +1,6 @@
 """README.md of a trained model: a model card for people and the hub, made from the files in the run's folder.
 
-Names of models and files, labels and versions are other people's texts: yaml quotes them in the header, `plain` and
+Names of models and files, labels and versions come from others: yaml quotes them in the header, `plain` and
 `fenced` escape them in the rest.
 """
 
@@ -153,7 +153,7 @@ def _data(config: dict[str, Any], summary: dict[str, Any]) -> str:
         ("source", _data_name(config)),
         ("labels", config["labels"]),
         ("trained on", f"questions drawn from {counts['train']}"),
-        ("held out", f"{counts['held_out']} questions that training never saw"),
+        ("held out", f"{counts['held_out']} questions that were not used in training"),
         ("split", f"by class, {config['eval_fraction']} of each set aside, drawn by seed {config['seed']}"),
     ]
     return table(("", ""), rows)
@@ -189,7 +189,7 @@ def _snippet(folder: Path, *, is_adapter: bool) -> str:
 
 
 def _memory(folder: Path) -> str:
-    """Return the table of memory by phase, without columns for GPU memory where none was used."""
+    """Return the table of memory by phase, without columns for GPU memory if none was used."""
     peaks = memory_by_phase(folder)
     names = {kind: name for kind, name in MEMORY_NAMES.items() if any(peak[kind] for peak in peaks.values())}
     columns = {f"{kind}{what}": f"{name}{what}" for kind, name in names.items() for what in ("", " planned")}

@@ -1,4 +1,4 @@
-"""report.html: a run on one page that opens offline, made from the run's folder alone. No torch.
+"""report.html: a run on one page that opens offline, made only from the files in the run's folder. No torch.
 
 The page has no script and loads nothing: its Content-Security-Policy forbids both. Every text goes through jinja2's
 autoescape; only the drawings of charts.py, which contain no text of a run, are inserted unescaped.
@@ -26,7 +26,7 @@ WRONG = (Damaged, KeyError, TypeError, ValueError, AttributeError, IndexError, O
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A flag of the run. default: in words, None where the run has the default."""
+    """A flag of the run. default: as text; None if the run uses the default."""
 
     name: str
     value: str
@@ -34,14 +34,14 @@ class Setting:
 
 
 def write_page(folder: Path, output: Path | None = None) -> Path:
-    """Write the page. Raises UsageError where `folder` holds no run, OSError where the page cannot be written."""
+    """Write the page. Raises UsageError if `folder` holds no run, OSError if the page cannot be written."""
     output = output or folder / REPORT_FILE
     write_whole(output, page(read_run(folder)))
     return output
 
 
 def page(run: RunFiles) -> str:
-    """Return the page, with everything that the run has."""
+    """Return the page, with a section for everything that the run has."""
     _drop_damaged(run)
     source = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -76,7 +76,7 @@ def _contents(run: RunFiles) -> dict[str, Any]:
 
 
 def settings(run: RunFiles) -> list[Setting]:
-    """Return the settings of grpo_config.yaml; one that this version does not have has no default."""
+    """Return the settings of grpo_config.yaml; settings that this version does not know have no default."""
     defaults = {flag.name: flag.default for flag in fields(TrainConfig) if flag.name not in OF_ONE_RUN}
     made = []
     for name, value in run.config.items():
@@ -89,7 +89,7 @@ def settings(run: RunFiles) -> list[Setting]:
 
 
 def machine(run: RunFiles) -> list[tuple[str, str]]:
-    """Return the rows on the machine of the run."""
+    """Return the rows about the run's machine."""
     environment = run.environment
     shown = {
         "Processor": environment.get("cpu"),
@@ -102,13 +102,13 @@ def machine(run: RunFiles) -> list[tuple[str, str]]:
 
 
 def versions(run: RunFiles) -> list[tuple[str, str]]:
-    """Return the rows on the versions of packages."""
+    """Return the rows about package versions."""
     packages = as_object(run.environment.get("versions", {})).items()
     return [(as_text(name), "not installed" if version is None else as_text(version)) for name, version in packages]
 
 
 def command_line(run: RunFiles) -> str:
-    """Return the command as a person types it, with a line for each flag."""
+    """Return the command as typed, with a line for each flag."""
     words = [str(word) for word in run.environment.get("command", [])]
     return as_text("".join((NEXT_LINE if word.startswith("--") else " ") + shlex.quote(word) for word in words).strip())
 

@@ -1,8 +1,8 @@
-"""A run's folder, read back. No torch.
+"""Read a run's folder. No torch.
 
 `read_run` is for the report page: it takes a run that is done, stopped or still running, leaves out what it cannot read
-and lists that in `damaged`. Texts come from models, data and people; it escapes their control characters once, for all
-who show them. The functions below it are for trackers and the model card, at the end of a run whose files are sound.
+and lists that in `damaged`. Texts come from models, data and users; it escapes their control characters once, for
+all readers. The functions below it are for trackers and the model card, at the end of a run, when no file is damaged.
 """
 
 import json
@@ -63,7 +63,7 @@ class RunFiles:
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Read a run's folder for the report. Raises UsageError where `folder` holds no run."""
+    """Read a run's folder for the report. Raises UsageError if `folder` holds no run."""
     if not any((folder / name).is_file() for name in SIGNS_OF_A_RUN):
         raise UsageError(
             f"{folder} is not a run's folder: it has no {', '.join(SIGNS_OF_A_RUN[:-1])} or {SIGNS_OF_A_RUN[-1]}.\n"
@@ -81,7 +81,7 @@ def read_run(folder: Path) -> RunFiles:
 
 
 def read_json(folder: Path, name: str) -> JsonObject:
-    """Read a JSON object of the folder; {} without the file. Raises ValueError where it is damaged."""
+    """Read a JSON object of the folder; {} without the file. Raises ValueError if it is damaged."""
     file = folder / name
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
@@ -192,7 +192,7 @@ def _read_object(run: RunFiles, file: Path, parse: Callable[[str], Any]) -> Json
 
 
 def _escaped(value: Any) -> Any:
-    """Escape the control characters of every text in it, which a terminal or a page would obey."""
+    """Escape the control characters of every text in it, which would control a terminal or a page."""
     if isinstance(value, str):
         return escape_control_chars(value)
     if isinstance(value, list):
@@ -237,12 +237,12 @@ def _parse_metrics(line: bytes) -> JsonObject | None:
     row = _parse_line(line)
     try:
         return current_names(row) if row else None
-    except TypeError:  # a text in place of a number
+    except TypeError:  # a text instead of a number
         return None
 
 
 def _read_completions(run: RunFiles, file: Path) -> None:
-    """Read the completions of the first, the middle and the last step alone: a long run's file has gigabytes."""
+    """Read the completions of only the first, middle and last step: a long run's file has gigabytes."""
     try:
         offsets = _offsets(file) if file.is_file() else {}
         for step in _spread(sorted(offsets)):

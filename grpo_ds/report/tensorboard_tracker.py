@@ -15,7 +15,7 @@ from grpo_ds.run_folder.progress import Progress
 
 
 class TensorBoard:
-    """Log scalars of every step, settings and texts. A resumed run hides the old values of steps that it repeats."""
+    """Log scalars of every step, settings and texts. A resumed run hides the old values of repeated steps."""
 
     name = "tensorboard"
 

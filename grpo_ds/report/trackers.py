@@ -1,6 +1,6 @@
 """Destinations of metrics: always metrics.jsonl, and the trackers that --report_to names.
 
-A tracker that fails loses its own figures and nothing else: one warning is printed, and training continues.
+A failing tracker loses only its own figures: one warning is printed, and training continues.
 """
 
 import json
@@ -31,7 +31,7 @@ class Tracker(Protocol):
     def log(self, metrics: dict[str, float], *, step: int) -> None: ...
     def completions(self, rows: Sequence[dict[str, Any]], *, step: int) -> None: ...
     def finish(self, summary: dict[str, Any]) -> str:
-        """Log the end of a complete run; return the command or URL to look at it, or ""."""
+        """Log the end of a complete run; return the command or URL that shows it, or ""."""
         ...
 
 
@@ -84,7 +84,7 @@ class JsonLines:
 
     @contextmanager
     def _at_most_a_warning(self) -> Iterator[None]:
-        """Warn of a full disk instead of ending the run: the next checkpoint has every line too."""
+        """Warn about a full disk instead of ending the run: the next checkpoint also has every line."""
         try:
             yield
         except OSError as error:
@@ -94,7 +94,7 @@ class JsonLines:
 
 
 class Watched:
-    """A tracker of another library: any error that it raises becomes one warning."""
+    """Wrapper of another library's tracker: its errors become one warning."""
 
     def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
         self.name, self._warned, self._tracker = name, False, None
@@ -145,7 +145,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def make_trackers(config: TrainConfig, folder: Path, progress: Progress) -> list[Tracker]:
-    """Make the trackers of a run, on rank 0 alone."""
+    """Make the trackers of a run, only on rank 0."""
     settings = {**asdict(config), "environment": read_json(folder, ENVIRONMENT_FILE)}
     lines: list[Tracker] = [JsonLines(folder, progress.log_history)]
     return lines + [
@@ -156,7 +156,7 @@ def make_trackers(config: TrainConfig, folder: Path, progress: Progress) -> list
 
 
 def _make(name: str, folder: Path, settings: dict[str, Any], progress: Progress) -> Tracker:
-    """Make a tracker. Its library is imported here, so only where the tracker is used."""
+    """Make a tracker. Its library is imported here, so only if the tracker is used."""
     if name == "wandb":
         from grpo_ds.report.wandb_tracker import Wandb as Kind
     elif name == "tensorboard":

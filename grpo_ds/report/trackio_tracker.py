@@ -29,7 +29,7 @@ class Trackio:
         self._folder, known = folder, progress.trackers.get("trackio")
         self._project = os.environ.get("TRACKIO_PROJECT", "grpo_ds")
         name, resume = known or f"{folder.name}-{secrets.token_hex(2)}", "allow" if known else "never"
-        # The metrics have the run's memory; what other programs of the machine do is not logged.
+        # The metrics have the run's own memory; other programs of the machine are not logged.
         watch = {"auto_log_cpu": False, "auto_log_gpu": False, "embed": False}
         with _quiet():
             self._run = trackio.init(self._project, name=name, resume=resume, config=settings, **watch)
@@ -60,7 +60,7 @@ class Trackio:
 
 
 def _finish() -> None:
-    """Write what is not written yet; once."""
+    """Write the metrics that are not written yet. Further calls do nothing."""
     if trackio.context_vars.current_run.get() is not None:
         with _quiet():
             trackio.finish()
@@ -68,7 +68,7 @@ def _finish() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide trackio's output, which mentions uploads where there are none, and keep a local run off the network."""
+    """Hide trackio's output, which mentions uploads that do not happen, and keep a local run off the network."""
     before = constants.HF_HUB_OFFLINE
     # While the hub library is online, trackio sends it the token of `hf auth`.
     constants.HF_HUB_OFFLINE = before or not any(map(os.environ.get, REMOTE))

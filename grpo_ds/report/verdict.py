@@ -23,7 +23,7 @@ class Tile:
 
 
 def state(run: RunFiles) -> str:
-    """Say how far an unfinished run is; "" for one that is done."""
+    """Say how far an unfinished run is; "" for a finished run."""
     status = {fact: as_label(value) for fact, value in run.status.items()}
     if not status:
         return f"The state of this run is unknown ({len(run.steps)} steps are logged)."
@@ -40,7 +40,7 @@ def state(run: RunFiles) -> str:
 
 
 def verdict(run: RunFiles) -> str:
-    """Say whether training helped, by how much, and compared with what."""
+    """Say if training helped, by how much, and compared with what."""
     before, after = as_object(run.held_out.get("before", {})), as_object(run.held_out.get("after", {}))
     if after:
         return f"{_change('Well-formed answers', before, after, 'well_formed')}. {_accuracy(run, before, after)}"
@@ -55,7 +55,7 @@ def verdict(run: RunFiles) -> str:
 
 
 def collapsed(run: RunFiles) -> str:
-    """Warn where nearly all answers are one class; otherwise ""."""
+    """Return a warning if nearly all answers are one class, else ""."""
     after = as_object(run.held_out.get("after", {}))
     if not after.get("collapsed"):
         return ""
@@ -68,7 +68,7 @@ def collapsed(run: RunFiles) -> str:
 
 
 def tiles(run: RunFiles) -> list[Tile]:
-    """Return the tiles of everything that was measured."""
+    """Return a tile for everything that was measured."""
     return [*_grade_tiles(run), *_step_tiles(run), *_memory_tiles(run)]
 
 

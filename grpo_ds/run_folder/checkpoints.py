@@ -1,7 +1,7 @@
-"""Checkpoints as files: written next to their final place, hashed, flushed to the disk and only then renamed.
+"""Checkpoints as files: written under a temporary name, hashed, flushed to the disk and only then renamed.
 
-So a folder called checkpoint-N is complete, unless it was damaged later, and its MANIFEST.json tells which: it lists
-every file with its size and SHA-256, and its own hash. A run may die at any moment; finished checkpoints stay.
+So a folder called checkpoint-N is complete, unless it was damaged later. Its MANIFEST.json shows damage: it lists every
+file with its size and SHA-256, and has a hash of that list. A run may die at any moment; finished checkpoints stay.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from pathlib import Path
 
 NAME = re.compile(r"checkpoint-(\d+)")
 MANIFEST = "MANIFEST.json"
-# Suffixes of unfinished folders; `tidy` removes or restores those that a dead run has left.
+# Suffixes of unfinished folders; `tidy` removes or restores those of a dead run.
 PARTIAL, REPLACED, DELETED = ".partial", ".replaced", ".deleted"
 READ_AT_ONCE = 1 << 22
 
@@ -32,7 +32,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def found_in(run: Path) -> list[Path]:
-    """Checkpoints of a run, newest first, complete or damaged."""
+    """Return a run's checkpoints, newest first, complete or damaged."""
     folders = [path for path in run.iterdir() if path.is_dir() and step_of(path) >= 0] if run.is_dir() else []
     return sorted(folders, key=step_of, reverse=True)
 
@@ -82,7 +82,7 @@ def finish(partial: Path) -> Path:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint; None if every file is as it was written."""
+    """Return the damage of a checkpoint; None if every file is unchanged."""
     try:
         text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
         files = json.loads(text)["files"]
@@ -103,7 +103,7 @@ def damage(checkpoint: Path) -> str | None:
 def rotate(run: Path, limit: int | None, *, newest: int, best: int | None) -> None:
     """Keep the newest `limit` checkpoints up to step `newest`, the one just written, and the best; delete the others.
 
-    Later ones belong to a run that was resumed before them; they are damaged or will be written again.
+    Checkpoints after `newest` are from before the run was resumed; they are damaged or will be written again.
     """
     if limit is None:
         return
@@ -113,7 +113,7 @@ def rotate(run: Path, limit: int | None, *, newest: int, best: int | None) -> No
 
 
 def tidy(run: Path) -> None:
-    """Finish or undo what a dead run has left half done."""
+    """Finish or undo the unfinished changes of a dead run."""
     first = os.environ.get("RANK", "0") == "0"  # other ranks would see files that rank 0 is writing
     for path in sorted(run.glob("checkpoint-*")):
         if path.suffix == REPLACED and not path.with_suffix("").exists():
@@ -139,7 +139,7 @@ def renamed_into(folder: Path) -> Iterator[Path]:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Replace a small file at once, so that a reader always finds the old text or the new one."""
+    """Replace a small file in one step, so that a reader always finds the old text or the new one."""
     new = file.with_name(f".{file.name}.new")
     with new.open("w", encoding="utf-8") as out:
         out.write(text)
@@ -149,7 +149,7 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Rename the folder before its first file is deleted, so that it is never taken for a checkpoint."""
+    """Rename the folder before deleting its files, so that it is never taken for a checkpoint."""
     with suppress(OSError):  # a folder that cannot be deleted does no harm
         going = folder if folder.suffix == REPLACED else folder.rename(folder.with_suffix(DELETED))
         shutil.rmtree(going, ignore_errors=True)
@@ -160,7 +160,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _manifest(files: dict[str, dict[str, str | int]]) -> str:
-    """JSON text of the list of files, with a hash of the list on top, so that a changed bit in it is found too."""
+    """Return the list of files as JSON, with a hash of the list on top, so that a changed bit in it is found too."""
     listed = json.dumps(files, indent=1, sort_keys=True)
     own = hashlib.sha256(listed.encode()).hexdigest()
     return f'{{"sha256": "{own}",\n"files": {listed}}}\n'
@@ -179,7 +179,7 @@ def _sha256(file: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Flush to the disk itself: after a power cut a name without its bytes would look complete."""
+    """Flush to the disk: after a power cut a file with a name but no content would look complete."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The lock on a run's folder: checked for writing before a model is loaded, and used by one run at a time."""
+"""The lock on a run's folder, so that one run uses it at a time; and the check that it can be written to."""
 
 import fcntl
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from grpo_ds.errors import CheckpointError, UsageError
 
-LOCK_FILE = ".lock"  # holds the PID of the process that has it locked; the system unlocks it when that process dies
+LOCK_FILE = ".lock"  # holds the PID of the process that locks it; the system unlocks it when that process dies
 _locked: dict[Path, int] = {}  # folder -> file descriptor that holds the lock
 
 
@@ -46,7 +46,7 @@ def lock(folder: Path) -> None:
     except OSError:  # the file system has no locks
         os.close(descriptor)
         return
-    with suppress(OSError):  # on a full disk the lock holds anyway
+    with suppress(OSError):  # on a full disk the lock still works
         os.ftruncate(descriptor, 0)
         os.write(descriptor, str(os.getpid()).encode())
     _locked[folder.resolve()] = descriptor

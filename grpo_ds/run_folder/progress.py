@@ -1,4 +1,4 @@
-"""Progress of a run, saved as trainer_state.json: a transformers.TrainerState with our own fields below it."""
+"""Progress of a run, saved as trainer_state.json: a transformers.TrainerState plus our own fields."""
 
 import hashlib
 import json
@@ -23,8 +23,8 @@ THEIRS = (
     "best_metric",
     "best_global_step",
 )
-CALLBACKS, OURS = "stateful_callbacks", "grpo_ds"  # the place of a TrainerState for fields that it does not know
-# Metric names of runs made before this trainer took TRL's.
+CALLBACKS, OURS = "stateful_callbacks", "grpo_ds"  # place in a TrainerState for fields that it does not know
+# Metric names of older versions, before this trainer used TRL's names.
 RENAMED_METRICS = {
     "completion_length": "completions/mean_length",
     "clip_ratio/low": "clip_ratio/low_mean",
@@ -46,8 +46,8 @@ class Progress:
     global_step: int = 0  # steps done: a rollout and all its updates
     epoch: float = 0.0  # passes over the training questions
     num_input_tokens_seen: int = 0  # prompt and completion tokens of all ranks; logged as num_tokens
-    log_history: list[dict[str, Any]] = field(default_factory=list)  # one line a step and one an evaluation
-    reference_step: int | None = None  # last step at which the reference was remade or confirmed
+    log_history: list[dict[str, Any]] = field(default_factory=list)  # one line per step and per evaluation
+    reference_step: int | None = None  # last step at which the reference was made again or confirmed
     kl_floor: float | None = None  # KL of the reference to the policy that it was made from
     before: list[str] | None = None  # held-out answers before training
     best_metric: float | None = None  # best accuracy of the evaluations during training
@@ -72,7 +72,7 @@ class Progress:
 
     @classmethod
     def read(cls, folder: Path) -> "Progress":
-        """Read trainer_state.json of this version or an older one. Raises CheckpointError if it is neither."""
+        """Read trainer_state.json of this version or an older one. Raises CheckpointError for any other file."""
         try:
             state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
             ours = state.pop(CALLBACKS, {}).get(OURS, {})  # the first version kept them on the top level
@@ -90,7 +90,7 @@ class Progress:
 def identity(
     train: Sequence[Question], held_out: Sequence[Question], system_prompt: str, ds: DsConfig, ranks: int
 ) -> dict[str, str]:
-    """Digests of the inputs that decide the numbers of a run, beside its flags."""
+    """Digests of a run's inputs, besides its flags, that its numbers depend on."""
     return {
         "the questions": _digest([[q.id, q.text, q.context, q.label] for q in (*train, *held_out)]),
         "the system prompt": _digest(system_prompt),
@@ -114,7 +114,7 @@ def current_names(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return a line of metrics, of this version or an older one, under the names of this version."""
     renamed: dict[str, Any] = {}
     for name, value in line.items():
-        if name == "ended":  # the share that was not cut at the length limit
+        if name == "ended":  # share that was not cut at the length limit
             renamed["completions/clipped_ratio"] = None if value is None else 1 - value
         elif name.startswith("rewards/") and name.count("/") == 1:
             renamed[f"{name}/mean"] = value

@@ -17,7 +17,7 @@ from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsConfig
 from grpo_ds.settings.saved_config import CONFIG_FILE, SYSTEM_PROMPT_FILE
 
-# Flags that decide no number of a run, or whose effect is compared instead (progress.py: data, ds, prompt).
+# Flags that change no number of a run, or whose effect is compared instead (progress.py: data, ds, prompt).
 MAY_CHANGE = {
     *("data", "ds", "eval_limit", "system_prompt", "output_dir", "num_steps", "save_steps", "save_total_limit"),
     *(
@@ -36,7 +36,7 @@ MAY_CHANGE = {
 
 
 def find_checkpoint(config: TrainConfig) -> tuple[Path, list[str]]:
-    """Return the verified checkpoint that --resume_from_checkpoint means, and warnings. Raises CheckpointError."""
+    """Return the verified checkpoint for --resume_from_checkpoint, and warnings. Raises CheckpointError."""
     run, asked = (
         Path(os.path.expanduser(config.output_dir)) if config.output_dir else None,
         str(config.resume_from_checkpoint),
@@ -50,10 +50,10 @@ def find_checkpoint(config: TrainConfig) -> tuple[Path, list[str]]:
 
 
 def to_resume(asked: str, run: Path | None) -> tuple[Path, list[str]]:
-    """Return the checkpoint to resume from, and warnings about damaged ones that were passed over.
+    """Return the checkpoint to resume from, and warnings about damaged ones that were skipped.
 
     asked: "auto" (the newest complete one of `run`), a folder checkpoint-N (or the newest complete one before it), or
-    a run's folder. Raises CheckpointError if there is none: resuming never starts from the beginning.
+    a run's folder. Raises CheckpointError if there is none: a resumed run never starts from the beginning.
     """
     named = None if asked == "auto" else Path(os.path.expanduser(asked))
     run = run_of(asked, run)
@@ -96,10 +96,10 @@ def flags_of(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} cannot be read ({type(error).__name__}).") from None
     if not isinstance(saved, dict):
         raise CheckpointError(f"{file} holds no settings.")
-    if saved.get("system_prompt"):  # the run's copy, which stays when checkpoints are deleted
+    if saved.get("system_prompt"):  # the run's copy, which remains when checkpoints are deleted
         copies = [folder / SYSTEM_PROMPT_FILE for folder in (checkpoint.parent, checkpoint)]
         saved["system_prompt"] = str(next((copy for copy in copies if copy.is_file()), copies[0]))
-    # The user decides whose code may run, not a file.
+    # Only the user may allow code to run, not a file.
     others = {"resume_from_checkpoint", "plan", "output_dir", "trust_remote_code"}
     known = {flag.name for flag in fields(TrainConfig)} - others
     return {name: value for name, value in saved.items() if name in known}
@@ -107,7 +107,7 @@ def flags_of(checkpoint: Path) -> dict[str, Any]:
 
 def refuse_other_flags(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Path) -> None:
     """Raise CheckpointError if the flags would change the numbers of the run."""
-    same = MAY_CHANGE - ({"num_steps"} if config.num_iterations > 1 else set())  # several: it sets the outer loop
+    same = MAY_CHANGE - ({"num_steps"} if config.num_iterations > 1 else set())  # with several it sets the outer loop
     changed = [
         f"--{name} is {getattr(config, name)}, but was {value}"
         for name, value in saved.items()

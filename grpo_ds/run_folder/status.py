@@ -1,4 +1,4 @@
-"""run_status.json in a run's folder: the state of the run, for people and for programs that restart runs."""
+"""run_status.json in a run's folder: the state of the run, for users and for programs that restart runs."""
 
 import json
 import os
@@ -15,7 +15,7 @@ STATUS_FILE = "run_status.json"
 
 
 class RunStatus:
-    """Written by rank 0 at every change; a run that was killed leaves "training" and the pid of a dead process."""
+    """Written by rank 0 at every change; after a kill it still has "training" and the pid of a dead process."""
 
     def __init__(self, folder: Path, *, max_steps: int, speaks: bool = True) -> None:
         self.folder, self.speaks, self.warned = folder, speaks, False
@@ -37,5 +37,5 @@ class RunStatus:
 
 def resume_command(checkpoint: Path, *, trust_remote_code: bool = False) -> str:
     """Return the command that resumes from a checkpoint, with the launcher that started this process."""
-    trust = ["--trust_remote_code"] if trust_remote_code else []  # never taken from the checkpoint's own flags
+    trust = ["--trust_remote_code"] if trust_remote_code else []  # never read from the checkpoint's flags
     return shlex.join([*restart_words(), "--resume_from_checkpoint", str(checkpoint), *trust])

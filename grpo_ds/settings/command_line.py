@@ -1,8 +1,8 @@
 """Command line and YAML to a checked config, by jsonargparse, with errors of at most six lines.
 
-`parse` reads argv once: unknown flags, wrong types and secrets are errors at once. Which defaults apply is known
-later (a model or a checkpoint brings a recipe), so a config is built and checked by `Parsed.config(recipe)`.
-Nothing heavy is imported here: `--help` and a mistyped flag are answered at once.
+`parse` reads argv once and refuses unknown flags, wrong types and secrets. The defaults are known later (a model or a
+checkpoint has a recipe), so `Parsed.config(recipe)` builds and checks the config.
+Nothing heavy is imported here, so `--help` and a mistyped flag are answered at once.
 """
 
 import difflib
@@ -36,7 +36,7 @@ PRINT_CONFIG = "--print_config"
 
 @dataclass(frozen=True)
 class Parsed(Generic[ConfigType]):
-    """The flags that the person gave, on the command line and in its YAML file; types checked, values not yet."""
+    """Flags that the user gave, on the command line and in its YAML file; types are checked, values not yet."""
 
     config_type: type[ConfigType]
     given: Mapping[str, Any]  # flag -> value
@@ -44,13 +44,13 @@ class Parsed(Generic[ConfigType]):
 
     @property
     def typed(self) -> frozenset[str]:
-        """Names of the given flags: those that no default and no recipe may replace."""
+        """Names of the given flags, which no default and no recipe may replace."""
         return frozenset(self.given)
 
     def config(self, recipe: Mapping[str, Any] | None = None, **decided: Any) -> ConfigType:
-        """Build the config from defaults < recipe < given < decided. Raises UsageError, one for all that is wrong.
+        """Build the config from defaults < recipe < given < decided. Raises one UsageError for all problems.
 
-        recipe: defaults that suit the model, or the flags of a checkpoint; names of other commands' flags are skipped.
+        recipe: defaults that suit the model, or the flags of a checkpoint; flags of other commands are skipped.
         decided: flags that the command itself sets, such as the model that "auto" stands for.
         """
         config = self.unchecked(recipe, **decided)
@@ -59,9 +59,9 @@ class Parsed(Generic[ConfigType]):
         return config
 
     def unchecked(self, recipe: Mapping[str, Any] | None = None, **decided: Any) -> ConfigType:
-        """The same without the check of its values: to find out which recipe applies.
+        """Build the config without checking its values, to find out which recipe applies.
 
-        A value that cannot work with the defaults may be right with the recipe. Raises UsageError for wrong types.
+        A value that is wrong with the defaults may be right with the recipe. Raises UsageError for wrong types.
         """
         flags, recipe = all_flags(self.config_type), recipe or {}
         own = {flag.name: recipe[flag.name] for flag in flags if flag.name in recipe}
@@ -70,7 +70,7 @@ class Parsed(Generic[ConfigType]):
         values |= {**self.given, **decided}
         if empty := [flag.name for flag in flags if values[flag.name] is None and not _may_be_none(flag)]:
             raise UsageError(f"{', '.join(empty)} cannot be null: give a value, or leave it out.")
-        if "few_shot" in own and "few_shot" not in self.given:  # of a recipe's examples, those that fit the labels
+        if "few_shot" in own and "few_shot" not in self.given:  # the recipe's examples that fit the labels
             values["few_shot"] = min(values["few_shot"], _fitting_examples(values))
         return self.config_type(**values)
 
@@ -83,7 +83,7 @@ def parse(config_type: type[ConfigType], argv: list[str], *, about: str) -> Pars
     _check_names(argv, {*names, "config", PRINT_CONFIG.lstrip("-"), "local_rank", "help"})
     for file in _config_files(argv):
         _check_file(file)
-    printing = any(word.startswith(PRINT_CONFIG) for word in argv)  # prints all values, defaults too, and exits
+    printing = any(word.startswith(PRINT_CONFIG) for word in argv)  # prints all values, also defaults, and exits
     try:
         given = parser.parse_args(argv, defaults=printing).as_dict()
     except (ArgumentError, ValueError, OSError) as error:
@@ -120,14 +120,14 @@ class OneColumn(HelpFormatter):
 
 
 def _help(flag: "Field[Any]") -> str:
-    """The flag's line of --help, with its default unless that is nothing, false or in the line already."""
+    """Line of --help for the flag, with its default unless that is empty, false or already in the line."""
     meaning, default = flag.metadata["help"], "true" if flag.default is True else flag.default
     plain = default in (None, "") or default is False or "default:" in meaning
     return (meaning if plain else f"{meaning} (default: {default})").replace("%", "%%")
 
 
 def _metavar(kind: Any) -> str:
-    """The values of a type, for --help."""
+    """Allowed values of a type, for --help."""
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
     names: dict[Any, str] = {bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT"}
@@ -139,7 +139,7 @@ def _may_be_none(flag: "Field[Any]") -> bool:
 
 
 def _converted(parser: ArgumentParser, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's values in the types of their flags. Raises UsageError for a wrong type."""
+    """Convert the recipe's values to the types of their flags. Raises UsageError for a wrong type."""
     if not recipe:
         return {}
     try:
@@ -155,7 +155,7 @@ def _fitting_examples(values: Mapping[str, Any]) -> int:
 
 
 def _check_secrets(argv: list[str], known: set[str]) -> None:
-    """Refuse a key among the arguments without repeating it: every process list shows them."""
+    """Refuse a key among the arguments, without printing it: every process list shows arguments."""
     named = [word.partition("=")[0] for word in argv if word.startswith("--") or "=" in word]
     secrets = [
         name[:40]
@@ -174,7 +174,7 @@ def _check_secrets(argv: list[str], known: set[str]) -> None:
 
 
 def _check_names(argv: list[str], known: set[str]) -> None:
-    """Report every mistyped flag with the nearest real one, all in one error."""
+    """Report all mistyped flags in one error, each with the most similar real flag."""
     given = [word[2:].split("=")[0] for word in argv if word.startswith("--") and len(word) > 2]
     problems = []
     for name in given:
@@ -192,7 +192,7 @@ def _config_files(argv: list[str]) -> list[str]:
 
 
 def _check_file(file: str) -> None:
-    """Report what jsonargparse accepts, or reports without the file's name; it reports the rest itself."""
+    """Report mistakes that jsonargparse accepts, or reports without the file's name."""
     try:
         root = yaml.compose(Path(file).read_bytes().decode("utf-8-sig"), Loader=yaml.SafeLoader)
     except UnicodeDecodeError as error:
@@ -217,7 +217,7 @@ def _not_finite(config: AskConfig) -> list[str]:
 
 
 def _shortened(message: str, known: set[str], *, lines: int = 5) -> str:
-    """jsonargparse's message in so many lines, with the choices of a Literal in plain words and a likely name."""
+    """Shorten jsonargparse's message to `lines`, with readable choices and the most similar flag."""
     if unknown := re.fullmatch(r"Option '(\S+)' is not accepted", message.strip()):
         close = difflib.get_close_matches(unknown[1], known, n=1)
         guess = f"; did you mean {close[0]}?" if close else ""

@@ -1,9 +1,9 @@
 """The config of a command: AskConfig, EvaluateConfig and TrainConfig, each made of groups of flags.
 
-Flags, defaults and checks of one group are in data_flags.py, grpo_flags.py and run_flags.py; checks and sizes that
-concern several groups are here. Command line and YAML (`--config FILE`) are made from these classes by command_line.py.
+data_flags.py, grpo_flags.py and run_flags.py have the flags, defaults and checks of one group; checks and sizes that
+concern several groups are here. command_line.py makes the command line and YAML (`--config FILE`) from these classes.
 A preset's recipe (models/presets.py) replaces defaults, never typed flags.
-Nothing heavy is imported here: `--help` and a mistyped flag are answered at once.
+Nothing heavy is imported here, so `--help` and a mistyped flag are answered at once.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class AskConfig(ModelFlags, RecordFlags, PromptFlags):
     def problems(self) -> list[str]:
         examples = len(worked_examples(self.answer_format))
         unread = self._unread_labels()
-        few_shot = f"few_shot is {self.few_shot}; of the yes/no ones {examples} fit labels {self.labels}: --few_shot 0"
+        few_shot = f"few_shot is {self.few_shot}, but {examples} examples fit labels {self.labels}: --few_shot 0"
         return [
             *super().problems(),
             *failed(
@@ -39,7 +39,7 @@ class AskConfig(ModelFlags, RecordFlags, PromptFlags):
         ]
 
     def _unread_labels(self) -> str:
-        """Labels that an answer cannot be read as; "" for wrong tags, which have a line of their own."""
+        """Labels that no answer can be read as; "" if the tags are wrong, which is a separate problem."""
         tags = {self.reasoning_tag, self.answer_tag}
         if len(tags) < 2 or not all(map(TAG_NAME.fullmatch, tags)):
             return ""
@@ -78,19 +78,19 @@ class TrainConfig(
                 (
                     0 != self.pack_tokens < self.longest,
                     f"pack_tokens is {self.pack_tokens}, but a prompt with one completion may have {self.longest}; "
-                    "0 packs all of a step together",
+                    "0: the complete step in one batch",
                 ),
                 *self._reference_checks(),
             ),
         ]
 
     def _reference_checks(self) -> list[tuple[bool, str]]:
-        """The reference against LoRA and beta."""
+        """Checks of the reference together with LoRA and beta."""
         mixes, mixing = self.reference_kind in ("bf16", "bf16-cpu"), self.sync_ref_model and self.beta > 0
         if self.lora_r:
-            reason = "two adapters mixed are no adapter of that rank: --ref_model_mixup_alpha 1"
+            reason = "a mix of two adapters is no adapter of that rank: --ref_model_mixup_alpha 1"
         else:
-            reason = "8 bits cannot be mixed, only remade: --reference bf16, or --ref_model_mixup_alpha 1"
+            reason = "8 bits cannot be mixed, only made again: --reference bf16, or --ref_model_mixup_alpha 1"
         return [
             (
                 self.lora_r > 0 and self.reference != "auto",
@@ -109,7 +109,7 @@ class TrainConfig(
 
     @property
     def objective(self) -> Objective:
-        """The settings that core/losses.py needs."""
+        """Settings that core/losses.py needs."""
         return Objective(
             loss_type=self.loss_type,
             epsilon=self.epsilon,
@@ -126,7 +126,7 @@ class TrainConfig(
         return "adapter" if self.lora_r else "int8" if self.reference == "auto" else self.reference
 
     def ds_sizes(self, *, bf16: bool, world_size: int = 1) -> DsSizes:
-        """The sizes that the DeepSpeed JSON takes from the flags."""
+        """Sizes that the DeepSpeed JSON takes from the flags."""
         return DsSizes(
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,

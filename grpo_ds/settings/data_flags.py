@@ -1,4 +1,4 @@
-"""Flags of the model, the data and the prompt, with their defaults and what cannot work about their values."""
+"""Flags of the model, the data and the prompt, with their defaults and checks."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +11,7 @@ from grpo_ds.task.records import NO_CONTEXT, Unusable
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFlags(Flags):
-    """The model, by name."""
+    """Flags that choose the model."""
 
     heading: ClassVar[str] = "model"
 
@@ -38,7 +38,7 @@ class RecordFlags(Flags):
 
     @property
     def field_names(self) -> dict[str, str]:
-        """Map question, context and label to the record's field, for those that were named."""
+        """Map question, context and label to the record's field, for the fields that flags name."""
         names = {"question": self.question_field, "context": self.context_field, "label": self.label_field}
         return {field: name for field, name in names.items() if name}
 
@@ -48,7 +48,7 @@ class RecordFlags(Flags):
         return [
             *failed(
                 (len(different) < 2 or "" in different, "labels needs two answers or more: yes,no"),
-                (len(different) < len(self.label_names), f"labels is {self.labels}, which names one answer twice"),
+                (len(different) < len(self.label_names), f"labels is {self.labels}, which has one answer twice"),
                 (
                     len(set(named.values())) < len(named),
                     "question_field, context_field and label_field must name different fields",
@@ -64,7 +64,7 @@ class PromptFlags(Flags):
 
     heading: ClassVar[str] = "prompt"
 
-    system_prompt: str | None = flag(None, "text file, used as it is; default: our own, which asks for the two tags")
+    system_prompt: str | None = flag(None, "text file, used unchanged; default: our own, which asks for the two tags")
     reasoning_tag: str = flag("reasoning", "tag around the reasoning")
     answer_tag: str = flag("answer", "tag around the answer; the closing tag ends a completion")
     few_shot: int = flag(0, "worked examples (yes or no, biomedical) in the prompt: 0, 1 or 2")
@@ -76,12 +76,12 @@ class PromptFlags(Flags):
 
     @property
     def system_prompt_text(self) -> str:
-        """Text of the file, "" where none is named; `problems` has said whether it can be read."""
+        """Text of the file; "" if none is named. `problems` reports a file that cannot be read."""
         return read_system_prompt(self.system_prompt) if self.system_prompt is not None else ""
 
     @property
     def longest(self) -> int:
-        """Tokens of a packed row with one completion, at most."""
+        """Maximum number of tokens of a packed row with one completion."""
         return self.max_prompt_length + self.max_completion_length - 1
 
     def problems(self) -> list[str]:
@@ -110,13 +110,13 @@ class PromptFlags(Flags):
 
 @dataclass(frozen=True, kw_only=True)
 class DataFlags(Flags):
-    """The questions, and which of them are held out."""
+    """Questions, and the share of them that is held out."""
 
     heading: ClassVar[str] = "data"
 
     data: str | None = flag(None, "JSON/JSONL file, hub id or sample; default: the golden 500 if here, else sample")
     eval_fraction: float = flag(0.2, "share of the questions held out for evaluation, by class")
-    eval_limit: int | None = flag(None, "held-out questions to evaluate on, at most; default: all")
+    eval_limit: int | None = flag(None, "maximum number of held-out questions to evaluate on; default: all")
     seed: int = flag(0, "decides the split, the order of questions and every random draw")
 
     def problems(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Checks of the DeepSpeed JSON that need no flags: unknown keys, refused values, keys that contradict each other."""
+"""Checks of the DeepSpeed JSON that need no flags: unknown keys, refused values, contradictions."""
 
 import difflib
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def open_sections(engine: dict[str, Any]) -> Iterator[str]:
 
 
 def unknown_keys(engine: dict[str, Any]) -> Iterator[str]:
-    """Report keys that DeepSpeed does not read, with the nearest real one, and unsupported optimizers and schedules."""
+    """Report keys that DeepSpeed does not read, with a similar real key, and unsupported optimizers and schedules."""
     known = dict(KNOWN_KEYS)
     for section, params_of in PARAMS_BY_TYPE.items():
         if section not in engine:
@@ -47,7 +47,7 @@ def unknown_keys(engine: dict[str, Any]) -> Iterator[str]:
 
 
 def nearest(key: str, section: str, known: dict[str, frozenset[str]]) -> str:
-    """End of the message about an unknown key: the section it belongs in, or a key with a similar name."""
+    """End of the message about an unknown key: the right section, or a key with a similar name."""
     elsewhere = next((other for other, real in known.items() if key in real), None)
     if elsewhere is not None:
         return f": it belongs in {elsewhere}" if elsewhere else ": it belongs at the top level"
@@ -116,10 +116,10 @@ def offloads(engine: dict[str, Any]) -> bool:
 
 
 def leftover_autos(value: Any, path: str = "") -> Iterator[str]:
-    """Report every "auto" that is still there; DeepSpeed would drop it or read it as text."""
+    """Report every remaining "auto"; DeepSpeed would drop it or read it as text."""
     reported_elsewhere = ("stage", "device", "type", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
     if value == AUTO and path.rpartition(".")[2] not in reported_elsewhere:
-        yield f'{path} is "auto", which is filled only for sizes that flags own: write a value or leave it out'
+        yield f'{path} is "auto", which works only for sizes that flags set: write a value or leave it out'
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         yield from leftover_autos(item, f"{path}.{key}" if path else str(key))

@@ -1,9 +1,9 @@
 """Check the DeepSpeed JSON and fill its "auto" values before DeepSpeed sees it.
 
-The JSON owns what DeepSpeed executes; the flags own GRPO and data. Sizes that both need are "auto" in the JSON, or
+The JSON has DeepSpeed's settings; the flags have GRPO's and the data's. Sizes that both need are "auto" in the JSON, or
 left out, and filled here. DeepSpeed itself would read `"bf16": {"enabled": "auto"}` as off, ignore a mistyped
-top-level key and stop at the first wrong value after minutes of loading; here all mistakes come in one error.
-Standard library only: a typo is answered before torch is imported.
+top-level key and stop at the first wrong value after minutes of loading; here one error names all mistakes.
+Standard library only, so a mistake is reported before torch is imported.
 """
 
 import copy
@@ -28,12 +28,12 @@ from grpo_ds.settings.ds_checks import (
 from grpo_ds.settings.ds_json import AUTO, get_value, has_section, kind, read_json, set_value
 from grpo_ds.settings.ds_keys import PARAMS_BY_TYPE
 
-SMALL_BUCKET = 25_000_000  # elements: 50 MB of GPU memory in bf16 where DeepSpeed's default takes 1 GB
+SMALL_BUCKET = 25_000_000  # elements: 50 MB of GPU memory in bf16; DeepSpeed's default takes 1 GB
 
 
 @dataclass(frozen=True, slots=True)
 class DsSizes:
-    """Values that flags own and DeepSpeed needs: as typed, or the flag's default.
+    """Values that flags set and DeepSpeed needs: typed, or the flag's default.
 
     Example: the default flags on one GPU
         DsSizes(1e-6, 0.0, 1.0, warmup_steps=0, total_steps=100, micro_batch_size=8, world_size=1)
@@ -54,12 +54,12 @@ class OptimizerSpec:
     """The optimizer of the JSON."""
 
     type: str  # "AdamW8bit" is built by us and handed in; "Adam" and "AdamW" are built by DeepSpeed
-    params: dict[str, Any]  # lr, betas, eps, weight_decay, and for DeepSpeed's own whatever else they take
+    params: dict[str, Any]  # lr, betas, eps, weight_decay, and further parameters of DeepSpeed's own
 
 
 @dataclass(frozen=True, slots=True)
 class DsConfig:
-    """The dict for deepspeed.initialize, and the numbers that the run really uses.
+    """Argument of deepspeed.initialize, and the numbers that the run really uses.
 
     Example: from ds_configs/zero2.json and the default flags
         DsConfig(engine={"zero_optimization": {"stage": 2, ...}, ...}, optimizer=OptimizerSpec("AdamW8bit", ...),
@@ -69,9 +69,9 @@ class DsConfig:
     engine: dict[str, Any]  # no "auto" left; without "optimizer" when the type is AdamW8bit
     optimizer: OptimizerSpec
     offload: bool  # optimizer states and step are in RAM
-    bf16_masters: bool  # masters and gradients in bf16; AdamW8bit then keeps by `rounding` what bf16 cannot hold
+    bf16_masters: bool  # masters and gradients in bf16; `rounding`: how AdamW8bit handles the lost bits
     rounding: str  # "residual" or "stochastic"; has no effect on fp32 masters
-    share_staging: bool  # the bf16 copy on its way to the GPU uses the gradients' memory, which is free by then
+    share_staging: bool  # the bf16 staging buffer uses the gradients' memory, which is free by then
     zero_stage: int  # 0, 1 or 2
     bf16: bool  # weights in bf16 (fp32 if the JSON says "enabled": false)
     learning_rate: float
@@ -84,9 +84,9 @@ class DsConfig:
 def resolve_ds_config(path: str | Path, *, fill: DsSizes, explicit: frozenset[str] = frozenset()) -> DsConfig:
     """Read the JSON at `path`, check it and fill every "auto".
 
-    explicit: names of the DsSizes fields that were typed as flags. A number in the JSON silently wins over a flag's
-    default; against a typed flag it is a contradiction.
-    Raises UsageError, one for all that is wrong.
+    explicit: names of the DsSizes fields that were typed as flags. A number in the JSON silently replaces a flag's
+    default; if it differs from a typed flag, that is an error.
+    Raises one UsageError for all problems.
     """
     engine = read_json(Path(path))
     problems = [
@@ -135,12 +135,12 @@ class AutoValue:
 
     path: str
     value: Any
-    allowed: tuple[str, Callable[[Any], bool]]  # what the JSON may say instead
-    flag: str = ""  # the flag that owns the value, if any
+    allowed: tuple[str, Callable[[Any], bool]]  # values that the JSON may have instead
+    flag: str = ""  # the flag that sets the value, if any
 
 
 def shared_values(fill: DsSizes) -> list[AutoValue]:
-    """Values of every run, but for batch sizes and schedule."""
+    """Values that every run needs, except batch sizes and schedule."""
     return [
         AutoValue("optimizer.params.lr", fill.learning_rate, AMOUNT, "learning_rate"),
         AutoValue("optimizer.params.weight_decay", fill.weight_decay, AMOUNT, "weight_decay"),
@@ -153,13 +153,13 @@ def shared_values(fill: DsSizes) -> list[AutoValue]:
         AutoValue("zero_optimization.overlap_comm", False, SWITCH),
         AutoValue("zero_optimization.reduce_bucket_size", SMALL_BUCKET, COUNT),
         AutoValue("zero_optimization.allgather_bucket_size", SMALL_BUCKET, COUNT),
-        # DeepSpeed's own default is true since 0.19.5, which page-locks every buffer in RAM.
+        # DeepSpeed's default since 0.19.5, true, page-locks every buffer in RAM.
         AutoValue("zero_optimization.offload_optimizer.pin_memory", False, SWITCH),
     ]
 
 
 def adamw8bit_values() -> list[AutoValue]:
-    """Parameters that our optimizer has beside Adam's."""
+    """Parameters of our optimizer that Adam does not have."""
     return [
         AutoValue("optimizer.params.rounding", "residual", ROUNDING),
         AutoValue("optimizer.params.share_staging", True, SWITCH),
@@ -179,7 +179,7 @@ def schedule_values(engine: dict[str, Any], fill: DsSizes) -> list[AutoValue]:
 
 
 def fill_autos(engine: dict[str, Any], values: list[AutoValue], explicit: frozenset[str]) -> Iterator[str]:
-    """Fill what is "auto" or left out; report values of a wrong kind and numbers that contradict a typed flag."""
+    """Fill "auto" and missing values; report values of a wrong kind and numbers that contradict a typed flag."""
     for auto in values:
         given, (what, fits) = get_value(engine, auto.path), auto.allowed
         if not has_section(engine, auto.path):
@@ -193,7 +193,7 @@ def fill_autos(engine: dict[str, Any], values: list[AutoValue], explicit: frozen
 
 
 def fill_fixed(engine: dict[str, Any], fill: DsSizes) -> Iterator[str]:
-    """Set the values that the trainer's own arithmetic depends on; report any other value."""
+    """Set the values that the trainer's arithmetic depends on; report any other value in the JSON."""
     per_rank, ranks = fill.micro_batch_size, fill.world_size
     for path, value, why in (
         ("train_micro_batch_size_per_gpu", per_rank, f"--batch_size x --num_generations make {per_rank}"),
@@ -208,7 +208,7 @@ def fill_fixed(engine: dict[str, Any], fill: DsSizes) -> Iterator[str]:
 
 
 def fill_peak(engine: dict[str, Any]) -> Iterator[str]:
-    """Let a schedule rise to the learning rate; DeepSpeed's own default would be 0.001."""
+    """Set a schedule's peak to the learning rate; DeepSpeed's default is 0.001."""
     path, peak = "scheduler.params.warmup_max_lr", get_value(engine, "optimizer.params.lr")
     if "warmup_max_lr" not in PARAMS_BY_TYPE["scheduler"].get(str(get_value(engine, "scheduler.type")), ()):
         return
@@ -222,7 +222,7 @@ def fill_peak(engine: dict[str, Any]) -> Iterator[str]:
 
 
 def split(engine: dict[str, Any], fill: DsSizes) -> DsConfig:
-    """Split the checked JSON into DeepSpeed's dict and what the trainer needs to know."""
+    """Split the checked JSON into DeepSpeed's dict and the values that the trainer needs."""
     optimizer = OptimizerSpec(type=engine["optimizer"]["type"], params=copy.deepcopy(engine["optimizer"]["params"]))
     rounding = optimizer.params.pop("rounding", "nearest")
     share_staging = optimizer.params.pop("share_staging", False) and offloads(engine)

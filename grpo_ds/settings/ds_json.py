@@ -1,6 +1,6 @@
 """Read a DeepSpeed JSON strictly: every mistake is an error with its place and a remedy.
 
-Standard library only, as ds_config.py.
+Standard library only, like ds_config.py.
 """
 
 import json
@@ -14,7 +14,7 @@ AUTO = "auto"  # a value that the flags fill
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in the file. Raises UsageError, with line and column for broken JSON."""
+    """Return the JSON object in the file. Raises UsageError, with line and column for broken JSON."""
     path = here_or_shipped(path)
     if not path.is_file():
         raise UsageError(no_such_file(path))
@@ -26,7 +26,7 @@ def read_json(path: Path) -> dict[str, Any]:
         line = lines[min(error.lineno, len(lines)) - 1].strip()[:80] or "(nothing there)"
         place = f"{path}, line {error.lineno}, column {error.colno}: {error.msg}"
         raise UsageError(f"{place}\n  {line}\n  {json_hint(error)}") from None
-    except (ValueError, RecursionError) as error:  # our two hooks, bytes that are not UTF-8, endless nesting
+    except (ValueError, RecursionError) as error:  # our two hooks, bytes that are not UTF-8, too deep nesting
         raise UsageError(f"{path} is not a DeepSpeed JSON: {error}") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def here_or_shipped(path: Path) -> Path:
-    """The path, or the shipped file if ds_configs/NAME.json is not in the working folder: grpo-ds runs anywhere."""
+    """Return the path, or the shipped file if ds_configs/NAME.json is not in the working folder."""
     shipped = SHIPPED / path.name
     named_so = path.parent == Path(SHIPPED.name)
     return shipped if named_so and shipped.is_file() and not path.exists() else path
@@ -48,12 +48,12 @@ def no_such_file(path: Path) -> str:
     """Message for a path that is not a file, with the names of the shipped files."""
     shipped = sorted(f"{SHIPPED.name}/{file.name}" for file in SHIPPED.glob("*.json"))
     what = "is a folder, not a JSON file" if path.is_dir() else "does not exist"
-    named = ", ".join(shipped) or "none here, as they come with a checkout of the project"
+    named = ", ".join(shipped) or "none (they come with a checkout of the project)"
     return f"--ds {path}: {what}. Shipped: {named}; {SHIPPED.name}/README.md explains them."
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object without its nulls: for most of DeepSpeed null means left out, the rest crashes on it."""
+    """Return a JSON object without its nulls: DeepSpeed mostly ignores null, and sometimes crashes on it."""
     seen = [key for key, _ in pairs]
     twice = sorted({key for key in seen if seen.count(key) > 1})
     if twice:
@@ -67,7 +67,7 @@ def no_constant(name: str) -> float:
 
 
 def json_hint(error: json.JSONDecodeError) -> str:
-    """The most likely reason why JSON breaks at this place."""
+    """Return the most likely reason for broken JSON at this place."""
     before, here = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
     if here.startswith(("//", "/*", "#")):
         return f"JSON has no comments; {SHIPPED.name}/README.md explains every key."
@@ -97,7 +97,7 @@ def kind(value: Any) -> str:
 
 
 def get_value(config: dict[str, Any], path: str) -> Any:
-    """The value at "a.b.c", or None if it or a section above it is missing."""
+    """Return the value at "a.b.c"; None if it or its section is missing."""
     value: Any = config
     for key in path.split("."):
         value = value.get(key) if isinstance(value, dict) else None

@@ -81,7 +81,7 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "data_types.grad_accum_dtype",
         lambda value: value in FP32_NAMES,
-        "takes 4 bytes a parameter of GPU memory: leave it out, one backward a step needs no accumulator",
+        "takes 4 bytes of GPU memory per parameter: remove it, one backward per step needs no accumulator",
     ),
     (
         "zero_optimization.offload_param",
@@ -96,15 +96,15 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "zero_optimization.elastic_checkpoint",
         bool,
-        "saves 8-bit moments as if they were as long as the weights, and loads them wrongly: remove it",
+        "saves and loads 8-bit moments wrongly, as if they had the length of the weights: remove it",
     ),
     ("zero_optimization.legacy_stage1", bool, "was removed from DeepSpeed: remove it"),
     ("zero_optimization.zenflow", bool, "cannot sum gradients over ranks, which token weights need: remove it"),
     ("compile.deepcompile", bool, "cannot sum gradients over ranks, which token weights need: remove it"),
     ("prescale_gradients", bool, "has no effect on summed gradients: remove it"),
     ("gradient_predivide_factor", lambda value: value != 1, "has no effect on summed gradients: remove it"),
-    ("wandb.enabled", bool, "sends metrics to wandb whatever --report_to says: remove it, use --report_to wandb"),
-    ("comet.enabled", bool, "sends metrics to comet whatever --report_to says: remove it"),
+    ("wandb.enabled", bool, "sends metrics to wandb without --report_to: remove it, use --report_to wandb"),
+    ("comet.enabled", bool, "sends metrics to comet without --report_to: remove it"),
     ("optimizer.params.max_grad_norm", lambda value: True, 'belongs at the top level as "gradient_clipping"'),
     ("zero_optimization.offload_optimizer.ratio", lambda value: value != 1, "exists in ZeRO stage 3 only: remove it"),
     ("zero_optimization.offload_optimizer.super_offload", bool, "exists in ZeRO stage 3 only: remove it"),

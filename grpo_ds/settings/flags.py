@@ -3,7 +3,7 @@
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar
 
-# Order of the headings in --help and in a written config; headings of one command alone come before them.
+# Order of the headings in --help and in a written config; headings that only one command has come before them.
 HEADINGS = (
     *("model", "data", "prompt", "rollouts", "rewards", "loss", "optimizer"),
     *("reference", "adapter", "memory", "output", "safety"),
@@ -16,7 +16,7 @@ def flag(default: Any, meaning: str) -> Any:
 
 
 def failed(*checks: tuple[bool, str]) -> list[str]:
-    """Messages of the checks (is it wrong, message) that found something wrong."""
+    """Return the messages of failed checks; a check is (failed, message)."""
     return [message for wrong, message in checks if wrong]
 
 
@@ -25,18 +25,18 @@ class Flags:
     """Base of every group and config.
 
     A group is a dataclass with a heading, its flags, and `problems`. A config inherits from its groups, so that
-    `config.beta` is one attribute access away.
+    `config.beta` is a plain attribute.
     """
 
     heading: ClassVar[str] = ""
 
     def problems(self) -> list[str]:
-        """A line for everything that cannot work: a subclass returns its own and those of super()."""
+        """Return a line per problem: a subclass adds its own to those of super()."""
         return []
 
 
 def flags_by_heading(config_type: type[Flags]) -> "dict[str, list[Field[Any]]]":
-    """Heading -> its flags, both in the order of --help."""
+    """Return heading -> its flags, both in the order of --help."""
     groups: dict[str, list[Field[Any]]] = {}
     for group in config_type.__mro__:
         if issubclass(group, Flags):
@@ -48,5 +48,5 @@ def flags_by_heading(config_type: type[Flags]) -> "dict[str, list[Field[Any]]]":
 
 
 def all_flags(config_type: type[Flags]) -> "list[Field[Any]]":
-    """The flags of a config, in the order of --help."""
+    """Return the flags of a config, in the order of --help."""
     return [flag for group in flags_by_heading(config_type).values() for flag in group]

@@ -1,4 +1,4 @@
-"""Flags of GRPO: rollouts, rewards, loss, optimizer, reference. Names are TRL's where TRL has them."""
+"""Flags of GRPO: rollouts, rewards, loss, optimizer, reference. Names are TRL's if TRL has the flag."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -10,7 +10,7 @@ from grpo_ds.task.rewards import READY_MADE
 from grpo_ds.task.scoring import OnRewardError
 
 ReferenceKind = Literal["auto", "int8", "llm.int8", "bf16", "bf16-cpu"]
-MAX_TIMEOUT = 1e6  # seconds, twelve days: an alarm cannot be set to more than an int holds
+MAX_TIMEOUT = 1e6  # seconds, twelve days: an alarm takes no more seconds than an int can hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,8 @@ class RolloutFlags(Flags):
     temperature: float = flag(1.0, "temperature of sampling and of the log-probs")
     num_steps: int = flag(100, "steps per outer iteration")
     num_iterations: int = flag(1, "outer iterations, each with a new reference made from the policy")
-    balance_classes: bool = flag(True, "take questions of each class in turn, of a smaller class more often")
-    dynamic_sampling: int = flag(0, "times a step may replace questions whose rewards are all equal")
+    balance_classes: bool = flag(True, "take questions of each class in turn; those of a small class come more often")
+    dynamic_sampling: int = flag(0, "maximum times that a step replaces questions whose rewards are all equal")
 
     @property
     def total_steps(self) -> int:
@@ -34,7 +34,7 @@ class RolloutFlags(Flags):
 
     def problems(self) -> list[str]:
         alone = (
-            f"num_generations is {self.num_generations}, but an advantage compares a completion with its siblings: "
+            f"num_generations is {self.num_generations}, but an advantage compares completions of a group: "
             "2 or more, e.g. --num_generations 4"
         )
         return [
@@ -60,11 +60,11 @@ class RewardFlags(Flags):
     reward_funcs: str = flag("correctness,format", f"comma-separated: {', '.join(READY_MADE)}, FILE.py:FUNCTION")
     reward_weights: str | None = flag(None, "a factor for each of reward_funcs, comma-separated; default: 1 each")
     reward_timeout: float = flag(60.0, "seconds that a call of a reward function may take; 0: no limit")
-    on_reward_error: OnRewardError = flag("stop", "when a reward function fails; zero: continue without its rewards")
+    on_reward_error: OnRewardError = flag("stop", "if a reward function fails; zero: continue without its rewards")
     correctness_reward: float = flag(2.0, "reward for the correct answer in a well-formed completion")
     format_reward: float = flag(0.2, "reward for each of the two tag pairs that is well-formed")
-    overlong_buffer: int = flag(0, "last tokens before the length limit that cost reward; 0: none")
-    overlong_penalty: float = flag(1.0, "reward that a completion at the limit loses, with overlong_buffer")
+    overlong_buffer: int = flag(0, "tokens before the length limit in which a completion loses reward; 0: none")
+    overlong_penalty: float = flag(1.0, "with overlong_buffer: reward that a completion loses at the limit")
 
     def problems(self) -> list[str]:
         return [
@@ -84,9 +84,9 @@ class LossFlags(Flags):
     heading: ClassVar[str] = "loss"
 
     loss_type: LossType = flag("grpo", "surrogate and normalisation; formulas: docs/losses.md")
-    epsilon: float = flag(0.2, "clip the ratio below 1 - epsilon; gspo wants 3e-4")
+    epsilon: float = flag(0.2, "clip the ratio below 1 - epsilon; gspo needs about 3e-4")
     epsilon_high: float | None = flag(None, "clip it above 1 + epsilon_high (dapo: 0.28, cispo: 4); default: epsilon")
-    delta: float | None = flag(None, "upper bound of the ratio where the advantage is negative, e.g. 4; default: none")
+    delta: float | None = flag(None, "upper bound of the ratio if the advantage is negative, e.g. 4; default: none")
     beta: float = flag(0.04, "weight of the KL to the reference; 0 loads no reference")
     kl_estimator: KlEstimator = flag(
         "k3", "estimator of the KL; k3_corrected is k3 times the ratio, with an unbiased gradient"
@@ -98,7 +98,7 @@ class LossFlags(Flags):
 
     @property
     def upper_epsilon(self) -> float:
-        """epsilon_high, or epsilon where it is not given."""
+        """epsilon_high; epsilon if it is not given."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     def problems(self) -> list[str]:
@@ -126,7 +126,7 @@ class LossFlags(Flags):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerFlags(Flags):
-    """The optimizer; DeepSpeed's JSON owns the rest of it."""
+    """Optimizer; the DeepSpeed JSON has its other settings."""
 
     heading: ClassVar[str] = "optimizer"
 
@@ -150,16 +150,16 @@ class OptimizerFlags(Flags):
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceFlags(Flags):
-    """The frozen model that the KL is measured to."""
+    """Frozen model that the KL compares the policy with."""
 
     heading: ClassVar[str] = "reference"
 
     reference: ReferenceKind = flag("auto", "how the reference is kept; auto: int8, or with LoRA the policy's own base")
     sync_ref_model: bool = flag(False, "move the reference towards the policy every ref_model_sync_steps steps")
     ref_model_mixup_alpha: float = flag(
-        0.6, "such a move makes alpha policy + (1 - alpha) reference; less than 1 needs a bf16 reference"
+        0.6, "a move gives alpha policy + (1 - alpha) reference; less than 1 needs a bf16 reference"
     )
-    ref_model_sync_steps: int = flag(512, "steps between two such moves")
+    ref_model_sync_steps: int = flag(512, "steps between two moves of the reference")
 
     def problems(self) -> list[str]:
         alpha = f"ref_model_mixup_alpha is {self.ref_model_mixup_alpha:g}; it must be above 0 and at most 1"

@@ -27,7 +27,7 @@ class AdapterFlags(Flags):
 
     @property
     def base_bits(self) -> int:
-        """Bits of a weight of the frozen layers; 16 stands for the run's own precision."""
+        """Bits per weight of the frozen layers; 16 means the run's own precision."""
         return 4 if self.load_in_4bit else 8 if self.load_in_8bit else 16
 
     def problems(self) -> list[str]:
@@ -35,7 +35,7 @@ class AdapterFlags(Flags):
             *failed(
                 (self.lora_r < 0, f"lora_r is {self.lora_r}; it must be 0 (no adapter) or more"),
                 (self.lora_alpha <= 0, f"lora_alpha is {self.lora_alpha}; it must be more than 0"),
-                (not all(self.lora_targets), "lora_target is all-linear or names without gaps: q_proj,v_proj"),
+                (not all(self.lora_targets), "lora_target is all-linear or names without spaces: q_proj,v_proj"),
                 (self.load_in_4bit and self.load_in_8bit, "load_in_4bit and load_in_8bit exclude each other"),
                 *(
                     (getattr(self, name) and not self.lora_r, f"{name} is for an adapter: add --lora_r 16")
@@ -53,7 +53,8 @@ class SamplingFlags(Flags):
     heading: ClassVar[str] = "memory"
 
     generation_batch_size: int | None = flag(
-        None, "completions sampled at once, in training and evaluation; default: what the memory plan has room for"
+        None,
+        "completions sampled at once, also in evaluation; default: the most that add nothing to the planned peak",
     )
 
     def problems(self) -> list[str]:
@@ -68,11 +69,11 @@ class MemoryFlags(SamplingFlags):
     heading: ClassVar[str] = "memory"
 
     gradient_checkpointing: bool | None = flag(
-        None, "recompute activations in the backward pass; default: where the memory plan has no room for them"
+        None, "recompute activations in the backward pass; default: on if they do not fit the memory plan"
     )
-    pack_tokens: int = flag(0, "tokens per backward; 0: all of a step in one backward, which is fastest")
+    pack_tokens: int = flag(0, "tokens per backward; 0: the complete step in one backward, which is fastest")
     logprob_chunk_mib: float = flag(64.0, "MiB that a block of logits and its temporaries may take")
-    cuda_graphs: bool = flag(False, "on a GPU, launch the kernels of a sampled token together")
+    cuda_graphs: bool = flag(False, "on a GPU, launch all kernels of a sampled token at once")
     plan: bool = flag(False, "print the memory this run would take, phase by phase, and stop")
     dry_run_worst_case: bool = flag(False, "first try a step of the longest prompts and completions; changes nothing")
     oom_retry: bool = flag(False, "on one rank, repeat a phase that runs out of memory in smaller parts; same results")
@@ -92,7 +93,7 @@ class OutputFlags(Flags):
 
     output_dir: str | None = flag(None, "folder of the trained model and its metrics; default: outputs/MODEL-DATE-TIME")
     save_steps: int = flag(50, "steps between checkpoints (output_dir/checkpoint-N), and one at the end; 0: none")
-    save_total_limit: int | None = flag(2, "newest checkpoints to keep, beside the best by eval_steps; null: all")
+    save_total_limit: int | None = flag(2, "newest checkpoints to keep, besides the best by eval_steps; null: all")
     eval_steps: int = flag(0, "steps between evaluations during training; 0: only before and after it")
     resume_from_checkpoint: str | None = flag(
         None, "a checkpoint-N folder, or auto: the newest complete one of output_dir; flags come from it"
@@ -137,7 +138,7 @@ class SafetyFlags(Flags):
     heading: ClassVar[str] = "safety"
 
     preflight: bool = flag(True, "before the first step, check gradients, log-probs and versions; takes seconds")
-    max_bad_steps: int = flag(3, "steps in a row that may be skipped because a number is not finite; one more stops")
+    max_bad_steps: int = flag(3, "steps in a row that may be skipped for a number that is not finite; one more stops")
 
     def problems(self) -> list[str]:
         return [*failed((self.max_bad_steps < 0, "max_bad_steps must be 0 or more")), *super().problems()]

@@ -1,4 +1,4 @@
-"""The config saved beside a model: how it was made, and how it has to be asked."""
+"""The config saved beside a model: how it was trained, and its prompt."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ OF_ONE_RUN = ("output_dir", "resume_from_checkpoint", "plan")  # not saved: anot
 
 
 def write_config(config: AskConfig, folder: Path) -> None:
-    """Write the resolved config as YAML; `--config` reads it back, for a run into a folder of its own."""
+    """Write the resolved config as YAML; `--config` reads it back, for a run in a new folder."""
     names = [flag.name for flag in all_flags(type(config)) if flag.name not in OF_ONE_RUN]
     values = {name: getattr(config, name) for name in names}
     if config.system_prompt:
@@ -25,7 +25,7 @@ def write_config(config: AskConfig, folder: Path) -> None:
 
 
 def prompt_recipe(folder: Path) -> dict[str, Any]:
-    """Flags with which a model trained by us is asked, from the config saved beside it; {} without one."""
+    """Prompt flags of a model that we trained, from the config saved beside it; {} without one."""
     saved = folder / CONFIG_FILE
     if not saved.is_file():
         return {}
@@ -38,9 +38,9 @@ def prompt_recipe(folder: Path) -> dict[str, Any]:
             f"{saved} is damaged: it holds no settings. The model was trained with the prompt described there:\n"
             "restore it, or remove it and give --system_prompt, --labels and the tags yourself."
         )
-    if values.get("system_prompt"):  # the copy, wherever the model has been moved
+    if values.get("system_prompt"):  # the copy, even if the model was moved
         values["system_prompt"] = str(folder / SYSTEM_PROMPT_FILE)
-    # Only the person may allow code to run here, not a file that came with a model.
+    # Only the user may allow code to run here, not a file that came with a model.
     allowed = [flag for flag in all_flags(AskConfig) if flag.name not in ("model", "trust_remote_code")]
     found = {flag.name: values[flag.name] for flag in allowed if flag.name in values}
     numbers = [flag.name for flag in allowed if isinstance(flag.default, int)]

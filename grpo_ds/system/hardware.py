@@ -11,9 +11,9 @@ from pathlib import Path
 from grpo_ds.errors import PreflightError, UsageError, one_error
 
 OLDEST_TORCH = (2, 10)  # before it a crafted file could run code even under weights_only (CVE-2026-24747)
-# Packages that do not fail in an older version but train something else.
+# Packages whose older versions do not fail but train wrongly.
 WHY_NEWER = {
-    "deepspeed": "before 0.19.0 it silently lost the gradients of all backwards of a step but one",
+    "deepspeed": "before 0.19.0 it silently lost the gradients of all but one backward of a step",
     "bitsandbytes": "before 0.50 its 8-bit AdamW does not step on a CPU",
     "transformers": "before 5.0 our attention for packed rows cannot be registered",
 }
@@ -23,7 +23,7 @@ WHY_NEWER = {
 
 
 def check_torch() -> None:
-    """Raise UsageError for a torch that is not safe for reading weights; without torch, its import reports that."""
+    """Raise UsageError for a torch that reads weights unsafely; a missing torch is reported by its import."""
     try:
         installed = version("torch")
     except PackageNotFoundError:
@@ -43,7 +43,7 @@ def check_versions() -> None:
 
 
 def requirements() -> list[str]:
-    """Requirements in setup.cfg, as noted at installation; [] for a copy that was not installed."""
+    """Requirements of setup.cfg, as recorded at installation; [] for a copy that was not installed."""
     try:
         return requires("grpo_ds") or []
     except PackageNotFoundError:
@@ -51,7 +51,7 @@ def requirements() -> list[str]:
 
 
 def version_problems(wanted: Iterable[str]) -> Iterator[str]:
-    """A line for each package whose version `wanted`, such as "deepspeed>=0.19.6", rules out."""
+    """Return a line for each package whose version does not fit `wanted`, such as "deepspeed>=0.19.6"."""
     from packaging.requirements import Requirement  # 30 ms that --help should not wait for
 
     for requirement in map(Requirement, wanted):
@@ -59,7 +59,7 @@ def version_problems(wanted: Iterable[str]) -> Iterator[str]:
             continue
         try:
             found = version(requirement.name)
-        except PackageNotFoundError:  # reported by its import, where it is needed at all
+        except PackageNotFoundError:  # reported by its import, if it is needed
             continue
         if not requirement.specifier.contains(found, prereleases=True):
             why = f": {WHY_NEWER[requirement.name]}" if requirement.name in WHY_NEWER else ""
@@ -70,7 +70,7 @@ def version_problems(wanted: Iterable[str]) -> Iterator[str]:
 
 
 def gpu_memory_gib() -> float | None:
-    """GPU memory of the smallest visible NVIDIA card in GiB, or None; asked of nvidia-smi, as torch takes seconds."""
+    """GPU memory of the smallest visible NVIDIA card in GiB, or None; from nvidia-smi, because torch takes seconds."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shutil.which("nvidia-smi") is None or visible in ("", "-1"):
         return None
@@ -90,8 +90,8 @@ def ram_gib() -> float:
 def cgroup_limit(membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Bytes that the tightest cgroup around this process allows (v1 or v2), None without a limit.
 
-    A container may see its own group as the root of the mount while `membership` still has the host's path, so every
-    folder from that path up to the mount is read; missing ones are skipped.
+    A container may see its own group as the root of the mount while `membership` still has the path outside it, so
+    every folder from that path up to the mount is read; missing ones are skipped.
     """
     lines = membership.read_text(encoding="utf-8").splitlines() if membership.is_file() else []
     limits = []
@@ -112,7 +112,7 @@ def cgroup_limit(membership: Path = Path("/proc/self/cgroup"), mount: Path = Pat
 
 
 def cpu_has_bf16() -> bool:
-    """True if the CPU multiplies bf16 itself. Others emulate it: one backward matmul was 80 times slower than fp32."""
+    """True if the CPU multiplies bf16 itself. Others emulate it: a backward matmul was 80 times slower than fp32."""
     flags = Path("/proc/cpuinfo")
     words = set(flags.read_text(encoding="utf-8", errors="replace").split()) if flags.is_file() else set()
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})

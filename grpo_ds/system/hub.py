@@ -1,4 +1,4 @@
-"""Check that the model hub answers: its own clients retry for up to a minute before they fail."""
+"""Check that the model hub answers. Its own clients would retry for up to a minute before they fail."""
 
 import os
 from urllib.error import HTTPError

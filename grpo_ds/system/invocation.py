@@ -1,4 +1,4 @@
-"""The command that started this process, so that messages name commands that the person can type.
+"""The command that started this process, so that messages show commands that the user can type.
 
 A command has three entry points: `grpo-ds train`, `python -m grpo_ds train` and `python launch/train.py`; launchers
 use the last two.
@@ -29,12 +29,12 @@ def entry() -> str:
 
 
 def program() -> str | None:
-    """Name of this program in --help; None leaves it to argparse, which takes the script's name."""
+    """Name of this program in --help; None: argparse takes the script's name."""
     return f"{entry()} {_name()}" if entry() else None
 
 
 def command(name: str, *, launcher: str = "python") -> str:
-    """Words that start another command through the same entry point; `launcher` is used for scripts alone."""
+    """Words that start another command through the same entry point; `launcher` is used only for scripts."""
     if entry():
         return f"{entry()} {name}"
     script = Path(sys.argv[0])
@@ -63,7 +63,7 @@ def flag_words() -> list[str]:
 
 
 def _launched(module_flag: str) -> list[str]:
-    """Script or module that a launcher is given."""
+    """Arguments of a launcher: the script or the module."""
     return [module_flag, "grpo_ds", _name()] if entry() else [os.path.relpath(sys.argv[0])]
 
 

@@ -1,4 +1,4 @@
-"""The ranks of a run and what they exchange: sums, objects, barriers. With one process all of it does nothing.
+"""The ranks of a run and their exchanges: sums, objects, barriers. One process alone exchanges nothing.
 
 Works under `deepspeed`, `accelerate launch`, `torchrun` and plain `python`, which set different rendezvous variables.
 """
@@ -57,10 +57,10 @@ class World:
     def run_on_all_ranks(
         self, run: Callable[[], Result], *, signum: Callable[[], int] = lambda: 0
     ) -> tuple[Result, int]:
-        """Call `run` on every rank; return its result and the signal that any rank has received by then, or 0.
+        """Call `run` on every rank; return its result and the signal that any rank has received so far, or 0.
 
-        `run` must not wait for other ranks. If it raises a GrpoError on one rank, all ranks raise one, so that none is
-        left waiting.
+        `run` must not wait for other ranks. If it raises a GrpoError on one rank, all ranks raise one, so that no rank
+        waits for ever.
         """
         result, own = None, None
         try:
@@ -82,7 +82,7 @@ class World:
 
 
 def start(*, needs_gpu: bool = False) -> World:
-    """Join the process group; without a launcher, one of this process alone.
+    """Join the process group; without a launcher the group is this process alone.
 
     needs_gpu: the model was chosen for a GPU, so this torch must be able to use it. Raises UsageError if it cannot.
     """

@@ -1,7 +1,7 @@
 """Stop requests: SIGTERM or SIGUSR1 (pre-empted), Ctrl-C, or a launcher that has died.
 
 A run notes the first such signal and ends at its next safe point, where nothing is half done. The deepspeed launcher
-forwards Ctrl-C a second time and kills after 30 seconds, so only a second Ctrl-C typed by a person ends it at once.
+forwards Ctrl-C a second time and kills after 30 seconds, so only a second Ctrl-C from the user ends it at once.
 """
 
 import os
@@ -20,7 +20,7 @@ from grpo_ds.errors import BY_CTRL_C, PREEMPTED, GrpoError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LAUNCHERS = {"deepspeed", "torchrun", "accelerate"}  # as scripts, or as modules: deepspeed.launcher.launch
-SAME_CTRL_C = 1.0  # seconds: two Ctrl-C within them are one, which the launcher has forwarded as well
+SAME_CTRL_C = 1.0  # seconds: two Ctrl-C within this time are one, forwarded by the launcher
 CHECK_EVERY = 1.0  # seconds between two checks of the launcher
 
 
@@ -39,20 +39,20 @@ class Interrupted(GrpoError):
 
 
 class Interruption:
-    """The first stop signal that arrived, if any."""
+    """Holds the first stop signal that arrived, if any."""
 
     def __init__(self) -> None:
         self.signum = 0
         self._since = 0.0
 
     def check(self) -> None:
-        """Raise Stopping if a signal has arrived; for safe points, where nothing is half done."""
+        """Raise Stopping if a signal has arrived. Call it at safe points, where nothing is half done."""
         if self.signum:
             raise Stopping
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Note signals instead of ending at once; the launcher's death counts as one. In the main thread only."""
+        """Note signals instead of ending at once; the launcher's death counts as a signal. Main thread only."""
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
         try:
             with _launcher_watched():
@@ -87,8 +87,8 @@ def exit_code(number: int) -> int:
 def exit_on_signal() -> Iterator[None]:
     """End the process at a signal, with its exit code and no traceback; for code that has nothing to save.
 
-    It ends without an exception, which some library would mistake for a failed import. Afterwards signals are ignored:
-    the process is about to end with an exit code that a second signal must not replace.
+    It raises no exception: some libraries would take it for a failed import. After the block signals are ignored: the
+    process is about to end, and a second signal must not replace its exit code.
     """
 
     def leave(number: int, _: FrameType | None) -> None:
@@ -99,7 +99,7 @@ def exit_on_signal() -> Iterator[None]:
     for number in SIGNALS:
         signal.signal(number, leave)
     try:
-        with _launcher_watched():  # it may also die while a model is loaded
+        with _launcher_watched():  # the launcher may also die while a model is loaded
             yield
     finally:
         for number in SIGNALS:
@@ -131,7 +131,7 @@ def _launcher_watched() -> Iterator[None]:
 
 
 def _watch(launchers: list[psutil.Process], over: threading.Event) -> None:
-    """Send SIGTERM to this process once a launcher is gone: one that was killed cannot tell its children."""
+    """Send SIGTERM to this process when a launcher is gone: a killed launcher cannot signal its children."""
     while launchers and not over.wait(CHECK_EVERY):
         if not all(map(_alive, launchers)):
             os.kill(os.getpid(), signal.SIGTERM)

@@ -1,8 +1,8 @@
 """The answer contract: <reasoning>...</reasoning><answer>label</answer>, and nothing else.
 
-Prompts, rewards and grading all use one `AnswerFormat`. `parse` cuts a completion at its tags in one pass (between
-two "<" the pattern reads each character a few times at most) and looks the order of its tags up in a table. Tags that
-are doubled, nested, misspelled or out of order are not in that table and earn nothing.
+Prompts, rewards and grading all use one `AnswerFormat`. `parse` splits a completion at its tags in one pass (the
+pattern reads each character at most a few times) and looks up the order of the tags in a table. Tags that are doubled,
+nested, misspelled or out of order are not in the table and earn nothing.
 """
 
 import re
@@ -14,14 +14,14 @@ CONTROL = r"<[|\uff5c][^<>\s]*[|\uff5c]>"  # a chat template's control token: <|
 
 @dataclass(frozen=True, slots=True)
 class ParsedAnswer:
-    """Parts of the answer contract that a completion keeps.
+    """Parts of the answer contract that a completion satisfies.
 
     Example: the reasoning is well-formed, the answer is not one of the labels.
         >>> AnswerFormat().parse("<reasoning>It fell.</reasoning><answer>perhaps</answer>")
         ParsedAnswer(answer=None, reasoning_tags=True, answer_tags=False)
     """
 
-    answer: str | None  # one of the labels; None unless the complete text keeps to the contract
+    answer: str | None  # one of the labels; None unless the complete text satisfies the contract
     reasoning_tags: bool  # one reasoning pair in its place, with words in it
     answer_tags: bool  # one answer pair in its place, with a label in it
 
@@ -43,7 +43,7 @@ class AnswerFormat:
         'yes'
     """
 
-    labels: tuple[str, ...] = ("yes", "no")  # as prompts spell them; no two differ only by case
+    labels: tuple[str, ...] = ("yes", "no")  # spelled as in prompts; no two differ only by case
     reasoning_tag: str = "reasoning"
     answer_tag: str = "answer"
 
@@ -69,8 +69,8 @@ class AnswerFormat:
     def tag_pattern(self) -> str:
         """Regular expression of the four tags and of two things that must not count as text.
 
-        These are look-alikes of the tags (<ANSWER>, <answer id="1">, < /answer >), which some readers would take for a
-        second answer, and a chat's control tokens, which begin another turn.
+        These are texts similar to a tag (<ANSWER>, <answer id="1">, < /answer >), which some readers would take for a
+        second answer, and the control tokens of a chat, which begin another turn.
         """
         return rf"<\s*(?:/\s*)?(?:{self.reasoning_tag}|{self.answer_tag})(?![\w-])[^<>]*>|{CONTROL}"
 
@@ -79,7 +79,7 @@ class AnswerFormat:
         pieces = re.split(f"({self.tag_pattern})", completion, flags=re.IGNORECASE)
         texts, tags = pieces[0::2], tuple(pieces[1::2])  # texts[i] is the text before tags[i]
         both = self.reasoning_pair + self.answer_pair
-        # both[:3]: cut off within the answer, at the token limit
+        # both[:3]: cut within the answer, at the token limit
         has_reasoning = tags in (self.reasoning_pair, both[:3], both) and _has_words(texts[1])
         label = self.label_of(texts[-2]) if tags in (self.answer_pair, both) else None
         prose = any(text.strip() for text in texts[0::2])  # before, between and after the pairs
@@ -87,7 +87,7 @@ class AnswerFormat:
         return ParsedAnswer(label if well_formed else None, has_reasoning, label is not None)
 
     def label_of(self, text: str) -> str | None:
-        """Return the label that this text spells, ignoring case, white space and one full stop; else None."""
+        """Return the label in this text, ignoring case, white space and one full stop; None for any other text."""
         exact = text.strip()
         forms = (exact.casefold(), exact.removesuffix(".").rstrip().casefold())
         label = next((label for label in self.labels if label.casefold() in forms), None)

@@ -1,4 +1,4 @@
-"""Grading: accuracy and macro-F1 of a set of answers, and a test of whether a model became better.
+"""Grading: accuracy and macro-F1 of a set of answers, and a test if a model became better.
 
 Accuracy alone is misleading: the answer "yes" to every question is right for 62 % of PubMedQA's yes/no test items. So
 macro-F1, recall by class and the majority baseline are reported with it. An answer that did not parse (None) is wrong
@@ -21,7 +21,7 @@ FEWEST_TO_COLLAPSE = 5  # parsed answers; four equal ones can be chance
 
 @dataclass(frozen=True, slots=True)
 class Grades:
-    """Accuracy and its companions; every share is in [0, 1], the dicts are by label.
+    """Accuracy and related figures; every share is in [0, 1], the dicts are by label.
 
     Example: one question of each class, both answered "yes".
         >>> questions = [Question("1", "Is it?", "", "yes"), Question("2", "Was it?", "", "no")]
@@ -98,7 +98,7 @@ def wilson_interval(successes: int, count: int) -> tuple[float, float]:
 
 
 def mcnemar(before_correct: Sequence[bool], after_correct: Sequence[bool]) -> float:
-    """Exact two-sided p-value of McNemar's test: are the same questions answered equally well before and after?
+    """Exact two-sided p-value of McNemar's test that the answers before and after are equally good.
 
     Only questions whose answer became right or wrong count; under the null hypothesis both are equally likely.
     """

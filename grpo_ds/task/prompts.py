@@ -53,7 +53,7 @@ WORKED_EXAMPLES = (
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """Token ids of a prompt, for the model to continue.
+    """Token ids of a prompt, which the model continues.
 
     Example: a prompt for which the context was cut by 12 tokens (real ones have more ids).
         >>> EncodedPrompt(ids=[151644, 872, 198, 151645], text_tokens_dropped=12)
@@ -61,11 +61,11 @@ class EncodedPrompt:
     """
 
     ids: list[int]  # at most max_prompt_length
-    text_tokens_dropped: int  # tokens cut from the front of the context, not counting text too far back to be tokenised
+    text_tokens_dropped: int  # tokens cut from the front of the context, without text that was cut before tokenising
 
 
 def read_system_prompt(file: str) -> str:
-    """Read the file of --system_prompt and check it like a text of --data. Raises Unusable with the reason."""
+    """Read the file of --system_prompt and check it like a text in --data. Raises Unusable with the reason."""
     path = Path(os.path.expanduser(file))
     if not os.path.isfile(path):
         raise Unusable("is not a file")
@@ -153,7 +153,7 @@ def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     """Render the chat. The system prompt goes into the first user turn if the template refuses or ignores its role."""
     try:
         rendered = _apply_template(tokenizer, messages)
-    except Exception:  # the template refuses the role; any other error is raised again by the next line
+    except Exception:  # the template refuses the role; for any other error the next line fails too
         return _apply_template(tokenizer, _without_system_role(messages))
     if messages[0]["content"] in rendered:
         return rendered

@@ -1,6 +1,6 @@
-"""Questions: read them, split them into training and held-out ones, and choose those of a step.
+"""Read questions, split them into training and held-out ones, and choose the questions of a step.
 
-The split is a pure function of (seed, ids), the choice of (seed, step). So there is no sampler state to save, and a
+The split depends only on (seed, ids), the choice only on (seed, step). So there is no sampler state to save, and a
 resumed run asks the same questions as an uninterrupted one.
 """
 
@@ -84,7 +84,7 @@ def split_questions(
     """Split into (training, held-out), stratified by class; the order of the records does not matter.
 
     Each class gives its share to the held-out part, rounded by largest remainder. So the sizes are exact: 500 records
-    at 0.2 give 400 and 100, whatever their classes.
+    at 0.2 give 400 and 100, for any mix of classes.
     """
     if not 0 < eval_fraction < 1:
         raise UsageError(f"eval_fraction is {eval_fraction}, but it must lie between 0 and 1. Try --eval_fraction 0.2.")
@@ -102,10 +102,10 @@ def questions_at(
 ) -> list[Question]:
     """Choose the questions of one step (from 0), for all ranks.
 
-    The questions are asked in an endless sequence of epochs; epoch e is a permutation seeded by (seed, e). Each step
-    takes the next `per_step` questions, so a question comes once in an epoch, and a step may cross two epochs.
+    Questions form an endless sequence of epochs; epoch e is a permutation seeded by (seed, e). Each step takes the next
+    `per_step` questions, so every question comes once per epoch, and a step may be in two epochs.
 
-    balanced: take the questions from the classes in turn, where each class has its own sequence of epochs. The classes
+    balanced: take the questions from the classes in turn; each class has its own sequence of epochs. The classes
         of a step then differ by at most one question, and questions of a smaller class come more often.
     """
     labels = sorted({question.label for question in questions})
@@ -149,7 +149,7 @@ def _held_out_count(count: int, fraction: Fraction) -> int:
 
 
 def _fewest_to_split(fraction: Fraction) -> int:
-    """Smallest count of which _held_out_count takes at least one, but not all."""
+    """Smallest number of records that leaves both parts of the split with a record."""
     return max(ceil(1 / (2 * fraction)), floor(1 / (2 * (1 - fraction))) + 1)
 
 
@@ -157,7 +157,7 @@ def _checked_questions(
     source: Source, labels: tuple[str, ...], fields: Mapping[str, str], *, label_needed: bool = True
 ) -> list[Question]:
     """Return a question for each record, or raise one DataError that names every bad record."""
-    # If all labels are PubMedQA's, its other labels are accepted here and left out later; else they are mistakes.
+    # If all labels are PubMedQA's, its other labels are accepted here and left out later; otherwise they are errors.
     asks_pubmedqa = {label.casefold() for label in labels} <= set(PUBMEDQA_LABELS)
     others = [label for label in PUBMEDQA_LABELS if label not in map(str.casefold, labels)] if asks_pubmedqa else []
     found, problems = _check_all(source, (*labels, *others), fields, label_needed)
@@ -179,7 +179,7 @@ def _check_all(
     for place, record in source.records:
         fields, wrong = check_record(record, known_labels=known_labels, names=names, label_needed=label_needed)
         if isinstance(record, dict) and not wrong:
-            # A view of the two dicts: if every record has a field of its own, copies would fill the memory.
+            # A view of the two dicts: if every record has a different field, copies would fill the memory.
             placed.append((place, _question(fields, ChainMap(record, columns))))
         else:
             problems.append(f"{place}: {', '.join(wrong)}" if isinstance(record, dict) else f"{place} {wrong[0]}")
@@ -192,7 +192,7 @@ def _question(fields: dict[str, str], columns: Mapping[str, Any]) -> Question:
 
 
 def _accepted(labels: Sequence[str], fields: Mapping[str, str]) -> str:
-    """Describe a valid record; by its flags if fields or labels were given."""
+    """Describe a valid record, by flags if fields or labels were given."""
     if not fields and {"yes", "no"} >= set(labels):
         return ACCEPTED
     return f"Labels: {' or '.join(labels)} (--labels). Fields: --question_field, --context_field, --label_field."

@@ -1,6 +1,6 @@
-"""Records: the three spellings of their fields, and every check of a single record. Knows nothing of files.
+"""Records: the three spellings of their fields, and all checks of a single record. No files here.
 
-`check_record` returns the fields, or everything that is wrong with them; the caller knows the file and the place.
+`check_record` returns the fields and all their problems; the caller adds the file and the place.
 """
 
 import re
@@ -12,8 +12,8 @@ from math import isfinite, isnan
 NO_CONTEXT = "none"  # as the name of the context field: the questions have no context
 LONGEST_QUOTE = 40  # characters of a bad value that an error repeats
 LONGEST_ID = 200  # characters: errors and reports name a record by its id, on one line
-# Traces of damaged files: control characters that are not layout (text read in the wrong code page, an end-of-file
-# mark), half a surrogate pair, which JSON can spell but no tokenizer accepts, U+FFFD in place of unreadable bytes.
+# Signs of damaged files: control characters that are not layout (text read in the wrong code page, an end-of-file
+# mark), half a surrogate pair, which JSON can spell but no tokenizer accepts, U+FFFD instead of unreadable bytes.
 BROKEN = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffd-\uffff]")
 INVISIBLE = "\ufeff\u200b"  # byte order mark and zero-width space: around a text they count as white space
 
@@ -90,7 +90,7 @@ def quote(value: str) -> str:
 
 
 def _spelling_of(record: dict, names: Mapping[str, str]) -> FieldNames:
-    # The spelling with the most fields in the record, so that a missing field is named as its file would spell it.
+    # The spelling with the most fields in the record, so that a missing field is named in the file's spelling.
     spellings = [replace(spelling, **names) for spelling in (OURS, HUB, ORIGINAL)]
     return max(spellings, key=lambda known: sum(n in record for n in (known.question, known.context, known.label)))
 

@@ -2,7 +2,7 @@
 
 As in TRL, a reward function takes keyword arguments: `completions`, and each column of the data under its field's name
 in the record. All are lists of length B, in which a group's record is repeated G times; `id`, `question`, `context`
-and `label` are always there. It returns one float for each completion, or None where it does not apply.
+and `label` are always there. It returns one float for each completion, or None if it does not apply.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ NGRAM = 3  # words
 def correctness(
     completions: Sequence[str], label: Sequence[str], *, answer_format: AnswerFormat, reward: float = 1.0, **_: object
 ) -> list[float]:
-    """Give `reward` to a completion that keeps to the answer contract and whose answer is right, else 0."""
+    """Give `reward` to a completion that satisfies the answer contract with the right answer, else 0."""
     pairs = zip(completions, label, strict=True)
     return [reward * (answer_format.parse(completion).answer == right) for completion, right in pairs]
 
@@ -27,7 +27,7 @@ def correctness(
 def tag_pairs(
     completions: Sequence[str], *, answer_format: AnswerFormat, reward: float = 1.0, **_: object
 ) -> list[float]:
-    """Give `reward` for each of the two tag pairs that is well-formed, whether the answer is right or not."""
+    """Give `reward` for each of the two tag pairs that is well-formed, for a right or a wrong answer."""
     parsed = [answer_format.parse(completion) for completion in completions]
     return [reward * (answer.reasoning_tags + answer.answer_tags) for answer in parsed]
 
@@ -35,7 +35,7 @@ def tag_pairs(
 def length_penalty(completions: Sequence[str], *, full_length: int, **_: object) -> list[float]:
     """-(characters / full_length), at least -1: every character costs the same, up to `full_length` characters.
 
-    It counts characters, because with words a text without spaces would cost nothing.
+    It counts characters, because a text without spaces has few words and would cost nothing.
     """
     return [-min(1.0, len(completion) / full_length) for completion in completions]
 

@@ -21,9 +21,9 @@ from grpo_ds.task.rewards import RewardFunction, WeightedFunctions
 
 OnRewardError = Literal["stop", "zero"]
 Columns = Mapping[str, Sequence[Any]]  # arguments of a reward function: name -> list of length B
-REMEDY = "Fix it, or continue without its rewards where it fails: --on_reward_error zero."
+REMEDY = "Fix it, or continue without its rewards if it fails: --on_reward_error zero."
 LONGEST_QUOTE = 80  # characters of a completion, a value or a line of code that an error repeats
-LARGEST_REWARD = 1e15  # a group's standard deviation sums squares of rewards, which float32 must hold
+LARGEST_REWARD = 1e15  # float32 must hold the squares of rewards, which a group's standard deviation sums
 LONGEST_REASON = 160  # characters of an exception's message
 
 
@@ -38,11 +38,11 @@ class Rewards:
     """
 
     total: list[float]  # [B]
-    by_name: Mapping[str, Sequence[float | None]]  # [B] each; None where the function does not apply
+    by_name: Mapping[str, Sequence[float | None]]  # [B] each; None if the function does not apply
     errors: dict[str, str] = field(default_factory=dict)  # function -> its error; its rewards are then all None
 
     def plus(self, name: str, values: Sequence[float]) -> "Rewards":
-        """Add one more reward, [B], that is not computed from the text."""
+        """Add another reward, [B], that is not computed from the text."""
         total = [reward + value for reward, value in zip(self.total, values, strict=True)]
         return Rewards(total, {**self.by_name, name: list(values)}, self.errors)
 
@@ -66,7 +66,7 @@ class _Faulty(Exception):
 
 
 class _TimedOut(BaseException):
-    """Time limit reached. Not an Exception, so that a function's own `except Exception` does not catch it."""
+    """Time limit reached. It is no Exception, so that a function's `except Exception` does not catch it."""
 
 
 def score(
@@ -77,9 +77,9 @@ def score(
     timeout: float = 0.0,
     on_error: OnRewardError = "stop",
 ) -> Rewards:
-    """Compute the rewards of B completions; `questions` has length B too, a group's question repeated G times.
+    """Compute the rewards of B completions; `questions` has length B: a group's question is repeated G times.
 
-    timeout: seconds for a call, 0 for no limit; `_time_limit` says what it can stop.
+    timeout: seconds for a call, 0 for no limit; `_time_limit` lists what it can stop.
     on_error: "stop" raises RewardError, "zero" sets all rewards of the function to None for this call.
     """
     columns = columns_of(completions, questions)
@@ -213,7 +213,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def _find_faulty(function: RewardFunction, columns: Columns, timeout: float) -> Sequence[int]:
-    """Find the first completion that also fails alone; return all if none does, or none in time."""
+    """Find the first completion that also fails alone; return all if no call with one fails within the time."""
     indices = range(len(columns["completions"]))
     try:
         with _time_limit(timeout):

@@ -1,6 +1,6 @@
 """Sources of records: a file, the packaged sample or a hub data set, all read into one form.
 
-The content of a file decides how it is read (a JSON list, PubMedQA's mapping of PMIDs, or lines), never its name.
+A file's content, never its name, decides how it is read (a JSON list, PubMedQA's mapping of PMIDs, or lines).
 """
 
 import json
@@ -38,7 +38,7 @@ FOREIGN = {  # first bytes of a file that is not UTF-8 text -> its kind, what to
 }
 ACCEPTED = (
     'Records: {"question": "...", "context": "...", "ground_truth": "yes" or "no"},'
-    " as a JSON list, one a line, or in PubMedQA's own form."
+    " as a JSON list, one per line, or in PubMedQA's own form."
 )
 
 
@@ -67,7 +67,7 @@ def open_source(data: str | None) -> Source:
     data = data_or_default(data)
     if data == SAMPLE:
         return parse_file(SAMPLE, resources.files("grpo_ds.task").joinpath("sample.json").read_bytes())
-    if BROKEN.search(data) or len(data.splitlines()) > 1:  # the saved config could not name it
+    if BROKEN.search(data) or len(data.splitlines()) > 1:  # the saved config could not contain it
         raise DataError(f"--data {data!r} holds a broken character or a line break: rename the file.\n{ALTERNATIVES}")
     path = os.path.expanduser(data)
     if os.path.exists(path):
@@ -78,7 +78,7 @@ def open_source(data: str | None) -> Source:
 
 
 def parse_file(name: str, content: bytes) -> Source:
-    """Read records from the bytes of a file, whatever its name. Raises DataError."""
+    """Read records from the bytes of a file; its name does not matter. Raises DataError."""
     text = _decode(name, content)
     if not text.strip():
         raise DataError(f"{name} is empty.\n{ACCEPTED}")

@@ -1,1 +1,1 @@
-"""The training loop and its parts, with the one door to DeepSpeed (engine.py)."""
+"""The training loop and its parts; only engine.py and zero_staging.py use DeepSpeed."""

@@ -1,10 +1,10 @@
 """A trainer's state in a checkpoint's folder: how it is saved, and how it is loaded.
 
 checkpoint-N/
-    config.json, model.safetensors, tokenizer.json ...   an ordinary model folder (of an adapter, the adapter)
+    config.json, model.safetensors, tokenizer.json ...   an ordinary model folder; with LoRA only the adapter
     grpo_config.yaml        the flags
     trainer_state.json      how far the run has come (run_folder/progress.py)
-    rank0.pt, rank1.pt ...  of each rank: a rollout between two of its updates, the random states of user code
+    rank0.pt, rank1.pt ...  per rank: a rollout between two of its updates, random states for user code
     reference.pt            the frozen copy of the policy, if there is one
     global_stepN/           DeepSpeed's shards: masters, moments, schedule
     MANIFEST.json           every file's size and SHA-256 (run_folder/checkpoints.py)
@@ -61,9 +61,9 @@ def save_checkpoint(trainer: Trainer, run: Path) -> Path:
 
 
 def load_checkpoint(trainer: Trainer, folder: Path, *, branch: bool = False) -> None:
-    """Load what `save_checkpoint` wrote; every rank calls it, with a full model's weights loaded from there already.
+    """Load a checkpoint; every rank calls it, with a full model's weights loaded from its folder already.
 
-    branch: the run continues in another folder, so trackers do not take it for the same run.
+    branch: the run continues in another folder, so trackers must treat it as a new run.
     """
     trainer.guard.run("resume", _read, trainer, folder, branch)
 
@@ -90,7 +90,7 @@ def _check_all_ranks_wrote(partial: Path, ranks: int) -> None:
 
 
 def _write_shared(trainer: Trainer, state: State, folder: Path) -> None:
-    """Write what is the same on all ranks."""
+    """Write the files that all ranks share."""
     save_model(trainer.engine.model, folder)
     trainer.tokenizer.save_pretrained(folder)
     write_config(trainer.config, folder)
@@ -104,13 +104,15 @@ def _read(trainer: Trainer, folder: Path, branch: bool) -> None:
     if branch:
         progress.trackers.clear()
     trainer.engine.load_checkpoint(folder, _tag(progress))
+    partial_step, random_states = _read_rank_state(rank_file(folder, trainer.world.rank), trainer.world.device)
     trainer.load_state_dict(
         {
             "progress": progress,
-            "partial_step": _read_rank_state(rank_file(folder, trainer.world.rank), trainer.world.device),
+            "partial_step": partial_step,
             "reference": _mapped(reference) if reference.exists() else None,
         }
     )
+    _set_random_states(random_states)  # last: loading may draw
 
 
 def _mapped(file: Path) -> Any:
@@ -121,7 +123,7 @@ def _tag(progress: Progress) -> str:
     return f"global_step{progress.global_step}"
 
 
-# --- the state of one rank: plain tensors, numbers and texts, read without pickle's power to run code ---------------
+# --- the state of one rank: plain tensors, numbers and texts, read without letting pickle run code ------------------
 
 
 def rank_file(folder: Path, rank: int) -> Path:
@@ -133,18 +135,20 @@ def _rank_state(step: PartialStep | None) -> State:
     return {"partial_step": step and _as_plain(step), "random": {name: get() for name, (get, _) in RANDOM.items()}}
 
 
-def _read_rank_state(file: Path, device: torch.device) -> PartialStep | None:
-    """Return the partial step, if there is one, and set the random states of user code."""
+def _read_rank_state(file: Path, device: torch.device) -> tuple[PartialStep | None, State]:
+    """Return the partial step, if there is one, and the random states of user code."""
     try:
         saved = torch.load(file, map_location=device, weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from None
     plain = saved.get("partial_step") or saved.get("in_hand")  # its name in older checkpoints
-    step = _from_plain(plain) if plain else None
+    return _from_plain(plain) if plain else None, saved["random"]
+
+
+def _set_random_states(states: State) -> None:
     for name, (_, put) in RANDOM.items():
-        if name in saved["random"]:
-            put(saved["random"][name])
-    return step
+        if name in states:
+            put(states[name])
 
 
 def _numpy_state() -> list[Any]:

@@ -1,8 +1,8 @@
-"""The groups of a step: questions asked, completions sampled and rewarded on this rank.
+"""Collect the groups of a step: ask questions, sample completions and compute rewards, on this rank.
 
 Dynamic sampling: a group whose rewards are all equal teaches nothing, so another question is asked in its place.
-Source: DAPO (Yu et al. 2025), section 3.2 and eq. 11; bounded here, so that a step also ends when no group differs.
-Each rank draws by itself, as often as it needs; afterwards every rank holds as many groups as without.
+Source: DAPO (Yu et al. 2025), section 3.2 and eq. 11; bounded here, so that a step always ends.
+Each rank draws alone, as often as it needs; the number of its groups does not change.
 
 Q questions, G completions each, B = Q * G.
 """
@@ -31,7 +31,7 @@ Item = TypeVar("Item")
 
 
 class Collector:
-    """Collects the groups of a step, as a function of the policy and (seed, step, rank, attempt): no state to save."""
+    """Collects the groups of a step, as a function of the policy and (seed, step, rank, attempt): no state is saved."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Collector:
         reward_functions: WeightedFunctions,
         warn: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """warn: prints a line; called at the first failure of each reward function."""
+        """warn: prints a line; called when a reward function fails for the first time."""
         self.config, self.world, self.sampler, self.style = config, world, sampler, style
         self.score = partial(
             score, functions=reward_functions, timeout=config.reward_timeout, on_error=config.on_reward_error
@@ -58,7 +58,7 @@ class Collector:
         return groups, exchanged
 
     def draw(self, step: int, questions: list[Question], attempt: int, places: Sequence[int]) -> Groups:
-        """One group for each of these places of the step; later attempts ask other questions there."""
+        """Draw a group for each of these places in the step; later attempts ask other questions."""
         config = self.config
         seed = seed_at(config.seed, attempt, NO_RANK) if attempt else config.seed
         here = self.rank_questions(step, questions, seed)
@@ -91,14 +91,14 @@ class Collector:
         return micro_batches(prompts, completions)
 
     def warn_of_failures(self, rewards: Rewards) -> None:
-        """Report the first failure of each reward function that --on_reward_error zero passed over."""
+        """Report the first failure of each reward function that --on_reward_error zero ignored."""
         for name, error in rewards.errors.items():
             if name not in self._warned:
                 self.warn(f"Warning: {error}\nThis batch is scored without it; reward_errors counts later failures.")
                 self._warned.add(name)
 
     def with_overlong_penalty(self, rewards: Rewards, completions: Completions) -> Rewards:
-        """Subtract the penalty of completions that reach into --overlong_buffer, as a reward of its own."""
+        """Subtract the penalty of completions that reach into --overlong_buffer, as a separate reward."""
         config = self.config
         if not config.overlong_buffer:
             return rewards
@@ -115,15 +115,15 @@ def sample_completions(
     temperature: float,
     seed: int,
 ) -> tuple[list[Tensor], Completions]:
-    """Return the prompt of each question as a tensor of ids, and group_size completions of it; `seed` decides them."""
+    """Return the prompt of each question as a tensor of ids, and group_size completions of it, drawn by `seed`."""
     prompts = style.encode(sampler.tokenizer, questions)
     completions = sampler(prompts, group_size=group_size, temperature=temperature, seed=seed)
     return [torch.tensor(prompt, device=completions.ids.device) for prompt in prompts], completions
 
 
 def draw_groups(draw: Draw, *, count: int, attempts: int) -> tuple[Groups, int]:
-    """Return `count` groups and how many were exchanged: attempt 0 draws all, attempts 1 and later those without
-    spread."""
+    """Return `count` groups and how many were exchanged: attempt 0 draws all, later attempts redraw
+    groups of equal rewards."""
     groups, exchanged = draw(0, range(count)), 0
     for attempt in range(1, attempts + 1):
         places = groups.without_spread()
@@ -161,12 +161,12 @@ def _pick(first: Sequence[Item], second: Sequence[Item], order: Sequence[int]) -
 
 def _pick_rows(first: Completions, second: Completions, rows: Sequence[int]) -> Completions:
     mask = _stacked(first.mask, second.mask)[rows]
-    width = int(mask.sum(dim=1).max())  # the longest completion may have gone
+    width = int(mask.sum(dim=1).max())  # the longest completion may have been replaced
     ids = _stacked(first.ids, second.ids)[rows]
     return Completions(ids[:, :width], mask[:, :width], torch.cat([first.ended, second.ended])[rows])
 
 
 def _stacked(first: Tensor, second: Tensor) -> Tensor:
-    """Rows of both, the narrower padded with 0, which the mask hides."""
+    """Stack the rows of both; the narrower tensor is padded with 0, which the mask hides."""
     width = max(first.shape[1], second.shape[1])
     return torch.cat([F.pad(part, (0, width - part.shape[1])) for part in (first, second)])

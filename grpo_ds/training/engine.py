@@ -1,4 +1,4 @@
-"""The one door to DeepSpeed: the policy under ZeRO-2 as forward, backward, step.
+"""The only interface to DeepSpeed: the policy under ZeRO-2 as forward, backward, step.
 
 docs/decisions/0001-raw-deepspeed.md says why DeepSpeed is used directly and not through accelerate's plugin.
 """
@@ -21,8 +21,8 @@ from grpo_ds.optim.adamw8bit import build_optimizer
 from grpo_ds.settings.ds_config import DsConfig
 from grpo_ds.training.zero_staging import allow_accumulation, clear_unwritten_gradients, replace_staging_and_optimizer
 
-# DeepSpeed compiles small extensions on first use with ninja, which pip installs beside the interpreter. This finds it
-# also when the environment was not activated.
+# DeepSpeed compiles small extensions on first use with ninja, which pip installs beside the interpreter. This line
+# finds it even if the environment was not activated.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
 if not torch.cuda.is_available():
@@ -49,12 +49,12 @@ DEEPSPEED_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]  # allowed in 
 class Engine:
     """The policy and its optimizer under DeepSpeed.
 
-    A step follows one `backward`, DeepSpeed's fast path, on which a gradient leaves the GPU once; or several, of which
-    the earlier ones accumulate in RAM in bf16.
+    A step has one `backward`, DeepSpeed's fast path, in which each gradient leaves the GPU once, or several: then the
+    gradients of the earlier ones accumulate in RAM in bf16.
     """
 
     def __init__(self, policy: LogprobModel, config: DsConfig, *, seed: int = 0) -> None:
-        """seed: of stochastic rounding, if the JSON asks for it; another one on each rank."""
+        """seed: of stochastic rounding, if the JSON asks for it; different on each rank."""
         parameters = [p for p in policy.parameters() if p.requires_grad]
         logging.getLogger("DeepSpeed").addFilter(_not_of_our_optimizer)
         self._engine, *_ = deepspeed.initialize(
@@ -107,7 +107,7 @@ class Engine:
         return safe_get_full_grad(parameter)
 
     def rehearse(self, micro_batches: Iterable[PackedRows]) -> None:
-        """Take one step before the first, with gradients of 0 at a learning rate of 0: uses memory, changes nothing."""
+        """Take a step with gradients of 0 at a learning rate of 0: it uses the memory of a step and changes nothing."""
         inner, scheduler = self._engine.optimizer, self._engine.lr_scheduler
         rates, schedule = [group["lr"] for group in inner.param_groups], scheduler and scheduler.state_dict()
         counted = self._engine.global_steps, self._engine.global_samples
@@ -125,14 +125,14 @@ class Engine:
         self._engine.global_steps, self._engine.global_samples = counted
 
     def abandon(self) -> None:
-        """Drop the gradients of this step, also of a backward that failed half-way, so that the next starts clean."""
+        """Drop the gradients of this step, even of a backward that failed half-way, so that the next starts clean."""
         zero = self._engine.optimizer
         self._engine.zero_grad()
         zero.zero_grad(set_to_none=True)
         if isinstance(zero, ZeROOptimizer):
             zero._backward_active_depth = 0
             zero.clear_backward_seen_flag()
-        if not isinstance(zero, DeepSpeedZeroOptimizer):  # stage 0 keeps gradients nowhere else
+        if not isinstance(zero, DeepSpeedZeroOptimizer):  # stage 0 has no other gradients
             return
         for bucket in zero.ipg_buckets.values():
             bucket.clear()
@@ -144,13 +144,13 @@ class Engine:
             zero.reset_cpu_buffers()
             for master in zero.single_partition_of_fp32_groups:
                 master.grad.zero_()  # else a parameter that the next step does not reach would keep it
-        # Before the last backward of a run's first step, only the second of these holds any.
+        # Before the last backward of a run's first step, only the second of these holds gradients.
         for kept in (zero.averaged_gradients, zero.all_grad_tensors):
             kept.update(dict.fromkeys(kept))
 
     @property
     def model(self) -> PreTrainedModel:
-        """The bare causal LM, which samples and is saved."""
+        """The causal LM itself, for sampling and saving."""
         return self.policy.model
 
     @property
@@ -173,9 +173,9 @@ class Engine:
             engine.module_state_dict = states
 
     def load_checkpoint(self, folder: Path, tag: str) -> None:
-        """Load what save_checkpoint wrote; every rank calls it, with a full model's weights in the policy already.
+        """Load the files of save_checkpoint; every rank calls it, with a full model's weights in the policy already.
 
-        Raises CheckpointError if there is nothing to load; DeepSpeed alone would continue without a word.
+        Raises CheckpointError if there is nothing to load; DeepSpeed would continue silently.
         """
         weights = _keep_as_they_are if self._trains_all else _load_trained
         found, _ = self._engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=weights)
@@ -192,7 +192,7 @@ class Engine:
 
 
 def _norms(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and norm of each gradient that the next step will use, wherever this layout keeps it."""
+    """Yield name and norm of each gradient that the next step will use; layouts keep it in different places."""
     zero, names = engine.optimizer, engine.param_names
     if not isinstance(zero, DeepSpeedZeroOptimizer):  # kept in the parameters, or in fp32 beside them
         for parameter, name in names.items():
@@ -212,7 +212,7 @@ def _norms(engine: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 class _SafeFiles(TorchCheckpointEngine):
-    """Reads DeepSpeed's files without pickle's power to run code, and page by page instead of at once."""
+    """Reads DeepSpeed's files without letting pickle run code, and page by page instead of at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ def _keep_as_they_are(src: dict[str, Tensor], dst: torch.nn.Module) -> None:
 
 
 def _load_trained(src: dict[str, Tensor], dst: torch.nn.Module) -> None:
-    """Load the adapter's weights only: its base is not in the checkpoint, and bitsandbytes loads no quantised one."""
+    """Load only the adapter's weights: the checkpoint has no base, and bitsandbytes cannot load a quantised one."""
     trained = {name: parameter for name, parameter in dst.named_parameters() if parameter.requires_grad}
     if missing := trained.keys() - src.keys():
         raise CheckpointError(f"The checkpoint lacks {len(missing)} weights of this adapter, such as {min(missing)}.")

@@ -1,4 +1,4 @@
-"""Greedy answers to the held-out questions, graded."""
+"""Answer the held-out questions greedily and grade the answers."""
 
 from collections.abc import Callable, Sequence
 
@@ -24,8 +24,8 @@ def evaluate(
 ) -> Evaluation:
     """Answer and grade the questions: every rank answers its share and returns the complete evaluation.
 
-    advance: called with the number of questions answered since the last call. run: Guard.run, so that ranks may be
-    stopped while they answer.
+    advance: called with the number of questions answered since the last call. run: Guard.run, so that a signal
+    can stop ranks while they answer.
     """
 
     def answer() -> list[str]:
@@ -42,7 +42,7 @@ def evaluate(
 
 
 def load_for_asking(config: AskConfig, *, bf16: bool) -> tuple[Sampler, PromptStyle]:
-    """Load a model to answer questions outside any engine, on the GPU if there is one."""
+    """Load a model to answer questions without an engine, on the GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trust = config.trust_remote_code
     tokenizer = load_tokenizer(config.model, trust_remote_code=trust)

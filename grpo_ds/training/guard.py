@@ -1,4 +1,4 @@
-"""The guard: everything that surrounds a piece of work on every rank, as one object with one verb.
+"""The guard: one object that runs a piece of work on every rank and handles everything around it.
 
 `guard.run("sample", collect, step, questions)` measures the work as a phase, lets a signal stop it where that is safe,
 makes a failure on one rank a failure on all, and tries again with smaller limits after an out-of-memory error.
@@ -16,7 +16,7 @@ from grpo_ds.system.signals import Interruption, Stopping
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-# No rank waits for another inside these phases, so a stop or a failure on one of them can end the work of all.
+# No rank waits for another inside these phases, so a stop or a failure on one rank can end the work of all.
 WITHOUT_EXCHANGE = {"sample", "evaluate"}
 # These phases may be tried again with smaller limits: they change nothing before they have succeeded.
 RETRIED = {"sample", "reference", "update"}
@@ -28,7 +28,7 @@ class Guard:
     def __init__(
         self, world: World, profiler: Profiler, interruption: Interruption, *, shrink: Callable[[str], bool]
     ) -> None:
-        """shrink: makes what a phase computes at once smaller; returns False if nothing can be made smaller."""
+        """shrink: reduces how much a phase computes at once; returns False if nothing can be reduced."""
         self.world, self.profiler, self.interruption, self._shrink = world, profiler, interruption, shrink
         self._may_stop = False
 
@@ -37,8 +37,8 @@ class Guard:
     ) -> Result:
         """Return work(*args, **kwargs); every rank calls it.
 
-        Raises Stopping if any rank was asked to stop in a phase without exchange, OutOfMemory in place of torch's
-        error, and a GrpoError of another rank.
+        Raises Stopping if any rank was asked to stop in a phase without exchange, OutOfMemory instead of torch's
+        error, and a GrpoError if another rank raised one.
         """
         if phase not in WITHOUT_EXCHANGE:
             return self._attempt(phase, lambda: work(*args, **kwargs))
@@ -59,10 +59,10 @@ class Guard:
                 with self.profiler.phase(phase):
                     return work()
             except OutOfMemory as error:
-                # Of an inner phase nothing may be repeated, nor on one rank of several.
+                # Repeat only after this phase's own error, not an inner phase's, and only with one rank.
                 if phase not in RETRIED or error.phase != phase or self.world.size > 1 or not self._shrink(phase):
                     raise
-            # Here, and not in the handler: the error's traceback holds the tensors that filled the memory.
+            # Not in the except block: there the error's traceback holds the tensors that filled the memory.
             gc.collect()
             if self.world.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -72,7 +72,7 @@ class Guard:
         try:
             result, signum = self.world.run_on_all_ranks(
                 lambda: _none_if_stopping(work),
-                signum=lambda: self.interruption.signum,  # read after the work, during which it may have come
+                signum=lambda: self.interruption.signum,  # read after the work: a signal may have come meanwhile
             )
         finally:
             self._may_stop = False

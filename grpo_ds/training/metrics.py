@@ -1,6 +1,6 @@
-"""The metrics of a step over all ranks, under TRL's names where TRL has the metric (docs/trackers.md lists all).
+"""The metrics of a step over all ranks, under TRL's names if TRL has the metric (docs/trackers.md lists all).
 
-Names are given where the numbers arise: rewards, lengths and accuracy in rollout.py (`count_into`), kl, entropy and
+Names are set beside the computation: rewards, lengths and accuracy in rollout.py (`count_into`), kl, entropy and
 clip ratios in update.py (`TOKEN_METRICS`), seconds and memory here, epoch and num_tokens in trainer.py
 (`finish_step`); report/metric_names.py has the names that several readers share.
 """
@@ -25,7 +25,7 @@ def step_metrics(
     rollout.count_into(tally, config.answer_format)
     if config.dynamic_sampling:
         tally.add("redrawn", done.redrawn)
-    if config.on_reward_error == "zero":  # counted over all ranks, not their mean
+    if config.on_reward_error == "zero":  # the sum over ranks, not their mean
         tally.add("reward_errors", len(rollout.rewards.errors) * world.size)
     uses = profiler.uses(first_span).values()
     for use in uses:

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: found before a step uses them, reported, counted, and in the end a reason to stop.
+"""Numbers that are not finite: found before a step uses them, reported and counted; too many stop the run.
 
 B completions of Q questions, C tokens in the longest.
 """
@@ -20,13 +20,13 @@ from grpo_ds.training.engine import Engine
 from grpo_ds.training.rollout import Rollout
 
 BAD_BATCH = "bad_batch.json"
-# Kinds of numbers in the order in which one spoils the next, each with the remedy if it is the first.
+# Kinds of numbers, causes before their effects, each with the remedy if it comes first.
 REMEDIES = {
     "reward": "A reward function returned numbers too large for fp32: scale them down, or its --reward_weights.",
-    "advantage": "Rewards lie so far apart that fp32 cannot hold their spread: scale them down, or --reward_weights.",
-    "reference log-prob": "The reference returns NaN there: try --reference bf16, or --beta 0 for none.",
+    "advantage": "Rewards differ so much that fp32 cannot hold their spread: scale them down, or --reward_weights.",
+    "reference log-prob": "The reference returns NaN or infinity there: try --reference bf16, or --beta 0 for none.",
     "old log-prob": "Try a lower --learning_rate, or --mu 1.",
-    "log-prob": "The policy itself returns NaN: start again with a lower --learning_rate.",
+    "log-prob": "The policy itself returns NaN or infinity: start again with a lower --learning_rate.",
     "loss": "Try a lower --learning_rate, a smaller --beta, or --kl_estimator k2.",
     "gradient": "Try a lower --learning_rate, a smaller --beta, or smaller rewards.",
 }
@@ -42,7 +42,7 @@ def find_bad(
 ) -> list[str]:
     """Name the numbers that are not finite on any rank before a step, cause first; the same list on every rank.
 
-    Example: ["reward (completion 1 of question 17)", "loss"]. If all is well, ranks exchange one sum of eight numbers.
+    Example: ["reward (completion 1 of question 17)", "loss"]. If there are none, ranks only add eight numbers.
     """
     norms = engine.gradient_norms()
     places = {
@@ -110,7 +110,7 @@ class NonfiniteSteps:
             f"Numbers were not finite in {'steps' if last > first else 'step'} "
             f"{f'{first} to {last}' if last > first else first}: more than --max_bad_steps {self.limit} in a row.\n"
             f"In the last batch: {', '.join(bad)[:250]}.\n{where}\n"
-            f"The weights are those before step {first}; no model is written from here.\n{REMEDIES[causes[0]]}"
+            f"The weights are those before step {first}; no other model is written.\n{REMEDIES[causes[0]]}"
         )
 
 

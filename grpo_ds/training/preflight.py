@@ -1,7 +1,7 @@
-"""Preflight: the assumptions of training, tested on four made-up completions through the parts that will train.
+"""Preflight: test the assumptions of training on four made-up completions, with the code that will train.
 
-Each has a few tokens, so preflight takes seconds and little memory with any model, and leaves every bit as it was.
-why_not_packed (models/logprob_model.py) has decided before whether the model can take packed rows, on one row; here
+The completions are short, so preflight takes seconds and little memory with any model, and it changes no bit.
+why_not_packed (models/logprob_model.py) has already decided on one row if the model can take packed rows; here
 prompts and completions have unequal lengths. Versions are checked before anything is loaded (system/hardware.py).
 
 Q prompts, G completions each, B = Q * G, C tokens in the longest.
@@ -31,19 +31,19 @@ from grpo_ds.training.update import step_weights
 
 PROMPTS, COMPLETIONS = (7, 4), (5, 3, 2, 5)  # tokens: two groups of two; the first completion of each has ended
 GROUP = len(COMPLETIONS) // len(PROMPTS)
-SMALL = 1 << 22  # elements of a parameter whose gradient is compared at most: 16 MiB in fp32
+SMALL = 1 << 22  # elements; gradients of larger parameters are not compared: 16 MiB in fp32
 # Relative to a gradient's norm: DeepSpeed rounds sums over backwards and ranks to the precision of the weights.
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 # Mean difference of a log-prob. smollm2-135m has 3e-6 in fp32, 0.05 in bf16; a wrong mask changes every token.
 LOGPROB_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-LLM_INT8_TOLERANCE = 2.0  # it rounds differently in training and in sampling: smollm2-135m by 0.5
+LLM_INT8_TOLERANCE = 2.0  # it rounds differently in training and sampling mode: smollm2-135m by 0.5
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # the only settings of a neutral generation config
 REMEDY = "Nothing was trained or written. Install the versions of constraints.txt; --preflight false skips the checks."
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeBatch:
-    """Made-up completions, drawn anew on every rank, and how they are computed."""
+    """Made-up completions, different on every rank, and their packed rows."""
 
     prompts: list[Tensor]  # Q
     completions: Completions  # B rows
@@ -78,40 +78,40 @@ def preflight(engine: Engine, sampler: Sampler, world: World, *, objective: Obje
 def made_up(
     policy: LogprobModel, sampler: Sampler, world: World, *, objective: Objective, pack_tokens: int
 ) -> ProbeBatch:
-    """Make the completions with the sampler's masks and the run's rows and weights: plain tokens, EOS at an end."""
+    """Make completions of ordinary tokens, some with EOS, with the sampler's masks and the run's rows and weights."""
     draw, probe = Random(world.rank), copy.copy(sampler)
     ordinary = [id for id in range(policy.options["vocab_size"]) if id not in sampler.eos_ids]
     prompts = [draw.choices(ordinary, k=length) for length in PROMPTS]
     probe.max_completion_length, probe.full_length, probe.cuda_graphs = max(COMPLETIONS), True, False
-    # Sampled, for the log-probs of tokens nobody would say are mostly rounding in 16 and in 8 bits.
+    # Sampled, because log-probs of very unlikely tokens are mostly rounding error in 16 and 8 bits.
     said = probe(prompts, group_size=GROUP, temperature=policy.options["temperature"], seed=world.rank).ids.tolist()
     rows = [PartialCompletion(ids[:length]) for ids, length in zip(said, COMPLETIONS, strict=True)]
     pad = sampler.tokenizer.pad_token_id
-    for row in rows[::GROUP] if sampler.eos_ids else ():  # where pad ends a turn, too, that is the one to be lost
+    for row in rows[::GROUP] if sampler.eos_ids else ():  # pad, if it also ends a turn: a wrong mask would drop it
         row.ids[-1], row.ended = pad if pad in sampler.eos_ids else sampler.eos_ids[-1], True
     done, tensors = sampler.pad_rows(rows), [torch.tensor(prompt, device=policy.model.device) for prompt in prompts]
-    two = GROUP * (max(PROMPTS) + max(COMPLETIONS))  # a group a backward
+    two = GROUP * (max(PROMPTS) + max(COMPLETIONS))  # one group per backward
     parts = micro_batches(rows_of(policy, tensors), done, two if pack_tokens else 0)
     weights = step_weights(done.mask, [part for _, part in parts], world, objective)
     return ProbeBatch(tensors, done, parts, weights)
 
 
 def rows_of(policy: LogprobModel, prompts: Sequence[Tensor]) -> list[Tensor]:
-    """One prompt for each row: a row is a group, or a completion if the model cannot pack."""
+    """The prompt of each row: a row holds a group, or one completion if the model cannot pack."""
     return [prompt for prompt in prompts for _ in range(1 if policy.packs else GROUP)]
 
 
 def generation_config_problems(config: GenerationConfig | None) -> list[str]:
-    """Settings (top_k, repetition_penalty, ...) that would change sampling without the log-probs knowing."""
+    """Report settings (top_k, repetition_penalty, ...) that would change sampling but not the log-probs."""
     settings = config.to_diff_dict() if config else {}
     changes = [f"{key} {settings[key]}" for key in settings if key not in (*TOKEN_IDS, "transformers_version")]
     changes = [change for change in changes if not change.startswith("_")]
     listed = ", ".join(changes)
-    return [f"The generation config is not neutral: {listed} would be sampled and not trained."] if changes else []
+    return [f"The generation config is not neutral: {listed} would change only the sampling."] if changes else []
 
 
 def ending_problems(batch: ProbeBatch, eos_ids: Sequence[int]) -> list[str]:
-    """Check that a completion that ended is trained up to and including its EOS, and one that was cut has none."""
+    """Check that an ended completion is trained up to and including its EOS, and a cut one to its last token."""
     trained: dict[int, tuple[list[int], Tensor]] = {}
     for rows, part in batch.parts:
         for i, b in enumerate(part.tolist()):
@@ -139,22 +139,22 @@ def logprob_problems(engine: Engine, batch: ProbeBatch) -> list[str]:
         off = _distance(sampled, alone, done.mask)
         if not off <= tolerance:
             problems.append(
-                f"Packed rows give other log-probs than single completions: {off:.2g} a token (at most {tolerance:g})."
+                f"Packed rows and single completions differ in log-probs: {off:.2g} per token (at most {tolerance:g})."
             )
     off = _distance(_logprobs(engine, batch.parts, done), sampled, done.mask)
     if not off <= tolerance:
         problems.append(
-            f"The first ratio is not 1: log-probs in training and in sampling mode differ by {off:.2g} a token "
+            f"The first ratio is not 1: log-probs in training and in sampling mode differ by {off:.2g} per token "
             f"(at most {tolerance:g}), as dropout would cause."
         )
     return problems
 
 
 def gradient_problems(engine: Engine, batch: ProbeBatch, world: World, *, objective: Objective) -> list[str]:
-    """Compare the gradients that the optimizer will use, over all backwards and ranks, with torch.autograd.grad's."""
+    """Compare the gradients that the optimizer will use, over all backwards and ranks, with plain autograd's."""
     chosen = some_parameters(engine.policy)
     advantages = torch.ones(len(COMPLETIONS), device=batch.weights.device)
-    advantages[1::GROUP] = -0.5  # not -1: two completions that begin alike must not cancel out
+    advantages[1::GROUP] = -0.5  # not -1: completions with the same beginning would cancel out
 
     def loss_of(logprobs: Tensor, part: Tensor) -> Tensor:
         old = logprobs.detach()
@@ -175,8 +175,8 @@ def gradient_problems(engine: Engine, batch: ProbeBatch, world: World, *, object
     norms = {name: float(gradient.norm()) for name, gradient in wanted.items()}
     largest, tolerance = max(norms.values()), GRADIENT_TOLERANCE[engine.model.dtype]
     if not largest > 0:
-        return [f"No gradient, or none that is finite, reaches {', '.join(chosen)}."]
-    # A gradient that is tiny beside the others, such as a bias that cancels out, is mostly rounding.
+        return [f"No finite gradient reaches {', '.join(chosen)}."]
+    # A gradient that is tiny compared with the others, such as one that cancels out, is mostly rounding.
     wrong = {name: off[name] / max(norms[name], largest / 100) for name in chosen}
     worst = max(wrong, key=lambda name: wrong[name] if wrong[name] == wrong[name] else torch.inf)
     if wrong[worst] <= tolerance:
@@ -203,7 +203,7 @@ def _logprobs(run: Callable, parts: Sequence[MicroBatch], done: Completions) -> 
 
 
 def _distance(one: Tensor, two: Tensor, mask: Bool[Tensor, "B C"]) -> float:
-    """Mean difference of a token: in 16 bits one rare token may differ more; a wrong mask changes all of them."""
+    """Mean difference per token: in 16 bits one rare token may differ more; a wrong mask changes all tokens."""
     return float((one - two).abs()[mask].mean())
 
 

@@ -1,6 +1,6 @@
-"""How questions are put to the model, and how its tokens become the text that rewards and grades read.
+"""The form of prompts, and the text of completions that rewards and grades read.
 
-The same in training, evaluation and `ask`.
+Training, evaluation and `ask` all use it.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class PromptStyle:
     system_prompt: str = ""  # "": the packaged one
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[list[int]]:
-        """Token ids of each question's prompt. Raises DataError if a question alone is longer than a prompt may be."""
+        """Token ids of each question's prompt. Raises DataError if a question alone is too long for a prompt."""
         return [_prompt_ids(tokenizer, question, self) for question in questions]
 
     def texts(self, tokenizer: PreTrainedTokenizerBase, completions: Completions) -> list[str]:
@@ -54,7 +54,7 @@ def prompt_style(config: AskConfig) -> PromptStyle:
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, " C"]) -> str:
     """Text of a completion without its final EOS.
 
-    Any other control token stays: left out, it could stand in the middle of an answer that would then be rewarded.
+    Any other control token stays: without it, an answer that contains one would look right and be rewarded.
     """
     ends_in_control = len(ids) > 0 and not tokenizer.decode(ids[-1:], skip_special_tokens=True)
     return str(tokenizer.decode(ids[:-1] if ends_in_control else ids, skip_special_tokens=False))

@@ -1,6 +1,6 @@
-"""--dry_run_worst_case: one step on the longest prompts with the longest completions, which changes nothing.
+"""--dry_run_worst_case: one step with the longest prompts and completions; it changes nothing.
 
-A run that would go out of memory does so now and not after an hour.
+A run that would run out of memory does so now and not after an hour.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from grpo_ds.training.rollout import micro_batches
 if TYPE_CHECKING:
     from grpo_ds.training.trainer import Trainer
 
-RARE_ID = 100  # token of the made-up prompts: any will do
+RARE_ID = 100  # token of the made-up prompts; any id works
 
 
 def rehearse(trainer: "Trainer") -> None:

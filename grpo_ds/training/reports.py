@@ -1,4 +1,4 @@
-"""Reports that a run writes: answers, memory, summary, model card, page. A failure here is at most a warning."""
+"""Reports that a run writes: answers, memory, summary, model card, page. A failure here is only a warning."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,7 +40,7 @@ class Reports:
     """Writes the reports of a run into its folder, on rank 0."""
 
     def __init__(self, trainer: Trainer, questions: Sequence[Question], folder: Path) -> None:
-        """questions: the held-out ones."""
+        """questions: the held-out questions."""
         self.trainer, self.questions, self.folder = trainer, questions, folder
         self.config, self.console, self.writes = trainer.config, trainer.console, trainer.world.is_first
 
@@ -55,14 +55,14 @@ class Reports:
         return summary
 
     def held_out(self, evaluations: dict[str, Evaluation]) -> None:
-        """Write held_out.json; with rewards only at the end, as a user's function may count its calls."""
+        """Write held_out.json; rewards are added only at the end, because a user's function may count its calls."""
         if self.writes:
             score = self._score_in_parts if "after" in evaluations else None
             with self._at_most_a_warning(HELD_OUT_FILE):
                 write_held_out(self.folder, self.questions, evaluations, score)
 
     def _score_in_parts(self, texts: Sequence[str], questions: Sequence[Question]) -> Rewards:
-        """Score as many texts in one call as in training, since --reward_timeout is meant for that many."""
+        """Score as many texts per call as in training, because --reward_timeout is set for that number."""
         size, score = self.config.batch_size * self.config.num_generations, self.trainer.collector.score
         parts = [
             score(texts[start : start + size], questions[start : start + size], on_error="zero")
@@ -81,7 +81,7 @@ class Reports:
                 self.console.line("Written: {} and {}".format(*write_memory(self.trainer.profiler, self.folder)))
 
     def page(self) -> None:
-        """Write report.html. It can be made again at any time, so a failure here fails no run."""
+        """Write report.html. It can be made again at any time, so a failure does not end the run."""
         if not self.writes:
             return
         with self._at_most_a_warning("report"):
@@ -91,7 +91,7 @@ class Reports:
 
     @contextmanager
     def _at_most_a_warning(self, what: str) -> Iterator[None]:
-        """Turn any error of a report into a warning: a disk, a library or our own bug must not end the run."""
+        """Turn any error of a report into a warning: a full disk, a library or our own bug must not end the run."""
         try:
             yield
         except Exception as error:

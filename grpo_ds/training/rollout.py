@@ -1,7 +1,7 @@
 """A rollout as data: questions, completions, rewards, advantages, and the reference's log-probs.
 
 Q questions on this rank, G completions each, B = Q * G; P prompt tokens, C tokens in the longest completion.
-collect.py makes groups, `make_rollout` adds what an update needs, update.py trains on it.
+collect.py makes groups, `make_rollout` adds the tensors of an update, update.py trains on it.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ class Groups:
     """
 
     questions: list[Question]  # Q
-    prompts: list[Int[Tensor, " P"]]  # Q; one for each row where the model cannot share a prompt
+    prompts: list[Int[Tensor, " P"]]  # Q; one per row if the model cannot share a prompt
     completions: Completions  # B rows
     texts: list[str]  # B
     rewards: Rewards
@@ -59,12 +59,12 @@ class Groups:
 
 @dataclass(frozen=True, slots=True)
 class Rollout(Groups):
-    """Groups with all that an update needs.
+    """Groups with the tensors of an update.
 
     Example: the groups above
         advantages    tensor([ 1.15, -0.33, -0.82, 0.58, 0.58, -1.15])
-        counted       completions.mask, without rows that --mask_truncated_completions leaves out
-        ref_logprobs  [6 C], e.g. -0.7 for a likely token, 0 where there is no reference
+        counted       completions.mask, without the rows that --mask_truncated_completions removes
+        ref_logprobs  [6 C], e.g. -0.7 for a likely token, 0 without a reference
     """
 
     advantages: Float[Tensor, " B"]
@@ -72,7 +72,7 @@ class Rollout(Groups):
     ref_logprobs: Float[Tensor, "B C"]
 
     def count_into(self, tally: Tally, answer_format: AnswerFormat) -> None:
-        """Add this rank's share of the means that are logged, under TRL's names where TRL has them."""
+        """Add this rank's part of the logged means, under TRL's names if TRL has them."""
         count, size = len(self.texts), self.group_size
         correct = [
             answer_format.parse(text).answer == self.questions[i // size].label for i, text in enumerate(self.texts)
@@ -97,7 +97,7 @@ class Rollout(Groups):
         return prompts + int(self.completions.lengths().sum())
 
     def table(self) -> list[dict[str, Any]]:
-        """One row for each completion, for people: completions.jsonl and the trackers' tables."""
+        """One row per completion, for completions.jsonl and the trackers' tables."""
         size = self.group_size
         return [
             {
@@ -123,11 +123,11 @@ class PartialStep:
     rollout: Rollout
     redrawn: int = 0  # groups exchanged by --dynamic_sampling
     updates: int = 0
-    old_logprobs: Float[Tensor, "B C"] | None = None  # pi_old's; None before the first update, where it is the policy
+    old_logprobs: Float[Tensor, "B C"] | None = None  # pi_old's; None before the first update: pi_old is the policy
     tally: Tally = field(default_factory=Tally)
 
     def record(self, tally: Tally, logprobs: Float[Tensor, "B C"]) -> None:
-        """Record one more update: its sums, and the policy's log-probs before it, the old ones of later updates."""
+        """Record an update: its sums, and the log-probs before it, which are the old ones of later updates."""
         self.updates += 1
         self.tally.merge(tally)
         if self.old_logprobs is None:

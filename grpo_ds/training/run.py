@@ -1,6 +1,6 @@
-"""The life of a run around its steps: evaluation before and after, logging, checkpoints, the saved model.
+"""A run around its steps: evaluation before and after, logging, checkpoints, the saved model.
 
-However a run ends (finished, a signal, an error), what was learned is in its folder, and run_status.json says so.
+If it ends early (signal, error), its folder holds the result so far, and run_status.json the state.
 """
 
 import shlex
@@ -31,8 +31,8 @@ from grpo_ds.training.nonfinite import refuse_bad_weights
 from grpo_ds.training.reports import Outcome, Reports
 from grpo_ds.training.trainer import Trainer
 
-EVAL_ACCURACY = "eval/accuracy"  # in a line of its own of metrics.jsonl
-MERGED = "merged"  # folder in the run's folder: beside a full model an adapter would be loaded on top of it
+EVAL_ACCURACY = "eval/accuracy"  # in a separate line of metrics.jsonl
+MERGED = "merged"  # subfolder: in one folder, transformers would load the adapter on top of the merged model
 
 
 class Run:
@@ -55,9 +55,9 @@ class Run:
         return self.trainer.progress
 
     def run(self) -> Outcome:
-        """Evaluate, train, evaluate, save; on a signal or an error save all that can be saved."""
+        """Evaluate, train, evaluate, save; after a signal or an error save as much as possible."""
         trainer = self.trainer
-        # Encoded now, so that a question too long for its prompt stops the run before it begins.
+        # Encoded now, so that a question that is too long stops the run before it begins.
         trainer.collector.style.encode(trainer.tokenizer, [*self.questions, *self.held_out])
         if self.config.preflight:
             trainer.preflight()
@@ -108,7 +108,7 @@ class Run:
         return outcome
 
     def _finish_trackers(self, summary: dict[str, Any]) -> None:
-        """Let the trackers finish, which may have to wait for a network."""
+        """Let the trackers finish; they may wait for a network."""
         try:
             for tracker in self.trackers:
                 if where := tracker.finish(summary):
@@ -166,7 +166,7 @@ class Run:
         )
 
     def save_checkpoint(self) -> None:
-        """Save a checkpoint that is due. If it cannot be written the run continues: stopping would lose more."""
+        """Save a checkpoint. If it cannot be written, the run continues: stopping would lose more."""
         try:
             self.status.write("training", **self._save())
             self.best = self.progress.best_metric, self.progress.best_global_step
@@ -174,7 +174,7 @@ class Run:
             if self.trainer.world.size > 1:
                 raise
             self.progress.best_metric, self.progress.best_global_step = self.best  # the best that was saved
-            self.console.line(f"Warning: {error}\nTraining continues; the next checkpoint is tried when it is due.")
+            self.console.line(f"Warning: {error}\nTraining continues; the next checkpoint is written when it is due.")
 
     def _stopped(self) -> Interrupted:
         """Save everything after a signal; return the error that says how to resume."""
@@ -193,7 +193,7 @@ class Run:
         return stopped
 
     def _failed(self, error: GrpoError) -> None:
-        """Save what is sound after an error, so that the steps so far need not be repeated, and say so."""
+        """Save the steps so far after an error, if the state is sound, and report it."""
         step, where = self.progress.global_step, dict[str, str]()
         if self._is_sound(error):
             try:
@@ -208,7 +208,7 @@ class Run:
         self.status.write("failed", exit_code=error.exit_code, message=str(error), step=step, **where)
 
     def _save(self) -> dict[str, str]:
-        """Save the present moment unless it is saved already; return the checkpoint and the command that resumes."""
+        """Save the current state unless it is saved already; return the checkpoint and the command that resumes."""
         partial = self.trainer.partial_step
         moment = self.progress.global_step, partial.updates if partial else 0
         if moment != self.saved_at:
@@ -228,8 +228,8 @@ class Run:
         return self.trainer.world.size == 1 or error.on_every_rank
 
     def save_model(self) -> None:
-        """Write the fine-tuned model as an ordinary transformers folder: the model, or its adapter and on request the
-        merged model."""
+        """Write an ordinary transformers folder: the model, or its adapter and, if asked for, the merged
+        model."""
         refuse_bad_weights(self.trainer.engine.model)
         if self.writes:
             try:

@@ -1,13 +1,13 @@
 """Prompts to completions: each distinct prompt is prefilled once and shared by its G completions.
 
-Row r draws its t-th token with the t-th number of its own stream, which depends on (seed, r) alone. So the samples do
-not depend on how many rows are sampled at once or which rows have left the batch, and there is no state to save.
+Row r draws its t-th token with the t-th number of its own random stream, which depends on (seed, r) alone. So the
+samples do not depend on the batch size or on rows that have left the batch, and there is no state to save.
 
 Samples come from the policy's own distribution at the given temperature: no top-k, no top-p, no penalties, and never
 an id that the tokenizer does not know. A row ends at EOS or at `stop`.
 
-Why not transformers' generate(): it cannot keep a prompt once for its group, let finished rows leave the batch, or
-give each row a stream of its own. benchmarks/step.py compares the two.
+transformers' generate() is not used: it cannot keep a prompt once for its group, remove finished rows from the batch,
+or give each row its own stream. benchmarks/step.py compares the two.
 
 Q prompts of at most P tokens, G completions each, B = Q * G, C tokens in the longest completion.
 """
@@ -29,7 +29,7 @@ from grpo_ds.models.shared_prompt import SharedPrompts, can_share_prompts
 
 STOP = "</answer>"
 SPARE = 3  # tokens decoded beyond the length of `stop`, which is ASCII: a token has at least one byte
-SHRINK = 0.75  # a batch is made smaller once this share of its rows is left: shrinking copies their cache
+SHRINK = 0.75  # share of rows left at which a batch is made smaller, which copies the cache of these rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Completions:
     """
 
     ids: Int[Tensor, "B C"]
-    mask: Bool[Tensor, "B C"]  # True counts: up to and including EOS or the last token of `stop`
+    mask: Bool[Tensor, "B C"]  # True: the token counts; up to and including EOS or the end of `stop`
     ended: Bool[Tensor, " B"]  # by EOS or `stop`; False: cut at the length limit
 
     def lengths(self) -> Int[Tensor, " B"]:
@@ -74,12 +74,12 @@ class Sampler:
     ) -> None:
         """max_completion_length: tokens. stop: text that ends a completion. poll: called before every token; may raise.
 
-        cuda_graphs: launch the kernels of a token together, on a GPU.
+        cuda_graphs: launch all kernels of a token at once, on a GPU.
         """
         self.model, self.tokenizer, self.stop = model, tokenizer, stop
         self.max_completion_length = max_completion_length
         self.cuda_graphs, self.poll = cuda_graphs, poll
-        self.rows_at_once: int | None = None  # None: all; fewer take less memory
+        self.rows_at_once: int | None = None  # None: all; a smaller number takes less memory
         self.shares: bool | None = None  # keeps a prompt once for its group; None: not known before the first call
         self.full_length = False  # True: no row ends early, for rehearsals and benchmarks
         self.eos_ids = _eos_ids(model, tokenizer)
@@ -169,7 +169,7 @@ class Sampler:
     def _ends(self, ids: list[int]) -> bool:
         """Return True if the newest token of a completion ends it.
 
-        Text is decoded only where that token contains a ">", which is rare; transformers' stop_strings matches all
+        Text is decoded only if that token contains a ">", which is rare; transformers' stop_strings checks all
         rows at every step.
         """
         if self.full_length:
@@ -204,7 +204,7 @@ def draw(logits: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"], temperatur
 
 
 def unfinished(ended: Sequence[bool], group_size: int) -> tuple[list[int], int]:
-    """Return the rows to continue and the new group size: groups stay equally large, and a finished group leaves.
+    """Return the rows to continue and the new group size: all groups keep one size, finished groups leave.
 
     A group with fewer unfinished rows than another keeps finished rows to match it.
     """
@@ -216,12 +216,12 @@ def unfinished(ended: Sequence[bool], group_size: int) -> tuple[list[int], int]:
 
 
 def seed_at(seed: int, step: int, rank: int) -> int:
-    """Return a seed of its own for each step and rank, so that no draw is shared and no state has to be saved."""
+    """Return a different seed for each step and rank, so that no draw is shared and no state has to be saved."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=4).digest(), "big")
 
 
 def _uniforms(seed: int, rows: int, columns: int) -> Float[Tensor, "B C"]:
-    """Uniform numbers in [0, 1), each row from a stream of its own; the same on every device."""
+    """Uniform numbers in [0, 1), each row from its own random stream; the same on every device."""
     streams = []
     for row in range(rows):
         digest = hashlib.blake2b(f"{seed}/{row}".encode(), digest_size=8).digest()
@@ -231,7 +231,7 @@ def _uniforms(seed: int, rows: int, columns: int) -> Float[Tensor, "B C"]:
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end a turn: the tokenizer's EOS and those of the model's generation config."""
+    """Ids that end a turn: the tokenizer's EOS and the EOS ids of the model's generation config."""
     own = model.generation_config.eos_token_id
     listed = own if isinstance(own, list) else [own]
     return sorted({id for id in (*listed, tokenizer.eos_token_id) if id is not None})

@@ -10,13 +10,13 @@ calls, in three groups that the guard surrounds:
         sampler             training/sampling.py        G completions of each prompt
         score               task/scoring.py             rewards
     make_rollout    training/rollout.py
-        group_advantages    core/advantages.py          how much better a completion did than its siblings
+        group_advantages    core/advantages.py          each reward compared with its group's
         reference           models/reference.py         log-probs over packed rows (core/packing.py)
     update          training/update.py
         grpo_loss           core/losses.py              from the policy's log-probs (models/logprob_model.py)
         backward, step      training/engine.py          gradients, optimizer
 
-Evaluation, logging, checkpoints and signals around the steps are run.py's.
+run.py does the evaluation, logging, checkpoints and signals around the steps.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,11 +74,11 @@ class Trainer:
         exact_memory: bool = False,
         style: PromptStyle | None = None,
     ) -> None:
-        """weights: folder of the model to resume from, in place of config.model.
+        """weights: folder of the model to resume from, instead of config.model.
 
         identity: digests of data and settings, which checkpoints keep (run_folder/progress.py). exact_memory: return
-        freed memory to the system after every phase, so that each is measured alone. style: of the prompts, in place
-        of the one that config asks for.
+        freed memory to the system after every phase, so that each is measured alone. style: the prompts' style;
+        None: the one that config asks for.
         """
         self.config, self.ds, self.world, self.console = config, ds, world, console
         self.progress = Progress(config.total_steps, dict(identity or {}))
@@ -104,14 +104,14 @@ class Trainer:
         self.collector = Collector(config, world, self.sampler, style, reward_functions, warn=console.line)
         self.reference: Reference | None = None
         self.partial_step: PartialStep | None = None  # a rollout whose mu updates are not all done
-        self.completions: list[dict[str, Any]] = []  # of the last step on this rank, for people
+        self.completions: list[dict[str, Any]] = []  # the last step's on this rank, for the logs
         self.limits = Limits.of(config)
         self.apply_limits()
 
     # --- the loop ---------------------------------------------------------------------------------------------
 
     def steps(self, questions: list[Question]) -> Iterator[dict[str, float]]:
-        """Yield the metrics of each of num_iterations x num_steps steps, from the first that is not done."""
+        """Yield the metrics of each of num_iterations x num_steps steps that is not done yet."""
         for step in range(self.progress.global_step, self.config.total_steps):
             self.refresh_reference(step, questions)
             if step == 0 and self.partial_step is None and self.config.dry_run_worst_case:
@@ -120,7 +120,7 @@ class Trainer:
 
     def step(self, step: int, questions: list[Question]) -> dict[str, float]:
         """One rollout and its mu updates; returns the step's metrics over all ranks."""
-        first_span = len(self.profiler.spans)  # the step's seconds and peaks are those of its spans
+        first_span = len(self.profiler.spans)  # the step's spans give its seconds and peaks
         if self.partial_step is None:
             groups, redrawn = self.guard.run("sample", self.collector.collect, step, questions)
             rollout = self.guard.run("reference", self.make_rollout, groups)
@@ -190,7 +190,7 @@ class Trainer:
     # --- limits of memory -------------------------------------------------------------------------------------
 
     def shrink(self, phase: str) -> bool:
-        """With --oom_retry, halve what makes `phase` large; False if nothing can be halved."""
+        """With --oom_retry, halve the limit that makes `phase` large; False if none can be halved."""
         if not self.config.oom_retry or not self.ds.zero_stage or (smaller := self.limits.halve(phase)) is None:
             return False
         self.console.line(f"Out of memory in phase {phase}: continuing with {smaller}.")
@@ -220,7 +220,7 @@ class Trainer:
     # --- the reference ----------------------------------------------------------------------------------------
 
     def refresh_reference(self, step: int, questions: list[Question]) -> None:
-        """Remake the reference at the start of an iteration, or let it follow the policy; the outer loop."""
+        """Make a new reference at the start of an iteration, or move it towards the policy (the outer loop)."""
         if self.progress.reference_step == step:
             return  # resumed within this step
         if step % self.config.num_steps == 0:
@@ -230,24 +230,25 @@ class Trainer:
         self.progress.reference_step = step
 
     def make_reference(self, questions: list[Question]) -> None:
-        """Freeze a copy of the policy as it is now, and measure the KL that training starts from."""
+        """Freeze a copy of the current policy, and measure the KL at which training starts."""
         kind = self.config.reference_kind
         if not self.config.beta:
             return
         self.reference = self.progress.reference_step = None  # frees the old copy first; a checkpoint now has none
-        self.reference = self.guard.run("reference", make_reference, self.engine.policy, kind)
+        with self.profiler.phase("reference"):  # not by the guard: smaller limits make no smaller copy
+            self.reference = make_reference(self.engine.policy, kind)
         floor = self.progress.kl_floor = self.guard.run("floor", self.measure_floor, self.reference, questions)
         self.console.reference(kind, self.reference.bytes(), floor)
 
     def sync_reference(self, questions: list[Question]) -> None:
-        """Move the reference towards the policy as TRL's sync_ref_model does; alpha 1 or no reference: make one."""
+        """Move the reference towards the policy, as in TRL; with alpha 1 or without a reference make a new one."""
         alpha = self.config.ref_model_mixup_alpha
         if alpha == 1 or self.reference is None:
             return self.make_reference(questions)
         self.guard.run("sync", self.reference.mix, self.engine.policy, alpha)
 
     def measure_floor(self, reference: Reference, questions: list[Question]) -> float:
-        """Mean k3 a token between policy and reference, over completions of the first step's questions."""
+        """Mean k3 per token between policy and reference, over completions of the first step's questions."""
         tally = Tally()
         for rows, _ in self.collector.first_completions(questions):
             tally.add("floor", kl_floor(self.engine.policy, reference, rows))
@@ -256,7 +257,7 @@ class Trainer:
     # --- before and around the loop ---------------------------------------------------------------------------
 
     def preflight(self) -> None:
-        """Find what would spoil the run before its first step; changes nothing."""
+        """Test the assumptions of training before the first step; changes nothing."""
         objective, tokens = self.config.objective, self.limits.tokens
         self.guard.run(
             "preflight", preflight, self.engine, self.sampler, self.world, objective=objective, pack_tokens=tokens
@@ -288,7 +289,7 @@ class Trainer:
         return {"progress": progress, "partial_step": self.partial_step, "reference": reference}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned, on every rank; call it after Engine.load_checkpoint."""
+        """Load the result of `state_dict`; every rank calls it, after Engine.load_checkpoint."""
         self.progress = replace(state["progress"], max_steps=self.config.total_steps)
         self.bad_steps.in_a_row = list(self.progress.bad_steps)
         self.partial_step = state["partial_step"]

@@ -1,8 +1,8 @@
 """One optimizer step on a rollout: the clipped GRPO update.
 
-The weights of all tokens are fixed before the batch is split into backwards. So a split (--pack_tokens) or several
-ranks change memory and nothing else (except bnpo). Completions that add exactly 0 to the gradient are not computed;
-the weights of the others stay the same.
+The weights of all tokens are fixed before the batch is split into backwards. So splitting (--pack_tokens) and more
+ranks change only memory, not the result (except with bnpo). Completions that add exactly 0 to the gradient are not
+computed; the weights of the others stay the same.
 """
 
 from collections.abc import Sequence
@@ -32,9 +32,9 @@ class Updated:
         Updated(tally, logprobs, bad=["log-prob (completion 2 of question 17)", "loss"])
     """
 
-    tally: Tally  # this rank's sums, to be added over ranks
+    tally: Tally  # this rank's sums, not yet added over ranks
     logprobs: Float[Tensor, "B C"]  # of the policy before the step
-    bad: list[str]  # numbers not finite on any rank, the cause first; if there are any, no step was taken
+    bad: list[str]  # numbers that are not finite on some rank, cause first; if any, no step was taken
 
 
 def update(
@@ -49,8 +49,8 @@ def update(
 ) -> Updated:
     """Take one step on all ranks, or on none if a number on any of them is not finite.
 
-    old_logprobs: of the policy that sampled; None if that is the present policy, whose own log-probs are then used.
-    pack_tokens: tokens of a backward at most; 0: all in one.
+    old_logprobs: of the policy that sampled; None if that is the current policy: its own log-probs are used.
+    pack_tokens: maximum tokens per backward; 0: all in one.
     """
     tally, step_loss = Tally(), 0.0
     tally.add_all({name: [] for name in TOKEN_METRICS})  # a rank that skips everything has the same names
@@ -85,7 +85,7 @@ def update(
         tally.add("clip_ratio/region_mean", terms.clipped.sum(), tokens)
     bad: list[str] = []
     with profiler.phase("step"):
-        # Without a backward there is nothing to learn, and momentum and weight decay must not move the weights.
+        # Without a backward there is no gradient, and momentum and weight decay must not change the weights.
         if backwards:
             # Checked only now: a rank that stopped earlier would leave the others waiting in a backward.
             bad = find_bad(engine, rollout, old_logprobs, logprobs, step_loss, world)
@@ -100,8 +100,8 @@ def update(
 def contributing(rollout: Rollout, objective: Objective) -> list[int]:
     """Indices of the completions whose gradient is not exactly 0.
 
-    Completions without counted tokens are left out, and without a KL those of advantage 0; not under bnpo, which
-    divides by the tokens of its micro-batch.
+    Completions without counted tokens are left out. Without a KL, completions of advantage 0 are too, except with
+    bnpo, which divides by the tokens of its micro-batch.
     """
     some = rollout.counted.any(dim=1)
     if not objective.beta and objective.loss_type != "bnpo":
@@ -112,7 +112,7 @@ def contributing(rollout: Rollout, objective: Objective) -> list[int]:
 def step_weights(
     counted: Bool[Tensor, "B C"], parts: Sequence[Tensor], world: World, objective: Objective
 ) -> Float[Tensor, "B C"]:
-    """Share of each token in the loss of the step, over all micro-batches (`parts` of the B rows) and all ranks."""
+    """Share of each token in the step's loss, over all micro-batches (`parts` of the B rows) and all ranks."""
     here = torch.stack([counted.any(dim=1).sum(), counted.sum(), torch.tensor(len(parts), device=counted.device)])
     sequences, tokens, micro_batches = world.sum(here).tolist()
     kind, longest = objective.loss_type, objective.max_completion_length

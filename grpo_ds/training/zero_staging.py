@@ -1,7 +1,7 @@
-"""The ZeRO staging buffer and the other memory inside DeepSpeed that we replace: engine.py's hands in its optimizer.
+"""The ZeRO staging buffer and other memory inside DeepSpeed that engine.py replaces.
 
 After each step DeepSpeed copies the fp32 masters in RAM to a bf16 staging buffer, from which they go to the GPU. Read
-in DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py; docs/decisions/0004-host-ladder.md counts the bytes a parameter.
+in DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py; docs/decisions/0004-host-ladder.md counts the bytes per parameter.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ def replace_staging_and_optimizer(engine: Any, config: DsConfig, *, seed: int, v
 
     bf16 masters: our optimizer replaces DeepSpeed's, and the masters themselves serve as the bf16 staging buffer.
     fp32 masters: the staging buffer, written after the optimizer has used the gradients, shares their memory.
-    Both: buffers of the largest parameter that are never read go, and the gradient norm needs no copy in fp64.
+    Both: buffers of the largest parameter that are never read are freed; the gradient norm needs no fp64 copy.
     Raises GrpoError if DeepSpeed's insides are not those of 0.19.
     """
     zero = engine.optimizer
@@ -36,13 +36,13 @@ def replace_staging_and_optimizer(engine: Any, config: DsConfig, *, seed: int, v
     elif config.share_staging:
         staging[:] = [m.grad.view(-1).view(copy.dtype)[: m.numel()] for m, copy in zip(masters, staging, strict=True)]
     zero.temp_grad_buffer_for_cpu_offload = torch.empty(0)
-    zero.temp_grad_buffer_for_gpu_offload = torch.empty(0)  # until allow_accumulation
+    zero.temp_grad_buffer_for_gpu_offload = torch.empty(0)  # allocated again by allow_accumulation
     zero.set_norm_for_param_grad_in_gpu = lambda parameter: _set_norm(zero, parameter)
     zero._has_inf_or_nan = lambda tensor: ~torch.linalg.vector_norm(tensor, torch.inf).isfinite()
 
 
 def _check_insides(engine: Any, version: str, *, bf16_masters: bool) -> None:
-    """Check what the replacements rely on before anything is changed. Raises GrpoError."""
+    """Check DeepSpeed's layout before anything is replaced. Raises GrpoError."""
     zero, dtype = engine.optimizer, torch.bfloat16 if bf16_masters else torch.float32
     try:
         masters, staging = zero.single_partition_of_fp32_groups, zero.param_buffer_of_bit16_for_cpu_offload_groups
@@ -61,14 +61,14 @@ def _check_insides(engine: Any, version: str, *, bf16_masters: bool) -> None:
         as_known = False
     if not as_known:
         raise GrpoError(
-            f"DeepSpeed {version} lays out its offloaded masters, gradients and staging buffer in another way than "
+            f"DeepSpeed {version} stores its offloaded masters, gradients and staging buffer differently from "
             "0.19.8,\nso their memory cannot be reduced safely. Install the tested version: "
             "pip install deepspeed==0.19.8"
         )
 
 
 def allow_accumulation(zero: Any) -> None:
-    """Allocate the buffer on the GPU that several backwards a step need; one backward does without."""
+    """Allocate the GPU buffer that several backwards per step need; a single backward needs none."""
     if zero.temp_grad_buffer_for_gpu_offload.numel() == 0:
         largest = max((p for group in zero.bit16_groups for p in group), key=Tensor.numel)
         zero.temp_grad_buffer_for_gpu_offload = torch.zeros(largest.numel(), dtype=largest.dtype, device=largest.device)
@@ -83,7 +83,7 @@ def _set_norm(zero: Any, parameter: Tensor) -> None:
 
 
 def clear_unwritten_gradients(zero: Any) -> None:
-    """Zero the gradients that no backward has written: they still hold the bytes of the last staging buffer."""
+    """Zero the gradients that no backward has written: they still hold bytes of the last staging buffer."""
     for group, parameters in enumerate(zero.params_in_partition):
         for parameter, gradient in zip(parameters, zero.offload_gradient_dict[group], strict=True):
             if zero.get_param_id(parameter) not in zero.norm_for_param_grads:

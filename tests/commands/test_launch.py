@@ -62,7 +62,7 @@ def test_a_missing_data_file_is_named(tmp_path):
     [
         (["--num_stepz", "3"], ["--num_stepz", "did you mean --num_steps"]),
         (["--learning-rat", "1"], ["did you mean --learning_rate"]),
-        (["--num_generations", "1"], ["num_generations", "siblings"]),
+        (["--num_generations", "1"], ["num_generations", "compares completions of a group"]),
         (["--num_steps", "many"], ["num_steps", "many"]),
         (["--reference", "int4"], ["reference", "int8"]),
         (["--num_generations", "1", "--temperature", "0", "--mu", "0"], ["num_generations", "temperature", "mu"]),
@@ -74,7 +74,7 @@ def test_a_missing_data_file_is_named(tmp_path):
         (["--reward_weights", "1"], ["reward_weights", "2 numbers"]),
         (["--on_reward_error", "skip"], ["on_reward_error", "stop | zero"]),
         (["--reward_timeout", "-1"], ["reward_timeout"]),
-        (["--labels", "A,B", "--few_shot", "1"], ["few_shot is 1", "0 fit labels A,B: --few_shot 0"]),
+        (["--labels", "A,B", "--few_shot", "1"], ["few_shot is 1", "0 examples fit labels A,B: --few_shot 0"]),
         (["--labels", "A,a"], ["labels"]),
         (["--answer_tag", "<answer>"], ["answer_tag", "without its brackets"]),
         (["--answer_tag", "reasoning"], ["must differ"]),

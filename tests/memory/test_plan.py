@@ -19,7 +19,7 @@ from tests.conftest import check_example
 CONFIG = TrainConfig()
 SHAPE = shape_of("qwen2.5-1.5b")
 SIZES = DsSizes(1e-6, 0.0, 1.0, 0, 100, CONFIG.batch_size * CONFIG.num_generations, 1, bf16=True)
-OPTIMIZER = ("master weights", "gradients", "staging copy", "moments", "residual", "accumulated gradients")
+OPTIMIZER = ("master weights", "gradients", "staging buffer", "moments", "residual", "accumulated gradients")
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,7 @@ def test_what_does_not_fit_is_answered_with_changes(select):
 
 
 def test_what_never_fits_is_said(select):
-    assert "whatever is changed" in select("--gpu_gib", 4, "--ram_gib", 8, "--model", "qwen2.5-7b")
+    assert "Nothing fits, even with all changes." in select("--gpu_gib", 4, "--ram_gib", 8, "--model", "qwen2.5-7b")
 
 
 def test_json_is_json_and_names_every_byte(select):
@@ -84,7 +84,7 @@ def test_no_card_means_the_cpu(select):
         (["--gpu_gb", 16], "--gpu_gib"),
         (["--gpu_gib", "many"], "gpu_gib"),
         (["--gpu_gib", -1], "0 GiB"),
-        (["--gpu_gib", 16, "--num_generations", 1], "siblings"),
+        (["--gpu_gib", 16, "--num_generations", 1], "compares completions of a group"),
         (["--gpu_gib", 16, "--ds", "nowhere.json"], "nowhere.json"),
         (["--gpu_gib", 16, "--model", "/no/such/folder"], "/no/such/folder"),
     ],

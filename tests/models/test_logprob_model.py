@@ -33,9 +33,9 @@ MODELS = {
 OTHERS = {  # kind -> its config, and the reason why it cannot use packed rows
     "opt": ({**SIZE, "ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 128}, None),
     "mistral": ({**SIZE, "num_key_value_heads": 2, "sliding_window": 4096}, None),  # wider than any row of 30 tokens
-    "gemma3_text": ({**SIZE, "head_dim": 16, "sliding_window": 8}, "slides over 8 tokens"),
-    "gpt_neo": ({"attention_types": [[["global", "local"], 1]], "window_size": 8}, "more than SDPA's"),
-    "mpt": ({"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}, "more than SDPA's"),  # ALiBi
+    "gemma3_text": ({**SIZE, "head_dim": 16, "sliding_window": 8}, "attention window of 8 tokens"),
+    "gpt_neo": ({"attention_types": [[["global", "local"], 1]], "window_size": 8}, "more than plain SDPA"),
+    "mpt": ({"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}, "more than plain SDPA"),  # ALiBi
     "bloom": ({"hidden_size": 64, "n_layer": 2, "n_head": 4}, "unpack"),  # takes masks [Q, P] alone
     "mamba": ({"hidden_size": 64, "num_hidden_layers": 2}, "not enough values"),  # no attention at all
 }

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear8bitLt
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Qwen2ForCausalLM
 
@@ -165,3 +165,21 @@ def test_the_head_of_a_frozen_base_gets_no_gradient_and_no_large_tensor(folders)
     with LargestTensor() as watch:
         policy(rows()).sum().backward()
     assert watch.elements < 272 * 64  # the head's gradient would be as large as the head
+
+
+def test_a_base_in_four_bits_gives_the_same_gradients_after_an_evaluation_pass(folders):
+    """On CPUs with AVX-512 bf16 bitsandbytes packs the weights in that pass, and then no gradient goes through them."""
+    policy, batch = policy_on(folders["qwen2"], **BITS[4]), rows()
+
+    def gradients():
+        policy.zero_grad()
+        policy.train()(batch).sum().backward()
+        return [parameter.grad.clone() for parameter in trained(policy).values()]
+
+    before = gradients()
+    with torch.no_grad():
+        policy.eval()(batch)
+    assert all(torch.equal(one, two) for one, two in zip(before, gradients(), strict=True))
+    assert any(gradient.abs().max() > 0 for gradient in before)
+    linears = [module for module in policy.modules() if isinstance(module, Linear4bit)]
+    assert linears and not any(module.support_avx512bf16_for_cpu for module in linears)

@@ -57,9 +57,9 @@ def test_auto_takes_the_newest_whole_one_and_says_what_it_passed_over(tmp_path):
     (make(tmp_path, 10) / "trainer_state.json").write_text("{ ")
     (tmp_path / "checkpoint-99.partial").mkdir()
     (tmp_path / "checkpoint-best").mkdir()
-    origin, told = to_resume("auto", tmp_path)
+    origin, warnings = to_resume("auto", tmp_path)
     assert origin == tmp_path / "checkpoint-5"
-    assert len(told) == 1 and "checkpoint-10 is damaged: trainer_state.json" in told[0]
+    assert len(warnings) == 1 and "checkpoint-10 is damaged: trainer_state.json" in warnings[0]
     assert to_resume(str(tmp_path), None)[0] == origin
     assert to_resume(str(tmp_path / "checkpoint-10"), None)[0] == origin
 

@@ -193,7 +193,7 @@ BAD_VALUES = [
     ({"zero_optimization.stage": 0}, ["offload_optimizer needs ZeRO stage 1 or 2"]),
     ({"zero_optimization": True}, ["zero_optimization is true, but must be an object"]),
     ({"fp16.enabled": True}, ["fp16.enabled", 'write "bf16"']),
-    ({"data_types.grad_accum_dtype": "fp32"}, ["grad_accum_dtype", "4 bytes a parameter"]),
+    ({"data_types.grad_accum_dtype": "fp32"}, ["grad_accum_dtype", "4 bytes of GPU memory per parameter"]),
     ({"zero_optimization.offload_param": {"device": "cpu"}}, ["offload_param", "stage 3 only"]),
     ({"zero_optimization.offload_optimizer.device": "nvme"}, ["nvme", "stage 3", "write cpu"]),
     ({"zero_optimization.offload_optimizer.device": "cup"}, ['"cup"', "write cpu or none"]),

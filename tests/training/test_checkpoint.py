@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo_ds.core.tally import Tally
-from grpo_ds.training.checkpoint import _rank_state, _read_rank_state, rank_file
+from grpo_ds.training.checkpoint import _rank_state, _read_rank_state, _set_random_states, rank_file
 from grpo_ds.training.rollout import PartialStep
 from tests.training.layouts import rollout_of
 from tests.training.test_training import tiny_trainer
@@ -37,7 +37,8 @@ def test_a_rank_file_holds_the_partial_step_and_the_random_states(partial_step, 
     state = _rank_state(partial_step)
     drawn = random.random(), torch.rand(1)
     torch.save(state, file)
-    read = _read_rank_state(file, CPU)
+    read, states = _read_rank_state(file, CPU)
+    _set_random_states(states)
     assert (random.random(), torch.rand(1)) == drawn
     assert_same_step(read, partial_step)
 
@@ -47,7 +48,7 @@ def test_a_rank_file_of_an_older_version_is_read_under_the_new_names(partial_ste
     state["in_hand"] = state.pop("partial_step")
     state["in_hand"]["tally"]["clip_ratio/low"] = state["in_hand"]["tally"].pop("clip_ratio/low_mean")
     torch.save(state, rank_file(tmp_path, 0))
-    assert_same_step(_read_rank_state(rank_file(tmp_path, 0), CPU), partial_step)
+    assert_same_step(_read_rank_state(rank_file(tmp_path, 0), CPU)[0], partial_step)
 
 
 def test_a_trainer_takes_over_the_state_of_another(tiny_folder, partial_step):

@@ -152,7 +152,7 @@ def test_the_first_bad_weight_is_found_wherever_it_is(dtype, value):
         refuse_bad_weights(model)
 
 
-def heeding(limit, folder):
+def counting_steps(limit, folder):
     said = []
     steps = NonfiniteSteps(limit, ranks.start(), said.append)
     steps.folder = folder
@@ -160,7 +160,7 @@ def heeding(limit, folder):
 
 
 def test_more_bad_steps_in_a_row_than_allowed_end_the_run_and_leave_the_batch(tmp_path):
-    steps, said = heeding(1, tmp_path)
+    steps, said = counting_steps(1, tmp_path)
     rollout, bad = rollout_of(), ["reward (completion 2 of question q1)", "loss"]
     rollout.rewards.total[4], rollout.advantages[4], rollout.ref_logprobs[4, 0] = float("inf"), torch.nan, -torch.inf
     policy = torch.full(rollout.counted.shape, -2.0)
@@ -187,7 +187,7 @@ def test_more_bad_steps_in_a_row_than_allowed_end_the_run_and_leave_the_batch(tm
 
 
 def test_the_updates_of_one_rollout_are_one_bad_step():
-    steps, said = heeding(1, None)
+    steps, said = counting_steps(1, None)
     for _ in range(4):
         steps.record_step(["loss"], 0, rollout_of(), policy=torch.zeros(12, 10), old=None)
     assert len(said) == 1

@@ -99,7 +99,7 @@ def test_completions_that_see_each_other_are_found_by_their_log_probs(engine, mo
         self.mask[2:, :, :, : self.longest] = 0
 
     monkeypatch.setattr(attention.PackedAttention, "__init__", leaking)
-    refused(engine, "Packed rows give other log-probs")
+    refused(engine, "Packed rows and single completions differ in log-probs")
 
 
 def test_a_mask_made_from_the_pad_token_is_found_by_its_eos(engine, monkeypatch):
@@ -170,7 +170,7 @@ def test_gradients_of_the_wrong_scale_and_stale_ones_are_found(engine):
 def test_a_loss_that_reaches_no_weight_is_found(engine):
     hook = engine.policy.register_forward_hook(lambda policy, rows, logprobs: logprobs - logprobs * 1.0)
     engine.policy.packs = False
-    refused(engine, "No gradient")
+    refused(engine, "No finite gradient")
     hook.remove()
 
 

@@ -125,8 +125,8 @@ def test_interrupted_anywhere_and_resumed_it_is_the_same_run(straight, tiny_fold
         folder = tmp_path / str(when)
         stopped = stop_at(make_run(tiny_folder, kind, folder), when)
         assert stopped is not None and stopped.exit_code == 75
-        origin, told = to_resume("auto", folder)
-        assert not told
+        origin, warnings = to_resume("auto", folder)
+        assert not warnings
         again, state = finish(make_run(tiny_folder, kind, folder, origin))
         assert again == metrics, f"interrupted at safe point {when} of {points}"
         assert all(torch.equal(state[name], weight) for name, weight in weights.items())
