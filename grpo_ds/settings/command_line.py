@@ -222,6 +222,7 @@ def _shortened(message: str, known: set[str], *, lines: int = 5) -> str:
         close = difflib.get_close_matches(unknown[1], known, n=1)
         guess = f"; did you mean {close[0]}?" if close else ""
         message = f"The --config file: unknown flag {unknown[1]}{guess}"
+    message = re.sub(r'Parser key "(\S+)":', r"--\1:", message)
     for choices in (ReferenceKind, LossType, KlEstimator, RewardScale, OnRewardError):
         message = message.replace(str(choices), " | ".join(get_args(choices)))
     texts = [line.strip() for line in message.splitlines() if line.strip()]

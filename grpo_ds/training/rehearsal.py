@@ -4,21 +4,18 @@ A run that would run out of memory does so now and not after an hour.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 
 from grpo_ds.core.packing import PackedRows
 from grpo_ds.memory.plan import GIB, MemoryKind
 from grpo_ds.training.rollout import micro_batches
-
-if TYPE_CHECKING:
-    from grpo_ds.training.trainer import Trainer
+from grpo_ds.training.trainer import Trainer
 
 RARE_ID = 100  # token of the made-up prompts; any id works
 
 
-def rehearse(trainer: "Trainer") -> None:
+def rehearse(trainer: Trainer) -> None:
     """Run every phase of a step at its largest size and print the peaks."""
     config, sampler, reference, guard = trainer.config, trainer.sampler, trainer.reference, trainer.guard
     prompts = [[RARE_ID] * config.max_prompt_length] * config.batch_size

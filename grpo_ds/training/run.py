@@ -28,6 +28,7 @@ from grpo_ds.task.grading import graded
 from grpo_ds.task.questions import Question
 from grpo_ds.training.checkpoint import save_checkpoint
 from grpo_ds.training.nonfinite import refuse_bad_weights
+from grpo_ds.training.rehearsal import rehearse
 from grpo_ds.training.reports import Outcome, Reports
 from grpo_ds.training.trainer import Trainer
 
@@ -123,6 +124,9 @@ class Run:
         started, first = time.monotonic(), progress.global_step
         with self.console.training(total, progress.log_history, lambda: trainer.profiler.doing):
             self.evaluate_if_due()  # the run may have been stopped while it evaluated
+            if self.config.dry_run_worst_case and progress.global_step == 0 and trainer.partial_step is None:
+                trainer.refresh_reference(0, self.questions)
+                rehearse(trainer)
             for metrics in trainer.steps(self.questions):
                 step = progress.global_step
                 self.log(metrics)

@@ -51,7 +51,6 @@ from grpo_ds.training.metrics import step_metrics
 from grpo_ds.training.nonfinite import NonfiniteSteps
 from grpo_ds.training.preflight import preflight
 from grpo_ds.training.prompt_style import PromptStyle, prompt_style
-from grpo_ds.training.rehearsal import rehearse
 from grpo_ds.training.rollout import Groups, PartialStep, Rollout, make_rollout
 from grpo_ds.training.sampling import Sampler, seed_at
 from grpo_ds.training.update import Updated, update
@@ -114,8 +113,6 @@ class Trainer:
         """Yield the metrics of each of num_iterations x num_steps steps that is not done yet."""
         for step in range(self.progress.global_step, self.config.total_steps):
             self.refresh_reference(step, questions)
-            if step == 0 and self.partial_step is None and self.config.dry_run_worst_case:
-                rehearse(self)
             yield self.step(step, questions)
 
     def step(self, step: int, questions: list[Question]) -> dict[str, float]:
