@@ -21,7 +21,11 @@ from grpo_ds.task.sources import data_or_default
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """A run that can begin: its flags, its model, the DeepSpeed JSON filled from the flags, its memory plan."""
+    """A run that can begin: its flags, its model, the DeepSpeed JSON filled from the flags, its memory plan.
+
+    Example:
+        Settled(choice, config, job, plan, gpu_gib=None, ram_gib=31.3, resume_from=None, warnings=[])  # on a CPU
+    """
 
     choice: Choice
     config: TrainConfig

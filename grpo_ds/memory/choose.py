@@ -16,7 +16,11 @@ from grpo_ds.settings.saved_config import prompt_recipe
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The model of a run, the reason for it, and the defaults that suit it."""
+    """The model of a run, the reason for it, and the defaults that suit it.
+
+    Example:
+        Choice("qwen2.5-3b", "the largest Qwen that fits 16 GiB GPU and 32 GiB RAM", recipe={}, needs_gpu=True)
+    """
 
     model: str
     why: str

@@ -10,7 +10,12 @@ SMALLEST_CHUNK_MIB = 4.0
 
 @dataclass(slots=True)
 class Limits:
-    """Completions sampled at once, tokens of packed rows computed at once, MiB of logits in memory at once."""
+    """Completions sampled at once, tokens of packed rows computed at once, MiB of logits in memory at once.
+
+    Example:
+        >>> Limits.of(TrainConfig())
+        Limits(rows=8, tokens=3928, chunk_mib=64.0, least_rows=4, least_tokens=1067)
+    """
 
     rows: int
     tokens: int

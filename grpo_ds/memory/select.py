@@ -32,7 +32,11 @@ def fits(plan: Plan, gpu_gib: float, ram_gib: float) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Everything that a plan depends on."""
+    """Everything that a plan depends on.
+
+    Example:
+        Job(shape_of("qwen2.5-3b"), TrainConfig(), ds, "cuda").plan().peak("gpu")  # bytes
+    """
 
     shape: ModelShape
     config: TrainConfig

@@ -36,7 +36,11 @@ PRINT_CONFIG = "--print_config"
 
 @dataclass(frozen=True)
 class Parsed(Generic[ConfigType]):
-    """Flags that the user gave, on the command line and in its YAML file; types are checked, values not yet."""
+    """Flags that the user gave, on the command line and in its YAML file; types are checked, values not yet.
+
+    Example:
+        parse(TrainConfig, ["--beta", "0"], about="").config({"few_shot": 2})  # beta typed, few_shot from a recipe
+    """
 
     config_type: type[ConfigType]
     given: Mapping[str, Any]  # flag -> value

@@ -19,7 +19,11 @@ from grpo_ds.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a run."""
+    """The result of a run.
+
+    Example:
+        Outcome(rewards=[0.56, 0.70, 0.85], before=evaluation, after=evaluation).quarters()  # (0.56, 0.85)
+    """
 
     rewards: list[float]  # mean reward of each step, over all ranks
     before: Evaluation

@@ -118,7 +118,11 @@ class Rollout(Groups):
 
 @dataclass(slots=True)
 class PartialStep:
-    """A rollout with some of its mu updates done."""
+    """A rollout with some of its mu updates done.
+
+    Example:
+        PartialStep(rollout, updates=1, old_logprobs=logprobs)  # with --mu 2: one update left, saved by a checkpoint
+    """
 
     rollout: Rollout
     redrawn: int = 0  # groups exchanged by --dynamic_sampling

@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch
 
+from grpo_ds.memory.limits import Limits
 from grpo_ds.memory.phases import CLEAR, OutOfMemory, PhaseUse, Profiler, Span
 from grpo_ds.memory.plan import GIB, PhasePlan, Plan
 from grpo_ds.report.memory_measured import compare, diagnosis, write_memory
@@ -18,7 +19,7 @@ PLAN = Plan((PhasePlan("sample", {}, {"weights": 2 * GIB, "KV cache": GIB}), Pha
 needs_proc = pytest.mark.skipif(not CLEAR.exists(), reason="peaks by phase come from Linux's /proc")
 
 
-@pytest.mark.parametrize("cls", [Span, PhaseUse])
+@pytest.mark.parametrize("cls", [Span, PhaseUse, Limits])
 def test_the_example_of_a_data_class_is_right(cls):
     check_example(cls)
 
