@@ -62,6 +62,14 @@ class Progress:
         rewards = [line["reward"] for line in self.log_history if "reward" in line]
         return [math.nan if reward is None else reward for reward in rewards]
 
+    def keep_before(self, texts: list[str]) -> None:
+        """Keep the held-out answers before training, so that a resumed run need not ask again."""
+        self.before = texts
+
+    def set_best(self, metric: float | None, step: int | None) -> None:
+        """Set the best accuracy during training and its step, whose checkpoint is kept."""
+        self.best_metric, self.best_global_step = metric, step
+
     def write(self, folder: Path) -> None:
         """Write trainer_state.json."""
         ours = asdict(self)

@@ -91,9 +91,10 @@ class Run:
     def _run(self) -> Outcome:
         trainer, progress = self.trainer, self.progress
         self.status.write("evaluating", step=progress.global_step)
-        if progress.before is None:
-            progress.before = trainer.evaluate("Before training", self.held_out).texts
-        before = graded(progress.before, self.held_out, self.config.answer_format)
+        if (texts := progress.before) is None:
+            texts = trainer.evaluate("Before training", self.held_out).texts
+            progress.keep_before(texts)
+        before = graded(texts, self.held_out, self.config.answer_format)
         self.reports.held_out({"before": before})
         rewards = self.train()
         self.status.write("evaluating", step=progress.global_step)
@@ -160,7 +161,7 @@ class Run:
             return
         grades = self.trainer.evaluate(f"After step {step}", self.held_out).grades
         if self.config.saves_at(step) and (progress.best_metric is None or grades.accuracy > progress.best_metric):
-            progress.best_metric, progress.best_global_step = grades.accuracy, step
+            progress.set_best(grades.accuracy, step)
         self.log(
             {
                 EVAL_ACCURACY: grades.accuracy,
@@ -177,7 +178,7 @@ class Run:
         except CheckpointError as error:
             if self.trainer.world.size > 1:
                 raise
-            self.progress.best_metric, self.progress.best_global_step = self.best  # the best that was saved
+            self.progress.set_best(*self.best)  # the best that was saved
             self.console.line(f"Warning: {error}\nTraining continues; the next checkpoint is written when it is due.")
 
     def _stopped(self) -> Interrupted:

@@ -396,6 +396,22 @@ def test_a_phase_that_ran_out_of_memory_is_retried_in_smaller_parts_with_the_sam
         torch.testing.assert_close(two, one, atol=3e-4, rtol=0)  # steps are 1e-3; sums are in another order
 
 
+def test_a_reference_that_does_not_fit_is_not_tried_again_with_smaller_limits(tiny_folder, monkeypatch):
+    """Smaller parts make no smaller copy, and checkpoints would keep the smaller limits."""
+    trainer, train, _ = tiny_trainer(tiny_folder, num_steps=1, oom_retry=True)
+    limits, tried = replace(trainer.limits), []
+
+    def full(*_):
+        tried.append("once")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    monkeypatch.setattr("grpo_ds.training.trainer.make_reference", full)
+    with pytest.raises(OutOfMemory, match="in phase 'reference'"):
+        trainer.make_reference(train)
+    assert tried == ["once"] and trainer.limits == limits
+    trainer.engine.close()
+
+
 def test_without_the_flag_the_phase_and_what_helps_are_named(tiny_folder, tmp_path):
     trainer, train, _ = tiny_trainer(tiny_folder, num_steps=1)
     trainer.engine.model.model.layers[0].register_full_backward_hook(FailsOnce(calls_before=0))
