@@ -23,7 +23,7 @@ from grpo_ds.system.hardware import check_versions
 from grpo_ds.system.invocation import command
 from grpo_ds.system.signals import exit_on_signal
 from grpo_ds.task.questions import Question, QuestionSet, read_questions, split_questions
-from grpo_ds.task.reward_files import find_reward_functions
+from grpo_ds.task.reward_files import find_reward_functions, form_lines
 from grpo_ds.task.rewards import WeightedFunctions, ready_made
 from grpo_ds.terminal import escape_control_chars
 
@@ -57,7 +57,7 @@ def train_from(argv: list[str]) -> None:
         check_complete(settled.resume_from, progress, config, settled.job.ds, ranks())
     check_trackers(config.trackers)
 
-    lines = first_lines(settled, questions, len(train), len(held_out))
+    lines = [*first_lines(settled, questions, len(train), len(held_out)), *form_lines(rewards)]
     run = make_run(settled, rewards, lines, train, held_out, folder, this_run)
     outcome = run.run()
     say = run.console
@@ -75,6 +75,7 @@ def reward_functions(config: TrainConfig, questions: QuestionSet) -> WeightedFun
         config.reward_funcs,
         config.reward_weights,
         columns=questions.questions[0].columns,
+        completion_format=config.completion_format,
         ready_made=ready_made(
             answer_format=config.answer_format,
             correctness_reward=config.correctness_reward,

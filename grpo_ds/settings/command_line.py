@@ -26,6 +26,7 @@ from grpo_ds.settings.config import AskConfig
 from grpo_ds.settings.flags import Flags, all_flags, flags_by_heading
 from grpo_ds.settings.grpo_flags import ReferenceKind
 from grpo_ds.system.invocation import program
+from grpo_ds.task.own_rewards import CompletionFormat
 from grpo_ds.task.prompts import worked_examples
 from grpo_ds.task.scoring import OnRewardError
 
@@ -227,7 +228,7 @@ def _shortened(message: str, known: set[str], *, lines: int = 5) -> str:
         guess = f"; did you mean {close[0]}?" if close else ""
         message = f"The --config file: unknown flag {unknown[1]}{guess}"
     message = re.sub(r'Parser key "(\S+)":', r"--\1:", message)
-    for choices in (ReferenceKind, LossType, KlEstimator, RewardScale, OnRewardError):
+    for choices in (ReferenceKind, LossType, KlEstimator, RewardScale, OnRewardError, CompletionFormat):
         message = message.replace(str(choices), " | ".join(get_args(choices)))
     texts = [line.strip() for line in message.splitlines() if line.strip()]
     return "\n".join([*(text[:200] for text in texts[:lines]), "--help lists every flag and its default."])

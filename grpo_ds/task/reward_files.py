@@ -1,29 +1,36 @@
-"""--reward_funcs: ready-made functions and FILE.py:FUNCTION, found and checked before a model is loaded."""
+"""--reward_funcs: ready-made functions, FILE.py:FUNCTION and module.FUNCTION, found before a model is loaded."""
 
+import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from math import isfinite
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple
 
 from grpo_ds.errors import UsageError, one_error
-from grpo_ds.task.rewards import READY_MADE, RewardFunction, WeightedFunctions
-from grpo_ds.task.scoring import describe_exception
+from grpo_ds.task.own_rewards import BadFunction, CompletionFormat, own_reward
+from grpo_ds.task.reward_calls import describe_exception
+from grpo_ds.task.rewards import READY_MADE, OwnReward, RewardFunction, WeightedFunctions
+
+IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+(\(\))?")  # module.FUNCTION, as in TRL's --reward_funcs
+FORMS = "FILE.py:FUNCTION nor module.FUNCTION"
 
 
 def reward_problems(reward_funcs: str, reward_weights: str | None) -> list[str]:
     """Return every problem of these flags that can be found without opening a file."""
     entries = _entries(reward_funcs)
-    names = [_name_of(entry) for entry in entries]
-    unknown = [entry for entry in entries if ":" not in entry and entry not in READY_MADE]
+    names = [entry.metric for entry in entries]
+    unknown = [entry.text for entry in entries if not entry.source and entry.text not in READY_MADE]
     twice = sorted({name for name in names if names.count(name) > 1})
     count = "1 number" if len(entries) == 1 else f"{len(entries)} numbers"
     return [
-        *(f"reward_funcs: {entry!r} is neither {', '.join(READY_MADE)} nor FILE.py:FUNCTION" for entry in unknown),
+        *(f"reward_funcs: {entry!r} is neither {', '.join(READY_MADE)}, {FORMS}" for entry in unknown),
         *(f"reward_funcs names {name!r} twice; metrics could not tell them apart" for name in twice),
         *(
             [f"reward_weights is {reward_weights}; {reward_funcs} needs {count}, separated by commas"]
@@ -39,10 +46,12 @@ def find_reward_functions(
     *,
     ready_made: Mapping[str, RewardFunction],
     columns: Collection[str],
+    completion_format: CompletionFormat = "auto",
 ) -> WeightedFunctions:
     """Find the functions that these flags name, with their weights. The flags must have no `reward_problems`.
 
     columns: names of the data's columns other than id, question, context and label.
+    completion_format: form in which a user's functions get completions; auto: the one that each reads.
     Raises one UsageError for all files that are missing or cannot be imported, and all functions that are missing or
     cannot be called with these columns.
     """
@@ -50,14 +59,12 @@ def find_reward_functions(
     found: dict[str, tuple[RewardFunction, float]] = {}
     problems = []
     for entry, weight in zip(entries, _weights(reward_weights, entries), strict=True):
-        path, _, name = entry.rpartition(":")
         try:
-            function = _from_file(Path(os.path.expanduser(path.strip())), name.strip()) if path else ready_made[name]
-            _check_call(function, columns)
-        except _BadFunction as problem:
-            problems.append(f"{entry}: {problem}")
+            own = own_reward(_made(entry), columns, completion_format) if entry.source else ready_made[entry.name]
+        except BadFunction as problem:
+            problems.append(f"{entry.text}: {problem}")
         else:
-            found[_name_of(entry)] = function, weight
+            found[entry.metric] = own, weight
     if problems:
         raise one_error(
             UsageError, "--reward_funcs cannot be used:", problems, "docs/rewards.md shows how to write one."
@@ -65,20 +72,40 @@ def find_reward_functions(
     return found
 
 
-class _BadFunction(Exception):
-    """A function that cannot be used; the message says why."""
+def form_lines(functions: WeightedFunctions) -> list[str]:
+    """Return a line that names the functions that get completions as messages, if there are any."""
+    names = [name for name, (it, _) in functions.items() if isinstance(it, OwnReward) and it.messages]
+    return [f"Rewards: completions are lists of messages for {', '.join(names)} (--completion_format)"] if names else []
 
 
-def _entries(reward_funcs: str) -> list[str]:
-    return [entry.strip() for entry in reward_funcs.split(",")]
+class _Entry(NamedTuple):
+    """An entry of --reward_funcs.
+
+    Example:
+        _Entry("my_rewards.py:Judge()", "my_rewards.py", "Judge()")
+    """
+
+    text: str
+    source: str  # a file or a module; "" for a ready-made function
+    name: str
+
+    @property
+    def metric(self) -> str:
+        """Name of the function in metrics: "Judge" for my_rewards.py:Judge()."""
+        return self.name.removesuffix("()")
 
 
-def _name_of(entry: str) -> str:
-    """Name of a function in metrics: "concise" for my_rewards.py:concise."""
-    return entry.rpartition(":")[2].strip()
+def _entries(reward_funcs: str) -> list[_Entry]:
+    return [_entry(text.strip()) for text in reward_funcs.split(",")]
 
 
-def _weights(reward_weights: str | None, entries: Sequence[str]) -> list[float]:
+def _entry(text: str) -> _Entry:
+    mark = ":" if ":" in text else "." if IMPORT_PATH.fullmatch(text) and not text.endswith(".py") else ""
+    source, _, name = text.rpartition(mark) if mark else ("", "", text)
+    return _Entry(text, source.strip(), name.strip())
+
+
+def _weights(reward_weights: str | None, entries: Sequence[_Entry]) -> list[float]:
     """Read the weights, 1 each by default; an empty list if any is not a finite number."""
     if reward_weights is None:
         return [1.0] * len(entries)
@@ -89,15 +116,43 @@ def _weights(reward_weights: str | None, entries: Sequence[str]) -> list[float]:
     return weights if all(map(isfinite, weights)) else []
 
 
-def _from_file(path: Path, name: str) -> RewardFunction:
-    if not os.path.isfile(path):  # unlike Path.is_file it does not raise for a name that is too long
-        raise _BadFunction(f"there is no file {path} (in {Path.cwd()})")
-    function = getattr(_module(path.resolve()), name, None)
-    if not callable(function):
-        raise _BadFunction(f"{path} has no function {name!r}")
-    if inspect.iscoroutinefunction(function):
-        raise _BadFunction("it is async; a reward function must be an ordinary function")
-    return function
+def _made(entry: _Entry) -> Any:
+    """Return what the entry names; `Name()` is what Name returns when it is called without arguments."""
+    found = _imported(entry)
+    if entry.name.endswith("()") and callable(found):
+        try:
+            found = found()
+        except (Exception, SystemExit) as error:
+            raise BadFunction(f"calling it fails with {describe_exception(error)}") from None
+    if inspect.isclass(found):
+        raise BadFunction(f"it is a class, not an object of it; {_instantiated(found, entry)}")
+    if not callable(found):
+        raise BadFunction(f"{entry.source} has no function {entry.name!r}")
+    return found
+
+
+def _instantiated(found: type, entry: _Entry) -> str:
+    try:
+        inspect.signature(found).bind()
+    except (TypeError, ValueError):  # it needs arguments
+        return f"write reward = {entry.name}(...) into the file, with its arguments, and name reward"
+    return f"write {entry.text}()"
+
+
+def _imported(entry: _Entry) -> Any:
+    """Import the entry's file or module; None if it has no such name."""
+    path = Path(os.path.expanduser(entry.source))
+    if is_file := ":" in entry.text:
+        if not os.path.isfile(path):  # unlike Path.is_file it does not raise for a name that is too long
+            raise BadFunction(f"there is no file {path} (in {Path.cwd()})")
+        path = path.resolve()
+    try:
+        module = _module(path) if is_file else _named_module(entry.source)
+        return getattr(module, entry.metric, None)  # a lazy module imports here
+    except BadFunction:
+        raise
+    except (Exception, SystemExit) as error:  # a user's file may raise anything; the message repeats it
+        raise BadFunction(f"importing it fails with {describe_exception(error, str(path))}") from None
 
 
 @cache  # two functions of one file share its module
@@ -105,25 +160,16 @@ def _module(path: Path) -> ModuleType:
     """Import the file as a module; it may import other files of its folder."""
     spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise _BadFunction(f"{path} is not a Python file (.py)")
+        raise BadFunction(f"{path} is not a Python file (.py)")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     sys.path.append(str(path.parent))
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # a user's file may raise anything; the message repeats it
-        raise _BadFunction(f"importing it fails with {describe_exception(error, str(path))}") from None
+    spec.loader.exec_module(module)
     return module
 
 
-def _check_call(function: RewardFunction, columns: Collection[str]) -> None:
-    """Check that `function(completions=..., question=..., ...)` can be called. Raises _BadFunction."""
-    try:
-        signature = inspect.signature(function)
-    except ValueError:  # some built-in callables have no signature
-        return
-    try:
-        signature.bind(**dict.fromkeys(("completions", "id", "question", "context", "label", *columns)))
-    except TypeError as error:
-        wanted = "it gets completions= and every column of the data, so end its parameters with **kwargs"
-        raise _BadFunction(f"{error}; {wanted}") from None
+def _named_module(name: str) -> ModuleType:
+    """Import a module by its name; the working folder is searched too, as by TRL."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return importlib.import_module(name)

@@ -6,14 +6,44 @@ and `label` are always there. It returns one float for each completion, or None 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from grpo_ds.task.answers import AnswerFormat
 
+Messages = list[dict[str, str]]  # a chat: [{"role": "user", "content": "..."}, ...]
 RewardFunction = Callable[..., Sequence[float | None]]
 WeightedFunctions = Mapping[str, tuple[RewardFunction, float]]  # name in metrics -> function, weight
+ARGUMENTS = ("completions", "prompts", "completion_ids", "trainer_state", "log_extra", "log_metric")  # TRL's
+COLUMNS = ("id", "question", "context", "label")  # of every question; with ARGUMENTS they hide fields of these names
 READY_MADE = ("correctness", "format", "length_penalty", "repetition_penalty")
 CHARACTERS_PER_TOKEN = 4  # roughly, for English and a vocabulary of 50,000 or more
 NGRAM = 3  # words
+
+
+class Prompt(NamedTuple):
+    """A prompt in the two forms in which a reward function may get it."""
+
+    text: str  # as the model reads it, rendered and cut
+    messages: Messages
+
+
+@dataclass(frozen=True, slots=True)
+class OwnReward:
+    """A user's function, with the arguments that it takes and the form of its completions and prompts.
+
+    Example:
+        >>> reward = OwnReward(lambda completions: [float(len(it)) for it in completions], frozenset({"completions"}))
+        >>> reward(completions=["abc"], id=["17"])
+        [3.0]
+    """
+
+    function: Callable[..., Any]
+    takes: frozenset[str] | None = None  # None: everything
+    messages: bool = False  # completions and prompts are lists of messages, not texts
+
+    def __call__(self, **arguments: Any) -> Any:
+        return self.function(**{name: it for name, it in arguments.items() if self.takes is None or name in self.takes})
 
 
 def correctness(

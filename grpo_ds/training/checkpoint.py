@@ -172,7 +172,11 @@ def _as_plain(step: PartialStep) -> State:
         "prompts": rollout.prompts,
         "completions": [completions.ids, completions.mask, completions.ended],
         "texts": rollout.texts,
-        "rewards": [rewards.total, {name: list(values) for name, values in rewards.by_name.items()}, rewards.errors],
+        "rewards": [
+            rewards.total,
+            {name: list(values) for name, values in rewards.by_name.items()},
+            *(rewards.errors, rewards.extra, rewards.metrics),
+        ],
         "tensors": [rollout.advantages, rollout.counted, rollout.ref_logprobs],
         "redrawn": step.redrawn,
         "updates": step.updates,

@@ -9,18 +9,20 @@ Q questions, G completions each, B = Q * G.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import TrainerState
 
 from grpo_ds.core.advantages import overlong
+from grpo_ds.run_folder.progress import Progress
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.system.ranks import World
 from grpo_ds.task.questions import Question, questions_at
 from grpo_ds.task.rewards import WeightedFunctions
-from grpo_ds.task.scoring import Rewards, score
+from grpo_ds.task.scoring import Rewards, Sampled, joined, score
 from grpo_ds.training.prompt_style import PromptStyle
 from grpo_ds.training.rollout import Groups, MicroBatch, micro_batches
 from grpo_ds.training.sampling import Completions, Sampler, seed_at
@@ -40,14 +42,15 @@ class Collector:
         sampler: Sampler,
         style: PromptStyle,
         reward_functions: WeightedFunctions,
+        progress: Callable[[], Progress],
         warn: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """warn: prints a line; called when a reward function fails for the first time."""
+        """progress: returns the run's, for reward functions. warn: prints a line when one fails for the first time."""
         self.config, self.world, self.sampler, self.style = config, world, sampler, style
         self.score = partial(
             score, functions=reward_functions, timeout=config.reward_timeout, on_error=config.on_reward_error
         )
-        self.warn = warn
+        self.progress, self.warn = progress, warn
         self._warned: set[str] = set()  # names of reward functions
 
     def collect(self, step: int, questions: list[Question]) -> tuple[Groups, int]:
@@ -72,8 +75,17 @@ class Collector:
             seed=seed_at(seed, step, self.world.rank),
         )
         texts = self.style.texts(self.sampler.tokenizer, completions)
-        rewards = self.score(texts, [question for question in asked for _ in range(config.num_generations)])
+        ids = [row[mask].tolist() for row, mask in zip(completions.ids, completions.mask, strict=True)]
+        rewards = self.rewards(texts, [question for question in asked for _ in range(config.num_generations)], ids)
         return Groups(asked, prompts, completions, texts, self.with_overlong_penalty(rewards, completions))
+
+    def rewards(
+        self, texts: Sequence[str], questions: Sequence[Question], ids: Sequence[Sequence[int]], **options: Any
+    ) -> Rewards:
+        """Score B completions. questions: [B]. ids: of the completions. options: of `score`."""
+        prompts = self.style.shown(self.sampler.tokenizer, questions)
+        state = TrainerState(**self.progress().shared())
+        return self.score(texts, questions, sampled=Sampled(prompts, ids, state), **options)
 
     def rank_questions(self, step: int, questions: list[Question], seed: int) -> list[Question]:
         """Questions of the step (questions_at) that this rank asks."""
@@ -140,17 +152,12 @@ def exchange(groups: Groups, places: Sequence[int], fresh: Groups) -> Groups:
     fresh_at = {place: count + number for number, place in enumerate(places)}
     order = [fresh_at.get(place, place) for place in range(count)]
     rows = [place * size + row for place in order for row in range(size)]
-    names = groups.rewards.by_name
     return Groups(
         _pick(groups.questions, fresh.questions, order),
         _pick(groups.prompts, fresh.prompts, order),
         _pick_rows(groups.completions, fresh.completions, rows),
         _pick(groups.texts, fresh.texts, rows),
-        Rewards(
-            _pick(groups.rewards.total, fresh.rewards.total, rows),
-            {name: _pick(names[name], fresh.rewards.by_name[name], rows) for name in names},
-            {**groups.rewards.errors, **fresh.rewards.errors},
-        ),
+        joined([groups.rewards, fresh.rewards]).rows(rows),
     )
 
 

@@ -37,6 +37,7 @@ def step_metrics(
     if world.device.type == "cuda":
         memory["memory/gpu_peak_gib"] = profiler.peak("gpu") / GIB
     return {
+        **_logged(done, world),  # first: no name of ours is replaced
         **means,
         **_deviations(done, world),
         "tokens_per_second": tokens / seconds,
@@ -49,6 +50,14 @@ def _deviations(done: PartialStep, world: World) -> dict[str, float]:
     """Standard deviation of each reward over the completions of all ranks."""
     ranks = world.gather(done.rollout.rewards_by_metric())
     return {name: _deviation([value for rank in ranks for value in rank[name]]) for name in ranks[0]}
+
+
+def _logged(done: PartialStep, world: World) -> dict[str, float]:
+    """Mean of each metric that reward functions log, over its values of all ranks."""
+    ranks = world.gather(done.rollout.rewards.metrics)
+    names = sorted({name for rank in ranks for name in rank})
+    values = {name: [value for rank in ranks for value in rank.get(name, ())] for name in names}
+    return {name: sum(it) / len(it) for name, it in values.items()}
 
 
 def _deviation(values: list[float]) -> float:

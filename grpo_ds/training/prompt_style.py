@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_ds.settings.config import AskConfig
 from grpo_ds.task.answers import AnswerFormat
-from grpo_ds.task.prompts import encode_prompt
+from grpo_ds.task.prompts import build_messages, encode_prompt
 from grpo_ds.task.questions import Question
+from grpo_ds.task.rewards import Prompt
 from grpo_ds.training.sampling import Completions
 
 
@@ -36,6 +37,17 @@ class PromptStyle:
     def encode(self, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[list[int]]:
         """Token ids of each question's prompt. Raises DataError if a question alone is too long for a prompt."""
         return [_prompt_ids(tokenizer, question, self) for question in questions]
+
+    def shown(self, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[Prompt]:
+        """Prompt of each question as reward functions get it; questions that repeat are rendered once."""
+        made = {question: self._prompt(tokenizer, question) for question in dict.fromkeys(questions)}
+        return [made[question] for question in questions]
+
+    def _prompt(self, tokenizer: PreTrainedTokenizerBase, question: Question) -> Prompt:
+        messages = build_messages(
+            question, answer_format=self.answer_format, few_shot=self.few_shot, system_prompt=self.system_prompt
+        )
+        return Prompt(str(tokenizer.decode(_prompt_ids(tokenizer, question, self))), messages)
 
     def texts(self, tokenizer: PreTrainedTokenizerBase, completions: Completions) -> list[str]:
         """Text of each completion as rewards and grades read it, with a prefilled tag put back in front."""

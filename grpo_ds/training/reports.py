@@ -67,10 +67,11 @@ class Reports:
 
     def _score_in_parts(self, texts: Sequence[str], questions: Sequence[Question]) -> Rewards:
         """Score as many texts per call as in training, because --reward_timeout is set for that number."""
-        size, score = self.config.batch_size * self.config.num_generations, self.trainer.collector.score
+        size, encode = self.config.batch_size * self.config.num_generations, self.trainer.tokenizer.encode
+        ids = [encode(text, add_special_tokens=False) for text in texts]  # the sampled ones are not kept
         parts = [
-            score(texts[start : start + size], questions[start : start + size], on_error="zero")
-            for start in range(0, len(texts), size)
+            self.trainer.collector.rewards(texts[part], questions[part], ids[part], on_error="zero")
+            for part in (slice(start, start + size) for start in range(0, len(texts), size))
         ]
         rewards = joined(parts)
         for error in rewards.errors.values():

@@ -23,6 +23,7 @@ from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import Rewards
 from grpo_ds.training.sampling import Completions
 
+TABLE = ("question", "label", "completion", "reward", "advantage")  # columns that log_extra does not replace
 HIDDEN_ID = 0  # id of padding in packed rows: the mask hides it and it is never a target, so any will do
 MicroBatch = tuple[PackedRows, Tensor]  # rows for one pass, and the indices of their completions among the B
 
@@ -107,6 +108,7 @@ class Rollout(Groups):
                 "reward": self.rewards.total[b],
                 **{f"rewards/{name}": values[b] for name, values in self.rewards.by_name.items()},
                 "advantage": float(self.advantages[b]),
+                **{name: values[b] for name, values in self.rewards.extra.items() if name not in TABLE},
             }
             for b, text in enumerate(self.texts)
         ]

@@ -100,7 +100,9 @@ class Trainer:
             poll=self.guard.poll,
         )
         style = style or prompt_style(config)
-        self.collector = Collector(config, world, self.sampler, style, reward_functions, warn=console.line)
+        self.collector = Collector(
+            config, world, self.sampler, style, reward_functions, lambda: self.progress, warn=console.line
+        )
         self.reference: Reference | None = None
         self.partial_step: PartialStep | None = None  # a rollout whose mu updates are not all done
         self.completions: list[dict[str, Any]] = []  # the last step's on this rank, for the logs

@@ -46,10 +46,10 @@ FILES = [  # source, FUNCTION, what the error must say
     ("import json\njson.loads('')", "f", ["JSONDecodeError", "line 2: json.loads('')"]),  # the file's own line
     ("import nowhere_at_all", "f", ["ModuleNotFoundError: No module named 'nowhere_at_all'"]),
     ("raise SystemExit(3)", "f", ["importing it fails with SystemExit: 3"]),
-    ("async def f(**_): pass", "f", ["it is async"]),
-    ("def f(completions): pass", "f", ["unexpected keyword argument", "**kwargs"]),
-    ("def f(completions, yaer, **_): pass", "f", ["missing a required", "yaer"]),
-    ("def f(prompts, /, **_): pass", "f", ["prompts"]),
+    ("def f(completions, yaer, **_): pass", "f", ["asks for 'yaer'", "question, context, label, year", "mean year?"]),
+    ("def f(prompts, /, **_): pass", "f", ["prompts can only be given by position"]),
+    ("def f(*completions): pass", "f", ["takes no argument by name", "**kwargs"]),
+    ("class f: pass", "f", ["is a class", "f()"]),
 ]
 
 
@@ -88,7 +88,11 @@ FLAGS = [
     ("correctness,format", None, None),
     ("format", "2", None),
     ("correctness, f.py:g", " 1,0.5 ", None),  # spaces are ignored
-    ("correctnes", None, "'correctnes' is neither correctness, format, length_penalty, repetition_penalty nor FILE.py"),
+    ("correctnes", None, "'correctnes' is neither correctness, format, length_penalty, repetition_penalty, FILE.py"),
+    ("trl.rewards.think_format_reward,a.b.C()", None, None),
+    ("my_rewards.py", None, "'my_rewards.py' is neither"),  # a file without a function
+    (":format", None, "':format' is neither"),
+    ("a.py:Judge(),b.Judge", None, "names 'Judge' twice"),
     ("", None, "'' is neither"),
     ("format,format", None, "names 'format' twice"),
     ("a.py:f,b.py:f", None, "names 'f' twice"),

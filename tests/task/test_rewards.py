@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from grpo_ds.errors import MAX_LINES, RewardError
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.questions import Question
-from grpo_ds.task.rewards import READY_MADE, length_penalty, ready_made, repetition_penalty
+from grpo_ds.task.rewards import ARGUMENTS, READY_MADE, length_penalty, ready_made, repetition_penalty
 from grpo_ds.task.scoring import LARGEST_REWARD, Rewards, joined, score
 
 FORMAT = AnswerFormat(("yes", "no"))
@@ -114,7 +114,7 @@ def test_a_function_gets_the_completions_and_every_column_of_their_records():
 
     shadowing = Question("9", "Q?", "C.", "no", columns={"year": 5, "label": "another", "completions": "mine"})
     score(["first", "second"], [YES_QUESTION, shadowing], functions={"look": (look, 1.0)})
-    assert seen == {
+    assert {name: value for name, value in seen.items() if name not in ARGUMENTS or name == "completions"} == {
         "completions": ["first", "second"],
         "id": ["1", "9"],
         "question": ["Is it?", "Q?"],
