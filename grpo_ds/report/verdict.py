@@ -67,6 +67,17 @@ def collapsed(run: RunFiles) -> str:
     )
 
 
+def flat(run: RunFiles) -> str:
+    """Return a warning if most steps had equal rewards in every group, else ""."""
+    count = sum(as_number(row.get("frac_reward_zero_std")) == 1 for row in run.steps)
+    if 2 * count <= len(run.steps):
+        return ""
+    return (
+        f"In {count} of {len(run.steps)} steps all completions of a question earned the same reward. "
+        "Nothing can be learned from such a step; see the shares per step, and docs/troubleshooting.md."
+    )
+
+
 def tiles(run: RunFiles) -> list[Tile]:
     """Return a tile for everything that was measured."""
     return [*_grade_tiles(run), *_step_tiles(run), *_memory_tiles(run)]

@@ -75,10 +75,10 @@ class Rollout(Groups):
     def count_into(self, tally: Tally, answer_format: AnswerFormat) -> None:
         """Add this rank's part of the logged means, under TRL's names if TRL has them."""
         count, size = len(self.texts), self.group_size
-        correct = [
-            answer_format.parse(text).answer == self.questions[i // size].label for i, text in enumerate(self.texts)
-        ]
+        answers = [answer_format.parse(text).answer for text in self.texts]
+        correct = [answer == self.questions[i // size].label for i, answer in enumerate(answers)]
         tally.add("accuracy", sum(correct), count)
+        tally.add("well_formed", sum(answer is not None for answer in answers), count)
         tally.add("reward", sum(self.rewards.total), count)
         for name, values in self.rewards.by_name.items():
             tally.add_all({f"rewards/{name}/mean": [value for value in values if value is not None]})

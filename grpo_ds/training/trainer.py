@@ -46,6 +46,7 @@ from grpo_ds.task.rewards import WeightedFunctions
 from grpo_ds.training.collect import Collector
 from grpo_ds.training.engine import Engine
 from grpo_ds.training.evaluate import evaluate
+from grpo_ds.training.flat_rewards import flat_rewards
 from grpo_ds.training.guard import Guard
 from grpo_ds.training.metrics import step_metrics
 from grpo_ds.training.nonfinite import NonfiniteSteps
@@ -172,13 +173,16 @@ class Trainer:
         progress.num_input_tokens_seen += sum(self.world.gather(done.rollout.tokens()))
         progress.global_step, progress.epoch = step + 1, (step + 1) * questions_per_step / len(questions)
         floor = {} if progress.kl_floor is None else {"kl_floor": progress.kl_floor}
-        return {
+        metrics = {
             **step_metrics(config, done, self.world, self.profiler, first_span),
             **floor,
             "num_tokens": progress.num_input_tokens_seen,
             "epoch": progress.epoch,
             "learning_rate": self.engine.learning_rate,
         }
+        if warning := flat_rewards([*progress.log_history, metrics], done.rollout, config.answer_format):
+            self.console.line(warning)
+        return metrics
 
     def keep_completions(self, step: int, partial: PartialStep) -> None:
         """Keep the step's completions for the log; print those of the first step."""

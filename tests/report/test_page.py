@@ -479,3 +479,10 @@ def test_a_report_that_cannot_be_written_does_not_fail_the_run(finished, capsys,
 def test_no_run_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="not a run's folder"):
         read_run(tmp_path)
+
+
+def test_a_run_whose_rewards_were_equal_in_most_steps_says_so(run):
+    metrics = run / "metrics.jsonl"
+    assert verdict.flat(read_run(run)) == "" and "earned the same reward" not in page(read_run(run))
+    metrics.write_text(re.sub(r'"frac_reward_zero_std": [\d.e-]+', '"frac_reward_zero_std": 1.0', metrics.read_text()))
+    assert f"In {STEPS} of {STEPS} steps all completions of a question earned the same" in page(read_run(run))

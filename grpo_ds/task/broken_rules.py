@@ -1,0 +1,36 @@
+"""Which rule of the answer contract a completion breaks: for people, never for rewards."""
+
+import re
+
+from grpo_ds.task.answers import CONTROL, AnswerFormat
+
+
+def broken_rule(completion: str, answer_format: AnswerFormat) -> str:
+    """Return the first rule that a completion breaks, in a few words; "" if it is well-formed.
+
+    Example:
+        >>> broken_rule("<reasoning></reasoning><answer>yes</answer>", AnswerFormat())
+        'empty reasoning'
+    """
+    if answer_format.parse(completion).well_formed:
+        return ""
+    pieces = re.split(f"({answer_format.tag_pattern})", completion, flags=re.IGNORECASE)
+    texts, tags = pieces[0::2], pieces[1::2]  # texts[i] is the text before tags[i]
+    wanted = (*answer_format.reasoning_pair, *answer_format.answer_pair)
+    missing = [tag for tag in wanted if tag not in tags]
+    rules = (
+        (not completion.strip(), "nothing but white space"),
+        (not tags, "no tags"),
+        (any(re.fullmatch(CONTROL, tag) for tag in tags), "a control token in it"),
+        (not set(tags) <= set(wanted), "a misspelled tag"),
+        (tags.count(answer_format.answer_pair[0]) > 1, "more than one answer"),
+        (len(set(tags)) < len(tags), "a tag twice"),
+        (missing, f"no {missing[0] if missing else ''}"),
+        (tuple(tags) != wanted, "tags out of order"),
+        (not any(map(str.isalnum, "".join(texts[1:2]))), "empty reasoning"),
+        ("".join(texts[:1]).strip(), "text before the reasoning"),
+        ("".join(texts[2:3]).strip(), "text between reasoning and answer"),
+        ("".join(texts[4:]).strip(), "text after the answer"),
+        (True, f"an answer that is not {' or '.join(answer_format.labels)}"),
+    )
+    return next(rule for broken, rule in rules if broken)
