@@ -254,11 +254,13 @@ def quizzed(tiny_folder, tmp_path_factory):
     (folder / "quiz.json").write_text(json.dumps(records))
     (folder / "prompt.txt").write_text("Reply <reasoning>...</reasoning><choice>A|B|C|D</choice>.")
     (folder / "fails.py").write_text(FAILS_AT_TIMES)
-    mine = ROOT / "tests" / "data" / "my_rewards.py"
+    mine, trls = (ROOT / "tests" / "data" / f"{name}_rewards.py" for name in ("my", "trl"))
     flags = {
         "model": tiny_folder, "data": folder / "quiz.json", "system_prompt": folder / "prompt.txt", **QUIZ,
-        "reward_funcs": f"correctness,{mine}:concise,{mine}:cites_the_year,{folder / 'fails.py'}:fails_at_times",
-        "reward_weights": "1,0.5,1,2", "on_reward_error": "zero", "num_steps": 2, "num_generations": 2,
+        "reward_funcs": f"correctness,{mine}:concise,{mine}:cites_the_year,{folder / 'fails.py'}:fails_at_times"
+        f",{trls}:last_turn,{trls}:logging,{trls}:AsyncJudge()",
+        "reward_weights": "1,0.5,1,2,0.01,1,1", "log_completions": True,
+        "on_reward_error": "zero", "num_steps": 2, "num_generations": 2,
         "max_completion_length": 4, "eval_limit": 2, "learning_rate": 1e-3, "output_dir": folder / "run",
     }  # fmt: skip
     return folder / "run", launch(sys.executable, **flags)
@@ -274,8 +276,20 @@ def test_rewards_of_ones_own_are_logged_and_one_that_fails_is_told_once_and_coun
     assert (first["rewards/fails_at_times/mean"], first["reward_errors"]) == (0, 1)
     assert (second["rewards/fails_at_times/mean"], second["reward_errors"]) == (2.0, 0)  # of weight 2
     assert output.count("Warning: The reward function 'fails_at_times' raised ZeroDivisionError") == 1
-    names = ("correctness", "concise", "cites_the_year", "fails_at_times")
+    names = ("correctness", "concise", "cites_the_year", "fails_at_times", "last_turn", "logging", "AsyncJudge")
     assert second["reward"] == pytest.approx(sum(second[f"rewards/{name}/mean"] for name in names))
+
+
+def test_rewards_in_trls_shapes_get_messages_and_log_what_they_like(quizzed):
+    folder, output = quizzed
+    assert "completions are lists of messages for last_turn (--completion_format)" in output
+    lines = metrics_of(folder)
+    assert all(line["rewards/last_turn/mean"] >= 0.01 * len("Question: What is 1 + 1?") for line in lines)
+    assert all(line["rewards/AsyncJudge/mean"] == 1.0 and line["share"] == 0.5 for line in lines)
+    rows = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    assert rows and all(row["first"] == row["completion"][:1] for row in rows)
+    asked = json.loads((folder / "held_out.json").read_text())["questions"]
+    assert all(question["after"]["rewards"]["AsyncJudge"] == 1.0 for question in asked)
 
 
 def test_a_quiz_without_contexts_is_asked_in_its_own_words(quizzed):
