@@ -123,8 +123,6 @@ def _faults(timeout: float, count: int) -> Iterator[None]:
 
 def _listed(returned: Any, count: int) -> list[Any]:
     """List what a function returned, at most count + 1 entries: a generator may be endless."""
-    if hasattr(returned, "tolist"):  # arrays of NumPy, tensors
-        returned = returned.tolist()
     # A set has no order, a mapping would give its keys, and bytes would pass as numbers.
     if not isinstance(returned, Iterable) or isinstance(returned, str | bytes | bytearray | Mapping | Set):
         raise Faulty(f"returned {shown(returned)}, not a list of one number for each completion.")

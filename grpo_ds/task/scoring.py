@@ -120,7 +120,7 @@ def score(
 
 def columns_of(completions: Sequence[str], questions: Sequence[Question], sampled: Sampled | None = None) -> Columns:
     """Build the arguments that have an entry for each completion; ours replace a record's fields of the same name."""
-    names = set(questions[0].columns if questions else ()).difference(ARGUMENTS)
+    names = [name for name in questions[0].columns if name not in ARGUMENTS] if questions else []
     return {
         **{name: [question.columns.get(name) for question in questions] for name in names},
         "id": [question.id for question in questions],

@@ -11,7 +11,8 @@ from grpo_ds.task.scoring import Rewards
 from grpo_ds.task.sources import Source
 from tests.conftest import check_example
 
-CLASSES = [AnswerFormat, EncodedPrompt, Evaluation, Grades, OwnReward, ParsedAnswer, Question, QuestionSet, Rewards, Source]
+CLASSES = [AnswerFormat, EncodedPrompt, Evaluation, Grades, OwnReward, ParsedAnswer, Question, QuestionSet]
+CLASSES += [Rewards, Source]
 
 
 @pytest.mark.parametrize("cls", CLASSES)
