@@ -155,6 +155,35 @@ def test_the_flag_decides_the_form_and_the_error_names_it(form, other):
     assert earned(find(f"{FILE}:{entry}", completion_format=other)).by_name == earned(find(f"{FILE}:{entry}")).by_name
 
 
+LIBRARY = """
+def length(completion):
+    return len(completion[0]["content"]) if isinstance(completion, list) else len(completion)
+
+def annotated(completions: "list[list[dict[str, str]]]", **kwargs):
+    return [1.0] * len(completions)
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "call", "messages"),
+    [
+        ("here", "[length(completion) for completion in completions]", True),
+        ("elsewhere", "[length(completion) for completion in completions]", False),  # a library may take either
+        ("elsewhere", "annotated(completions, **kwargs)", True),  # as TRL's own are
+        ("elsewhere", "[length(annotated) for annotated in 'ab']", False),
+    ],
+)
+def test_of_functions_that_it_calls_those_of_its_folder_are_read(tmp_path, monkeypatch, folder, call, messages):
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "library.py").write_text(LIBRARY)
+    (tmp_path / "here").mkdir(exist_ok=True)
+    mine = tmp_path / "here" / "mine.py"
+    mine.write_text(f"from library import annotated, length\ndef mine(completions, **kwargs):\n    return {call}\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / folder), *sys.path])
+    monkeypatch.delitem(sys.modules, "library", raising=False)
+    assert find(f"{mine}:mine")["mine"][0].messages == messages
+
+
 def test_a_function_whose_source_is_gone_gets_texts():
     scope = {}
     exec("def f(completions): return [c[0]['content'] for c in completions]", scope)
