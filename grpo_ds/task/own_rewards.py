@@ -18,15 +18,8 @@ from grpo_ds.task.rewards import ARGUMENTS, COLUMNS, OwnReward
 CompletionFormat = Literal["auto", "text", "messages"]
 HELD = {"completions", "prompts"}  # arguments that are texts or lists of messages
 MESSAGE_KEYS = {"content", "role"}
-PASSED_ON = {
-    "enumerate",
-    "iter",
-    "list",
-    "reversed",
-    "sorted",
-    "tuple",
-    "zip",
-}  # calls that return their arguments' items
+# Calls whose items are those of their arguments.
+PASSED_ON = {"enumerate", "iter", "list", "reversed", "sorted", "tuple", "zip"}
 NAMED = 12  # columns that an error names
 Source = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
