@@ -284,14 +284,15 @@ def _repeats(rendered: str, messages: Messages) -> bool:
 
 
 def _assistant_header(tokenizer: Any) -> str:
-    """Return the template's text between a user's turn and the answer; "" if it takes no earlier turns."""
+    """Return the template's text between a user's turn and the answer; "" if it loses earlier turns."""
     texts = {"user": QUESTION_MARK, "assistant": CONTEXT_MARK}
     chat = [{"role": role, "content": texts[role]} for role in ("user", "assistant", "user")]
     try:
         rendered = _apply_template(tokenizer, chat)
     except Exception:  # a template raises what it likes
         return ""
-    return rendered.partition(QUESTION_MARK)[2].partition(CONTEXT_MARK)[0]
+    header, found, _ = rendered.partition(QUESTION_MARK)[2].partition(CONTEXT_MARK)
+    return header if found else ""
 
 
 def _apply_template(tokenizer: Any, messages: Messages) -> str:

@@ -4,13 +4,13 @@ import pytest
 
 from grpo_ds.task.answers import AnswerFormat, ParsedAnswer
 from grpo_ds.task.grading import Evaluation, Grades
-from grpo_ds.task.prompts import EncodedPrompt
+from grpo_ds.task.prompts import Chat, EncodedPrompt
 from grpo_ds.task.questions import Question, QuestionSet
 from grpo_ds.task.scoring import Rewards
 from grpo_ds.task.sources import Source
 from tests.conftest import check_example
 
-CLASSES = [AnswerFormat, EncodedPrompt, Evaluation, Grades, ParsedAnswer, Question, QuestionSet, Rewards, Source]
+CLASSES = [AnswerFormat, Chat, EncodedPrompt, Evaluation, Grades, ParsedAnswer, Question, QuestionSet, Rewards, Source]
 
 
 @pytest.mark.parametrize("cls", CLASSES)
