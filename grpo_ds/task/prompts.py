@@ -79,12 +79,13 @@ class Chat:
     notes: tuple[str, ...] = ()  # what the template would have edited, and where it stands now
 
     def opening(self, answer_format: AnswerFormat) -> str:
-        """Return the reasoning tag that the completion continues, and the white space after it; "" if none is open.
+        """Return the reasoning that the completion continues, from its tag on; "" if the tag is not open.
 
         It is a part of the prompt, put there by the template or by --prefill, and a part of the answer.
         """
-        tag = TAG_AT_END.search(self.after)
-        return tag[0] if tag and tag[0].rstrip() == answer_format.opening else ""
+        opened, closed = answer_format.reasoning_pair
+        _, tag, begun = self.after.rpartition(opened)
+        return tag + begun if tag and closed not in begun else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from grpo_ds.errors import MAX_LINES, DataError, UsageError
 from grpo_ds.task.answers import AnswerFormat
@@ -51,6 +53,7 @@ ALTERNATES = (
 )
 LAST_PART = "{{ m.content.split('</think>')[-1] }}"  # the reasoning of earlier turns is removed
 ALWAYS_REASONS = template(assistant=LAST_PART, generation="<think>\n")  # as DeepSeek-R1's distilled models and QwQ
+BEGINS = template(generation="<think>\nOkay, ")
 QWEN3 = template(assistant=LAST_PART)
 QWEN3_OFF = template(assistant=LAST_PART, generation="<think>\n\n</think>\n\n")  # enable_thinking=false
 OFF_IN_EVERY_TURN = template(
@@ -201,7 +204,7 @@ def test_without_a_system_role_the_instructions_start_the_first_user_turn(templa
 
 
 @pytest.mark.parametrize("prefill", [False, True])
-@pytest.mark.parametrize("template", [ALWAYS_REASONS, template(generation="<think>")])
+@pytest.mark.parametrize("template", [ALWAYS_REASONS, template(generation="<think>"), BEGINS])
 def test_a_reasoning_tag_that_the_template_opens_is_prefilled_once(template, prefill):
     found = chat(template, THINK, few_shot=0, prefill=prefill)
     assert found.after.count("<think>") == 1 and found.after.endswith(found.opening(THINK))
@@ -272,6 +275,49 @@ def test_examples_that_the_template_would_edit_are_text_of_the_user_turn(templat
     assert default_system_prompt(answer_format) in found.before and "<|im_start|>assistant" not in found.before
     assert "edits earlier assistant turns" in warnings(template, answer_format)
     assert "edits" not in warnings(template, answer_format, few_shot=0)
+
+
+EDITS = ["{{ m.content }}", LAST_PART, "{{ m.content | trim }}", "{{ m.content[:50] }}", ""]
+BEGINNINGS = [
+    "",
+    "<think>\n",
+    "<think>\n\n</think>\n\n",
+    "<reasoning>",
+    "<think></think>",
+    "<|channel|>final<|message|>",
+    "Sure: ",
+]
+REFUSALS = ["", refusing("m.role == 'system'", "no system"), refusing("m.role == 'assistant'", "no history")]
+
+
+@settings(deadline=None)  # the cores are shared
+@given(
+    st.builds(
+        lambda refusal, **traits: refusal + template(**traits),
+        st.sampled_from(REFUSALS),
+        assistant=st.sampled_from(EDITS),
+        system=st.booleans(),
+        turn=st.sampled_from(BEGINNINGS),
+        generation=st.sampled_from(BEGINNINGS),
+    ),
+    st.sampled_from([FORMAT, THINK]),
+    st.integers(0, 2),
+    st.booleans(),
+)
+def test_any_template_is_refused_or_its_prompt_holds_all_and_a_good_completion_is_read(
+    template, answer_format, few_shot, prefill
+):
+    try:
+        warnings(template, answer_format, few_shot=few_shot)
+    except UsageError:
+        return
+    found = chat(template, answer_format, few_shot=few_shot, prefill=prefill)
+    assert found.before.count(default_system_prompt(answer_format)) == 1
+    shown = [found.before.count(answer_format.write(reasoning, q.label)) for q, reasoning in WORKED_EXAMPLES]
+    assert shown == [1] * few_shot + [0] * (2 - few_shot)
+    opening, good = found.opening(answer_format), answer_format.write("It fell.", "yes")
+    assert found.after.endswith(opening) and bool(opening) >= prefill
+    assert answer_format.parse(opening + good.removeprefix(answer_format.opening * bool(opening))).answer == "yes"
 
 
 @pytest.mark.parametrize("template", [REFUSES_SYSTEM, ALTERNATES, QWEN3, ALWAYS_REASONS])
