@@ -95,7 +95,7 @@ class AnswerFormat:
         forms = (label_key(exact), label_key(exact.removesuffix(".").rstrip()))
         label = next((label for label in self.labels if label_key(label) in forms), None)
         # Case folding turns a long s into "s", so a label in ASCII must be spelled in ASCII.
-        return label if label and (exact.isascii() or not nfc(label).isascii()) else None
+        return label if label and (exact.isascii() or not label.isascii()) else None
 
     def write(self, reasoning: str, answer: str) -> str:
         """Return the completion that `parse` reads back."""
