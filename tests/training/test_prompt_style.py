@@ -80,8 +80,8 @@ def test_another_tag_that_the_template_opens_is_named_before_the_model_is_loaded
 
 
 def test_the_warning_of_moved_examples_is_one_line_in_every_command(no_weights, capsys):
-    strips = OPENS.replace("m['content']", "m['content'].split('</think>')[-1]")
-    (no_weights / "chat_template.jinja").write_text(strips)
+    strips = "{{ m['content'].split('</think>')[-1] if m['role'] == 'assistant' else m['content'] }}"
+    (no_weights / "chat_template.jinja").write_text(OPENS.replace("{{ m['content'] }}", strips))
     flags = ["--model", str(no_weights), "--reasoning_tag", "think", "--few_shot", "2"]
     console = Console()
     config = TrainConfig(model=str(no_weights), max_completion_length=8, reasoning_tag="think", few_shot=2)
