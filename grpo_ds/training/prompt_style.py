@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_ds.settings.config import AskConfig
 from grpo_ds.task.answers import AnswerFormat
-from grpo_ds.task.prompts import check_chat_template, encode_prompt, render_chat
+from grpo_ds.task.chat import Messages, check_chat_template, render_chat
+from grpo_ds.task.prompts import encode_prompt, marked_messages
 from grpo_ds.task.questions import Question
 from grpo_ds.training.sampling import Completions
 
@@ -35,8 +36,12 @@ class PromptStyle:
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
         """Return warnings about the tokenizer's chat template. Raises UsageError if it cannot be used."""
-        return check_chat_template(
-            tokenizer, answer_format=self.answer_format, few_shot=self.few_shot, system_prompt=self.system_prompt
+        return check_chat_template(tokenizer, self.messages(), answer_format=self.answer_format)
+
+    def messages(self) -> Messages:
+        """The chat of any question with a context."""
+        return marked_messages(
+            answer_format=self.answer_format, few_shot=self.few_shot, system_prompt=self.system_prompt
         )
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[list[int]]:
@@ -69,14 +74,7 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, " C"]) -> str:
 @lru_cache(maxsize=8)
 def _opening(tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> str:
     """Reasoning tag at the end of every prompt, put there by --prefill or by the chat template; "" without one."""
-    chat = render_chat(
-        tokenizer,
-        has_context=True,
-        answer_format=style.answer_format,
-        few_shot=style.few_shot,
-        prefill=style.prefill,
-        system_prompt=style.system_prompt,
-    )
+    chat = render_chat(tokenizer, style.messages(), answer_format=style.answer_format, prefill=style.prefill)
     return chat.opening(style.answer_format)
 
 

@@ -3,8 +3,9 @@
 import pytest
 
 from grpo_ds.task.answers import AnswerFormat, ParsedAnswer
+from grpo_ds.task.chat import Chat
 from grpo_ds.task.grading import Evaluation, Grades
-from grpo_ds.task.prompts import Chat, EncodedPrompt
+from grpo_ds.task.prompts import EncodedPrompt
 from grpo_ds.task.questions import Question, QuestionSet
 from grpo_ds.task.scoring import Rewards
 from grpo_ds.task.sources import Source

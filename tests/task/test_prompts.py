@@ -8,15 +8,13 @@ from hypothesis import strategies as st
 
 from grpo_ds.errors import MAX_LINES, DataError, UsageError
 from grpo_ds.task.answers import AnswerFormat
+from grpo_ds.task.chat import DEFAULT_CHAT_TEMPLATE, check_chat_template, ensure_chat_template, render_chat
 from grpo_ds.task.prompts import (
-    DEFAULT_CHAT_TEMPLATE,
     WORKED_EXAMPLES,
     build_messages,
-    check_chat_template,
     default_system_prompt,
     encode_prompt,
-    ensure_chat_template,
-    render_chat,
+    marked_messages,
 )
 from grpo_ds.task.questions import Question
 from tests.conftest import make_tokenizer
@@ -182,14 +180,14 @@ def test_without_room_for_any_context_the_rest_must_still_fit(tokenizer, prefill
 
 
 def chat(template, answer_format=FORMAT, *, few_shot=2, prefill=False):
-    options = {"answer_format": answer_format, "few_shot": few_shot, "prefill": prefill, "system_prompt": ""}
-    return render_chat(with_template(template), has_context=True, **options)
+    messages = marked_messages(answer_format=answer_format, few_shot=few_shot, system_prompt="")
+    return render_chat(with_template(template), messages, answer_format=answer_format, prefill=prefill)
 
 
 def warnings(template, answer_format=FORMAT, *, few_shot=2):
     """Check a template; return its warnings, each of one line."""
-    tokenizer = with_template(template)
-    found = check_chat_template(tokenizer, answer_format=answer_format, few_shot=few_shot, system_prompt="")
+    messages = marked_messages(answer_format=answer_format, few_shot=few_shot, system_prompt="")
+    found = check_chat_template(with_template(template), messages, answer_format=answer_format)
     assert all(len(line.splitlines()) == 1 for line in found)
     return "\n".join(found)
 
