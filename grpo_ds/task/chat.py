@@ -82,8 +82,8 @@ def check_chat_template(tokenizer: Any, messages: Messages, *, answer_format: An
     left = header[len(os.path.commonprefix([header, chat.after])) :]  # noqa: RUF071  characters, not folders
     if re.search(CONTROL, left):
         raise UsageError(
-            f"The chat template begins an assistant's turn with {left.strip()[:80]!r}, but its generation prompt does not,"
-            "\nand a completion with control tokens in front of the answer earns nothing.\n"
+            f"The chat template begins an assistant's turn with {left.strip()[:80]!r}, but its generation prompt "
+            "does not,\nand a completion with control tokens in front of the answer earns nothing.\n"
             "Add that text to the generation prompt: chat_template in the model's tokenizer_config.json."
         )
     tag = TAG_AT_END.search(chat.after)
