@@ -120,7 +120,7 @@ def loaded(config: QuestionConfig, *, bf16: bool) -> "tuple[Sampler, PromptStyle
     with redirect_stdout(sys.stderr):
         from grpo_ds.training.evaluate import load_for_asking
 
-        return load_for_asking(config, bf16=bf16)
+        return load_for_asking(config, bf16=bf16, say=lambda line: print(escape_control_chars(line)))
 
 
 def given_questions(config: QuestionConfig) -> list[Question]:

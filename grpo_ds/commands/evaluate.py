@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
 
     console = Console()
     console.line(f"Model: {config.model} ({choice.why})\nData: {found.source}; {len(questions)} questions")
-    sampler, style = load_for_asking(config, bf16=gpu_gib is not None or cpu_has_bf16())
+    sampler, style = load_for_asking(config, bf16=gpu_gib is not None or cpu_has_bf16(), say=console.line)
     sampler.rows_at_once = config.generation_batch_size or ROWS_AT_ONCE
     alone = World(rank=0, size=1, device=sampler.model.device)
     with console.progress("Answering", len(questions)) as advance:

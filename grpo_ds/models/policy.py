@@ -20,7 +20,7 @@ from grpo_ds.models.presets import EMBEDDED, PRESETS
 from grpo_ds.models.shapes import SHARD_BYTES, adapter_base, brings_code
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.system.hub import check_hub
-from grpo_ds.task.prompts import ensure_chat_template
+from grpo_ds.task.chat import ensure_chat_template
 
 # For a hub model without safetensors, transformers would ask a hub service to convert it, with the user's account.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")

@@ -7,6 +7,7 @@ from grpo_ds.settings.flags import Flags, failed, flag
 from grpo_ds.task.answers import TAG_NAME
 from grpo_ds.task.prompts import read_system_prompt
 from grpo_ds.task.records import NO_CONTEXT, Unusable
+from grpo_ds.task.spelling import label_key, nfc
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +41,10 @@ class RecordFlags(Flags):
     def field_names(self) -> dict[str, str]:
         """Map question, context and label to the record's field, for the fields that flags name."""
         names = {"question": self.question_field, "context": self.context_field, "label": self.label_field}
-        return {field: name for field, name in names.items() if name}
+        return {field: nfc(name) for field, name in names.items() if name}
 
     def problems(self) -> list[str]:
-        different = {label.casefold() for label in self.label_names}
+        different = {label_key(label) for label in self.label_names}
         named = self.field_names
         return [
             *failed(

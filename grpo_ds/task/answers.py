@@ -2,11 +2,14 @@
 
 Prompts, rewards and grading all use one `AnswerFormat`. `parse` splits a completion at its tags in one pass (the
 pattern reads each character at most a few times) and looks up the order of the tags in a table. Tags that are doubled,
-nested, misspelled or out of order are not in the table and earn nothing.
+nested, misspelled or out of order are not in the table and earn nothing. Completions and labels are compared in one
+Unicode form (spelling.py).
 """
 
 import re
 from dataclasses import dataclass
+
+from grpo_ds.task.spelling import label_key, nfc
 
 TAG_NAME = re.compile(r"[A-Za-z][\w-]*", re.ASCII)  # ASCII: sampling estimates a tag's tokens from its characters
 CONTROL = r"<[|\uff5c][^<>\s]*[|\uff5c]>"  # a chat template's control token: <|im_end|>
@@ -43,7 +46,7 @@ class AnswerFormat:
         'yes'
     """
 
-    labels: tuple[str, ...] = ("yes", "no")  # spelled as in prompts; no two differ only by case
+    labels: tuple[str, ...] = ("yes", "no")  # spelled as in prompts; no two have the same label_key
     reasoning_tag: str = "reasoning"
     answer_tag: str = "answer"
 
@@ -76,7 +79,7 @@ class AnswerFormat:
 
     def parse(self, completion: str) -> ParsedAnswer:
         """Parse a completion. If <reasoning> was prefilled, the caller must put that tag back in front."""
-        pieces = re.split(f"({self.tag_pattern})", completion, flags=re.IGNORECASE)
+        pieces = re.split(f"({self.tag_pattern})", nfc(completion), flags=re.IGNORECASE)
         texts, tags = pieces[0::2], tuple(pieces[1::2])  # texts[i] is the text before tags[i]
         both = self.reasoning_pair + self.answer_pair
         # both[:3]: cut within the answer, at the token limit
@@ -88,9 +91,9 @@ class AnswerFormat:
 
     def label_of(self, text: str) -> str | None:
         """Return the label in this text, ignoring case, white space and one full stop; None for any other text."""
-        exact = text.strip()
-        forms = (exact.casefold(), exact.removesuffix(".").rstrip().casefold())
-        label = next((label for label in self.labels if label.casefold() in forms), None)
+        exact = nfc(text).strip()
+        forms = (label_key(exact), label_key(exact.removesuffix(".").rstrip()))
+        label = next((label for label in self.labels if label_key(label) in forms), None)
         # Case folding turns a long s into "s", so a label in ASCII must be spelled in ASCII.
         return label if label and (exact.isascii() or not label.isascii()) else None
 

@@ -3,6 +3,7 @@
 import re
 
 from grpo_ds.task.answers import CONTROL, AnswerFormat
+from grpo_ds.task.spelling import nfc
 
 
 def broken_rule(completion: str, answer_format: AnswerFormat) -> str:
@@ -14,7 +15,7 @@ def broken_rule(completion: str, answer_format: AnswerFormat) -> str:
     """
     if answer_format.parse(completion).well_formed:
         return ""
-    pieces = re.split(f"({answer_format.tag_pattern})", completion, flags=re.IGNORECASE)
+    pieces = re.split(f"({answer_format.tag_pattern})", nfc(completion), flags=re.IGNORECASE)
     texts, tags = pieces[0::2], pieces[1::2]  # texts[i] is the text before tags[i]
     wanted = (*answer_format.reasoning_pair, *answer_format.answer_pair)
     missing = [tag for tag in wanted if tag not in tags]

@@ -3,7 +3,7 @@
 A context may hold "<|im_end|>" or any other control token as plain text. So the chat template is rendered with two
 marks in place of the user's texts and cut at the marks. Only the template's pieces are tokenised with control tokens;
 the user's texts are tokenised as text and put in between. To shorten a prompt, tokens of the context are dropped,
-without rendering again.
+without rendering again (the chat itself: chat.py).
 """
 
 import os
@@ -11,18 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grpo_ds.errors import DataError, UsageError
+from grpo_ds.errors import DataError
 from grpo_ds.task.answers import AnswerFormat
+from grpo_ds.task.chat import CONTEXT_MARK, QUESTION_MARK, Messages, render_chat
 from grpo_ds.task.questions import Question
 from grpo_ds.task.records import Unusable, sound_text
 
-DEFAULT_CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n\n{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
-# Private-use characters: no chat template has a reason to contain or remove them.
-CONTEXT_MARK = "\ue000context\ue001"
-QUESTION_MARK = "\ue000question\ue001"
 # Characters; twice Qwen's longest token, 128 spaces. A context is cut to this many characters for each token before it
 # is tokenised, because tokenising 10 MB takes half a minute and 1.5 GB.
 LONGEST_TOKEN = 256
@@ -86,7 +80,7 @@ def worked_examples(answer_format: AnswerFormat) -> list[tuple[Question, str]]:
 
 def build_messages(
     question: Question, *, answer_format: AnswerFormat, few_shot: int, system_prompt: str = ""
-) -> list[dict[str, str]]:
+) -> Messages:
     """Build the chat: system prompt ("": the default), `few_shot` worked examples as separate turns, the question."""
     turns = [
         {"role": "system", "content": system_prompt or default_system_prompt(answer_format, bool(question.context))}
@@ -95,6 +89,14 @@ def build_messages(
         turns.append({"role": "user", "content": _user_text(example)})
         turns.append({"role": "assistant", "content": answer_format.write(reasoning, example.label)})
     return [*turns, {"role": "user", "content": _user_text(question)}]
+
+
+def marked_messages(
+    *, answer_format: AnswerFormat, few_shot: int, system_prompt: str, has_context: bool = True
+) -> Messages:
+    """Build the chat of any question, with marks in place of its texts."""
+    question = Question(id="", text=QUESTION_MARK, context=CONTEXT_MARK * has_context, label="")
+    return build_messages(question, answer_format=answer_format, few_shot=few_shot, system_prompt=system_prompt)
 
 
 def default_system_prompt(answer_format: AnswerFormat, has_context: bool = True) -> str:
@@ -122,14 +124,18 @@ def encode_prompt(
     max_prompt_length: tokens.
     Raises DataError if the prompt does not fit even without any context.
     """
-    marked = replace(question, text=QUESTION_MARK, context=CONTEXT_MARK if question.context else "")
-    messages = build_messages(marked, answer_format=answer_format, few_shot=few_shot, system_prompt=system_prompt)
-    before, between, after = _cut_at_marks(_render(tokenizer, messages), bool(question.context))
-    head = _template_ids(tokenizer, before)
+    messages = marked_messages(
+        answer_format=answer_format,
+        few_shot=few_shot,
+        system_prompt=system_prompt,
+        has_context=bool(question.context),
+    )
+    chat = render_chat(tokenizer, messages, answer_format=answer_format, prefill=prefill)
+    head = _template_ids(tokenizer, chat.before)
     reach = (max_prompt_length + 1) * LONGEST_TOKEN
     context = _text_ids(tokenizer, f" {question.context}"[-reach:]) if question.context else []
-    middle = _template_ids(tokenizer, between) + _text_ids(tokenizer, f" {question.text}")
-    tail = _template_ids(tokenizer, after + answer_format.opening * prefill)
+    middle = _template_ids(tokenizer, chat.between) + _text_ids(tokenizer, f" {question.text}")
+    tail = _template_ids(tokenizer, chat.after)
     fixed = len(head) + len(middle) + len(tail)
     if fixed > max_prompt_length:
         raise _too_long(question, fixed, max_prompt_length)
@@ -137,53 +143,8 @@ def encode_prompt(
     return EncodedPrompt(head + context[dropped:] + middle + tail, dropped)
 
 
-def ensure_chat_template(tokenizer: Any) -> None:
-    """Give a tokenizer without a chat template the default one, after BOS if the tokenizer starts texts with BOS."""
-    if tokenizer.chat_template:
-        return
-    starts_with_bos = tokenizer.bos_token_id is not None and tokenizer.encode("a")[0] == tokenizer.bos_token_id
-    tokenizer.chat_template = "{{ bos_token }}" * starts_with_bos + DEFAULT_CHAT_TEMPLATE
-
-
 def _user_text(question: Question) -> str:
     return f"Context: {question.context}\n\n" * bool(question.context) + f"Question: {question.text}"
-
-
-def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    """Render the chat. The system prompt goes into the first user turn if the template refuses or ignores its role."""
-    try:
-        rendered = _apply_template(tokenizer, messages)
-    except Exception:  # the template refuses the role; for any other error the next line fails too
-        return _apply_template(tokenizer, _without_system_role(messages))
-    if messages[0]["content"] in rendered:
-        return rendered
-    return _apply_template(tokenizer, _without_system_role(messages))
-
-
-def _apply_template(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
-def _without_system_role(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    system, first, *others = messages
-    return [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *others]
-
-
-def _cut_at_marks(rendered: str, has_context: bool) -> tuple[str, str, str]:
-    """Return the template's text before the context ("" without one), between context and question, and after.
-
-    The space before a mark belongs to the user's text, because tokenizers join a word with the space before it.
-    """
-    mark = f" {CONTEXT_MARK}"
-    # The last occurrence of each mark: a system prompt before them may hold any text.
-    rest, found_question, after = rendered.rpartition(f" {QUESTION_MARK}")
-    before, found_context, between = rest.rpartition(mark) if has_context else ("", mark, rest)
-    if not (found_context and found_question):
-        raise UsageError(
-            "The tokenizer's chat template does not repeat the last user turn unchanged, so no question can be put "
-            "into it.\nUse an instruction-tuned model, or fix chat_template in its tokenizer_config.json."
-        )
-    return before, between, after
 
 
 def _template_ids(tokenizer: Any, text: str) -> list[int]:

@@ -17,6 +17,7 @@ from typing import Any
 from grpo_ds.errors import DataError, UsageError, one_error
 from grpo_ds.task.records import check_record, quote
 from grpo_ds.task.sources import ACCEPTED, Source, open_source
+from grpo_ds.task.spelling import label_key, nfc
 
 PUBMEDQA_LABELS = ("yes", "no", "maybe")
 
@@ -158,8 +159,8 @@ def _checked_questions(
 ) -> list[Question]:
     """Return a question for each record, or raise one DataError that names every bad record."""
     # If all labels are PubMedQA's, its other labels are accepted here and left out later; otherwise they are errors.
-    asks_pubmedqa = {label.casefold() for label in labels} <= set(PUBMEDQA_LABELS)
-    others = [label for label in PUBMEDQA_LABELS if label not in map(str.casefold, labels)] if asks_pubmedqa else []
+    asked = {label_key(label) for label in labels}
+    others = [label for label in PUBMEDQA_LABELS if label not in asked] if asked <= set(PUBMEDQA_LABELS) else []
     found, problems = _check_all(source, (*labels, *others), fields, label_needed)
     if problems:
         headline = (
@@ -203,16 +204,16 @@ def _duplicates(placed: Sequence[tuple[str, Question]]) -> Iterator[str]:
     by_id: dict[str, str] = {}
     by_content: dict[tuple[str, str], tuple[str, str]] = {}
     for place, question in placed:
-        content = (question.text, question.context)
+        content, own_id = (nfc(question.text), nfc(question.context)), nfc(question.id)
         if content in by_content:
             first, label = by_content[content]
             conflict = (
                 "" if label == question.label else f", but its answer is {quote(label)}, not {quote(question.label)}"
             )
             yield f"{place}: same question and context as {first}{conflict}; remove one"
-        elif question.id in by_id:
-            yield f"{place}: id {quote(question.id)} is taken by {by_id[question.id]}; ids must differ"
-        by_id.setdefault(question.id, place)
+        elif own_id in by_id:
+            yield f"{place}: id {quote(question.id)} is taken by {by_id[own_id]}; ids must differ"
+        by_id.setdefault(own_id, place)
         by_content.setdefault(content, (place, question.label))
 
 

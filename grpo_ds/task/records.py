@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import isfinite, isnan
 
+from grpo_ds.task.spelling import label_key
+
 NO_CONTEXT = "none"  # as the name of the context field: the questions have no context
 LONGEST_QUOTE = 40  # characters of a bad value that an error repeats
 LONGEST_ID = 200  # characters: errors and reports name a record by its id, on one line
@@ -134,7 +136,7 @@ def _context(value: object) -> str:
 
 def _label(value: object, known_labels: Collection[str]) -> str:
     label = _text_or_integer(value)
-    spelled = {known.casefold(): known for known in known_labels}.get(label.casefold())
+    spelled = {label_key(known): known for known in known_labels}.get(label_key(label))
     if spelled is None:
         raise Unusable(f"is {quote(label)}; it must be {' or '.join(known_labels)}")
     return spelled

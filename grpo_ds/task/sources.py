@@ -15,6 +15,7 @@ from pathlib import Path
 from grpo_ds.errors import DataError
 from grpo_ds.system.hub import check_hub
 from grpo_ds.task.records import BROKEN, REQUIRED_NAMES, describe, quote
+from grpo_ds.task.spelling import nfc
 
 SAMPLE = "sample"
 GOLDEN_FILE = "golden_dataset_pubmedqa_qwen2.5_pro_test_500.json"  # the default if it is in the working folder
@@ -134,12 +135,15 @@ def _decode(name: str, content: bytes) -> str:
 
 
 def _loads(text: str, repeated: list[tuple[dict, str]]) -> object:
-    """Parse JSON, and add to `repeated` the names that appear twice in one object: JSON keeps only the last value."""
+    """Parse JSON with names in NFC, and add to `repeated` those that appear twice in one object.
+
+    JSON keeps only the last value of a name; flags and the parameters of reward functions are compared with names.
+    """
 
     def note_repeated(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        as_dict = dict(pairs)
+        as_dict = {nfc(name): value for name, value in pairs}
         if len(as_dict) < len(pairs):
-            counts = Counter(name for name, _ in pairs)
+            counts = Counter(nfc(name) for name, _ in pairs)
             repeated.extend((as_dict, name) for name in as_dict if counts[name] > 1)
         return as_dict
 
@@ -229,8 +233,9 @@ def _read_hub(hub_id: str) -> Source:
 
 
 def rows_to_source(name: str, rows: Iterable[Mapping]) -> Source:
-    """Turn rows of a table into records, numbered from 1."""
-    return Source(name, tuple((f"record {number}", dict(row)) for number, row in enumerate(rows, start=1)))
+    """Turn rows of a table into records, numbered from 1, with names in NFC."""
+    records = ({nfc(column): value for column, value in row.items()} for row in rows)
+    return Source(name, tuple((f"record {number}", record) for number, record in enumerate(records, start=1)))
 
 
 def _hub_error(hub_id: str, error: Exception) -> DataError:

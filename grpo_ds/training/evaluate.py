@@ -41,14 +41,19 @@ def evaluate(
     return graded(texts, questions, style.answer_format)
 
 
-def load_for_asking(config: AskConfig, *, bf16: bool) -> tuple[Sampler, PromptStyle]:
-    """Load a model to answer questions without an engine, on the GPU if there is one."""
+def load_for_asking(config: AskConfig, *, bf16: bool, say: Callable[[str], None]) -> tuple[Sampler, PromptStyle]:
+    """Load a model to answer questions without an engine, on the GPU if there is one.
+
+    say: prints a line, for warnings about the chat template.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trust = config.trust_remote_code
-    tokenizer = load_tokenizer(config.model, trust_remote_code=trust)
+    tokenizer, style = load_tokenizer(config.model, trust_remote_code=trust), prompt_style(config)
+    for line in style.check(tokenizer):
+        say(line)
     dtype = torch.bfloat16 if bf16 else torch.float32
     model = load_policy(config.model, dtype=dtype, checkpointing=False, trust_remote_code=trust)
     model.to(device).eval()  # type: ignore[arg-type]  # transformers hides the signature of .to
     stop = config.answer_format.stop
     sampler = Sampler(model, tokenizer, max_completion_length=config.max_completion_length, stop=stop)
-    return sampler, prompt_style(config)
+    return sampler, style

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_ds.settings.config import AskConfig
 from grpo_ds.task.answers import AnswerFormat
-from grpo_ds.task.prompts import build_messages, encode_prompt
+from grpo_ds.task.chat import Messages, check_chat_template, render_chat
+from grpo_ds.task.prompts import build_messages, encode_prompt, marked_messages
 from grpo_ds.task.questions import Question
 from grpo_ds.task.rewards import Prompt
 from grpo_ds.training.sampling import Completions
@@ -30,9 +31,19 @@ class PromptStyle:
 
     answer_format: AnswerFormat
     few_shot: int  # worked examples
-    prefill: bool  # the prompt ends with the opening reasoning tag
+    prefill: bool  # the prompt ends with the opening reasoning tag, also if the chat template does not open it
     max_prompt_length: int  # tokens
     system_prompt: str = ""  # "": the packaged one
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+        """Return warnings about the tokenizer's chat template. Raises UsageError if it cannot be used."""
+        return check_chat_template(tokenizer, self.messages(), answer_format=self.answer_format)
+
+    def messages(self) -> Messages:
+        """The chat of any question with a context."""
+        return marked_messages(
+            answer_format=self.answer_format, few_shot=self.few_shot, system_prompt=self.system_prompt
+        )
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[list[int]]:
         """Token ids of each question's prompt. Raises DataError if a question alone is too long for a prompt."""
@@ -50,8 +61,8 @@ class PromptStyle:
         return Prompt(str(tokenizer.decode(_prompt_ids(tokenizer, question, self))), messages)
 
     def texts(self, tokenizer: PreTrainedTokenizerBase, completions: Completions) -> list[str]:
-        """Text of each completion as rewards and grades read it, with a prefilled tag put back in front."""
-        opening = self.answer_format.opening * self.prefill
+        """Text of each completion as rewards and grades read it, after the reasoning tag that its prompt opened."""
+        opening = _opening(tokenizer, self)
         rows = zip(completions.ids, completions.mask, strict=True)
         return [opening + _decode(tokenizer, ids[mask]) for ids, mask in rows]
 
@@ -70,6 +81,13 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, " C"]) -> str:
     """
     ends_in_control = len(ids) > 0 and not tokenizer.decode(ids[-1:], skip_special_tokens=True)
     return str(tokenizer.decode(ids[:-1] if ends_in_control else ids, skip_special_tokens=False))
+
+
+@lru_cache(maxsize=8)
+def _opening(tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> str:
+    """Reasoning tag at the end of every prompt, put there by --prefill or by the chat template; "" without one."""
+    chat = render_chat(tokenizer, style.messages(), answer_format=style.answer_format, prefill=style.prefill)
+    return chat.opening(style.answer_format)
 
 
 @lru_cache(maxsize=20_000)  # a run checks all prompts before its first step and asks each again every epoch

@@ -87,6 +87,9 @@ class Trainer:
         self.guard = Guard(world, self.profiler, self.interruption, shrink=self.shrink)
         self.bad_steps = NonfiniteSteps(config.max_bad_steps, world, console.line)
         self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+        style = style or prompt_style(config)
+        for line in style.check(self.tokenizer):  # before the model is loaded
+            console.line(line)
         dtype = torch.bfloat16 if ds.bf16 else torch.float32
         source = replace(config, model=str(weights)) if weights else config
         policy = self.guard.run("load", trainable_policy, source, dtype=dtype, known_ids=len(self.tokenizer))
@@ -100,7 +103,6 @@ class Trainer:
             cuda_graphs=config.cuda_graphs,
             poll=self.guard.poll,
         )
-        style = style or prompt_style(config)
         self.collector = Collector(
             config, world, self.sampler, style, reward_functions, lambda: self.progress, warn=console.line
         )

@@ -25,6 +25,7 @@ from grpo_ds.settings.saved_config import write_config
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.questions import Question, unanswered_questions
 from grpo_ds.terminal import CONTROL_CHARS
+from tests.conftest import CHATML
 
 ROOT = Path(__file__).resolve().parents[2]
 ASKED = ["--question", "Does it help?", "--context", "It helped 9 of 10."]
@@ -244,6 +245,15 @@ def test_a_checkpoint_brings_its_labels_tags_fields_and_prompt(quizzed, file, ca
     assert all(line["text"].startswith("<think>") and not line["right"] for line in found)
     with pytest.raises(DataError, match="key is 'E'; it must be A or B or C or D"):
         ask.main(["--model", str(quizzed), "--file", file([{"stem": "Which?", "key": "E"}])])
+
+
+def test_a_tag_that_the_chat_template_opens_is_a_part_of_the_answer_once(quizzed, tmp_path, capsys):
+    for file in quizzed.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(CHATML.replace("assistant\n", "assistant\n<think>\n"))
+    ask.main(["--model", str(tmp_path), "--json", "--question", "Which?"])  # it was trained with --prefill
+    (found,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert found["text"].startswith("<think>\n") and found["text"].count("<think>") == 1
 
 
 def test_standard_output_is_json_and_nothing_else(tiny_folder):

@@ -17,6 +17,16 @@ from grpo_ds.settings.flags import HEADINGS, Flags, all_flags, flags_by_heading
 LAPTOP = PRESETS[EMBEDDED].recipe
 
 
+def test_labels_and_fields_are_compared_in_one_unicode_form():
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    problem = error_of(parse(TrainConfig, ["--labels", f"{composed},{decomposed.upper()}"], about="").config)
+    assert "labels needs two answers or more" in problem and "has one answer twice" in problem
+    flags = ["--question_field", composed, "--label_field", decomposed]
+    assert "must name different fields" in error_of(parse(TrainConfig, flags, about="").config)
+    config = parse(TrainConfig, ["--labels", f"{decomposed},no", "--label_field", decomposed], about="").config()
+    assert config.label_names == (decomposed, "no") and config.field_names == {"label": composed}
+
+
 def help_of(config_type, capsys):
     with pytest.raises(SystemExit):
         parse(config_type, ["--help"], about="What it does.")

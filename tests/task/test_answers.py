@@ -1,10 +1,13 @@
 """The answer contract: what counts as an answer, and what earns nothing."""
 
+import unicodedata
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_ds.task.answers import TAG_NAME, AnswerFormat
+from grpo_ds.task.spelling import label_key
 
 LABELS = ("yes", "no")
 FORMAT = AnswerFormat(LABELS)
@@ -105,6 +108,27 @@ def test_maybe_is_an_answer_where_it_is_a_label():
     assert with_maybe.parse(with_maybe.write("a", "maybe")).answer == "maybe"
 
 
+ACCENTED = AnswerFormat(("caf\u00e9", "e\u0301te\u0301", "no"))  # composed and decomposed
+
+
+@pytest.mark.parametrize(
+    ("written", "label"),
+    [
+        ("caf\u00e9", "caf\u00e9"),
+        ("cafe\u0301", "caf\u00e9"),
+        (" CAFE\u0301. ", "caf\u00e9"),
+        ("\u00e9t\u00e9", "e\u0301te\u0301"),  # returned as the label is spelled
+        ("\u00c9te\u0301", "e\u0301te\u0301"),
+        ("cafe", None),  # another letter
+        ("cafe\u0300", None),
+        ("no\u0301", None),
+        ("\u0338no", None),  # Unicode's "not greater than" ends no tag
+    ],
+)
+def test_a_label_is_read_in_either_unicode_form(written, label):
+    assert ACCENTED.parse(f"<reasoning>a</reasoning><answer>{written}</answer>").answer == label
+
+
 OTHERS = AnswerFormat(("A", "B", "U.S.", "Straße"), reasoning_tag="think", answer_tag="final-answer")
 
 
@@ -186,9 +210,35 @@ def test_a_very_long_completion_is_read_too(text):
     assert FORMAT.parse(FORMAT.write(f"word {long.replace('<', '')}", "no")).answer == "no"
 
 
-LABEL = st.text(st.characters(exclude_characters="<"), min_size=1, max_size=8).map(str.strip)
+FORMS = st.sampled_from(["NFC", "NFD"])
+
+
+@settings(deadline=None)  # the cores are shared
+@given(
+    st.lists(
+        st.sampled_from(
+            [*ACCENTED.reasoning_pair, *ACCENTED.answer_pair, *ACCENTED.labels, "\u00e9", "\u0301", "\u0338"]
+        )
+        | st.text(max_size=3),
+        max_size=9,
+    ),
+    FORMS,
+    FORMS,
+)
+def test_a_completion_is_read_alike_in_either_unicode_form(parts, form, labels_form):
+    text = "".join(parts)
+    labels = tuple(unicodedata.normalize(labels_form, label) for label in ACCENTED.labels)
+    other = AnswerFormat(labels)
+    for completion in (text, f"<reasoning>{text}</reasoning><answer>{ACCENTED.labels[len(text) % 3]}</answer>"):
+        found, again = ACCENTED.parse(completion), other.parse(unicodedata.normalize(form, completion))
+        assert (found.reasoning_tags, found.answer_tags) == (again.reasoning_tags, again.answer_tags)
+        assert found.answer == (again.answer and ACCENTED.labels[labels.index(again.answer)])
+
+
+# A mark that turns the ">" before it into another sign would end no tag; such a label is refused.
+LABEL = st.text(st.characters(exclude_characters="<\u0338"), min_size=1, max_size=8).map(str.strip)
 SETS_OF_LABELS = st.lists(
-    LABEL.filter(lambda label: label and not label.endswith(".")), min_size=2, max_size=5, unique_by=str.casefold
+    LABEL.filter(lambda label: label and not label.endswith(".")), min_size=2, max_size=5, unique_by=label_key
 ).map(tuple)
 TAGS = st.lists(st.from_regex(TAG_NAME, fullmatch=True), min_size=2, max_size=2, unique=True)
 
@@ -203,7 +253,9 @@ def test_any_labels_are_read_back_in_any_tags(labels, tags, data):
     assert style.reads_back(label)
 
 
-@pytest.mark.parametrize(("labels", "lost"), [(("yes", "yes."), "yes."), (("a</answer>", "b"), "a</answer>")])
+@pytest.mark.parametrize(
+    ("labels", "lost"), [(("yes", "yes."), "yes."), (("a</answer>", "b"), "a</answer>"), (("\u0338a", "b"), "\u0338a")]
+)
 def test_a_label_that_would_not_be_read_back_is_detected(labels, lost):
     assert [label for label in labels if not AnswerFormat(labels).reads_back(label)] == [lost]
 

@@ -3,6 +3,7 @@
 import pytest
 
 from grpo_ds.task.answers import AnswerFormat, ParsedAnswer
+from grpo_ds.task.chat import Chat
 from grpo_ds.task.grading import Evaluation, Grades
 from grpo_ds.task.prompts import EncodedPrompt
 from grpo_ds.task.questions import Question, QuestionSet
@@ -11,7 +12,7 @@ from grpo_ds.task.scoring import Rewards
 from grpo_ds.task.sources import Source
 from tests.conftest import check_example
 
-CLASSES = [AnswerFormat, EncodedPrompt, Evaluation, Grades, OwnReward, ParsedAnswer, Question, QuestionSet]
+CLASSES = [AnswerFormat, Chat, EncodedPrompt, Evaluation, Grades, OwnReward, ParsedAnswer, Question, QuestionSet]
 CLASSES += [Rewards, Source]
 
 

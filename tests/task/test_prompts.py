@@ -3,27 +3,63 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from grpo_ds.errors import DataError, UsageError
+from grpo_ds.errors import MAX_LINES, DataError, UsageError
 from grpo_ds.task.answers import AnswerFormat
+from grpo_ds.task.chat import DEFAULT_CHAT_TEMPLATE, check_chat_template, ensure_chat_template, render_chat
 from grpo_ds.task.prompts import (
-    DEFAULT_CHAT_TEMPLATE,
     WORKED_EXAMPLES,
     build_messages,
     default_system_prompt,
     encode_prompt,
-    ensure_chat_template,
+    marked_messages,
 )
 from grpo_ds.task.questions import Question
 from tests.conftest import make_tokenizer
 
 FORMAT = AnswerFormat(("yes", "no"))
 QUESTION = Question(id="42", text="Does it help?", context="Methods first. Results last.", label="yes")
-REFUSES_SYSTEM = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}{% endfor %}"
+THINK = AnswerFormat(("yes", "no"), reasoning_tag="think")
+
+
+def template(*, user="{{ m.content }}", assistant="{{ m.content }}", system=True, turn="", generation=""):
+    """A chat template in the manner of ChatML. system: False leaves it out; generation: what the answer continues."""
+    said = f"{{% if m.role == 'assistant' %}}{turn}{assistant}{{% else %}}{user}{{% endif %}}"
+    only = "" if system else " if m.role != 'system'"
+    return (
+        f"{{% for m in messages{only} %}}<|im_start|>{{{{ m.role }}}}\n{said}<|im_end|>\n{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}<|im_start|>assistant\n{generation}{{% endif %}}"
+    )
+
+
+def refusing(condition, text):
+    return f"{{% for m in messages if {condition} %}}{{{{ raise_exception('{text}') }}}}{{% endfor %}}"
+
+
+REFUSES_SYSTEM = refusing("m.role == 'system'", "System role not supported") + template(user="{{ m.content | trim }}")
+IGNORES_SYSTEM = template(system=False)
+# Roles must alternate, and the instructions stand in the last user turn, as in Mistral's.
+ALTERNATES = (
+    "{% set chat = messages[1:] if messages[0].role == 'system' else messages %}"
+    "{% for m in chat %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}{% endif %}"
+    "{% if m.role == 'user' %}[INST] {% if loop.last and chat | length < messages | length %}"
+    "{{ messages[0].content }}\n\n{% endif %}{{ m.content }}[/INST]"
+    "{% else %} {{ m.content | trim }}</s>{% endif %}{% endfor %}"
 )
-IGNORES_SYSTEM = "{% for m in messages if m['role'] != 'system' %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+LAST_PART = "{{ m.content.split('</think>')[-1] }}"  # the reasoning of earlier turns is removed
+ALWAYS_REASONS = template(assistant=LAST_PART, generation="<think>\n")  # as DeepSeek-R1's distilled models and QwQ
+BEGINS = template(generation="<think>\nOkay, ")
+QWEN3 = template(assistant=LAST_PART)
+QWEN3_OFF = template(assistant=LAST_PART, generation="<think>\n\n</think>\n\n")  # enable_thinking=false
+OFF_IN_EVERY_TURN = template(
+    turn="<think>\n\n</think>\n", generation="<think>\n\n</think>\n"
+)  # as SmolLM3's, switched off
+CHANNELS = template(turn="<|channel|>final<|message|>")  # as gpt-oss: the answer stands in a channel of its own
+NAMES_CHANNEL = template(turn="<|channel|>final<|message|>", generation="<|channel|>final<|message|>")
+KEEPS = [ALTERNATES, template(), NAMES_CHANNEL, template(turn="<bot>", generation="<bot>")]
 
 
 def encode(tokenizer, question=QUESTION, *, few_shot=0, prefill=False, max_prompt_length=4096, **options):
@@ -143,23 +179,168 @@ def test_without_room_for_any_context_the_rest_must_still_fit(tokenizer, prefill
         assert part in str(error.value)
 
 
+def chat(template, answer_format=FORMAT, *, few_shot=2, prefill=False):
+    messages = marked_messages(answer_format=answer_format, few_shot=few_shot, system_prompt="")
+    return render_chat(with_template(template), messages, answer_format=answer_format, prefill=prefill)
+
+
+def warnings(template, answer_format=FORMAT, *, few_shot=2):
+    """Check a template; return its warnings, each of one line."""
+    messages = marked_messages(answer_format=answer_format, few_shot=few_shot, system_prompt="")
+    found = check_chat_template(with_template(template), messages, answer_format=answer_format)
+    assert all(len(line.splitlines()) == 1 for line in found)
+    return "\n".join(found)
+
+
 @pytest.mark.parametrize("template", [REFUSES_SYSTEM, IGNORES_SYSTEM])
 def test_without_a_system_role_the_instructions_start_the_first_user_turn(template):
     text = decoded(with_template(template), few_shot=1)
-    assert text.startswith(f"[user]{default_system_prompt(FORMAT)}\n\nContext: Two wards")
-    assert "[system]" not in text and text.count(default_system_prompt(FORMAT)) == 1
+    assert text.startswith(f"<|im_start|>user\n{default_system_prompt(FORMAT)}\n\nContext: Two wards")
+    assert "system\n" not in text and text.count(default_system_prompt(FORMAT)) == 1
+    assert "<|im_start|>assistant\n<reasoning>Infections" in text  # the examples stay turns
+    assert "no place for a system prompt" in warnings(template)
 
 
-def test_the_error_of_a_template_that_fails_on_every_chat_is_passed_on():
-    from jinja2 import TemplateError
+@pytest.mark.parametrize("prefill", [False, True])
+@pytest.mark.parametrize("template", [ALWAYS_REASONS, template(generation="<think>"), BEGINS])
+def test_a_reasoning_tag_that_the_template_opens_is_prefilled_once(template, prefill):
+    found = chat(template, THINK, few_shot=0, prefill=prefill)
+    assert found.after.count("<think>") == 1 and found.after.endswith(found.opening(THINK))
+    assert THINK.parse(found.opening(THINK) + "It fell.</think><answer>yes</answer>").answer == "yes"
+    assert decoded(with_template(template), answer_format=THINK, prefill=prefill).endswith(found.after)
 
-    with pytest.raises(TemplateError, match="no chats"):
-        encode(with_template("{{ raise_exception('no chats today') }}"))
+
+@pytest.mark.parametrize("template", [QWEN3, QWEN3_OFF, OFF_IN_EVERY_TURN, *KEEPS])
+def test_a_prompt_without_an_open_reasoning_tag_gets_it_from_the_flag_alone(template):
+    for answer_format in (FORMAT, THINK):
+        assert chat(template, answer_format).opening(answer_format) == ""
+        assert chat(template, answer_format, prefill=True).opening(answer_format) == answer_format.opening
 
 
-def test_a_template_that_drops_the_question_is_refused():
-    with pytest.raises(UsageError, match="does not repeat the last user turn"):
-        encode(with_template("{{ messages[0]['content'] }}"))
+@pytest.mark.parametrize(
+    ("template", "answer_format", "said"),
+    [
+        (ALWAYS_REASONS, FORMAT, ["opens <think> at the end", "tag is <reasoning>", "Try --reasoning_tag think"]),
+        # The history looks like the prompt up to the open tag.
+        (template(turn="<think></think>", generation="<think>\n"), FORMAT, ["opens <think>", "--reasoning_tag think"]),
+        (refusing("m.role == 'assistant'", "no history") + template(generation="<think>\n"), FORMAT, ["opens <think>"]),
+        (template(generation="<answer>"), FORMAT, ["opens <answer> at the end"]),
+        (CHANNELS, FORMAT, ["begins an assistant's turn with '<|channel|>final<|message|>'", "generation prompt"]),
+        (CHANNELS, THINK, ["begins an assistant's turn with"]),
+    ],
+)
+def test_a_template_after_which_no_answer_can_be_read_is_refused(template, answer_format, said):
+    with pytest.raises(UsageError) as error:
+        warnings(template, answer_format, few_shot=0)
+    assert [part for part in said if part not in str(error.value)] == [], error.value
+    assert len(str(error.value).splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize("template", [QWEN3_OFF, OFF_IN_EVERY_TURN])
+def test_reasoning_that_the_template_closes_is_told_if_it_is_the_runs(template):
+    assert warnings(template, few_shot=0) == ""
+    assert "closes <think> before the completion" in warnings(template, THINK, few_shot=0)
+
+
+@pytest.mark.parametrize("template", KEEPS)
+@pytest.mark.parametrize("answer_format", [FORMAT, THINK])
+def test_a_template_that_keeps_the_chat_is_used_as_it_is(template, answer_format):
+    found, example = chat(template, answer_format), answer_format.write(WORKED_EXAMPLES[0][1], "yes")
+    assert (found.notes, warnings(template, answer_format)) == ((), "")
+    assert "Example:" not in found.before
+    assert f"{found.after.partition('<|im_end|>')[2] or '[/INST] '}{example}" in found.before
+
+
+@pytest.mark.parametrize(
+    ("template", "answer_format"),
+    [
+        (QWEN3, THINK),
+        (ALWAYS_REASONS, THINK),
+        (QWEN3_OFF, THINK),
+        (template(turn="<think>\n\n</think>\n\n"), FORMAT),  # history begins with what a completion must not hold
+        (template(assistant="{{ m.content[:40] }}"), FORMAT),
+        (template(assistant="{{ m.content | upper }}"), FORMAT),
+        (template(assistant=""), FORMAT),
+        (refusing("m.role == 'assistant'", "no history") + template(), FORMAT),
+        (refusing("m.role == 'assistant'", "no history") + template(system=False), FORMAT),
+    ],
+)
+def test_examples_that_the_template_would_edit_are_text_of_the_user_turn(template, answer_format):
+    found = chat(template, answer_format)
+    for question, reasoning in WORKED_EXAMPLES:
+        assert found.before.count(answer_format.write(reasoning, question.label)) == 1
+        assert found.before.count(question.text) == 1
+    assert default_system_prompt(answer_format) in found.before and "<|im_start|>assistant" not in found.before
+    assert "edits earlier assistant turns" in warnings(template, answer_format)
+    assert "edits" not in warnings(template, answer_format, few_shot=0)
+
+
+EDITS = ["{{ m.content }}", LAST_PART, "{{ m.content | trim }}", "{{ m.content[:50] }}", ""]
+BEGINNINGS = [
+    "",
+    "<think>\n",
+    "<think>\n\n</think>\n\n",
+    "<reasoning>",
+    "<think></think>",
+    "<|channel|>final<|message|>",
+    "Sure: ",
+]
+REFUSALS = ["", refusing("m.role == 'system'", "no system"), refusing("m.role == 'assistant'", "no history")]
+
+
+@settings(deadline=None)  # the cores are shared
+@given(
+    st.builds(
+        lambda refusal, **traits: refusal + template(**traits),
+        st.sampled_from(REFUSALS),
+        assistant=st.sampled_from(EDITS),
+        system=st.booleans(),
+        turn=st.sampled_from(BEGINNINGS),
+        generation=st.sampled_from(BEGINNINGS),
+    ),
+    st.sampled_from([FORMAT, THINK]),
+    st.integers(0, 2),
+    st.booleans(),
+)
+def test_any_template_is_refused_or_its_prompt_holds_all_and_a_good_completion_is_read(
+    template, answer_format, few_shot, prefill
+):
+    try:
+        warnings(template, answer_format, few_shot=few_shot)
+    except UsageError:
+        return
+    found = chat(template, answer_format, few_shot=few_shot, prefill=prefill)
+    assert found.before.count(default_system_prompt(answer_format)) == 1
+    shown = [found.before.count(answer_format.write(reasoning, q.label)) for q, reasoning in WORKED_EXAMPLES]
+    assert shown == [1] * few_shot + [0] * (2 - few_shot)
+    opening, good = found.opening(answer_format), answer_format.write("It fell.", "yes")
+    assert found.after.endswith(opening) and bool(opening) >= prefill
+    assert answer_format.parse(opening + good.removeprefix(answer_format.opening * bool(opening))).answer == "yes"
+
+
+@pytest.mark.parametrize("template", [REFUSES_SYSTEM, ALTERNATES, QWEN3, ALWAYS_REASONS])
+def test_the_context_is_cut_alike_wherever_the_examples_stand(template):
+    options = {"answer_format": THINK, "few_shot": 2}
+    full = encode(with_template(template), **options).ids
+    short = encode(with_template(template), max_prompt_length=len(full) - 10, **options)
+    assert short.text_tokens_dropped == 10
+    assert "Context:irst. Results last.\n\nQuestion: Does it help?" in make_tokenizer().decode(short.ids)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('no chats today') }}", "fails: no chats today"),
+        ("{{ messages[0].content.text.en }}", "fails: 'str object' has no attribute 'text'"),  # for images
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", "does not repeat the last user turn"),
+        (template(user="{{ m.content[:100] }}"), "does not repeat the last user turn"),
+        (REFUSES_SYSTEM.replace("trim", "upper"), "does not repeat the last user turn"),
+    ],
+)
+def test_a_template_that_loses_the_question_or_fails_is_refused(template, said):
+    with pytest.raises(UsageError, match=f"chat template {said}") as error:
+        encode(with_template(template))
+    assert len(str(error.value).splitlines()) <= MAX_LINES
 
 
 def test_a_tokenizer_without_a_template_gets_the_plain_one():

@@ -138,6 +138,39 @@ def test_fields_that_are_not_named_are_detected(read, fields):
     assert (question.text, question.context, question.label) == ("Is it?", "It is.", "no")
 
 
+CAFE, DECOMPOSED = "caf\u00e9", "cafe\u0301"  # one word in two forms
+
+
+@pytest.mark.parametrize("label", [CAFE, DECOMPOSED])
+@pytest.mark.parametrize("found", [CAFE, DECOMPOSED, DECOMPOSED.upper()])
+def test_a_label_is_read_in_either_unicode_form_and_spelled_as_the_flag_spells_it(read, label, found):
+    assert read([but(ground_truth=found)], labels=(label, "th\u00e9")).questions[0].label == label
+
+
+@pytest.mark.parametrize("name", [CAFE, DECOMPOSED])
+@pytest.mark.parametrize("as_rows", [False, True])
+def test_a_fields_name_is_read_in_either_unicode_form_and_its_text_is_kept(read, monkeypatch, name, as_rows):
+    record, fields = {**without("question"), name: DECOMPOSED, f"{name}s": DECOMPOSED}, {"question": CAFE}
+    if as_rows:
+        monkeypatch.setattr("grpo_ds.task.questions.open_source", lambda data: rows_to_source(data, [record]))
+    (question,) = read([record], fields=fields).questions
+    # A parameter of a reward function: Python composes it.
+    assert (question.text, question.columns[f"{CAFE}s"]) == (DECOMPOSED, DECOMPOSED)
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        (but(OTHER, question=DECOMPOSED, context="It is."), "record 2: same question and context as record 1"),
+        (but(OTHER, id=DECOMPOSED), "is taken by record 1; ids must differ"),
+        (but(OTHER, **{CAFE: 1, DECOMPOSED: 2}), "appears twice in one object"),
+    ],
+)
+def test_what_differs_only_in_its_unicode_form_is_there_twice(read, second, said):
+    with pytest.raises(DataError, match=said):
+        read([but(id=CAFE, question=CAFE), second])
+
+
 def test_numbers_may_be_labels(read):
     assert read([but(ground_truth=2)], labels=("0", "1", "2")).questions[0].label == "2"
 

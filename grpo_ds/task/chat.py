@@ -1,0 +1,177 @@
+"""A chat as the model's template renders it, compared with what was handed in.
+
+A template may edit what it is given: it refuses the system role, removes the reasoning from earlier turns, or begins
+the assistant's turn itself. What it would lose stands in the user's turn instead, a reasoning tag that it opens counts
+as prefilled, and a template after which no answer could be read is refused.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from grpo_ds.errors import UsageError
+from grpo_ds.task.answers import CONTROL, TAG_NAME, AnswerFormat
+
+DEFAULT_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+# Private-use characters: no chat template has a reason to contain or remove them.
+CONTEXT_MARK = "\ue000context\ue001"
+QUESTION_MARK = "\ue000question\ue001"
+TAG_AT_END = re.compile(rf"<(/?)({TAG_NAME.pattern})>\s*\Z", re.ASCII)
+LONGEST_REASON = 160  # characters of a template's own error
+NO_SYSTEM_ROLE = "The chat template has no place for a system prompt: the instructions begin the first user turn."
+EDITS_TURNS = "The chat template edits earlier assistant turns: the worked examples are text of the user's turn."
+FIX_TEMPLATE = "Use an instruction-tuned model, or fix chat_template in its tokenizer_config.json."
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """The rendered chat of a question, cut at the user's texts.
+
+    Example: a template that opens the reasoning itself, as those of models that always reason do.
+        >>> end = "<|im_end|>\\n<|im_start|>assistant\\n<think>\\n"
+        >>> Chat("<|im_start|>user\\nContext:", "\\n\\nQuestion:", end).opening(AnswerFormat(reasoning_tag="think"))
+        '<think>\\n'
+    """
+
+    before: str  # the template's text before the context; "" without one
+    between: str  # between context and question
+    after: str  # from the question to the completion: end of the turn, the assistant's header, a prefilled tag
+    notes: tuple[str, ...] = ()  # what the template would have edited, and where it stands now
+
+    def opening(self, answer_format: AnswerFormat) -> str:
+        """Return the reasoning that the completion continues, from its tag on; "" if the tag is not open.
+
+        It is a part of the prompt, put there by the template or by --prefill, and a part of the answer.
+        """
+        opened, closed = answer_format.reasoning_pair
+        _, tag, begun = self.after.rpartition(opened)
+        return tag + begun if tag and closed not in begun else ""
+
+
+def render_chat(tokenizer: Any, messages: Messages, *, answer_format: AnswerFormat, prefill: bool) -> Chat:
+    """Render the chat of any question, in the first arrangement that the template repeats unchanged.
+
+    messages: the chat, with marks in place of the question's texts. prefill: end it with an open reasoning tag.
+    Raises UsageError for a template that loses the question or the instructions in every arrangement, or fails.
+    """
+    fault = ""
+    for arranged, notes in _arrangements(messages):
+        try:
+            rendered = _apply_template(tokenizer, arranged)
+        except Exception as error:  # a template raises what it likes, for a role or for roles that do not alternate
+            fault = fault or f"fails: {' '.join(str(error).split())[:LONGEST_REASON]}"
+            continue
+        if _repeats(rendered, arranged):
+            chat = Chat(*_cut_at_marks(rendered, CONTEXT_MARK in messages[-1]["content"]), notes)
+            tag = answer_format.opening * (prefill and not chat.opening(answer_format))
+            return replace(chat, after=chat.after + tag)
+        fault = "does not repeat the last user turn unchanged, so no question can be put into it"
+    raise UsageError(f"The tokenizer's chat template {fault}.\n{FIX_TEMPLATE}")
+
+
+def check_chat_template(tokenizer: Any, messages: Messages, *, answer_format: AnswerFormat) -> tuple[str, ...]:
+    """Return warnings about the template, one line each. Raises UsageError if no completion after it could be read."""
+    chat = render_chat(tokenizer, messages, answer_format=answer_format, prefill=False)
+    header, own = _assistant_header(tokenizer), answer_format.reasoning_tag
+    left = header[len(os.path.commonprefix([header, chat.after])) :]  # noqa: RUF071  characters, not folders
+    if re.search(CONTROL, left):
+        raise UsageError(
+            f"The chat template begins an assistant's turn with {left.strip()[:80]!r}, but its generation prompt "
+            "does not,\nand a completion with control tokens in front of the answer earns nothing.\n"
+            "Add that text to the generation prompt: chat_template in the model's tokenizer_config.json."
+        )
+    tag = TAG_AT_END.search(chat.after)
+    closes, name = (bool(tag[1]), tag[2]) if tag else (False, own)
+    if closes and name == own:
+        closed = f"The chat template closes <{own}> before the completion, so the model may not reason in it."
+        return (*chat.notes, f"{closed} Try another --reasoning_tag.")
+    # A header that ends in a tag, such as <bot>, opens nothing.
+    if not closes and name != own and not header.rstrip().endswith(f"<{name}>"):
+        raise UsageError(
+            f"The chat template opens <{name}> at the end of every prompt, but the reasoning tag is <{own}>:\n"
+            f"a completion would continue <{name}>, and an answer behind it earns nothing.\n"
+            f"Try --reasoning_tag {name}, or change the generation prompt in chat_template (tokenizer_config.json)."
+        )
+    return chat.notes
+
+
+def ensure_chat_template(tokenizer: Any) -> None:
+    """Give a tokenizer without a chat template the default one, after BOS if the tokenizer starts texts with BOS."""
+    if tokenizer.chat_template:
+        return
+    starts_with_bos = tokenizer.bos_token_id is not None and tokenizer.encode("a")[0] == tokenizer.bos_token_id
+    tokenizer.chat_template = "{{ bos_token }}" * starts_with_bos + DEFAULT_CHAT_TEMPLATE
+
+
+def _arrangements(messages: Messages) -> Iterator[tuple[Messages, tuple[str, ...]]]:
+    """Yield the chat and notes on it: unchanged, then with instructions and examples as text of the user's turn."""
+    system, *turns = messages
+    yield messages, ()
+    yield _without_system_role(messages), (NO_SYSTEM_ROLE,)
+    if len(turns) > 1:
+        alone = [system, {"role": "user", "content": _examples_as_text(turns)}]
+        yield alone, (EDITS_TURNS,)
+        yield _without_system_role(alone), (NO_SYSTEM_ROLE, EDITS_TURNS)
+
+
+def _without_system_role(messages: Messages) -> Messages:
+    system, first, *others = messages
+    return [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *others]
+
+
+def _examples_as_text(turns: Messages) -> str:
+    """Return the last user turn with the turns before it as examples in front."""
+    shown = {"user": "Example:\n\n{}", "assistant": "Reply:\n\n{}"}
+    examples = [shown[turn["role"]].format(turn["content"]) for turn in turns[:-1]]
+    return "\n\n".join([*examples, "Now reply to this:", turns[-1]["content"]])
+
+
+def _repeats(rendered: str, messages: Messages) -> bool:
+    """Return True if the template repeats every text, and earlier assistant turns begin as the completion will."""
+    place, headers = 0, []
+    for message in messages:
+        if message["role"] == "system":  # some templates put it before the last user turn
+            if message["content"] not in rendered:
+                return False
+            continue
+        start = rendered.find(message["content"], place)
+        if start < 0:
+            return False
+        if message["role"] == "assistant":
+            headers.append(rendered[place:start].rstrip())
+        place = start + len(message["content"])
+    return all(rendered[place:].startswith(header) for header in headers)
+
+
+def _assistant_header(tokenizer: Any) -> str:
+    """Return the template's text between a user's turn and the answer; "" if it loses earlier turns."""
+    texts = {"user": QUESTION_MARK, "assistant": CONTEXT_MARK}
+    chat = [{"role": role, "content": texts[role]} for role in ("user", "assistant", "user")]
+    try:
+        rendered = _apply_template(tokenizer, chat)
+    except Exception:  # a template raises what it likes
+        return ""
+    header, found, _ = rendered.partition(QUESTION_MARK)[2].partition(CONTEXT_MARK)
+    return header if found else ""
+
+
+def _apply_template(tokenizer: Any, messages: Messages) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _cut_at_marks(rendered: str, has_context: bool) -> tuple[str, str, str]:
+    """Return the template's text before the context ("" without one), between context and question, and after.
+
+    The space before a mark belongs to the user's text, because tokenizers join a word with the space before it.
+    """
+    mark = f" {CONTEXT_MARK}"
+    # The last occurrence of each mark: a system prompt before them may hold any text.
+    rest, _, after = rendered.rpartition(f" {QUESTION_MARK}")
+    before, _, between = rest.rpartition(mark) if has_context else ("", mark, rest)
+    return before, between, after
