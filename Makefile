@@ -29,6 +29,9 @@ test-faults: install ## kill it, fill its disk, damage its files, feed it nonsen
 test-gpu: install ## run the tests that need a GPU, on this machine's card
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)
 
+wheel: install ## build the wheel, with everything that training needs, into dist/
+	$(BIN)/pip wheel -q --disable-pip-version-check --no-deps -w dist .
+
 bench: install ## the benchmarks of the optimizer and of RAM, on the CPU
 	$(BIN)/python benchmarks/optimizer.py $(ARGS)
 	$(BIN)/python benchmarks/ram.py
@@ -45,4 +48,4 @@ check: install ## lint, format, types
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-.PHONY: help install train test test-faults test-gpu bench bench-gpu check
+.PHONY: help install train test test-faults test-gpu wheel bench bench-gpu check
