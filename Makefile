@@ -1,6 +1,7 @@
 # `make train` and `make test` do their own set-up; `make help` lists the rest.
 VENV ?= .venv
 BIN := $(VENV)/bin
+PEERS := $(abspath $(VENV)/peers)
 ARGS ?=
 .DEFAULT_GOAL := help
 
@@ -26,8 +27,20 @@ test: install ## run the tests (minutes on two cores)
 test-faults: install ## kill it, fill its disk, damage its files, feed it nonsense; ends in a table of counts
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/faults $(ARGS)
 
+test-peers: $(PEERS)/.installed ## run the tests that compare with TRL, lm-eval and trackio (200 MB beside .venv's packages)
+	PYTHONPATH=$(PEERS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m peer $(ARGS)
+
+# Without dependencies, so that no other torch arrives; beside .venv's packages, which stay as they are.
+$(PEERS)/.installed: peers.txt $(VENV)/.installed
+	rm -rf $(PEERS)
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target $(PEERS) -r peers.txt
+	touch $@
+
 test-gpu: install ## run the tests that need a GPU, on this machine's card
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)
+
+wheel: install ## build the wheel, with everything that training needs, into dist/
+	$(BIN)/pip wheel -q --disable-pip-version-check --no-deps -w dist .
 
 bench: install ## the benchmarks of the optimizer and of RAM, on the CPU
 	$(BIN)/python benchmarks/optimizer.py $(ARGS)
@@ -45,4 +58,4 @@ check: install ## lint, format, types
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-.PHONY: help install train test test-faults test-gpu bench bench-gpu check
+.PHONY: help install train test test-faults test-peers test-gpu wheel bench bench-gpu check

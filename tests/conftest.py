@@ -57,6 +57,14 @@ def tiny_config(**changes):
     return Qwen2Config(**{**settings, **changes})
 
 
+def pytest_collection_modifyitems(items):
+    """Skip tests marked peer("trl") where that package is not installed."""
+    for item in items:
+        for mark in item.iter_markers("peer"):
+            if importlib.util.find_spec(mark.args[0]) is None:
+                item.add_marker(pytest.mark.skip(reason=f"{mark.args[0]} is not installed: make test-peers"))
+
+
 def load_unchecked(module):
     """Load a second copy of a module in which no argument is checked against its annotation, as outside of tests."""
     spec = importlib.util.spec_from_file_location(f"unchecked_{module.__name__.rpartition('.')[2]}", module.__file__)

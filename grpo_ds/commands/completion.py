@@ -12,9 +12,9 @@ from grpo_ds.commands.select import SelectConfig
 from grpo_ds.errors import UsageError
 from grpo_ds.models.presets import PRESETS
 from grpo_ds.settings.config import AskConfig, EvaluateConfig, TrainConfig
-from grpo_ds.settings.ds_json import SHIPPED
 from grpo_ds.settings.flags import all_flags
 from grpo_ds.settings.run_flags import TRACKERS
+from grpo_ds.settings.shipped import DS_JSONS
 from grpo_ds.task.sources import SAMPLE
 
 CONFIGS: dict[str, type[AskConfig]] = {
@@ -73,7 +73,7 @@ def choices(flag: "Field[Any]") -> list[str]:
     listed = {
         "model": [*PRESETS, "auto"],
         "data": [SAMPLE],
-        "ds": sorted(f"{SHIPPED.name}/{file.name}" for file in SHIPPED.glob("*.json")),
+        "ds": DS_JSONS.names(),
         "report_to": list(TRACKERS),
     }
     return listed.get(flag.name, ["true", "false"] if flag.type in (bool, bool | None) else [])

@@ -24,8 +24,8 @@ from grpo_ds.report.memory_plan import component_table
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsConfig, resolve_ds_config
-from grpo_ds.settings.ds_json import SHIPPED
 from grpo_ds.settings.flags import Flags, failed, flag
+from grpo_ds.settings.shipped import DS_JSONS
 from grpo_ds.system.hardware import cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.terminal import escape_control_chars
 
@@ -100,8 +100,8 @@ def resolved(config: SelectConfig, typed: frozenset[str], *, on_gpu: bool) -> di
     files = {config.ds: Path(config.ds)}
     if on_gpu and "ds" not in typed:
         # The optimizer on the GPU first, which needs no step on the CPU; then fp32 masters before bf16 masters.
-        shipped = sorted(SHIPPED.glob("*.json"), key=lambda file: ("lowram" in file.name, "gpu" not in file.name))
-        files = {f"{SHIPPED.name}/{file.name}": file for file in shipped}
+        shipped = sorted(DS_JSONS.names(), key=lambda name: ("lowram" in name, "gpu" not in name))
+        files = {name: DS_JSONS.folder / Path(name).name for name in shipped}
     return {name: resolve_ds_config(path, fill=sizes, explicit=typed) for name, path in files.items()}
 
 

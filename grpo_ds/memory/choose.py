@@ -10,8 +10,8 @@ from grpo_ds.models.presets import EMBEDDED, LAPTOP, PRESETS
 from grpo_ds.models.shapes import shape_of
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsConfig, resolve_ds_config
-from grpo_ds.settings.ds_json import SHIPPED
 from grpo_ds.settings.saved_config import prompt_recipe
+from grpo_ds.settings.shipped import DS_JSONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Choice:
 def default_run() -> tuple[TrainConfig, DsConfig]:
     """Return flags and DeepSpeed JSON of a run with every flag at its default."""
     config = TrainConfig()
-    return config, resolve_ds_config(SHIPPED / Path(config.ds).name, fill=config.ds_sizes(bf16=True))
+    return config, resolve_ds_config(DS_JSONS.folder / Path(config.ds).name, fill=config.ds_sizes(bf16=True))
 
 
 def choose_model(

@@ -17,6 +17,7 @@ from grpo_ds.report.live import LOSS_NOTE, PHASES, History, LiveView, clock, mem
 from grpo_ds.report.memory_measured import Comparison, compare, diagnosis
 from grpo_ds.report.memory_plan import phase_table
 from grpo_ds.report.metric_names import MEAN_LENGTH, reward_name
+from grpo_ds.system.invocation import command
 from grpo_ds.task.grading import Evaluation, Grades, mcnemar
 from grpo_ds.task.questions import Question
 from grpo_ds.terminal import escape_control_chars
@@ -24,7 +25,7 @@ from grpo_ds.terminal import escape_control_chars
 SAMPLES = 4
 STALE_NOTE = (
     "Freed memory is kept for the next step, so the peak of a phase may include memory of a larger phase before it; "
-    "launch/profile_memory.py measures each phase alone."
+    "{} measures each phase alone."
 )
 
 
@@ -136,7 +137,7 @@ class Console:
         for kind in kinds:
             self.line(diagnosis(compared[kind], profiler.plan, kind))
         if not profiler.exact and "gpu" not in kinds:
-            self.line(STALE_NOTE)
+            self.line(STALE_NOTE.format(command("profile")))
 
     def before_and_after(self, before: Evaluation, after: Evaluation, questions: Sequence[Question]) -> None:
         """Print the grades before and after training, with McNemar's test and the majority baseline."""

@@ -25,6 +25,7 @@ from grpo_ds.errors import UsageError, one_error
 from grpo_ds.settings.config import AskConfig
 from grpo_ds.settings.flags import Flags, all_flags, flags_by_heading
 from grpo_ds.settings.grpo_flags import ReferenceKind
+from grpo_ds.settings.shipped import CONFIGS
 from grpo_ds.system.invocation import program
 from grpo_ds.task.own_rewards import CompletionFormat
 from grpo_ds.task.prompts import worked_examples
@@ -86,6 +87,7 @@ def parse(config_type: type[ConfigType], argv: list[str], *, about: str) -> Pars
     _check_secrets(argv, names)
     parser = _parser(config_type, about)
     _check_names(argv, {*names, "config", PRINT_CONFIG.lstrip("-"), "local_rank", "help"})
+    argv = _with_found_files(argv)
     for file in _config_files(argv):
         _check_file(file)
     printing = any(word.startswith(PRINT_CONFIG) for word in argv)  # prints all values, also defaults, and exits
@@ -191,9 +193,14 @@ def _check_names(argv: list[str], known: set[str]) -> None:
         raise one_error(UsageError, "Unknown flags:", problems, "--help lists them all.")
 
 
+def _with_found_files(argv: list[str]) -> list[str]:
+    """Return argv with `--config PATH` for each `--config FILE` or `--config=FILE`: a shipped FILE needs no folder."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    return [str(CONFIGS.find(word)) if before == "--config" else word for before, word in pairwise(["", *words])]
+
+
 def _config_files(argv: list[str]) -> list[str]:
-    followers = [value for word, value in pairwise(argv) if word == "--config"]
-    return [*followers, *(word.partition("=")[2] for word in argv if word.startswith("--config="))]
+    return [value for word, value in pairwise(argv) if word == "--config"]
 
 
 def _check_file(file: str) -> None:

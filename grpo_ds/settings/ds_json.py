@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from grpo_ds.errors import UsageError
+from grpo_ds.settings.shipped import DS_JSONS
 
-SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
 AUTO = "auto"  # a value that the flags fill
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in the file. Raises UsageError, with line and column for broken JSON."""
-    path = here_or_shipped(path)
-    if not path.is_file():
-        raise UsageError(no_such_file(path))
+    path = DS_JSONS.find(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
         config = json.loads(text, object_pairs_hook=unique_keys, parse_constant=no_constant)
@@ -35,21 +33,6 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} holds {kind(config)}, but a DeepSpeed JSON is an object: " + '{"zero_optimization": ...}'
         )
     return config
-
-
-def here_or_shipped(path: Path) -> Path:
-    """Return the path, or the shipped file if ds_configs/NAME.json is not in the working folder."""
-    shipped = SHIPPED / path.name
-    named_so = path.parent == Path(SHIPPED.name)
-    return shipped if named_so and shipped.is_file() and not path.exists() else path
-
-
-def no_such_file(path: Path) -> str:
-    """Message for a path that is not a file, with the names of the shipped files."""
-    shipped = sorted(f"{SHIPPED.name}/{file.name}" for file in SHIPPED.glob("*.json"))
-    what = "is a folder, not a JSON file" if path.is_dir() else "does not exist"
-    named = ", ".join(shipped) or "none (they come with a checkout of the project)"
-    return f"--ds {path}: {what}. Shipped: {named}; {SHIPPED.name}/README.md explains them."
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -70,7 +53,7 @@ def json_hint(error: json.JSONDecodeError) -> str:
     """Return the most likely reason for broken JSON at this place."""
     before, here = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
     if here.startswith(("//", "/*", "#")):
-        return f"JSON has no comments; {SHIPPED.name}/README.md explains every key."
+        return f"JSON has no comments; {DS_JSONS.folder}/README.md explains every key."
     if "trailing comma" in error.msg or (before.endswith(",") and here.startswith(("}", "]"))):
         return "Remove the comma before the closing bracket."
     if here.startswith("'"):
@@ -79,7 +62,7 @@ def json_hint(error: json.JSONDecodeError) -> str:
         return "JSON writes true, false and null."
     if "',' delimiter" in error.msg and here:
         return "A comma is missing before this."
-    return f"Compare with {SHIPPED.name}/zero2.json."
+    return f"Compare with {DS_JSONS.folder}/zero2.json."
 
 
 def kind(value: Any) -> str:

@@ -136,7 +136,7 @@ class OptimizerFlags(Flags):
 
     heading: ClassVar[str] = "optimizer"
 
-    ds: str = flag("ds_configs/zero2.json", "DeepSpeed JSON; ds_configs/README.md explains the keys")
+    ds: str = flag("ds_configs/zero2.json", "DeepSpeed JSON: a file, or the name of a shipped one")
     learning_rate: float = flag(1e-6, "constant learning rate")
     weight_decay: float = flag(0.0, "weight decay of AdamW")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: no clipping")

@@ -6,20 +6,20 @@ import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from grpo_ds.commands.completion import CONFIGS
+from grpo_ds.commands import completion
 from grpo_ds.commands.main import COMMANDS
 from grpo_ds.errors import MAX_LINES, UsageError
 from grpo_ds.run_folder.status import resume_command
-from grpo_ds.settings import ds_json
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import TrainConfig
-from grpo_ds.settings.ds_json import SHIPPED, read_json
+from grpo_ds.settings.ds_json import read_json
+from grpo_ds.settings.shipped import CONFIGS, DS_JSONS, Shipped
 from grpo_ds.system.invocation import SCRIPTS, command
+from tests.conftest import check_example
 
 ROOT = Path(__file__).resolve().parents[2]
 # As pip writes an entry point.
@@ -65,8 +65,6 @@ def test_every_script_of_launch_is_a_command():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_says_how_it_is_used_under_this_name(grpo_ds, name):
-    if not find_spec(f"grpo_ds.commands.{COMMANDS[name][0]}"):
-        pytest.skip("not written yet")
     result = grpo_ds(name, "--help")
     assert f"grpo-ds {name} " in result.stdout + result.stderr
 
@@ -189,7 +187,7 @@ def test_the_launcher_takes_the_module_from_any_folder(tiny_folder, tmp_path):
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
-# The shipped DeepSpeed JSONs.
+# The shipped DeepSpeed JSONs and worked configs.
 
 
 def test_the_shipped_json_is_found_from_every_folder(grpo_ds, tmp_path):
@@ -201,24 +199,41 @@ def test_the_shipped_json_is_found_from_every_folder(grpo_ds, tmp_path):
 def test_a_json_in_the_working_folder_wins_over_the_shipped_one(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     name = Path("ds_configs/zero2.json")
-    assert read_json(name) == json.loads((SHIPPED / "zero2.json").read_text())
+    assert read_json(name) == json.loads((DS_JSONS.folder / "zero2.json").read_text())
     name.parent.mkdir()
     name.write_text("{}")
     assert read_json(name) == {}
 
 
-@pytest.mark.parametrize("name", ["ds_configs/none.json", "zero2.json", "other/ds_configs/zero2.json"])
+@pytest.mark.parametrize("shipped", [DS_JSONS, CONFIGS], ids=lambda shipped: shipped.name)
+def test_a_shipped_file_is_found_with_and_without_its_folder(monkeypatch, tmp_path, shipped):
+    monkeypatch.chdir(tmp_path)
+    check_example(Shipped)
+    assert len(shipped.names()) > 2
+    for name in shipped.names():
+        assert shipped.find(name) == shipped.find(Path(name).name) == ROOT / name
+        Path(Path(name).name).write_text("mine")
+        assert shipped.find(Path(name).name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("flag", [["--config", "smollm2-laptop.yaml"], ["--config=configs/smollm2-laptop.yaml"]])
+def test_a_worked_config_is_read_from_every_folder(monkeypatch, tmp_path, flag):
+    monkeypatch.chdir(tmp_path)
+    config = parse(TrainConfig, [*flag, "--num_steps", "3"], about="").config()
+    assert (config.model, config.num_steps) == ("smollm2-135m", 3)
+
+
+def test_a_config_that_does_not_exist_gets_the_shipped_names(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"does not exist\. Shipped: .*configs/smollm2-laptop\.yaml"):
+        parse(TrainConfig, ["--config", "other/smollm2-laptop.yaml"], about="")
+
+
+@pytest.mark.parametrize("name", ["none.json", "ds_configs/none.json", "other/ds_configs/zero2.json"])
 def test_what_is_not_shipped_is_not_found(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"does not exist\. Shipped: ds_configs/zero2\.json"):
         read_json(Path(name))
-
-
-def test_an_installation_without_a_checkout_says_so(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ds_json, "SHIPPED", tmp_path / "nowhere")
-    with pytest.raises(UsageError, match="they come with a checkout"):
-        read_json(Path("ds_configs/zero2.json"))
 
 
 # Completion at TAB.
@@ -258,7 +273,7 @@ def test_bash_completes_commands_flags_and_choices(script, line, words):
     assert complete(script, line) == words
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", completion.CONFIGS)
 def test_every_flag_of_help_is_completed(grpo_ds, script, name):
     flags = set(re.findall(r"^  (--\w+)", grpo_ds(name, "--help").stdout, re.M))
     assert len(flags) > 10 and flags <= set(complete(script, f"grpo-ds {name} --").split())

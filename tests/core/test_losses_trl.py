@@ -12,12 +12,14 @@ from grpo_ds.system.ranks import World
 from grpo_ds.training.update import step_weights
 from tests.core.test_losses import LOSS_TYPES, batch, weigh
 
-trl = pytest.importorskip("trl", reason="TRL comes with the extra `benchmark`")
+pytestmark = pytest.mark.peer("trl")
 LONGEST = 7
 
 
 def trl_loss(policy, old, ref, advantages, mask, objective, *, accumulation=1, tokens=None):
     """Call TRL's real method for one micro-batch, on an object with only the attributes that it reads."""
+    from trl import GRPOTrainer
+
     gspo, cispo = objective.loss_type == "gspo", objective.loss_type == "cispo"
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (policy, torch.zeros_like(policy), None),
@@ -46,7 +48,7 @@ def trl_loss(policy, old, ref, advantages, mask, objective, *, accumulation=1, t
         "advantages": advantages, "old_per_token_logps": old, "ref_per_token_logps": ref,
         "num_items_in_batch": torch.tensor(tokens or int(mask.sum())),
     }  # fmt: skip
-    loss = trl.GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
+    loss = GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
     return loss, {name: values[0] for name, values in trainer._metrics["train"].items()}
 
 

@@ -74,6 +74,7 @@ WAYS = (  # the first that matches
     Way(KILL, "", "", True),  # stops the run before, which must save and end with 75
     Way(f"{RESUMED}/checkpoint-50", "--plan", "Memory plan:", True),  # the checkpoint has another number here
     Way(RESUMED, "", "After training: accuracy", True),  # one more step
+    Way("--module", IN_A_FOLDER, "After training: accuracy"),
     Way("accelerate launch", IN_A_FOLDER, "After training: accuracy"),
     Way("--num_gpus 2", ON_TWO, "After training: accuracy"),
     # Two machines are two launchers here; each gets its own number, as without ssh.

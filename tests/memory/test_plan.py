@@ -13,7 +13,7 @@ from grpo_ds.models.shapes import PRESET_CONFIGS, shape_of
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsSizes, resolve_ds_config
-from grpo_ds.settings.ds_json import SHIPPED
+from grpo_ds.settings.shipped import CONFIGS, DS_JSONS
 from tests.conftest import check_example
 
 CONFIG = TrainConfig()
@@ -27,7 +27,7 @@ def ds_from(tmp_path_factory):
     """Return the shipped JSON with some keys changed: a__b=value sets "a": {"b": value}."""
 
     def make(name="zero2", sizes=SIZES, **changes):
-        engine = json.loads((SHIPPED / f"{name}.json").read_text())
+        engine = json.loads((DS_JSONS.folder / f"{name}.json").read_text())
         for path, value in changes.items():
             section, *inner = path.split("__")
             target = engine.setdefault(section, {})
@@ -196,9 +196,9 @@ def test_a_merged_model_passes_through_ram(ds_from):
 
 
 def test_the_worked_file_for_a_card_of_12_gb_fits_it(tmp_path):
-    file = SHIPPED.parent / "configs" / "qwen2.5-3b-lora-12gb.yaml"
+    file = CONFIGS.find("qwen2.5-3b-lora-12gb.yaml")
     config = parse(TrainConfig, ["--config", str(file)], about="").config()
-    ds = resolve_ds_config(SHIPPED.parent / config.ds, fill=config.ds_sizes(bf16=True))
+    ds = resolve_ds_config(config.ds, fill=config.ds_sizes(bf16=True))
     plan = make_plan(shape_of(config.model), config, ds)
     said = re.search(r"([\d.]+) GiB of GPU memory and ([\d.]+) GiB of RAM", file.read_text())
     assert said and [float(number) for number in said.groups()] == [

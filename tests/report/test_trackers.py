@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +18,7 @@ from tests.report.finished import finished
 from tests.report.tracked import track
 
 ROOT = Path(__file__).resolve().parents[2]
-with_trackio = pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is not installed (pip install trackio)")
+with_trackio = pytest.mark.peer("trackio")
 
 
 @pytest.fixture

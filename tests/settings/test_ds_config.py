@@ -254,7 +254,7 @@ BAD_FILES = [
     ('{\n  "bf16": {"enabled": True}\n}', ["line 2", "true, false and null"]),
     ("{'bf16': {}}", ["double quotes"]),
     ('{\n  "bf16": {}\n  "optimizer": {}\n}', ["line 3", "comma is missing"]),
-    ('{"bf16": {', ["line 1", "Compare with ds_configs/zero2.json"]),
+    ('{"bf16": {', ["line 1", "Compare with", "ds_configs/zero2.json"]),
     ("", ["line 1", "nothing there"]),
     ("[]", ["holds a list", "object"]),
     ("null", ["holds null"]),

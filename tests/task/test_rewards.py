@@ -75,11 +75,13 @@ def test_repeated_3_grams_cost_their_share(completion, penalty):
     assert repetition_penalty([completion]) == [pytest.approx(penalty)]
 
 
+@pytest.mark.peer("trl")
 @settings(deadline=None)  # the cores are shared
 @given(st.lists(st.sampled_from("abc"), max_size=30))
 def test_the_repetition_penalty_is_that_of_trl_on_words(words):
-    trl = pytest.importorskip("trl.rewards", reason="TRL comes with the extra `benchmark`")
-    theirs = trl.get_repetition_penalty_reward(ngram_size=3, max_penalty=-1.0)(completion_ids=[words])
+    from trl.rewards import get_repetition_penalty_reward
+
+    theirs = get_repetition_penalty_reward(ngram_size=3, max_penalty=-1.0)(completion_ids=[words])
     assert repetition_penalty([" ".join(words)]) == pytest.approx(theirs)
 
 

@@ -61,6 +61,7 @@ def test_a_run_trains_the_adapter_alone_and_writes_it(tiny_folder, tmp_path, bit
     assert ModelCard.load(tmp_path / "run" / "README.md").data.library_name == "peft"
 
 
+@pytest.mark.peer("lm_eval")
 def test_lm_eval_loads_an_adapter_and_scores_with_it(tiny_folder, tmp_path):
     trainer, train, held_out = tiny_trainer(tiny_folder, **ADAPTER, merge_adapter=True)
     Run(trainer, train, held_out, tmp_path / "run").run()

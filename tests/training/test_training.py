@@ -185,17 +185,17 @@ def test_the_saved_model_samples_as_it_was_trained(launched):
     assert {name.removesuffix("_token_id") for name in settings} <= {"bos", "eos", "pad", "transformers_version"}
 
 
+@pytest.mark.peer("lm_eval")
 def test_lm_eval_loads_the_model_and_scores_with_it(launched):
     scores_by_hand(launched[0], AutoModelForCausalLM.from_pretrained(launched[0], dtype=torch.float32))
 
 
 def scores_by_hand(folder, model, **options):
     """Check that lm-eval finds the log-likelihood of a continuation that `model` gives."""
-    reason = "lm-eval is not installed (pip install lm-eval)"
-    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason=reason)
     from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
 
-    backend = huggingface.HFLM(**{"pretrained": str(folder), **options}, device="cpu", dtype="float32", batch_size=1)
+    backend = HFLM(**{"pretrained": str(folder), **options}, device="cpu", dtype="float32", batch_size=1)
     request = Instance("loglikelihood", {}, ("Is it?", " yes"), 0)
     ((score, _),) = backend.loglikelihood([request])
     prompt, whole = (torch.tensor([backend.tok_encode(text)]) for text in ("Is it?", "Is it? yes"))
