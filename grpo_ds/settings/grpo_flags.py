@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from grpo_ds.core.objective import KlEstimator, LossType, RewardScale
-from grpo_ds.settings.flags import Flags, failed, flag
+from grpo_ds.settings.flags import Flags, failed, flag, list_flag
 from grpo_ds.task.reward_files import reward_problems
 from grpo_ds.task.rewards import READY_MADE
 from grpo_ds.task.scoring import OnRewardError
@@ -57,8 +57,8 @@ class RewardFlags(Flags):
 
     heading: ClassVar[str] = "rewards"
 
-    reward_funcs: str = flag("correctness,format", f"comma-separated: {', '.join(READY_MADE)}, FILE.py:FUNCTION")
-    reward_weights: str | None = flag(None, "a factor for each of reward_funcs, comma-separated; default: 1 each")
+    reward_funcs: str = list_flag("correctness,format", f"comma-separated: {', '.join(READY_MADE)}, FILE.py:FUNCTION")
+    reward_weights: str | None = list_flag(None, "a factor for each of reward_funcs, comma-separated; default: 1 each")
     reward_timeout: float = flag(60.0, "seconds that a call of a reward function may take; 0: no limit")
     on_reward_error: OnRewardError = flag("stop", "if a reward function fails; zero: continue without its rewards")
     correctness_reward: float = flag(2.0, "reward for the correct answer in a well-formed completion")
