@@ -106,7 +106,7 @@ def _words(argv: list[str]) -> dict[str, list[str]]:
     words: dict[str, list[str]] = {}
     name = ""
     for word in argv:
-        if not word.startswith("--"):
+        if not word.startswith("--") or word == "--":
             words.setdefault(name, []).append(word)
             continue
         name, equals, value = word[2:].partition("=")
