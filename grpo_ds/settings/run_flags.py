@@ -58,8 +58,9 @@ class SamplingFlags(Flags):
     )
 
     def problems(self) -> list[str]:
-        wrong = self.generation_batch_size is not None and self.generation_batch_size < 1
-        return [*failed((wrong, "generation_batch_size must be 1 or more")), *super().problems()]
+        rows = self.generation_batch_size
+        wrong = f"generation_batch_size is {rows}; it must be 1 or more, or left out: the memory plan chooses"
+        return [*failed((rows is not None and rows < 1, wrong)), *super().problems()]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,6 @@ TRUTH = {
 }
 
 
-class Unreadable(ValueError):
-    """What was written is not a value of this flag; the message says what it must be."""
-
-
 def may_be_null(flag: "Field[Any]") -> bool:
     return NoneType in get_args(flag.type)
 
@@ -43,23 +39,12 @@ def expected(flag: "Field[Any]") -> str:
     if get_origin(kind) is Literal:
         text = f"one of {', '.join(get_args(kind))}"
     elif is_listed(flag):
-        text = "a list or a comma-separated text" + (f", such as {flag.default}" if flag.default else "")
+        text = "a list of texts without a comma, or one comma-separated text" + (
+            f", such as {flag.default}" if flag.default else ""
+        )
     else:
         text = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
     return f"{text}, or null" if may_be_null(flag) else text
-
-
-def read_value(flag: "Field[Any]", written: Written) -> Any:
-    """Return the flag's value. Raises Unreadable, with a message that names the flag."""
-    if written is None and may_be_null(flag):
-        return None
-    try:
-        text = _joined(written) if is_listed(flag) else written
-        if not isinstance(text, str) or (not text and flag.default != ""):
-            raise ValueError
-        return _reader(kind_of(flag))(text)
-    except (ValueError, KeyError):
-        raise Unreadable(f"{flag.name} is {_shown(written)}; it must be {expected(flag)}") from None
 
 
 def read_values(flags: "Mapping[str, Field[Any]]", written: Mapping[str, Written]) -> tuple[dict[str, Any], list[str]]:
@@ -67,23 +52,28 @@ def read_values(flags: "Mapping[str, Field[Any]]", written: Mapping[str, Written
     values, problems = {}, []
     for name, its in written.items():
         try:
-            values[name] = read_value(flags[name], its)
-        except Unreadable as problem:
-            problems.append(str(problem))
+            values[name] = _read(flags[name], its)
+        except (ValueError, KeyError):
+            problems.append(f"{name} is {_shown(its)}; it must be {expected(flags[name])}")
     return values, problems
 
 
-def _reader(kind: Any) -> Callable[[str], Any]:
-    """Return the function that reads a text of this type; it raises ValueError or KeyError."""
+def _read(flag: "Field[Any]", written: Written) -> Any:
+    """Return the flag's value. Raises ValueError or KeyError if it cannot be one."""
+    if written is None and may_be_null(flag):
+        return None
+    text = _joined(written) if is_listed(flag) else written
+    if not isinstance(text, str) or (not text and flag.default != ""):
+        raise ValueError
+    kind = kind_of(flag)
     if get_origin(kind) is Literal:
-        return {choice: choice for choice in get_args(kind)}.__getitem__
-    readers: dict[Any, Callable[[str], Any]] = {
-        bool: lambda text: TRUTH[text.lower()],
-        int: int,
-        float: _finite,
-        str: str,
-    }
-    return readers[kind]
+        return {choice: choice for choice in get_args(kind)}[text]
+    readers: dict[Any, Callable[[str], Any]] = {str: str, int: int, float: _finite, bool: _switch}
+    return readers[kind](text)
+
+
+def _switch(text: str) -> bool:
+    return TRUTH[text.lower()]
 
 
 def _finite(text: str) -> float:

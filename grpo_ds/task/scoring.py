@@ -90,7 +90,7 @@ def score(
             values = _weighted(_call(function, columns, timeout), weight)
         except _Faulty as fault:
             errors[name] = f"The reward function '{name}' {fault}"
-            if on_error == "stop":
+            if on_error != "zero":
                 indices = fault.indices or _find_faulty(function, columns, timeout)
                 raise RewardError(f"{errors[name]}\n{_place(indices, columns)}\n{REMEDY}") from None
             values = [None] * len(completions)
