@@ -61,7 +61,7 @@ def test_every_group_reports_its_problems():
     """A group that forgets super() would hide the problems of the groups behind it."""
     wrong = TrainConfig(
         labels="yes", max_prompt_length=0, eval_limit=0, num_steps=0, reward_timeout=-1, beta=-1, mu=0,
-        ref_model_sync_steps=0, lora_alpha=0, logprob_chunk_mib=0, generation_batch_size=-1, save_steps=-1,
+        ref_model_sync_steps=0, lora_alpha=0, logprob_chunk_mib=0, generation_batch_size=0, save_steps=-1,
         max_bad_steps=-1, few_shot=-1, overlong_buffer=-1,
     )  # fmt: skip
     changed = [flag.name for flag in all_flags(TrainConfig) if getattr(wrong, flag.name) != flag.default]
