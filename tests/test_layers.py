@@ -31,7 +31,6 @@ OWNERS = {
     "matplotlib": {"report"},
     "jinja2": {"report"},
     "psutil": {"system/signals.py"},
-    "jsonargparse": {"settings/command_line.py"},
 }
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 

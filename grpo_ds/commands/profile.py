@@ -1,6 +1,7 @@
 """Measure a run's memory: the worst case, then a few real steps; print the peak of each phase beside its plan.
 
-Takes every flag of `grpo-ds train`. Evaluates nothing and saves no model; writes memory.json and memory.svg.
+Takes every flag of `grpo-ds train`; num_steps is used only if typed, for that of a --config file is meant for training.
+Evaluates nothing and saves no model; writes memory.json and memory.svg.
 
     deepspeed launch/profile_memory.py --ds ds_configs/zero2.json --num_steps 2
 """
@@ -10,7 +11,7 @@ from grpo_ds.commands.train import make_run, output_folder, reward_functions
 from grpo_ds.errors import UsageError
 from grpo_ds.task.questions import read_questions, split_questions
 
-STEPS = "2"  # if --num_steps is not given: the first step creates the moments, the second reuses them
+STEPS = "2"  # if --num_steps is not typed: the first step creates the moments, the second reuses them
 
 
 def main(argv: list[str]) -> None:
@@ -24,7 +25,8 @@ def main(argv: list[str]) -> None:
     train, _ = split_questions(questions.questions, eval_fraction=config.eval_fraction, seed=config.seed)
     folder = output_folder(config)
 
-    lines = [f"Profiling {config.model} ({settled.choice.why}) under {config.ds}"]
+    steps = f"the worst case and {config.total_steps} steps, or as many as --num_steps says"
+    lines = [f"Profiling {config.model} ({settled.choice.why}) under {config.ds}: {steps}"]
     run = make_run(settled, reward_functions(config, questions), lines, train, [], folder, exact_memory=True)
     folder.mkdir(parents=True, exist_ok=True)
     run.train()

@@ -165,8 +165,9 @@ class _RunMemory:
 
     def reference_bytes(self) -> int:
         sizes = {"int8": self.shape.int8_bytes(self.w), "llm.int8": self.shape.llm_int8_bytes(self.w)}
+        sizes |= dict.fromkeys(("bf16", "bf16-cpu"), self.weights)
         sizes["adapter"] = self.trained * self.w  # a copy of the adapter; the policy has the base
-        return sizes.get(self.config.reference_kind, self.weights)
+        return sizes[self.config.reference_kind]
 
     def _block(self, size: int) -> int:
         """Round up to a power of two, as torch's pinned allocator does."""

@@ -58,7 +58,9 @@ def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
         # It logs for every product that activations are rounded; docs/lora.md says so.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
-    return None
+    if bits == 16:
+        return None
+    raise ValueError(f"bits is {bits}; it must be 4, 8 or 16.")
 
 
 def keep_trainable_layout(model: PreTrainedModel) -> None:

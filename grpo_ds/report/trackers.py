@@ -161,8 +161,10 @@ def _make(name: str, folder: Path, settings: dict[str, Any], progress: Progress)
         from grpo_ds.report.wandb_tracker import Wandb as Kind
     elif name == "tensorboard":
         from grpo_ds.report.tensorboard_tracker import TensorBoard as Kind  # type: ignore[assignment]
-    else:
+    elif name == "trackio":
         from grpo_ds.report.trackio_tracker import Trackio as Kind  # type: ignore[assignment]
+    else:
+        raise ValueError(f"There is no tracker {name!r}.")
     return Kind(folder, settings, progress)
 
 

@@ -7,13 +7,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from grpo_ds.errors import CheckpointError, one_error
 from grpo_ds.run_folder.checkpoints import damage, found_in, step_of, tidy
 from grpo_ds.run_folder.lock import lock
 from grpo_ds.run_folder.progress import Progress
 from grpo_ds.settings.config import TrainConfig
+from grpo_ds.settings.config_file import read_settings
 from grpo_ds.settings.ds_config import DsConfig
 from grpo_ds.settings.saved_config import CONFIG_FILE, SYSTEM_PROMPT_FILE
 
@@ -90,19 +89,16 @@ def _others(run: Path) -> str:
 def flags_of(checkpoint: Path) -> dict[str, Any]:
     """Return the flags that the checkpoint was made with."""
     file = checkpoint / CONFIG_FILE
-    try:
-        saved = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{file} cannot be read ({type(error).__name__}).") from None
-    if not isinstance(saved, dict):
-        raise CheckpointError(f"{file} holds no settings.")
+    # Only the user may allow code to run, not a file.
+    others = {"resume_from_checkpoint", "plan", "output_dir", "trust_remote_code"}
+    known = [flag for flag in fields(TrainConfig) if flag.name not in others]
+    saved, problems = read_settings(file, known, strict=False)
+    if problems:
+        raise one_error(CheckpointError, f"{file} cannot be used:", problems)
     if saved.get("system_prompt"):  # the run's copy, which remains when checkpoints are deleted
         copies = [folder / SYSTEM_PROMPT_FILE for folder in (checkpoint.parent, checkpoint)]
         saved["system_prompt"] = str(next((copy for copy in copies if copy.is_file()), copies[0]))
-    # Only the user may allow code to run, not a file.
-    others = {"resume_from_checkpoint", "plan", "output_dir", "trust_remote_code"}
-    known = {flag.name for flag in fields(TrainConfig)} - others
-    return {name: value for name, value in saved.items() if name in known}
+    return saved
 
 
 def refuse_other_flags(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Path) -> None:

@@ -1,39 +1,33 @@
-"""Command line and YAML to a checked config, by jsonargparse, with errors of at most six lines.
+"""Command line and YAML to a checked config, with errors of at most six lines.
 
-`parse` reads argv once and refuses unknown flags, wrong types and secrets. The defaults are known later (a model or a
-checkpoint has a recipe), so `Parsed.config(recipe)` builds and checks the config.
+`parse` reads argv once and refuses unknown flags, unreadable values and secrets. The defaults are known later (a model
+or a checkpoint has a recipe), so `Parsed.config(recipe)` builds and checks the config.
 Nothing heavy is imported here, so `--help` and a mistyped flag are answered at once.
 """
 
 import difflib
 import re
-from argparse import SUPPRESS, HelpFormatter
-from collections import Counter
+import sys
+from argparse import ArgumentParser, HelpFormatter
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields
-from itertools import pairwise
-from math import isfinite
-from pathlib import Path
-from types import NoneType
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 
-from grpo_ds.core.objective import KlEstimator, LossType, RewardScale
 from grpo_ds.errors import UsageError, one_error
 from grpo_ds.settings.config import AskConfig
+from grpo_ds.settings.config_file import read_settings
 from grpo_ds.settings.flags import Flags, all_flags, flags_by_heading
-from grpo_ds.settings.grpo_flags import ReferenceKind
 from grpo_ds.settings.shipped import CONFIGS
+from grpo_ds.settings.values import Written, is_listed, kind_of, may_be_null, read_values
 from grpo_ds.system.invocation import program
-from grpo_ds.task.own_rewards import CompletionFormat
 from grpo_ds.task.prompts import worked_examples
-from grpo_ds.task.scoring import OnRewardError
 
 ConfigType = TypeVar("ConfigType", bound=AskConfig)
 SECRET = re.compile(r"[\w-]*(api_?key|token|secret|passw(or)?d)|([\w-]*[_-])?key", re.IGNORECASE)
-PRINT_CONFIG = "--print_config"
+OWN = ("help", "config", "print_config", "local_rank")  # of no group; the deepspeed launcher adds --local_rank
+REMEDY = "Correct it or leave it out; --help lists every flag and its default."
 
 
 @dataclass(frozen=True)
@@ -46,7 +40,6 @@ class Parsed(Generic[ConfigType]):
 
     config_type: type[ConfigType]
     given: Mapping[str, Any]  # flag -> value
-    parser: ArgumentParser
 
     @property
     def typed(self) -> frozenset[str]:
@@ -60,62 +53,92 @@ class Parsed(Generic[ConfigType]):
         decided: flags that the command itself sets, such as the model that "auto" stands for.
         """
         config = self.unchecked(recipe, **decided)
-        if problems := [*_not_finite(config), *config.problems()]:
+        if problems := config.problems():
             raise one_error(UsageError, "These settings cannot work:", problems)
         return config
 
     def unchecked(self, recipe: Mapping[str, Any] | None = None, **decided: Any) -> ConfigType:
         """Build the config without checking its values, to find out which recipe applies.
 
-        A value that is wrong with the defaults may be right with the recipe. Raises UsageError for wrong types.
+        A value that is wrong with the defaults may be right with the recipe.
         """
         flags, recipe = all_flags(self.config_type), recipe or {}
         own = {flag.name: recipe[flag.name] for flag in flags if flag.name in recipe}
-        values: dict[str, Any] = {flag.name: flag.default for flag in flags}
-        values |= _converted(self.parser, own)
-        values |= {**self.given, **decided}
-        if empty := [flag.name for flag in flags if values[flag.name] is None and not _may_be_none(flag)]:
-            raise UsageError(f"{', '.join(empty)} cannot be null: give a value, or leave it out.")
+        values: dict[str, Any] = {flag.name: flag.default for flag in flags} | own | {**self.given, **decided}
         if "few_shot" in own and "few_shot" not in self.given:  # the recipe's examples that fit the labels
             values["few_shot"] = min(values["few_shot"], _fitting_examples(values))
         return self.config_type(**values)
 
 
 def parse(config_type: type[ConfigType], argv: list[str], *, about: str) -> Parsed[ConfigType]:
-    """Read argv and its --config file. Raises UsageError for unknown flags, wrong types and secrets."""
-    names = {flag.name for flag in all_flags(config_type)}
-    _check_secrets(argv, names)
-    parser = _parser(config_type, about)
-    _check_names(argv, {*names, "config", PRINT_CONFIG.lstrip("-"), "local_rank", "help"})
-    argv = _with_found_files(argv)
-    for file in _config_files(argv):
-        _check_file(file)
-    printing = any(word.startswith(PRINT_CONFIG) for word in argv)  # prints all values, also defaults, and exits
-    try:
-        given = parser.parse_args(argv, defaults=printing).as_dict()
-    except (ArgumentError, ValueError, OSError) as error:
-        raise UsageError(_shortened(str(error), names)) from None
-    return Parsed(config_type, {name: value for name, value in given.items() if name in names}, parser)
+    """Read argv and its --config files; what is typed wins. Raises UsageError for all that cannot be read.
+
+    --help and --print_config print, and exit.
+    """
+    flags = {flag.name: flag for flag in all_flags(config_type)}
+    _check_secrets(argv, {*flags})
+    words = _words(argv)
+    if "help" in words or "-h" in argv:
+        _help_page(config_type, about).print_help()
+        sys.exit()
+    _check_names(words, {*flags, *OWN})
+    given: dict[str, Any] = {}
+    for file in map(CONFIGS.find, words.get("config", ())):
+        values, problems = read_settings(file, [*flags.values()], strict=True)
+        if problems:
+            raise one_error(UsageError, f"--config {file}:", problems, REMEDY)
+        given |= values
+    typed, problems = read_values(flags, {name: _as_typed(flags[name], words[name]) for name in words if name in flags})
+    if problems:
+        raise one_error(UsageError, "These flags cannot be read:", problems, REMEDY)
+    parsed = Parsed(config_type, given | typed)
+    if "print_config" in words:
+        config = parsed.unchecked()
+        print(yaml.safe_dump({name: getattr(config, name) for name in flags}, sort_keys=False), end="")
+        sys.exit()
+    return parsed
 
 
-def _parser(config_type: type[Flags], about: str) -> ArgumentParser:
+def _words(argv: list[str]) -> dict[str, list[str]]:
+    """Return the words behind each flag, by its name; words before the first flag under "". The last of a flag counts.
+
+    A word that begins with two dashes is a flag, so that -1,0.5 is a value.
+    """
+    words: dict[str, list[str]] = {}
+    name = ""
+    for word in argv:
+        if not word.startswith("--") or word == "--":
+            words.setdefault(name, []).append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        earlier = words.get(name, []) if name == "config" else []
+        words[name] = [*earlier, *([value] if equals else [])]
+    return words
+
+
+def _as_typed(flag: "Field[Any]", words: list[str]) -> Written:
+    """Return what the words behind a flag say: a switch alone is true, and a list may be typed item by item."""
+    if not words:
+        return "true" if kind_of(flag) is bool else []
+    if is_listed(flag):
+        words = [",".join(word.removesuffix(",") for word in words)]
+    if len(words) > 1:
+        return [*words]
+    return None if words == ["null"] and may_be_null(flag) else words[0]
+
+
+def _help_page(config_type: type[Flags], about: str) -> ArgumentParser:
+    """Return a parser that only prints --help."""
     parser = ArgumentParser(
-        prog=program(),
-        usage="%(prog)s [options]",
-        description=about,
-        formatter_class=OneColumn,
-        exit_on_error=False,
-        allow_abbrev=False,
-        default_env=False,
+        prog=program(), usage="%(prog)s [options]", description=about, formatter_class=OneColumn, allow_abbrev=False
     )
-    parser.add_argument("--config", action="config", metavar="FILE", help="YAML file with any of the flags below")
-    parser.add_argument("--local_rank", type=int, default=0, help=SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the flags below; a typed flag wins")
+    parser.add_argument("--print_config", action="store_true", help="print all settings as such a file, and exit")
     for heading, flags in flags_by_heading(config_type).items():
         group = parser.add_argument_group(heading)
         for flag in flags:
-            switch: dict[str, Any] = {"nargs": "?", "const": True} if flag.type in (bool, bool | None) else {}
-            shown: dict[str, Any] = {"help": _help(flag), "metavar": _metavar(flag.type)}
-            group.add_argument(f"--{flag.name}", type=flag.type, default=flag.default, **shown, **switch)
+            optional: dict[str, Any] = {"nargs": "?"} if kind_of(flag) is bool else {}
+            group.add_argument(f"--{flag.name}", help=_help(flag), metavar=_metavar(flag), **optional)
     return parser
 
 
@@ -133,27 +156,12 @@ def _help(flag: "Field[Any]") -> str:
     return (meaning if plain else f"{meaning} (default: {default})").replace("%", "%%")
 
 
-def _metavar(kind: Any) -> str:
-    """Allowed values of a type, for --help."""
+def _metavar(flag: "Field[Any]") -> str:
+    """Allowed values of the flag, for --help."""
+    kind = kind_of(flag)
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
-    names: dict[Any, str] = {bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT"}
-    return next(name for type_, name in names.items() if type_ in (kind, *get_args(kind)))
-
-
-def _may_be_none(flag: "Field[Any]") -> bool:
-    return NoneType in get_args(flag.type)
-
-
-def _converted(parser: ArgumentParser, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert the recipe's values to the types of their flags. Raises UsageError for a wrong type."""
-    if not recipe:
-        return {}
-    try:
-        return parser.parse_object(dict(recipe), defaults=False).as_dict()
-    except (ArgumentError, ValueError) as error:
-        message = _shortened(str(error), set(recipe), lines=4)
-        raise UsageError(f"Settings saved with a model or a checkpoint cannot be used:\n{message}") from None
+    return {bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT"}[kind]
 
 
 def _fitting_examples(values: Mapping[str, Any]) -> int:
@@ -180,62 +188,15 @@ def _check_secrets(argv: list[str], known: set[str]) -> None:
         )
 
 
-def _check_names(argv: list[str], known: set[str]) -> None:
+def _check_names(words: Mapping[str, list[str]], known: set[str]) -> None:
     """Report all mistyped flags in one error, each with the most similar real flag."""
-    given = [word[2:].split("=")[0] for word in argv if word.startswith("--") and len(word) > 2]
-    problems = []
-    for name in given:
-        if name not in known:
+    problems = [f"{word}: belongs to no flag; write --NAME VALUE" for word in words.get("", ())]
+    for name in words:
+        if name and name not in known:
             close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
             guess = f"did you mean --{close[0]}?" if close else "this command has no such flag"
             problems.append(f"--{name}: {guess}")
+    if words.get("config") == []:
+        problems.append("--config names no file")
     if problems:
         raise one_error(UsageError, "Unknown flags:", problems, "--help lists them all.")
-
-
-def _with_found_files(argv: list[str]) -> list[str]:
-    """Return argv with `--config PATH` for each `--config FILE` or `--config=FILE`: a shipped FILE needs no folder."""
-    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    return [str(CONFIGS.find(word)) if before == "--config" else word for before, word in pairwise(["", *words])]
-
-
-def _config_files(argv: list[str]) -> list[str]:
-    return [value for word, value in pairwise(argv) if word == "--config"]
-
-
-def _check_file(file: str) -> None:
-    """Report mistakes that jsonargparse accepts, or reports without the file's name."""
-    try:
-        root = yaml.compose(Path(file).read_bytes().decode("utf-8-sig"), Loader=yaml.SafeLoader)
-    except UnicodeDecodeError as error:
-        byte = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
-        raise UsageError(f"--config {file} is not UTF-8 text: {byte}.\nSave it as UTF-8, uncompressed.") from None
-    except RecursionError:
-        raise UsageError(f"--config {file} is nested too deeply; write one setting per line: num_steps: 40") from None
-    except (OSError, ValueError, yaml.YAMLError):
-        return
-    if not isinstance(root, yaml.MappingNode):
-        raise UsageError(f"--config {file} holds no settings; write one per line: num_steps: 40")
-    counts = Counter(str(name.value) for name, _ in root.value)
-    if twice := [f"{name} is set {count} times; keep one" for name, count in counts.items() if count > 1]:
-        raise one_error(UsageError, f"--config {file}:", twice)
-
-
-def _not_finite(config: AskConfig) -> list[str]:
-    """Messages for NaN and infinity, which pass the other checks: every comparison with NaN is false."""
-    values = {flag.name: getattr(config, flag.name) for flag in fields(config)}
-    numbers = {name: value for name, value in values.items() if isinstance(value, float)}
-    return [f"{name} is {value}; it must be a number" for name, value in numbers.items() if not isfinite(value)]
-
-
-def _shortened(message: str, known: set[str], *, lines: int = 5) -> str:
-    """Shorten jsonargparse's message to `lines`, with readable choices and the most similar flag."""
-    if unknown := re.fullmatch(r"Option '(\S+)' is not accepted", message.strip()):
-        close = difflib.get_close_matches(unknown[1], known, n=1)
-        guess = f"; did you mean {close[0]}?" if close else ""
-        message = f"The --config file: unknown flag {unknown[1]}{guess}"
-    message = re.sub(r'Parser key "(\S+)":', r"--\1:", message)
-    for choices in (ReferenceKind, LossType, KlEstimator, RewardScale, OnRewardError, CompletionFormat):
-        message = message.replace(str(choices), " | ".join(get_args(choices)))
-    texts = [line.strip() for line in message.splitlines() if line.strip()]
-    return "\n".join([*(text[:200] for text in texts[:lines]), "--help lists every flag and its default."])

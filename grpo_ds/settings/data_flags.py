@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from grpo_ds.settings.flags import Flags, failed, flag
+from grpo_ds.settings.flags import Flags, failed, flag, list_flag
 from grpo_ds.task.answers import TAG_NAME
 from grpo_ds.task.prompts import read_system_prompt
 from grpo_ds.task.records import NO_CONTEXT, Unusable
@@ -26,7 +26,7 @@ class RecordFlags(Flags):
 
     heading: ClassVar[str] = "data"
 
-    labels: str = flag("yes,no", "allowed answers, comma-separated; add maybe to keep PubMedQA's maybe questions")
+    labels: str = list_flag("yes,no", "allowed answers, comma-separated; add maybe to keep PubMedQA's maybe questions")
     question_field: str | None = flag(None, "field of a record with the question; default: found as in PubMedQA")
     context_field: str | None = flag(
         None, f"field of a record with the context; {NO_CONTEXT}: no context; default: found"

@@ -15,6 +15,11 @@ def flag(default: Any, meaning: str) -> Any:
     return field(default=default, metadata={"help": meaning})
 
 
+def list_flag(default: str | None, meaning: str) -> Any:
+    """Declare a flag of texts separated by commas; YAML and the command line may also give them one by one."""
+    return field(default=default, metadata={"help": meaning, "listed": True})
+
+
 def failed(*checks: tuple[bool, str]) -> list[str]:
     """Return the messages of failed checks; a check is (failed, message)."""
     return [message for wrong, message in checks if wrong]

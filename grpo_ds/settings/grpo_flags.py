@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from grpo_ds.core.objective import KlEstimator, LossType, RewardScale
-from grpo_ds.settings.flags import Flags, failed, flag
+from grpo_ds.settings.flags import Flags, failed, flag, list_flag
 from grpo_ds.task.own_rewards import CompletionFormat
 from grpo_ds.task.reward_files import reward_problems
 from grpo_ds.task.rewards import READY_MADE
@@ -58,10 +58,10 @@ class RewardFlags(Flags):
 
     heading: ClassVar[str] = "rewards"
 
-    reward_funcs: str = flag(
+    reward_funcs: str = list_flag(
         "correctness,format", f"comma-separated: {', '.join(READY_MADE)}, FILE.py:FUNCTION, module.FUNCTION"
     )
-    reward_weights: str | None = flag(None, "a factor for each of reward_funcs, comma-separated; default: 1 each")
+    reward_weights: str | None = list_flag(None, "a factor for each of reward_funcs, comma-separated; default: 1 each")
     completion_format: CompletionFormat = flag(
         "auto", "completions of your own functions as texts or as lists of messages; auto: as each one reads them"
     )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from grpo_ds.settings.flags import Flags, failed, flag
+from grpo_ds.settings.flags import Flags, failed, flag, list_flag
 
 TRACKERS = ("none", "wandb", "tensorboard", "trackio")
 
@@ -16,7 +16,7 @@ class AdapterFlags(Flags):
 
     lora_r: int = flag(0, "rank of a LoRA adapter on a frozen base; 0: train all parameters")
     lora_alpha: int = flag(32, "the adapter's update is scaled by lora_alpha / lora_r")
-    lora_target: str = flag("all-linear", "layers with an adapter: all-linear, or names such as q_proj,v_proj")
+    lora_target: str = list_flag("all-linear", "layers with an adapter: all-linear, or names such as q_proj,v_proj")
     load_in_4bit: bool = flag(False, "QLoRA: the frozen base in 4 bits (NF4), about a quarter of its memory")
     load_in_8bit: bool = flag(False, "the frozen base in 8 bits (LLM.int8), about half of its memory")
     merge_adapter: bool = flag(False, "also save base and adapter as one ordinary model, in output_dir/merged")
@@ -58,8 +58,9 @@ class SamplingFlags(Flags):
     )
 
     def problems(self) -> list[str]:
-        wrong = (self.generation_batch_size or 1) < 1  # 0 means all of a step
-        return [*failed((wrong, "generation_batch_size must be 1 or more")), *super().problems()]
+        rows = self.generation_batch_size
+        wrong = f"generation_batch_size is {rows}; it must be 1 or more, or left out: the memory plan chooses"
+        return [*failed((rows is not None and rows < 1, wrong)), *super().problems()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ class OutputFlags(Flags):
         None, "a checkpoint-N folder, or auto: the newest complete one of output_dir; flags come from it"
     )
     log_completions: bool = flag(False, "write every completion with its rewards to completions.jsonl and the trackers")
-    report_to: str = flag(
+    report_to: str = list_flag(
         "none", f"{TRACKERS[0]}, or some of {','.join(TRACKERS[1:])}; keys are read from the environment only"
     )
 

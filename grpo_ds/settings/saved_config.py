@@ -5,8 +5,9 @@ from typing import Any
 
 import yaml
 
-from grpo_ds.errors import UsageError
+from grpo_ds.errors import UsageError, one_error
 from grpo_ds.settings.config import AskConfig
+from grpo_ds.settings.config_file import read_settings
 from grpo_ds.settings.flags import all_flags
 
 CONFIG_FILE = "grpo_config.yaml"
@@ -29,23 +30,16 @@ def prompt_recipe(folder: Path) -> dict[str, Any]:
     saved = folder / CONFIG_FILE
     if not saved.is_file():
         return {}
-    try:
-        values = yaml.safe_load(saved.read_bytes().decode("utf-8-sig"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        values = None
-    if not isinstance(values, dict):
-        raise UsageError(
-            f"{saved} is damaged: it holds no settings. The model was trained with the prompt described there:\n"
-            "restore it, or remove it and give --system_prompt, --labels and the tags yourself."
+    # Only the user may allow code to run here, not a file that came with a model.
+    allowed = [flag for flag in all_flags(AskConfig) if flag.name not in ("model", "trust_remote_code")]
+    values, problems = read_settings(saved, allowed, strict=False)
+    if problems:
+        raise one_error(
+            UsageError,
+            f"{saved} is damaged:",
+            problems,
+            "It has the prompt that the model was trained with: restore it, or remove it and give the prompt's flags.",
         )
     if values.get("system_prompt"):  # the copy, even if the model was moved
         values["system_prompt"] = str(folder / SYSTEM_PROMPT_FILE)
-    # Only the user may allow code to run here, not a file that came with a model.
-    allowed = [flag for flag in all_flags(AskConfig) if flag.name not in ("model", "trust_remote_code")]
-    found = {flag.name: values[flag.name] for flag in allowed if flag.name in values}
-    numbers = [flag.name for flag in allowed if isinstance(flag.default, int)]
-    if wrong := [name for name in numbers if not isinstance(found.get(name, 0), int)]:
-        raise UsageError(
-            f"{saved}: {wrong[0]} is {found[wrong[0]]!r}, which is not a number. Fix it or delete the file."
-        )
-    return found
+    return values

@@ -36,7 +36,7 @@ class Shipped:
 
     def find(self, path: str | Path) -> Path:
         """Return the file at this path, otherwise the shipped file of this name. Raises UsageError."""
-        path, names = Path(path), self.names()
+        path, names = Path(os.path.expanduser(path)), self.names()
         is_there, is_folder = os.path.exists(path), os.path.isdir(path)  # Path's own raise OSError for a long name
         if is_there and not is_folder:
             return path

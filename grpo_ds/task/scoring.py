@@ -110,7 +110,7 @@ def score(
                 metrics.setdefault(metric, []).extend(values)
         except Faulty as fault:
             errors[name] = f"The reward function '{name}' {fault}"
-            if on_error == "stop":
+            if on_error != "zero":
                 indices = fault.indices or _find_faulty(function, columns, state, timeout)
                 raise RewardError(f"{errors[name]}\n{_place(indices, columns)}\n{_remedy(function, fault)}") from None
             by_name[name] = [None] * len(completions)

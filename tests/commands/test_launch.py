@@ -72,7 +72,7 @@ def test_a_missing_data_file_is_named(tmp_path):
         (["--reward_funcs", "correctnes"], ["correctnes", "repetition_penalty", "FILE.py:FUNCTION"]),
         (["--reward_funcs", "nowhere.py:concise"], ["nowhere.py:concise", "no file", "docs/rewards.md"]),
         (["--reward_weights", "1"], ["reward_weights", "2 numbers"]),
-        (["--on_reward_error", "skip"], ["on_reward_error", "stop | zero"]),
+        (["--on_reward_error", "skip"], ["on_reward_error", "stop, zero"]),
         (["--reward_timeout", "-1"], ["reward_timeout"]),
         (["--labels", "A,B", "--few_shot", "1"], ["few_shot is 1", "0 examples fit labels A,B: --few_shot 0"]),
         (["--labels", "A,a"], ["labels"]),
@@ -255,7 +255,7 @@ def test_a_yaml_file_and_flags_go_together(tmp_path):
         ("num_stepz: 3\n", ["--config", "num_stepz", "did you mean num_steps"]),
         ("num_steps: many\n", ["num_steps", "many"]),
         ("reward_funcs: a\nmu: 0\n", ["reward_funcs: 'a'", "mu must be"]),
-        ("num_steps: [\n", ["Problems parsing config", "line 2"]),
+        ("num_steps: [\n", ["is not YAML", "line 2"]),
     ],
 )
 def test_what_is_wrong_in_a_yaml_file_is_named(tmp_path, text, words):
@@ -349,7 +349,7 @@ def test_several_wrong_values_raise_one_error():
         ("--kl_estimator k4", ["kl_estimator", "k3_corrected"]),
         ("--scale_rewards std", ["scale_rewards", "batch"]),
         ("--epsilon_high 0", ["epsilon_high is 0"]),
-        ("--epsilon_high .nan", ["epsilon_high is nan"]),
+        ("--epsilon_high .nan", ["epsilon_high is '.nan'"]),
         ("--delta 1.2", ["delta is 1.2", "1 + epsilon_high, 1.2"]),
         ("--delta 1.5 --epsilon_high 0.6", ["1 + epsilon_high, 1.6"]),
         ("--delta 4 --loss_type cispo", ["delta", "cispo"]),

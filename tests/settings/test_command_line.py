@@ -3,16 +3,17 @@
 import re
 
 import pytest
-from jsonargparse import ArgumentParser
 
 from grpo_ds.commands.ask import QuestionConfig
 from grpo_ds.commands.select import SelectConfig
 from grpo_ds.commands.settle import settle
-from grpo_ds.errors import MAX_LINES, UsageError
+from grpo_ds.errors import MAX_LINES, CheckpointError, UsageError
 from grpo_ds.models.presets import EMBEDDED, PRESETS
+from grpo_ds.run_folder.resume import flags_of
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import AskConfig, EvaluateConfig, TrainConfig
 from grpo_ds.settings.flags import HEADINGS, Flags, all_flags, flags_by_heading
+from grpo_ds.settings.saved_config import CONFIG_FILE
 
 LAPTOP = PRESETS[EMBEDDED].recipe
 
@@ -70,7 +71,7 @@ def test_every_group_reports_its_problems():
     """A group that forgets super() would hide the problems of the groups behind it."""
     wrong = TrainConfig(
         labels="yes", max_prompt_length=0, eval_limit=0, num_steps=0, reward_timeout=-1, beta=-1, mu=0,
-        ref_model_sync_steps=0, lora_alpha=0, logprob_chunk_mib=0, generation_batch_size=-1, save_steps=-1,
+        ref_model_sync_steps=0, lora_alpha=0, logprob_chunk_mib=0, generation_batch_size=0, save_steps=-1,
         max_bad_steps=-1, few_shot=-1, overlong_buffer=-1,
     )  # fmt: skip
     changed = [flag.name for flag in all_flags(TrainConfig) if getattr(wrong, flag.name) != flag.default]
@@ -110,31 +111,44 @@ def test_train_checks_the_values_that_the_model_gets(monkeypatch):
     assert "may have 1067" in error_of(lambda: settle(["--pack_tokens", "600"]))
 
 
-def test_argv_is_parsed_once(monkeypatch):
-    parsed, real = [], ArgumentParser.parse_args
-    monkeypatch.setattr(ArgumentParser, "parse_args", lambda *a, **b: parsed.append(a) or real(*a, **b))
-    settle(["--model", EMBEDDED, "--lora_r", "8"])
-    assert len(parsed) == 1
+def test_typed_flags_win_over_a_file_in_any_order_and_a_later_file_over_an_earlier(tmp_path):
+    (tmp_path / "a.yaml").write_text("num_steps: 3\nbeta: 0.1\nmu: 2\n")
+    (tmp_path / "b.yaml").write_text("num_steps: 4\nbeta: 0.2\n")
+    files = ["--config", str(tmp_path / "a.yaml"), f"--config={tmp_path / 'b.yaml'}"]
+    for argv in (["--beta", "0", *files], [*files, "--beta", "0"]):
+        config = parse(TrainConfig, argv, about="").config()
+        assert (config.num_steps, config.beta, config.mu) == (4, 0.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["my_questions.json"], ["my_questions.json: belongs to no flag"]),
+        (["--num_steps"], ["num_steps is empty; it must be a whole number"]),
+        (["--num_steps", "3", "4"], ["num_steps is ['3', '4']; it must be a whole number"]),
+        (["--prefill", "my.json"], ["prefill is 'my.json'; it must be true or false"]),
+        (["--config"], ["--config names no file"]),
+        (["--"], ["--: belongs to no flag"]),
+    ],
+)
+def test_words_that_make_no_sense_are_named(argv, words):
+    message = error_of(lambda: parse(TrainConfig, argv, about=""))
+    assert [word for word in words if word not in message] == [], message
 
 
 @pytest.mark.parametrize(
     ("saved", "words"),
     [
-        ({"num_steps": "many"}, ["num_steps", "many"]),
-        ({"reference": "int4"}, ["reference", "int8 | llm.int8", "int4"]),
-        ({"epsilon_high": "wide"}, ["epsilon_high"]),
-        ({"labels": None, "seed": None}, ["seed, labels cannot be null"]),
-        ({"labels": ["yes", "no"]}, ["labels"]),
+        ("num_steps: many\n", ["num_steps is 'many'"]),
+        ("reference: int4\nepsilon_high: wide\n", ["one of auto, int8, llm.int8", "epsilon_high is 'wide'"]),
+        ("loss_type:\nseed: null\n", ["loss_type is null", "seed is null"]),
+        ("no_flag_of_ours: 1\nmu:\n", ["mu is null"]),
     ],
 )
-def test_a_recipe_with_a_wrong_type_is_named(saved, words):
-    message = error_of(lambda: parse(TrainConfig, [], about="").config(saved))
-    assert [word for word in words if word not in message] == [], message
-
-
-def test_null_is_refused_where_it_means_nothing(tmp_path):
-    file = tmp_path / "run.yaml"
-    file.write_text("labels: null\nsave_total_limit: null\n")
-    assert error_of(parse(TrainConfig, ["--config", str(file)], about="").config).startswith("labels cannot be null")
-    file.write_text("save_total_limit: null\n")
-    assert parse(TrainConfig, ["--config", str(file)], about="").config().save_total_limit is None
+def test_settings_saved_with_a_checkpoint_are_read_like_a_config_file(tmp_path, saved, words):
+    (tmp_path / CONFIG_FILE).write_text(saved)
+    with pytest.raises(CheckpointError) as error:
+        flags_of(tmp_path)
+    message = str(error.value)
+    assert [word for word in [str(tmp_path / CONFIG_FILE), *words] if word not in message] == [], message
+    assert "no_flag_of_ours" not in message and len(message.splitlines()) <= MAX_LINES

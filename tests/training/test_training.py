@@ -224,10 +224,18 @@ def test_the_saved_model_can_be_evaluated_and_asked(launched, script, flags):
 def test_the_profiler_script_rehearses_steps_and_draws(tiny_folder, tmp_path):
     flags = ["--model", str(tiny_folder), "--data", "sample", "--output_dir", str(tmp_path / "run")]
     flags += ["--max_prompt_length", "700", "--max_completion_length", "4", "--num_generations", "2"]
+    (tmp_path / "training.yaml").write_text("num_steps: 200\n")  # not meant for a profile
+    flags += ["--config", str(tmp_path / "training.yaml")]
     command = [sys.executable, "launch/profile_memory.py", "--ds", "ds_configs/zero2.json", *flags]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr[-2000:]
-    for words in ("Worst case rehearsed: 700 + 4 tokens", "step 2/2", "plan error", "memory.svg"):
+    for words in (
+        "the worst case and 2 steps, or as many as --num_steps says",
+        "Worst case rehearsed: 700 + 4 tokens",
+        "step 2/2",
+        "plan error",
+        "memory.svg",
+    ):
         assert words in result.stdout
     assert {"memory.json", "memory.svg"} <= {file.name for file in (tmp_path / "run").iterdir()}
 
