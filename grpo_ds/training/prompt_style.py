@@ -37,6 +37,11 @@ class PromptStyle:
         """Token ids of each question's prompt. Raises DataError if a question alone is too long for a prompt."""
         return [_prompt_ids(tokenizer, question, self) for question in questions]
 
+    def encode_again(self, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[list[int]]:
+        """Encode prompts whose template text has changed since they were encoded."""
+        _prompt_ids.cache_clear()
+        return self.encode(tokenizer, questions)
+
     def texts(self, tokenizer: PreTrainedTokenizerBase, completions: Completions) -> list[str]:
         """Text of each completion as rewards and grades read it, with a prefilled tag put back in front."""
         opening = self.answer_format.opening * self.prefill

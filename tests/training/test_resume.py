@@ -56,9 +56,8 @@ def make_run(model: Path, kind: str, folder: Path, origin: Path | None = None) -
     size = config.batch_size * config.num_generations
     ds = resolve_ds_config(ROOT / json_file, fill=DsSizes(config.learning_rate, 0.0, 1.0, 0, 8, size, 1, bf16=bf16))
     train, held_out = split_questions(read_questions("sample").questions, eval_fraction=0.2, seed=0)
-    weights = None if config.lora_r else origin
     rewards = {"uneven": (uneven, 1.0)}
-    trainer = Trainer(config, ds, ranks.start(), Console(speaks=False), rewards, weights=weights)
+    trainer = Trainer(config, ds, ranks.start(), Console(speaks=False), rewards, origin=origin)
     if origin:
         load_checkpoint(trainer, origin)
     return Run(trainer, train, held_out[:2], folder)
