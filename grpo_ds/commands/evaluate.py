@@ -35,37 +35,32 @@ class Asked:
     """The questions of an evaluation, and how many the model was trained on.
 
     Example: of a file of 160 questions, 128 of which the model was trained on.
-        Asked(questions, trained_on=0, left_out=128).described()
-        # "32 questions; 128 others, which the model was trained on, are left out"
+        Asked("sample: 160 questions (80 yes, 80 no)", questions, trained_on=0, left_out=128).described()
+        # "sample: 160 questions (80 yes, 80 no); 32 asked; 128, which the model was trained on, are left out"
     """
 
+    source: str  # name and counts of the data
     questions: list[Question]
     trained_on: int | None  # of these; None: not recorded beside the model
     left_out: int | None  # questions of the data that are not asked because the model was trained on them
 
     def described(self) -> str:
-        others = f"; {self.left_out} others, which the model was trained on, are left out" if self.left_out else ""
-        known = f"; Warning: the model was trained on {self.trained_on} of them" if self.trained_on else ""
-        return f"{len(self.questions)} questions{others}{known}"
+        others = f"; {self.left_out}, which the model was trained on, are left out" if self.left_out else ""
+        known = f"\nWarning: the model was trained on {self.trained_on} of these questions." if self.trained_on else ""
+        return f"{self.source}; {len(self.questions)} asked{others}{known}"
 
 
 def main(argv: list[str]) -> None:
     check_torch()
-    parsed, gpu_gib = parse(EvaluateConfig, argv, about=__doc__), gpu_memory_gib()
-    choice = choose_model(parsed.unchecked().model, gpu_gib=gpu_gib, ram_gib=ram_gib())
-    folder = Path(choice.model)
-    config = parsed.config({**choice.recipe, **split_recipe(folder)}, model=choice.model)
-    trained_on = read_trained_on(folder)
-    found = read_questions(config.data, labels=config.label_names, fields=config.field_names)
-    asked = asked_questions(config, found, trained_on, share_given="eval_fraction" in parsed.typed)
+    config, why, asked = prepare(argv)
 
     from grpo_ds.report.console import Console  # heavy libraries are loaded from here on
     from grpo_ds.system.ranks import World
     from grpo_ds.training.evaluate import evaluate, load_for_asking
 
     console = Console()
-    console.line(f"Model: {config.model} ({choice.why})\nData: {found.source}; {asked.described()}")
-    sampler, style = load_for_asking(config, bf16=gpu_gib is not None or cpu_has_bf16())
+    console.line(f"Model: {config.model} ({why})\nData: {asked.described()}")
+    sampler, style = load_for_asking(config, bf16=gpu_memory_gib() is not None or cpu_has_bf16())
     sampler.rows_at_once = config.generation_batch_size or ROWS_AT_ONCE
     alone = World(rank=0, size=1, device=sampler.model.device)
     with console.progress("Answering", len(asked.questions)) as advance:
@@ -74,6 +69,17 @@ def main(argv: list[str]) -> None:
         console.line(f"Warning: {warning}")
     counts = {"trained_on": asked.trained_on, "left_out_as_trained_on": asked.left_out}
     console.line(json.dumps({**asdict(result.grades), **counts}, indent=1))
+
+
+def prepare(argv: list[str]) -> tuple[EvaluateConfig, str, Asked]:
+    """Return the config, the reason for its model, and the questions; loads nothing heavy."""
+    parsed = parse(EvaluateConfig, argv, about=__doc__)
+    choice = choose_model(parsed.unchecked().model, gpu_gib=gpu_memory_gib(), ram_gib=ram_gib())
+    folder = Path(choice.model)
+    config = parsed.config({**choice.recipe, **split_recipe(folder)}, model=choice.model)
+    found = read_questions(config.data, labels=config.label_names, fields=config.field_names)
+    share_given = "eval_fraction" in parsed.typed
+    return config, choice.why, asked_questions(config, found, read_trained_on(folder), share_given=share_given)
 
 
 def asked_questions(
@@ -99,6 +105,6 @@ def asked_questions(
         )
     questions = first_in_proportion(chosen, config.eval_limit)
     if trained_on is None:
-        return Asked(questions, None, None)
+        return Asked(found.source, questions, None, None)
     left_out = 0 if chosen is every else len(every) - len(fresh)
-    return Asked(questions, len(questions) - len(not_among(known, questions)), left_out)
+    return Asked(found.source, questions, len(questions) - len(not_among(known, questions)), left_out)
