@@ -1,13 +1,18 @@
 """An interrupted and resumed run has the metrics and weights of an uninterrupted one, bit by bit."""
 
+import json
+import shutil
 import signal
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from grpo_ds.errors import CheckpointError
+from grpo_ds.models.chat_texts import CHAT_TEXTS_FILE
 from grpo_ds.report.console import Console
 from grpo_ds.run_folder.checkpoints import found_in
 from grpo_ds.run_folder.resume import to_resume
@@ -20,6 +25,7 @@ from grpo_ds.task.questions import read_questions, split_questions
 from grpo_ds.training.checkpoint import load_checkpoint
 from grpo_ds.training.run import Run
 from grpo_ds.training.trainer import Trainer
+from tests.conftest import CHATML, DATED, Clock
 from tests.training.test_training import ROOT
 
 CONFIG = TrainConfig(
@@ -155,3 +161,33 @@ def test_a_checkpoint_is_a_model_folder_and_the_best_one_is_kept(tiny_folder, tm
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-4", dtype=torch.float32)
     weights = {f"model.{name}": weight for name, weight in saved.named_parameters()}
     assert all(torch.equal(weight, state[name]) for name, weight in weights.items())
+
+
+def test_a_run_resumed_on_another_day_has_the_prompts_of_the_first(tiny_folder, tmp_path, days_pass):
+    """The template prints the date; while the run rests, its model's template and tokenizer change as well."""
+    kind = "no reference, dynamic sampling"
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(DATED)
+    first_day = Clock.day
+    metrics, weights = finish(make_run(model, kind, tmp_path / "straight"))
+    Clock.day = first_day
+    assert stop_at(make_run(model, kind, tmp_path / "run")) is not None
+    (model / "chat_template.jinja").write_text("Edited. {{ strftime_now('%A') }}" + CHATML)
+    origin, _ = to_resume("auto", tmp_path / "run")
+    again, state = finish(make_run(model, kind, tmp_path / "run", origin))
+    assert again == metrics and all(torch.equal(state[name], weight) for name, weight in weights.items())
+    (text,) = json.loads((tmp_path / "run" / CHAT_TEXTS_FILE).read_text()).values()
+    assert text.startswith(f"Today is {first_day + timedelta(days=1):%d %B %Y}")
+
+
+def test_a_resumed_run_whose_prompts_would_differ_is_refused(tiny_folder, tmp_path, days_pass):
+    kind = "no reference, dynamic sampling"
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(DATED)
+    assert stop_at(make_run(model, kind, tmp_path / "run")) is not None
+    (checkpoint,) = found_in(tmp_path / "run")
+    (checkpoint / CHAT_TEXTS_FILE).unlink()
+    run = make_run(model, kind, tmp_path / "run", checkpoint)
+    with pytest.raises(CheckpointError, match="its prompts now have other token ids"):
+        run.run()
+    run.trainer.engine.close()
