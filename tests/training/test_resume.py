@@ -176,8 +176,8 @@ def test_a_run_resumed_on_another_day_has_the_prompts_of_the_first(tiny_folder, 
     origin, _ = to_resume("auto", tmp_path / "run")
     again, state = finish(make_run(model, kind, tmp_path / "run", origin))
     assert again == metrics and all(torch.equal(state[name], weight) for name, weight in weights.items())
-    (text,) = json.loads((tmp_path / "run" / CHAT_TEXTS_FILE).read_text()).values()
-    assert text.startswith(f"Today is {first_day + timedelta(days=1):%d %B %Y}")
+    texts = json.loads((tmp_path / "run" / CHAT_TEXTS_FILE).read_text()).values()
+    assert any(text.startswith(f"Today is {first_day + timedelta(days=1):%d %B %Y}") for text in texts)
 
 
 def test_a_resumed_run_whose_prompts_would_differ_is_refused(tiny_folder, tmp_path, days_pass):
