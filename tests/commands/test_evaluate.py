@@ -113,6 +113,13 @@ def test_training_further_holds_out_nothing_that_was_trained_on_before():
     assert split_for_training(TrainConfig(), SAMPLE, ()) == split_questions(SAMPLE.questions, eval_fraction=0.2, seed=0)
 
 
+def test_a_resumed_run_with_its_own_record_has_the_same_parts():
+    config = TrainConfig(eval_fraction=0.3, seed=5)
+    for before in ((), KNOWN):
+        train, held_out = split_for_training(config, SAMPLE, before)
+        assert split_for_training(config, SAMPLE, {*before, *map(fingerprint, train)}) == (train, held_out)
+
+
 def test_training_further_on_known_questions_alone_names_two_remedies():
     known = {fingerprint(question) for question in SAMPLE.questions}
     with pytest.raises(DataError, match=r"(?s)none can be held out.*run/trained_on\.txt") as caught:
