@@ -100,7 +100,7 @@ def asked_questions(
         chosen = in_random_order(fresh, seed=config.seed)
     if not chosen:
         raise DataError(
-            f"{found.source}: {config.model} was trained on all of them.\n"
+            f"{found.source}: none is left to ask that {config.model} was not trained on.\n"
             "Give questions that it has not seen (--data), or ask these all the same: --eval_fraction 1"
         )
     questions = first_in_proportion(chosen, config.eval_limit)

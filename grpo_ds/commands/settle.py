@@ -110,14 +110,14 @@ def split_for_training(
 ) -> tuple[list[Question], list[Question]]:
     """Split into (training, held-out); no question that the model was trained on before is held out.
 
-    trained_on: fingerprints. Raises DataError if the model was trained on every question.
+    trained_on: fingerprints. Raises DataError if nothing can be held out.
     """
     parts = split_questions(
         questions.questions, eval_fraction=config.eval_fraction, seed=config.seed, trained_on=trained_on
     )
     if not parts[1]:
         raise DataError(
-            f"{questions.source}: {config.model} was trained on all of them before, so none can be held out.\n"
+            f"{questions.source}: none can be held out that {config.model} was not trained on before.\n"
             f"Add questions that it has not seen, or delete {Path(config.model) / TRAINED_ON_FILE} to hold out some\n"
             "all the same; their accuracy then says nothing about new questions."
         )

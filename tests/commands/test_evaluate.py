@@ -83,7 +83,7 @@ def test_known_questions_are_found_in_another_file_with_other_ids_and_spelling(t
 def test_nothing_left_to_ask_is_an_error_with_two_remedies(trained, tmp_path):
     file = records(tmp_path / "known.json", TRAIN[:9])
     for typed in ([], ["--eval_fraction", "0.3"]):
-        with pytest.raises(DataError, match=r"(?s)trained on all of them.*--eval_fraction 1") as caught:
+        with pytest.raises(DataError, match=r"(?s)none is left to ask.*--eval_fraction 1") as caught:
             asked(trained, *typed, data=file)
         assert len(str(caught.value).splitlines()) <= MAX_LINES
     assert asked(trained, "--eval_fraction", "1", data=file).trained_on == 9
