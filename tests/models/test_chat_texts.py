@@ -12,7 +12,7 @@ from grpo_ds.task.questions import Question
 from grpo_ds.training.prompt_style import PromptStyle
 from tests.conftest import CHATML, DATED, make_tokenizer
 
-DRAWN = "{{ range(10 ** 9) | random }}\n" + CHATML
+DRAWN = "{{ range(10 ** 5) | random }}\n" + CHATML
 ASKED = [Question(str(n), f"Is it {n}?", f"It is {n}.", "yes") for n in range(3)]
 
 
