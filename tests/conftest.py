@@ -4,6 +4,7 @@ import doctest
 import importlib.util
 import os
 import sys
+from datetime import datetime, timedelta
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,6 +24,8 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# A template that prints the date, as Llama 3's, SmolLM3's and gpt-oss's do.
+DATED = "Today is {{ strftime_now('%d %B %Y, %H:%M') }}.\n" + CHATML
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "pubmedqa"
 
 
@@ -63,6 +66,25 @@ def pytest_collection_modifyitems(items):
         for mark in item.iter_markers("peer"):
             if importlib.util.find_spec(mark.args[0]) is None:
                 item.add_marker(pytest.mark.skip(reason=f"{mark.args[0]} is not installed: make test-peers"))
+
+
+class Clock(datetime):
+    """The clock that chat templates read in a test with `days_pass`: a day passes whenever one reads it."""
+
+    day = datetime(2026, 2, 27, 23, 59)
+
+    @classmethod
+    def now(cls, tz=None):
+        cls.day += timedelta(days=1)
+        return cls.day
+
+
+@pytest.fixture
+def days_pass(monkeypatch):
+    from transformers.utils import chat_template_utils
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    monkeypatch.setattr(Clock, "day", Clock.day)
 
 
 def load_unchecked(module):

@@ -7,7 +7,7 @@ piped.
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, ClassVar
 from grpo_ds.commands.evaluate import ROWS_AT_ONCE
 from grpo_ds.errors import DataError, UsageError, one_error
 from grpo_ds.memory.choose import choose_model
+from grpo_ds.run_folder.trained_on import read_trained_on
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import AskConfig
 from grpo_ds.settings.flags import Flags, failed, flag
 from grpo_ds.system.hardware import check_torch, cpu_has_bf16, gpu_memory_gib, ram_gib
-from grpo_ds.task.questions import Question, unanswered_questions
+from grpo_ds.task.questions import Question, fingerprint, unanswered_questions
 from grpo_ds.task.records import NO_CONTEXT, Unusable, sound_text
 from grpo_ds.task.sources import Source, parse_file
 from grpo_ds.terminal import escape_control_chars
@@ -45,7 +46,7 @@ class QuestionFlags(Flags):
     file: str = flag("", "JSON or JSONL with questions, labels not needed; -: standard input")
     interactive: bool = flag(False, "type questions one after another; default: at a terminal, if no question is given")
     json: bool = flag(
-        False, "print a JSON object per line: id, question, reasoning, answer, text; label, right if known"
+        False, "print a JSON object per line: id, question, reasoning, answer, text; label, right, trained_on if known"
     )
 
     def problems(self) -> list[str]:
@@ -83,16 +84,19 @@ class Answered:
     reasoning: str
     rest: str  # the text after the reasoning
     answer: str | None  # a label; None if the completion is not in the required form
+    trained_on: bool | None = None  # the model was trained on this question; None: not recorded beside the model
 
     def as_text(self) -> str:
         answer = self.answer or f"none in the required form; the model wrote {self.rest!r}"
         label = f" (the label: {self.question.label})" if self.question.label else ""
+        label += " (the model was trained on this question)" * bool(self.trained_on)
         return escape_control_chars(f"Reasoning: {self.reasoning}\nAnswer: {answer}{label}")
 
     def as_json(self) -> str:
         """One line of ASCII, which cannot control a terminal."""
         question = self.question
         known = {"label": question.label, "right": self.answer == question.label} if question.label else {}
+        known |= {} if self.trained_on is None else {"trained_on": self.trained_on}
         found = {"reasoning": self.reasoning, "answer": self.answer, "text": self.text}
         return json.dumps({"id": question.id, "question": question.text, **found, **known})
 
@@ -103,13 +107,14 @@ def main(argv: list[str]) -> None:
     choice = choose_model(parsed.unchecked().model, gpu_gib=gpu_gib, ram_gib=ram_gib())
     config = parsed.config(choice.recipe, model=choice.model)
     questions = [] if config.typed_at_terminal else given_questions(config)
+    trained_on = read_trained_on(Path(config.model))
     sampler, style = loaded(config, bf16=gpu_gib is not None or cpu_has_bf16())
     show = show_as(config)
     try:
         if config.typed_at_terminal:
             print(escape_control_chars(f"Model: {config.model} ({choice.why})"), file=sys.stderr)
-            return converse(lambda question: show(*answers(sampler, style, [question])), config)
-        for answered in answers(sampler, style, questions):
+            return converse(lambda question: show(*answers(sampler, style, [question], trained_on)), config)
+        for answered in answers(sampler, style, questions, trained_on):
             show(answered)
     except BrokenPipeError:  # the reader, such as `| head`, has closed the pipe; Python would still flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -156,15 +161,18 @@ def opened(file: str) -> Source:
     return parse_file("standard input" if file == STDIN else file, content)
 
 
-def answers(sampler: "Sampler", style: "PromptStyle", questions: Sequence[Question]) -> Iterator[Answered]:
-    """Yield one answer per question, in order, as soon as its batch is done."""
+def answers(
+    sampler: "Sampler", style: "PromptStyle", questions: Sequence[Question], trained_on: Collection[str] | None
+) -> Iterator[Answered]:
+    """Yield one answer per question, in order, as soon as its batch is done. trained_on: fingerprints, if known."""
     style.encode(sampler.tokenizer, questions)  # reports a question that is too long before any is answered
     for first in range(0, len(questions), ROWS_AT_ONCE):
         some = questions[first : first + ROWS_AT_ONCE]
         completions = sampler(style.encode(sampler.tokenizer, some), group_size=1, temperature=0.0)
         for question, text in zip(some, style.texts(sampler.tokenizer, completions), strict=True):
             form = style.answer_format
-            yield Answered(question, text, *form.split(text), form.parse(text).answer)
+            known = None if trained_on is None else fingerprint(question) in trained_on
+            yield Answered(question, text, *form.split(text), form.parse(text).answer, known)
 
 
 def show_as(config: QuestionConfig) -> Callable[[Answered], None]:

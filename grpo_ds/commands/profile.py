@@ -6,10 +6,13 @@ Evaluates nothing and saves no model; writes memory.json and memory.svg.
     deepspeed launch/profile_memory.py --ds ds_configs/zero2.json --num_steps 2
 """
 
-from grpo_ds.commands.settle import settle
+from pathlib import Path
+
+from grpo_ds.commands.settle import settle, split_for_training
 from grpo_ds.commands.train import make_run, output_folder, reward_functions
 from grpo_ds.errors import UsageError
-from grpo_ds.task.questions import read_questions, split_questions
+from grpo_ds.run_folder.trained_on import read_trained_on
+from grpo_ds.task.questions import read_questions
 
 STEPS = "2"  # if --num_steps is not typed: the first step creates the moments, the second reuses them
 
@@ -22,7 +25,7 @@ def main(argv: list[str]) -> None:
         raise UsageError("A profile starts at the first step: leave --resume_from_checkpoint out.")
     config = settled.config
     questions = read_questions(config.data, labels=config.label_names, fields=config.field_names)
-    train, _ = split_questions(questions.questions, eval_fraction=config.eval_fraction, seed=config.seed)
+    train, _ = split_for_training(config, questions, read_trained_on(Path(config.model)) or frozenset())
     folder = output_folder(config)
 
     steps = f"the worst case and {config.total_steps} steps, or as many as --num_steps says"

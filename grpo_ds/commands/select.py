@@ -25,6 +25,7 @@ from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsConfig, resolve_ds_config
 from grpo_ds.settings.flags import Flags, failed, flag
+from grpo_ds.settings.saved_config import prompt_recipe
 from grpo_ds.settings.shipped import DS_JSONS
 from grpo_ds.system.hardware import cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.terminal import escape_control_chars
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> None:
     gpu = (gpu_memory_gib() or 0.0) if asked.gpu_gib is None else asked.gpu_gib
     ram = ram_gib() if asked.ram_gib is None else asked.ram_gib
     one = asked.model if asked.model != "auto" else "" if gpu else EMBEDDED
-    config = parsed.config(PRESETS[one].recipe if one in PRESETS else {})
+    config = parsed.config(PRESETS[one].recipe if one in PRESETS else prompt_recipe(Path(one)))
     found = all_candidates(one, config, parsed.typed, gpu, ram)
     chosen, typed = best(found), typed_flags(config, parsed.typed)
     if config.json:

@@ -1,21 +1,24 @@
 """Settle a run before anything heavy is loaded: its flags, model, DeepSpeed JSON, memory plan and checkpoint."""
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grpo_ds.errors import UsageError
+from grpo_ds.errors import DataError, UsageError
 from grpo_ds.memory.choose import Choice, choose_model
 from grpo_ds.memory.plan import Plan
 from grpo_ds.memory.select import Job, fitted
 from grpo_ds.models.presets import lora_recipe
 from grpo_ds.models.shapes import ModelShape, adapter_base, shape_of
 from grpo_ds.run_folder.resume import find_checkpoint, flags_of, refuse_other_flags
+from grpo_ds.run_folder.trained_on import TRAINED_ON_FILE
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsConfig, resolve_ds_config
 from grpo_ds.system.hardware import check_torch, cpu_has_bf16, gpu_memory_gib, ram_gib
+from grpo_ds.task.questions import Question, QuestionSet, split_questions
 from grpo_ds.task.sources import data_or_default
 
 
@@ -100,6 +103,25 @@ def usable_shape(config: TrainConfig) -> ModelShape:
             f"Try --max_prompt_length {max(1, shape.positions - config.max_completion_length)}."
         )
     return shape
+
+
+def split_for_training(
+    config: TrainConfig, questions: QuestionSet, trained_on: Collection[str]
+) -> tuple[list[Question], list[Question]]:
+    """Split into (training, held-out); no question that the model was trained on before is held out.
+
+    trained_on: fingerprints. Raises DataError if nothing can be held out.
+    """
+    parts = split_questions(
+        questions.questions, eval_fraction=config.eval_fraction, seed=config.seed, trained_on=trained_on
+    )
+    if not parts[1]:
+        raise DataError(
+            f"{questions.source}: none can be held out that {config.model} was not trained on before.\n"
+            f"Add questions that it has not seen, or delete {Path(config.model) / TRAINED_ON_FILE} to hold out some\n"
+            "all the same; their accuracy then says nothing about new questions."
+        )
+    return parts
 
 
 def ranks() -> int:

@@ -6,23 +6,31 @@ Arguments, data and the DeepSpeed JSON are checked before anything heavy is load
 import os
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from shutil import disk_usage
 from typing import TYPE_CHECKING
 
-from grpo_ds.commands.settle import Settled, ranks, settle
+from grpo_ds.commands.settle import Settled, ranks, settle, split_for_training
 from grpo_ds.errors import CheckpointError, UsageError
 from grpo_ds.memory.plan import GIB, MemoryKind
 from grpo_ds.report.trackers import check_trackers
 from grpo_ds.run_folder.lock import check_writable
 from grpo_ds.run_folder.progress import Progress, check_identity, identity
 from grpo_ds.run_folder.resume import check_complete
+from grpo_ds.run_folder.trained_on import read_trained_on
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.system.hardware import check_versions
 from grpo_ds.system.invocation import command
 from grpo_ds.system.signals import exit_on_signal
-from grpo_ds.task.questions import Question, QuestionSet, read_questions, split_questions
+from grpo_ds.task.questions import (
+    Question,
+    QuestionSet,
+    fingerprint,
+    first_in_proportion,
+    not_among,
+    read_questions,
+)
 from grpo_ds.task.reward_files import find_reward_functions, form_lines
 from grpo_ds.task.rewards import WeightedFunctions, ready_made
 from grpo_ds.terminal import escape_control_chars
@@ -47,8 +55,10 @@ def train_from(argv: list[str]) -> None:
         check_versions()
     questions = read_questions(config.data, labels=config.label_names, fields=config.field_names)
     rewards = reward_functions(config, questions)
-    train, held_out = split_questions(questions.questions, eval_fraction=config.eval_fraction, seed=config.seed)
-    held_out = held_out[: config.eval_limit]
+    # A checkpoint's record has the model's own and the run's: with it the parts are the same again.
+    before = read_trained_on(settled.resume_from or Path(config.model)) or frozenset()
+    train, held_out = split_for_training(config, questions, before)
+    held_out = first_in_proportion(held_out, config.eval_limit)
     folder = output_folder(config, settled.resume_from)
     this_run = identity(train, held_out, config.system_prompt_text, settled.job.ds, ranks())
     if settled.resume_from:
@@ -58,7 +68,11 @@ def train_from(argv: list[str]) -> None:
     check_trackers(config.trackers)
 
     lines = [*first_lines(settled, questions, len(train), len(held_out)), *form_lines(rewards)]
-    run = make_run(settled, rewards, lines, train, held_out, folder, this_run)
+    if before and not settled.resume_from:
+        known = len(questions.questions) - len(not_among(before, questions.questions))
+        lines.append(f"{config.model} was trained on {known} of these questions before; none of them is held out")
+    trained_on = before.union(map(fingerprint, train))
+    run = make_run(settled, rewards, lines, train, held_out, folder, this_run, trained_on)
     outcome = run.run()
     say = run.console
     say.before_and_after(outcome.before, outcome.after, held_out)
@@ -93,12 +107,13 @@ def make_run(
     held_out: list[Question],
     folder: Path,
     this_run: Mapping[str, str] | None = None,
+    trained_on: Collection[str] | None = None,
     *,
     exact_memory: bool = False,
 ) -> "Run":
     """Print `lines`, then load heavy libraries and the model, which takes a while.
 
-    this_run: identity of the run (run_folder/progress.py). exact_memory: for a profile, see Trainer.
+    this_run: identity of the run (run_folder/progress.py). trained_on, exact_memory: see Trainer.
     """
     from grpo_ds.report.console import Console
     from grpo_ds.system import ranks
@@ -116,8 +131,6 @@ def make_run(
     folder, origin = world.gather(folder)[0], settled.resume_from
     if any(other != origin for other in world.gather(origin)):
         raise CheckpointError("The ranks do not see the same checkpoints; they need one shared folder. Try again.")
-    # A full model's weights come from the checkpoint; an adapter is in the engine's state, on the same base.
-    weights = None if config.lora_r else origin
     trainer = Trainer(
         config,
         settled.job.ds,
@@ -125,8 +138,9 @@ def make_run(
         console,
         rewards,
         settled.plan,
-        weights=weights,
+        origin=origin,
         identity=this_run,
+        trained_on=trained_on,
         exact_memory=exact_memory,
     )
     if origin:

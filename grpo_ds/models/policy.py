@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from grpo_ds.errors import UsageError
+from grpo_ds.models.chat_texts import keep_chat_texts
 from grpo_ds.models.embedded import embedded_folder
 from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.models.lora import add_adapter, keep_trainable_layout, merged, quantization
@@ -42,12 +43,14 @@ def model_source(name: str) -> str:
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Tokenizer:
     """Load the tokenizer, with a plain chat template if the model has none, and always with a pad token."""
+    source = model_source(name)
     with _named_errors(name):
-        tokenizer = AutoTokenizer.from_pretrained(model_source(name), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     _check_template_names(name, tokenizer.chat_template)
     ensure_chat_template(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # EOS may be the pad token: masks decide which tokens count, not ids
+    keep_chat_texts(tokenizer, Path(source))
     return tokenizer
 
 

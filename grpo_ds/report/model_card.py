@@ -22,6 +22,7 @@ from grpo_ds.run_folder.checkpoints import write_whole
 from grpo_ds.run_folder.files import CARD_FILE, ENVIRONMENT_FILE, HELD_OUT_FILE, SUMMARY_FILE
 from grpo_ds.settings.config import EvaluateConfig
 from grpo_ds.settings.saved_config import prompt_recipe
+from grpo_ds.task.grading import small_sample
 from grpo_ds.task.prompts import default_system_prompt
 from grpo_ds.task.records import NO_CONTEXT
 from grpo_ds.task.rewards import READY_MADE
@@ -75,6 +76,7 @@ def card(folder: Path) -> str:
         before=before,
         after=after,
         mcnemar=held_out["mcnemar"],
+        small_sample=small_sample(after["count"], after["accuracy_interval"]),
         grades=table(("", "before", "after"), _grade_rows(before, after)),
         snippet=_snippet(folder, is_adapter=is_adapter),
         settings=table(("setting", "value"), _settings(config)),

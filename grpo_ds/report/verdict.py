@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from grpo_ds.memory.plan import MEMORY_NAMES
 from grpo_ds.report.memory_page import kinds, peak_gib
 from grpo_ds.report.run_files import JsonObject, RunFiles, as_label, as_number, as_object, as_text
+from grpo_ds.task.grading import small_sample
 
 SIGNIFICANT = 0.05
 MAJORITY = "majority baseline (always the most common label)"
@@ -123,7 +124,7 @@ def _accuracy(run: RunFiles, before: JsonObject, after: JsonObject) -> str:
     change, count = _change("Accuracy", before, after, "accuracy"), after["count"]
     return (
         f"{change} of {count} held-out questions ({interval}{test}), {position} the {percent(baseline)} "
-        "of always giving the most common label."
+        f"of always giving the most common label. {small_sample(count, (low, high))}".rstrip()
     )
 
 

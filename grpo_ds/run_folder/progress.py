@@ -23,6 +23,7 @@ THEIRS = (
     "best_metric",
     "best_global_step",
 )
+PROMPTS = "the prompts"  # in a run's identity, once its tokenizer is loaded
 CALLBACKS, OURS = "stateful_callbacks", "grpo_ds"  # place in a TrainerState for fields that it does not know
 # Metric names of older versions, before this trainer used TRL's names.
 RENAMED_METRICS = {
@@ -70,6 +71,19 @@ class Progress:
     def keep_before(self, texts: list[str]) -> None:
         """Keep the held-out answers before training, so that a resumed run need not ask again."""
         self.before = texts
+
+    def check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Note the token ids of all prompts. Raises CheckpointError if a resumed run noted others."""
+        digest = hashlib.sha256()
+        for ids in prompts:  # one at a time: all together would be a text of gigabytes
+            digest.update(json.dumps(ids).encode())
+        if self.identity.setdefault(PROMPTS, digest.hexdigest()) != digest.hexdigest():
+            raise CheckpointError(
+                f"The checkpoint of step {self.global_step} cannot be resumed: its prompts now have other token ids.\n"
+                "Questions, flags, template and tokenizer are the same, so a version differs: use the versions in\n"
+                "environment.json, or train further from its weights in a new run:\n"
+                "--model CHECKPOINT --output_dir ANOTHER"
+            )
 
     def set_best(self, metric: float | None, step: int | None) -> None:
         """Set the best accuracy during training and its step, whose checkpoint is kept."""

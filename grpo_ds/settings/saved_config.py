@@ -1,5 +1,6 @@
 """The config saved beside a model: how it was trained, and its prompt."""
 
+from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import yaml
 from grpo_ds.errors import UsageError, one_error
 from grpo_ds.settings.config import AskConfig
 from grpo_ds.settings.config_file import read_settings
+from grpo_ds.settings.data_flags import DataFlags
 from grpo_ds.settings.flags import all_flags
 
 CONFIG_FILE = "grpo_config.yaml"
@@ -27,11 +29,19 @@ def write_config(config: AskConfig, folder: Path) -> None:
 
 def prompt_recipe(folder: Path) -> dict[str, Any]:
     """Prompt flags of a model that we trained, from the config saved beside it; {} without one."""
+    # Only the user may allow code to run here, not a file that came with a model.
+    return _recipe(folder, [flag for flag in all_flags(AskConfig) if flag.name not in ("model", "trust_remote_code")])
+
+
+def split_recipe(folder: Path) -> dict[str, Any]:
+    """Flags that split the data of a model that we trained, from the config saved beside it; {} without one."""
+    return _recipe(folder, [flag for flag in all_flags(DataFlags) if flag.name in ("eval_fraction", "seed")])
+
+
+def _recipe(folder: Path, allowed: "list[Field[Any]]") -> dict[str, Any]:
     saved = folder / CONFIG_FILE
     if not saved.is_file():
         return {}
-    # Only the user may allow code to run here, not a file that came with a model.
-    allowed = [flag for flag in all_flags(AskConfig) if flag.name not in ("model", "trust_remote_code")]
     values, problems = read_settings(saved, allowed, strict=False)
     if problems:
         raise one_error(

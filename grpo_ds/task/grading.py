@@ -17,6 +17,7 @@ from grpo_ds.task.questions import Question
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 COLLAPSED_SHARE = 0.95
 FEWEST_TO_COLLAPSE = 5  # parsed answers; four equal ones can be chance
+FEWEST_TO_COMPARE = 20  # questions; fewer have an interval of 40 points or more around a half
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,20 @@ def wilson_interval(successes: int, count: int) -> tuple[float, float]:
     share, z2 = successes / count, Z_95**2
     centre = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = Z_95 / (1 + z2 / count) * sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At the ends centre and half cancel exactly, but not in floats.
+    return centre - half if successes else 0.0, centre + half if successes < count else 1.0
+
+
+def small_sample(count: int, accuracy_interval: Sequence[float]) -> str:
+    """Say what the interval of fewer than FEWEST_TO_COMPARE questions is worth; "" for more."""
+    if count >= FEWEST_TO_COMPARE:
+        return ""
+    low, high = accuracy_interval
+    questions = "1 question" if count == 1 else f"{count} questions"
+    return (
+        f"An evaluation of {questions} says little: its 95 % interval, {low:.0%} to {high:.0%}, is too wide to compare "
+        f"models. Grade {FEWEST_TO_COMPARE} questions or more."
+    )
 
 
 def mcnemar(before_correct: Sequence[bool], after_correct: Sequence[bool]) -> float:

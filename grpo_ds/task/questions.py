@@ -5,8 +5,9 @@ resumed run asks the same questions as an uninterrupted one.
 """
 
 import hashlib
+import unicodedata
 from collections import ChainMap, Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -79,23 +80,57 @@ def unanswered_questions(
     raise _none_left(source.name, labels, {})
 
 
+def fingerprint(question: Question) -> str:
+    """Return a hash of question and context, 12 hex digits, which case, spacing and Unicode form do not change.
+
+    48 bits: the chance that any of 10,000 new questions has the hash of one of 200,000 others is 1e-5.
+    """
+    parts = (unicodedata.normalize("NFC", part).casefold().split() for part in (question.text, question.context))
+    return hashlib.sha256("\n".join(map(" ".join, parts)).encode()).hexdigest()[:12]
+
+
+def not_among(trained_on: Collection[str], questions: Sequence[Question]) -> list[Question]:
+    """Return the questions whose fingerprint is not in `trained_on`."""
+    return [q for q in questions if fingerprint(q) not in trained_on] if trained_on else list(questions)
+
+
+def in_random_order(questions: Sequence[Question], *, seed: int) -> list[Question]:
+    """Return the questions in an order that depends on seed and ids only; a shuffle would depend on other records."""
+    return sorted(questions, key=lambda question: hashlib.sha256(f"{seed}/{question.id}".encode()).digest())
+
+
 def split_questions(
-    questions: Sequence[Question], *, eval_fraction: float, seed: int
+    questions: Sequence[Question], *, eval_fraction: float, seed: int, trained_on: Collection[str] = ()
 ) -> tuple[list[Question], list[Question]]:
     """Split into (training, held-out), stratified by class; the order of the records does not matter.
 
     Each class gives its share to the held-out part, rounded by largest remainder. So the sizes are exact: 500 records
     at 0.2 give 400 and 100, for any mix of classes.
+
+    trained_on: fingerprints of questions that are never held out, even if the held-out part then stays smaller.
     """
     if not 0 < eval_fraction < 1:
         raise UsageError(f"eval_fraction is {eval_fraction}, but it must lie between 0 and 1. Try --eval_fraction 0.2.")
-    mixed = sorted(questions, key=lambda question: _random_key(seed, question))
+    mixed = in_random_order(questions, seed=seed)
     by_label = defaultdict(list)
-    for question in mixed:
+    for question in not_among(trained_on, mixed):
         by_label[question.label].append(question.id)
-    counts = _apportion({label: len(ids) for label, ids in by_label.items()}, eval_fraction)
-    held_out = {id_ for label, ids in by_label.items() for id_ in ids[: counts[label]]}
+    places = _held_out_places(Counter(question.label for question in mixed), eval_fraction)
+    held_out = {id_ for label, ids in by_label.items() for id_ in ids[: places[label]]}
     return [q for q in mixed if q.id not in held_out], [q for q in mixed if q.id in held_out]
+
+
+def first_in_proportion(questions: Sequence[Question], limit: int | None) -> list[Question]:
+    """Return the first `limit` questions, the classes in the proportion of all (largest remainder); None: all."""
+    if limit is None or limit >= len(questions):
+        return list(questions)
+    left = _apportion(Counter(question.label for question in questions), Fraction(limit, len(questions)), limit)
+    chosen = []
+    for question in questions:
+        if left[question.label]:
+            left[question.label] -= 1
+            chosen.append(question)
+    return chosen
 
 
 def questions_at(
@@ -124,13 +159,8 @@ def _permutation(count: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(Random(f"{seed}/{epoch}").sample(range(count), count))
 
 
-def _random_key(seed: int, question: Question) -> bytes:
-    """A random sort key that depends on seed and id only; a shuffle would depend on the other records."""
-    return hashlib.sha256(f"{seed}/{question.id}".encode()).digest()
-
-
-def _apportion(counts: dict[str, int], eval_fraction: float) -> dict[str, int]:
-    """Number of held-out records of each class (largest remainder)."""
+def _held_out_places(counts: Mapping[str, int], eval_fraction: float) -> dict[str, int]:
+    """Number of held-out records of each class."""
     fraction = Fraction(str(eval_fraction))  # exact: 0.29 * 100 is 28.999999999999996 in floats
     total = _held_out_count(sum(counts.values()), fraction)
     if not 0 < total < sum(counts.values()):
@@ -138,6 +168,11 @@ def _apportion(counts: dict[str, int], eval_fraction: float) -> dict[str, int]:
             f"{sum(counts.values())} records cannot be split: --eval_fraction {eval_fraction} leaves one part empty.\n"
             f"It needs at least {_fewest_to_split(fraction)} records: add records, or change --eval_fraction."
         )
+    return _apportion(counts, fraction, total)
+
+
+def _apportion(counts: Mapping[str, int], fraction: Fraction, total: int) -> dict[str, int]:
+    """Distribute `total` places, which is sum(counts) * fraction rounded, among the classes (largest remainder)."""
     shares = {label: floor(count * fraction) for label, count in counts.items()}
     by_remainder = sorted(counts, key=lambda label: (shares[label] - counts[label] * fraction, label))
     for label in by_remainder[: total - sum(shares.values())]:

@@ -2,7 +2,9 @@
 
 checkpoint-N/
     config.json, model.safetensors, tokenizer.json ...   an ordinary model folder; with LoRA only the adapter
+    chat_texts.json         the chat template's text of the prompts (models/chat_texts.py)
     grpo_config.yaml        the flags
+    trained_on.txt          hashes of the questions (run_folder/trained_on.py)
     trainer_state.json      how far the run has come (run_folder/progress.py)
     rank0.pt, rank1.pt ...  per rank: a rollout between two of its updates, random states for user code
     reference.pt            the frozen copy of the policy, if there is one
@@ -22,9 +24,11 @@ from safetensors import SafetensorError
 
 from grpo_ds.core.tally import Tally
 from grpo_ds.errors import CheckpointError, GrpoError
+from grpo_ds.models.chat_texts import save_tokenizer
 from grpo_ds.models.policy import save_model
 from grpo_ds.run_folder import checkpoints
 from grpo_ds.run_folder.progress import Progress, current_names
+from grpo_ds.run_folder.trained_on import write_trained_on
 from grpo_ds.settings.saved_config import write_config
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import Rewards
@@ -68,6 +72,13 @@ def load_checkpoint(trainer: Trainer, folder: Path, *, branch: bool = False) -> 
     trainer.guard.run("resume", _read, trainer, folder, branch)
 
 
+def write_beside(trainer: Trainer, folder: Path) -> None:
+    """Write what later commands read beside the model: its settings, and what it was trained on."""
+    write_config(trainer.config, folder)
+    if trainer.trained_on is not None:
+        write_trained_on(folder, trainer.trained_on)
+
+
 def _write(trainer: Trainer, state: State, partial: Path) -> None:
     world = trainer.world
     if world.is_first:
@@ -92,8 +103,8 @@ def _check_all_ranks_wrote(partial: Path, ranks: int) -> None:
 def _write_shared(trainer: Trainer, state: State, folder: Path) -> None:
     """Write the files that all ranks share."""
     save_model(trainer.engine.model, folder)
-    trainer.tokenizer.save_pretrained(folder)
-    write_config(trainer.config, folder)
+    save_tokenizer(trainer.tokenizer, folder)
+    write_beside(trainer, folder)
     if state["reference"] is not None:
         torch.save(state["reference"], folder / REFERENCE_FILE)
     state["progress"].write(folder)

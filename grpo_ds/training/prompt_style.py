@@ -60,6 +60,12 @@ class PromptStyle:
         )
         return Prompt(str(tokenizer.decode(_prompt_ids(tokenizer, question, self))), messages)
 
+    def encode_again(self, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[list[int]]:
+        """Encode prompts whose template text has changed since they were encoded."""
+        _prompt_ids.cache_clear()
+        _opening.cache_clear()
+        return self.encode(tokenizer, questions)
+
     def texts(self, tokenizer: PreTrainedTokenizerBase, completions: Completions) -> list[str]:
         """Text of each completion as rewards and grades read it, after the reasoning tag that its prompt opened."""
         opening = _opening(tokenizer, self)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from grpo_ds.errors import BY_CTRL_C, CheckpointError, GrpoError, NumbersError
 from grpo_ds.memory.phases import OutOfMemory
+from grpo_ds.models.chat_texts import chat_texts, save_tokenizer
 from grpo_ds.models.policy import save_merged, save_model
 from grpo_ds.report.environment import write_environment
 from grpo_ds.report.trackers import Tracker, make_trackers
@@ -21,12 +22,11 @@ from grpo_ds.run_folder.checkpoints import folder_of, renamed_into
 from grpo_ds.run_folder.lock import cannot_be_written, lock, release
 from grpo_ds.run_folder.progress import Progress, strict
 from grpo_ds.run_folder.status import RunStatus, resume_command
-from grpo_ds.settings.saved_config import write_config
 from grpo_ds.system.ranks import stop
 from grpo_ds.system.signals import Interrupted, Stopping, name
 from grpo_ds.task.grading import graded
 from grpo_ds.task.questions import Question
-from grpo_ds.training.checkpoint import save_checkpoint
+from grpo_ds.training.checkpoint import save_checkpoint, write_beside
 from grpo_ds.training.nonfinite import refuse_bad_weights
 from grpo_ds.training.rehearsal import rehearse
 from grpo_ds.training.reports import Outcome, Reports
@@ -58,8 +58,7 @@ class Run:
     def run(self) -> Outcome:
         """Evaluate, train, evaluate, save; after a signal or an error save as much as possible."""
         trainer = self.trainer
-        # Encoded now, so that a question that is too long stops the run before it begins.
-        trainer.collector.style.encode(trainer.tokenizer, [*self.questions, *self.held_out])
+        self._encode_all()
         if self.config.preflight:
             trainer.preflight()
         with trainer.interruption.noted():  # also during the last save
@@ -78,12 +77,22 @@ class Run:
             finally:
                 release(self.folder)
 
+    def _encode_all(self) -> None:
+        """Encode every prompt: one that is too long, or not what it was, stops the run before it begins."""
+        style, tokenizer = self.trainer.collector.style, self.trainer.tokenizer
+        asked, texts = [*self.questions, *self.held_out], chat_texts(tokenizer)
+        prompts = style.encode(tokenizer, asked)
+        if (shared := self.trainer.world.gather(texts)[0]) != texts:  # it was another day on that rank
+            texts.update(shared)
+            prompts = style.encode_again(tokenizer, asked)
+        self.progress.check_prompts(prompts)
+
     def _begin(self) -> None:
         if not self.writes:
             return
         lock(self.folder)
         try:
-            write_config(self.config, self.folder)
+            write_beside(self.trainer, self.folder)
             write_environment(self.folder, ranks=self.trainer.world.size)
         except OSError as error:
             raise cannot_be_written(self.folder, error) from None
@@ -248,12 +257,12 @@ class Run:
     def _write_model(self, folder: Path) -> None:
         trainer, config = self.trainer, self.config
         save_model(trainer.engine.model, folder)
-        trainer.tokenizer.save_pretrained(folder)
+        save_tokenizer(trainer.tokenizer, folder)
         if config.merge_adapter:
             dtype, trust = torch.bfloat16 if trainer.ds.bf16 else torch.float32, config.trust_remote_code
             save_merged(folder, folder / MERGED, dtype=dtype, trust_remote_code=trust)
-            trainer.tokenizer.save_pretrained(folder / MERGED)
-            write_config(config, folder / MERGED)  # the prompt that this model was trained with
+            save_tokenizer(trainer.tokenizer, folder / MERGED)
+            write_beside(trainer, folder / MERGED)
         trainer.state_dict()["progress"].write(folder)
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ calls, in three groups that the guard surrounds:
 run.py does the evaluation, logging, checkpoints and signals around the steps.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,14 +69,16 @@ class Trainer:
         reward_functions: WeightedFunctions,
         plan: Plan | None = None,
         *,
-        weights: Path | None = None,
+        origin: Path | None = None,
         identity: Mapping[str, str] | None = None,
+        trained_on: Collection[str] | None = None,
         exact_memory: bool = False,
         style: PromptStyle | None = None,
     ) -> None:
-        """weights: folder of the model to resume from, instead of config.model.
+        """origin: checkpoint to resume from; tokenizer and weights then come from it, not from config.model.
 
-        identity: digests of data and settings, which checkpoints keep (run_folder/progress.py). exact_memory: return
+        identity: digests of data and settings, which checkpoints keep (run_folder/progress.py). trained_on:
+        fingerprints of the training questions, also of earlier runs; None: not recorded. exact_memory: return
         freed memory to the system after every phase, so that each is measured alone. style: the prompts' style;
         None: the one that config asks for.
         """
@@ -86,12 +88,15 @@ class Trainer:
         self.profiler = Profiler(world.device, plan, exact=exact_memory)
         self.guard = Guard(world, self.profiler, self.interruption, shrink=self.shrink)
         self.bad_steps = NonfiniteSteps(config.max_bad_steps, world, console.line)
-        self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+        self.trained_on = trained_on
+        # The tokenizer that the run began with: the model's own may have changed since, with its chat template.
+        self.tokenizer = load_tokenizer(str(origin or config.model), trust_remote_code=config.trust_remote_code)
         style = style or prompt_style(config)
         for line in style.check(self.tokenizer):  # before the model is loaded
             console.line(line)
         dtype = torch.bfloat16 if ds.bf16 else torch.float32
-        source = replace(config, model=str(weights)) if weights else config
+        # A full model's weights come from the checkpoint; an adapter is in the engine's state, on the same base.
+        source = replace(config, model=str(origin)) if origin and not config.lora_r else config
         policy = self.guard.run("load", trainable_policy, source, dtype=dtype, known_ids=len(self.tokenizer))
         self.engine = self.guard.run("initialise", Engine, policy, ds, seed=seed_at(config.seed, 0, world.rank))
         self.choose_rows()

@@ -20,10 +20,11 @@ from grpo_ds.commands import ask
 from grpo_ds.commands.ask import Answered, QuestionConfig, opened
 from grpo_ds.commands.evaluate import ROWS_AT_ONCE
 from grpo_ds.errors import MAX_LINES, DataError, GrpoError
+from grpo_ds.run_folder.trained_on import write_trained_on
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.saved_config import write_config
 from grpo_ds.task.answers import AnswerFormat
-from grpo_ds.task.questions import Question, unanswered_questions
+from grpo_ds.task.questions import Question, fingerprint, unanswered_questions
 from grpo_ds.terminal import CONTROL_CHARS
 from tests.conftest import CHATML
 
@@ -202,6 +203,16 @@ def test_a_files_answers_come_with_their_questions(monkeypatch, capsys, file):
     one, two = capsys.readouterr().out.strip().split("\n\n")
     assert one == "1: Is\\x0bit?\nReasoning: So.\nAnswer: yes"
     assert two.startswith(f"q1: {RECORDS[0]['question']}\n")
+
+
+def test_a_question_that_the_model_was_trained_on_is_marked(monkeypatch, capsys, file, tmp_path):
+    stub(monkeypatch, capsys)
+    write_trained_on(tmp_path, {fingerprint(Question("", RECORDS[0]["question"], RECORDS[0]["context"], ""))})
+    words = ["--model", str(tmp_path), "--file", file(RECORDS[:2])]
+    ask.main([*words, "--json"])
+    assert [json.loads(line)["trained_on"] for line in capsys.readouterr().out.splitlines()] == [True, False]
+    ask.main(words)
+    assert capsys.readouterr().out.count("Answer: yes (the model was trained on this question)\n") == 1
 
 
 # With the tiny model, whose answers are nonsense.

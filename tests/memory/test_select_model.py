@@ -11,6 +11,8 @@ import pytest
 from grpo_ds.errors import MAX_LINES, UsageError
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import TrainConfig
+from grpo_ds.settings.saved_config import write_config
+from tests.conftest import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "select_model.py"
@@ -108,3 +110,13 @@ def test_torch_is_not_imported():
     )
     result = launch("-c", code)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_model_trained_here_is_planned_with_the_lengths_beside_it(select, tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    lengths = {"max_prompt_length": 900, "max_completion_length": 600}
+    typed = [word for name, value in lengths.items() for word in (f"--{name}", value)]
+    asked = ("--gpu_gib", 16, "--ram_gib", 32, "--json", "--model", tmp_path)
+    plain, wanted = (json.loads(select(*asked, *more))["candidates"] for more in ([], typed))
+    write_config(TrainConfig(**lengths), tmp_path)
+    assert json.loads(select(*asked))["candidates"] == wanted != plain

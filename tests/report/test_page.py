@@ -300,6 +300,13 @@ def test_the_verdict_says_direction_chance_and_baseline(after, p, words):
     assert all(word in said for word in words) and "Well-formed answers stayed at 90.0%" in said
 
 
+@pytest.mark.parametrize(("count", "warned"), [(19, True), (20, False)])
+def test_the_verdict_on_few_questions_says_what_its_interval_is_worth(count, warned):
+    both = grades(0.5, (0.3, 0.7), count=count)
+    run = RunFiles("r", held_out={"before": both, "after": both, "mcnemar": 1.0})
+    assert ("An evaluation of 19 questions says little: its 95 % interval, 30% to 70%" in page(run)) is warned
+
+
 def test_answers_of_one_class_are_warned_of():
     after = grades(0.62, (0.52, 0.71), predicted={"yes": 99, "no": 1}, collapsed=True)
     run = RunFiles("r", held_out={"before": grades(0.5, (0.4, 0.6)), "after": after, "mcnemar": 0.1})

@@ -41,6 +41,16 @@ def test_what_is_none_of_ours_is_refused(tmp_path, text):
         Progress.read(tmp_path)
 
 
+def test_a_resumed_run_whose_prompts_have_changed_is_refused(tmp_path):
+    progress = Progress(max_steps=9, global_step=3)
+    progress.check_prompts([[1, 2], [3]])
+    progress.write(tmp_path)
+    Progress.read(tmp_path).check_prompts([[1, 2], [3]])
+    for changed in ([[1, 2], [4]], [[1], [2, 3]], [[1, 2]]):
+        with pytest.raises(CheckpointError, match=r"step 3 cannot be resumed: its prompts"):
+            Progress.read(tmp_path).check_prompts(changed)
+
+
 OLDER = {
     "step": 3, "reward": 0.5, "rewards/format": 0.25, "completion_length": 40.0, "ended": 0.75, "clip_ratio/low": 0.1,
     "clip_ratio/high": 0.2, "clip_fraction": 0.3, "kl": 0.01,

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_ds.errors import DataError
-from grpo_ds.task.grading import grade, mcnemar, wilson_interval
+from grpo_ds.task.grading import grade, mcnemar, small_sample, wilson_interval
 from grpo_ds.task.questions import Question
 
 LABELS = ("yes", "no")
@@ -72,6 +72,22 @@ def test_the_interval_is_wilsons(successes, count):
 
     expected = binomtest(successes, count).proportion_ci(method="wilson")
     assert wilson_interval(successes, count) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+@pytest.mark.parametrize("count", range(1, 300))
+def test_an_interval_ends_at_0_and_1_exactly(count):
+    assert wilson_interval(0, count)[0] == 0.0  # and not 7e-18
+    assert wilson_interval(count, count)[1] == 1.0
+    assert wilson_interval(1, count + 1)[0] > 0.0 and wilson_interval(count, count + 1)[1] < 1.0
+
+
+@pytest.mark.parametrize(
+    ("count", "says"),
+    [(1, "of 1 question says little"), (2, "95 % interval, 0% to 66%, is too wide"), (19, "of 19 questions"), (20, "")],
+)
+def test_fewer_than_20_questions_say_what_their_interval_is_worth(count, says):
+    warning = small_sample(count, wilson_interval(0, count))
+    assert says in warning and bool(warning) == bool(says)
 
 
 @settings(deadline=None)  # the cores are shared

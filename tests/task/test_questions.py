@@ -2,13 +2,21 @@
 
 import json
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_ds.errors import DataError, UsageError
-from grpo_ds.task.questions import Question, questions_at, read_questions, split_questions
+from grpo_ds.task.questions import (
+    Question,
+    fingerprint,
+    first_in_proportion,
+    questions_at,
+    read_questions,
+    split_questions,
+)
 from tests.conftest import SHARED_DATA
 
 needs_shared_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the PubMedQA files are not on this machine")
@@ -72,9 +80,73 @@ def test_the_split_of_seed_0_never_changes():
     assert ids(held_out) == ["no0", "yes1", "yes5", "no2"]
 
 
-def test_the_first_held_out_questions_are_a_mix_of_classes():
-    _, held_out = split_questions(make_questions(yes=50, no=50), eval_fraction=0.4, seed=0)
-    assert {question.label for question in held_out[:8]} == {"yes", "no"}  # what --eval_limit 8 grades
+@pytest.mark.parametrize(
+    ("counts", "limit", "expected"),
+    [
+        ({"yes": 50, "no": 50}, 2, {"yes": 1, "no": 1}),
+        ({"yes": 62, "no": 38}, 1, {"yes": 1}),
+        ({"yes": 62, "no": 38}, 2, {"yes": 1, "no": 1}),  # 1.24 and 0.76
+        ({"yes": 62, "no": 38}, 3, {"yes": 2, "no": 1}),  # 1.86 and 1.14
+        ({"yes": 62, "no": 38}, 50, {"yes": 31, "no": 19}),
+        ({"yes": 50, "no": 30, "maybe": 20}, 3, {"yes": 1, "no": 1, "maybe": 1}),  # 1.5, 0.9 and 0.6
+        ({"yes": 90, "no": 10}, 2, {"yes": 2}),  # 1.8 and 0.2: two places cannot hold the proportion
+        ({"yes": 3, "no": 2}, 9, {"yes": 3, "no": 2}),
+        ({"yes": 3, "no": 2}, None, {"yes": 3, "no": 2}),
+    ],
+)
+def test_a_limit_keeps_the_classes_in_proportion(counts, limit, expected):
+    questions = make_questions(**counts)
+    chosen = first_in_proportion(questions, limit)
+    assert Counter(question.label for question in chosen) == expected
+    for label, places in expected.items():  # the first of each class, in the order given
+        assert [q for q in chosen if q.label == label] == [q for q in questions if q.label == label][:places]
+    assert chosen == [question for question in questions if question in chosen]
+
+
+@settings(deadline=None)  # the cores are shared
+@given(st.lists(st.sampled_from(["yes", "no", "maybe"]), min_size=1, max_size=60), st.integers(1, 60))
+def test_any_limit_is_used_up_and_no_class_is_a_question_off_its_share(labels, limit):
+    questions = [Question(str(n), f"{n}?", "c", label) for n, label in enumerate(labels)]
+    chosen = first_in_proportion(questions, limit)
+    assert len(chosen) == min(limit, len(questions))
+    for label, count in Counter(labels).items():
+        assert abs(sum(q.label == label for q in chosen) - count * len(chosen) / len(labels)) < 1
+
+
+SAME = Question("1", "Does it help? Caf\u00e9", "It did.", "yes")
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        (Question("2", "Does it help? Caf\u00e9", "It did.", "no"), True),  # another id and another answer
+        (Question("1", "does  it\nhelp? CAF\u00c9", "It  did. ", "yes"), True),  # case and spacing
+        (Question("1", "Does it help? Cafe\u0301", "It did.", "yes"), True),  # another Unicode form
+        (Question("1", "Does it help? Cafe", "It did.", "yes"), False),
+        (Question("1", "Does it help? Caf\u00e9", "It did not.", "yes"), False),  # another study
+        (Question("1", "Does it help? Caf\u00e9 It", "did.", "yes"), False),
+    ],
+)
+def test_a_fingerprint_is_that_of_question_and_context(other, same):
+    assert (fingerprint(other) == fingerprint(SAME)) is same
+
+
+@settings(deadline=None)  # the cores are shared
+@given(st.integers(1, 30), st.integers(1, 30), st.sets(st.integers(0, 29)), st.floats(0.05, 0.95), st.integers(0, 5))
+def test_what_was_trained_on_is_never_held_out(yes, no, known, eval_fraction, seed):
+    questions = make_questions(yes=yes, no=no)
+    trained_on = {fingerprint(questions[n]) for n in known if n < len(questions)}
+    try:
+        _, held_out = split_questions(questions, eval_fraction=eval_fraction, seed=seed)
+    except DataError:
+        return
+    more, fewer = split_questions(questions, eval_fraction=eval_fraction, seed=seed, trained_on=trained_on)
+    assert sorted(ids(more) + ids(fewer)) == sorted(ids(questions))
+    assert not trained_on & {fingerprint(question) for question in fewer}
+    for label in ("yes", "no"):
+        fresh = [q for q in questions if q.label == label and fingerprint(q) not in trained_on]
+        wanted = sum(q.label == label for q in held_out)
+        assert sum(q.label == label for q in fewer) == min(wanted, len(fresh))
 
 
 @pytest.mark.parametrize(("eval_fraction", "fewest"), [(0.2, 3), (0.5, 2), (0.01, 50), (0.9, 6), (0.34, 2)])

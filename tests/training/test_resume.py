@@ -1,13 +1,18 @@
 """An interrupted and resumed run has the metrics and weights of an uninterrupted one, bit by bit."""
 
+import json
+import shutil
 import signal
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from grpo_ds.errors import CheckpointError
+from grpo_ds.models.chat_texts import CHAT_TEXTS_FILE
 from grpo_ds.report.console import Console
 from grpo_ds.run_folder.checkpoints import found_in
 from grpo_ds.run_folder.resume import to_resume
@@ -20,6 +25,7 @@ from grpo_ds.task.questions import read_questions, split_questions
 from grpo_ds.training.checkpoint import load_checkpoint
 from grpo_ds.training.run import Run
 from grpo_ds.training.trainer import Trainer
+from tests.conftest import CHATML, DATED, Clock
 from tests.training.test_training import ROOT
 
 CONFIG = TrainConfig(
@@ -56,9 +62,8 @@ def make_run(model: Path, kind: str, folder: Path, origin: Path | None = None) -
     size = config.batch_size * config.num_generations
     ds = resolve_ds_config(ROOT / json_file, fill=DsSizes(config.learning_rate, 0.0, 1.0, 0, 8, size, 1, bf16=bf16))
     train, held_out = split_questions(read_questions("sample").questions, eval_fraction=0.2, seed=0)
-    weights = None if config.lora_r else origin
     rewards = {"uneven": (uneven, 1.0)}
-    trainer = Trainer(config, ds, ranks.start(), Console(speaks=False), rewards, weights=weights)
+    trainer = Trainer(config, ds, ranks.start(), Console(speaks=False), rewards, origin=origin)
     if origin:
         load_checkpoint(trainer, origin)
     return Run(trainer, train, held_out[:2], folder)
@@ -156,3 +161,33 @@ def test_a_checkpoint_is_a_model_folder_and_the_best_one_is_kept(tiny_folder, tm
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-4", dtype=torch.float32)
     weights = {f"model.{name}": weight for name, weight in saved.named_parameters()}
     assert all(torch.equal(weight, state[name]) for name, weight in weights.items())
+
+
+def test_a_run_resumed_on_another_day_has_the_prompts_of_the_first(tiny_folder, tmp_path, days_pass):
+    """The template prints the date; while the run rests, its model's template and tokenizer change as well."""
+    kind = "no reference, dynamic sampling"
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(DATED)
+    first_day = Clock.day
+    metrics, weights = finish(make_run(model, kind, tmp_path / "straight"))
+    Clock.day = first_day
+    assert stop_at(make_run(model, kind, tmp_path / "run")) is not None
+    (model / "chat_template.jinja").write_text("Edited. {{ strftime_now('%A') }}" + CHATML)
+    origin, _ = to_resume("auto", tmp_path / "run")
+    again, state = finish(make_run(model, kind, tmp_path / "run", origin))
+    assert again == metrics and all(torch.equal(state[name], weight) for name, weight in weights.items())
+    texts = json.loads((tmp_path / "run" / CHAT_TEXTS_FILE).read_text()).values()
+    assert any(text.startswith(f"Today is {first_day + timedelta(days=1):%d %B %Y}") for text in texts)
+
+
+def test_a_resumed_run_whose_prompts_would_differ_is_refused(tiny_folder, tmp_path, days_pass):
+    kind = "no reference, dynamic sampling"
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(DATED)
+    assert stop_at(make_run(model, kind, tmp_path / "run")) is not None
+    (checkpoint,) = found_in(tmp_path / "run")
+    (checkpoint / CHAT_TEXTS_FILE).unlink()
+    run = make_run(model, kind, tmp_path / "run", checkpoint)
+    with pytest.raises(CheckpointError, match="its prompts now have other token ids"):
+        run.run()
+    run.trainer.engine.close()

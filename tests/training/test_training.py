@@ -15,13 +15,16 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from grpo_ds.commands.evaluate import prepare
 from grpo_ds.memory.phases import OutOfMemory
 from grpo_ds.report.console import Console
+from grpo_ds.run_folder.checkpoints import found_in
+from grpo_ds.run_folder.trained_on import read_trained_on
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsSizes, resolve_ds_config
 from grpo_ds.settings.saved_config import CONFIG_FILE
 from grpo_ds.system import ranks
-from grpo_ds.task.questions import read_questions, split_questions
+from grpo_ds.task.questions import fingerprint, not_among, read_questions, split_questions
 from grpo_ds.training.run import Run
 from grpo_ds.training.trainer import Trainer
 from tests.conftest import SHARED_DATA
@@ -219,6 +222,40 @@ def test_the_saved_model_can_be_evaluated_and_asked(launched, script, flags):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr[-2000:]
     assert ("accuracy" if script.startswith("eval") else "Answer:") in result.stdout
+
+
+def test_what_it_was_trained_on_stands_beside_the_model_and_in_its_checkpoints(launched):
+    folder, _ = launched
+    (data,) = {yaml.safe_load((folder / CONFIG_FILE).read_text())["data"]}
+    train, held_out = split_questions(read_questions(data).questions, eval_fraction=0.2, seed=0)
+    for model in (folder, *found_in(folder)):
+        assert read_trained_on(model) == {fingerprint(question) for question in train}
+        asked = prepare(["--model", str(model), "--data", data])[2]
+        assert (asked.questions, asked.left_out) == (held_out, len(train))
+
+
+@pytest.fixture(scope="module")
+def chained(tiny_folder, tmp_path_factory):
+    """A run, a run from its model with another seed, and what the second printed."""
+    first, second = (tmp_path_factory.mktemp("chained") / name for name in ("first", "second"))
+    flags = {
+        "num_steps": 1, "num_generations": 2, "batch_size": 1, "max_prompt_length": 700, "max_completion_length": 4,
+        "data": "sample", "eval_limit": 2, "preflight": "false", "save_steps": 0, "eval_fraction": 0.1,
+    }  # fmt: skip
+    launch(sys.executable, **flags, model=tiny_folder, seed=3, output_dir=first)
+    flags |= {"model": first, "seed": 4, "lora_r": 2, "merge_adapter": True, "output_dir": second}
+    return first, second, launch(sys.executable, **flags)
+
+
+def test_a_run_from_a_trained_model_holds_out_and_reports_what_neither_was_trained_on(chained):
+    first, second, output = chained
+    before, both = read_trained_on(first), read_trained_on(second)
+    assert len(before) == 144 and before <= both == read_trained_on(second / "merged")
+    assert f"{first} was trained on 144 of these questions before; none of them is held out" in output
+    fresh = {q.id for q in not_among(before, read_questions("sample").questions)}
+    assert {q["id"] for q in json.loads((second / "held_out.json").read_text())["questions"]} <= fresh
+    asked = prepare(["--model", str(second), "--data", "sample"])[2]
+    assert {q.id for q in asked.questions} == fresh and asked.left_out == 144
 
 
 def test_the_profiler_script_rehearses_steps_and_draws(tiny_folder, tmp_path):

@@ -1,0 +1,127 @@
+"""`eval`: which questions it asks a model that was trained here. Decided before a model is loaded."""
+
+import json
+
+import pytest
+
+from grpo_ds.commands.evaluate import prepare
+from grpo_ds.commands.settle import split_for_training
+from grpo_ds.errors import MAX_LINES, DataError, UsageError
+from grpo_ds.run_folder.trained_on import TRAINED_ON_FILE, write_trained_on
+from grpo_ds.settings.config import TrainConfig
+from grpo_ds.settings.saved_config import CONFIG_FILE, write_config
+from grpo_ds.task.questions import fingerprint, not_among, read_questions, split_questions
+
+SAMPLE = read_questions("sample")  # 80 yes, 80 no
+TRAIN, HELD_OUT = split_questions(SAMPLE.questions, eval_fraction=0.1, seed=3)
+KNOWN = {fingerprint(question) for question in TRAIN}
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """What a run with --seed 3 --eval_fraction 0.1 leaves beside its model."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_config(TrainConfig(data="sample", seed=3, eval_fraction=0.1), folder)
+    write_trained_on(folder, KNOWN)
+    return folder
+
+
+def asked(folder, *words, data="sample"):
+    return prepare(["--model", str(folder), "--data", str(data), *words])[2]
+
+
+def records(file, questions, spelled=lambda text: text):
+    file.write_text(
+        json.dumps(
+            [
+                {"question": spelled(q.text), "context": q.context, "ground_truth": q.label, "id": f"other {n}"}
+                for n, q in enumerate(questions)
+            ]
+        )
+    )
+    return file
+
+
+# (typed flags, questions asked, of these trained on, left out)
+ASKED = [
+    ([], 16, 0, 144),  # what the run held out
+    (["--seed", "0"], 16, 0, 144),  # in another order
+    (["--eval_limit", "5"], 5, 0, 144),
+    (["--eval_fraction", "0.05"], 8, 0, 144),  # a smaller share of the held-out questions
+    (["--eval_fraction", "0.2", "--seed", "0"], 16, 0, 144),  # 32 wanted, but no question that was trained on
+    (["--eval_fraction", "1"], 160, 144, 0),  # asked for, and said
+]
+
+
+@pytest.mark.parametrize(("typed", "count", "known", "left_out"), ASKED)
+def test_no_question_that_was_trained_on_is_asked_unless_all_are_asked_for(trained, typed, count, known, left_out):
+    found = asked(trained, *typed)
+    assert (len(found.questions), found.trained_on, found.left_out) == (count, known, left_out)
+    assert len(found.questions) - len(not_among(KNOWN, found.questions)) == known
+    assert ("144, which the model was trained on, are left out" in found.described()) == bool(left_out)
+    assert ("Warning: the model was trained on 144 of these questions." in found.described()) == bool(known)
+
+
+def test_the_runs_own_held_out_questions_are_asked_in_the_runs_order(trained):
+    assert asked(trained).questions == HELD_OUT
+
+
+def test_a_file_that_the_run_never_saw_is_asked_whole(trained, tmp_path):
+    new = records(tmp_path / "new.json", SAMPLE.questions, spelled=lambda text: f"And now: {text}")
+    found = asked(trained, data=new)
+    assert (len(found.questions), found.trained_on, found.left_out) == (160, 0, 0)
+
+
+def test_known_questions_are_found_in_another_file_with_other_ids_and_spelling(trained, tmp_path):
+    mixed = [*TRAIN[:10], *HELD_OUT[:4]]
+    file = records(tmp_path / "mixed.json", mixed, spelled=lambda text: text.upper().replace(" ", "  "))
+    found = asked(trained, data=file)
+    assert (len(found.questions), found.left_out) == (4, 10)
+
+
+def test_nothing_left_to_ask_is_an_error_with_two_remedies(trained, tmp_path):
+    file = records(tmp_path / "known.json", TRAIN[:9])
+    for typed in ([], ["--eval_fraction", "0.3"]):
+        with pytest.raises(DataError, match=r"(?s)none is left to ask.*--eval_fraction 1") as caught:
+            asked(trained, *typed, data=file)
+        assert len(str(caught.value).splitlines()) <= MAX_LINES
+    assert asked(trained, "--eval_fraction", "1", data=file).trained_on == 9
+
+
+def test_a_model_of_an_older_version_is_asked_what_its_seed_and_share_held_out(trained):
+    (trained / TRAINED_ON_FILE).unlink()
+    found = asked(trained)
+    assert (found.questions, found.trained_on, found.left_out) == (HELD_OUT, None, None)
+
+
+def test_any_other_model_is_asked_the_default_share(tmp_path):
+    _, held_out = split_questions(SAMPLE.questions, eval_fraction=0.2, seed=0)
+    assert asked(tmp_path).questions == held_out
+
+
+def test_a_damaged_share_beside_the_model_is_named(trained):
+    file = trained / CONFIG_FILE
+    file.write_text(file.read_text().replace("eval_fraction: 0.1", "eval_fraction: few"))
+    with pytest.raises(UsageError, match=r"eval_fraction"):
+        asked(trained)
+
+
+def test_training_further_holds_out_nothing_that_was_trained_on_before():
+    train, held_out = split_for_training(TrainConfig(model="run"), SAMPLE, KNOWN)
+    assert {q.id for q in held_out} == {q.id for q in HELD_OUT} and len(train) == len(TRAIN)
+    assert split_for_training(TrainConfig(), SAMPLE, ()) == split_questions(SAMPLE.questions, eval_fraction=0.2, seed=0)
+
+
+def test_a_resumed_run_with_its_own_record_has_the_same_parts():
+    config = TrainConfig(eval_fraction=0.3, seed=5)
+    for before in ((), KNOWN):
+        train, held_out = split_for_training(config, SAMPLE, before)
+        assert split_for_training(config, SAMPLE, {*before, *map(fingerprint, train)}) == (train, held_out)
+
+
+def test_training_further_on_known_questions_alone_names_two_remedies():
+    known = {fingerprint(question) for question in SAMPLE.questions}
+    with pytest.raises(DataError, match=r"(?s)none can be held out.*run/trained_on\.txt") as caught:
+        split_for_training(TrainConfig(model="run"), SAMPLE, known)
+    assert len(str(caught.value).splitlines()) <= MAX_LINES
