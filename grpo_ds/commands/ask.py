@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from grpo_ds.commands.evaluate import ROWS_AT_ONCE
+from grpo_ds.commands.settle import longer_than_made_for
 from grpo_ds.errors import DataError, UsageError, one_error
 from grpo_ds.memory.choose import choose_model
 from grpo_ds.settings.command_line import parse
@@ -102,6 +103,8 @@ def main(argv: list[str]) -> None:
     parsed, gpu_gib = parse(QuestionConfig, argv, about=__doc__), gpu_memory_gib()
     choice = choose_model(parsed.unchecked().model, gpu_gib=gpu_gib, ram_gib=ram_gib())
     config = parsed.config(choice.recipe, model=choice.model)
+    for warning in longer_than_made_for(config):
+        print(escape_control_chars(warning), file=sys.stderr)
     questions = [] if config.typed_at_terminal else given_questions(config)
     sampler, style = loaded(config, bf16=gpu_gib is not None or cpu_has_bf16())
     show = show_as(config)

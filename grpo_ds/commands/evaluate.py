@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 
+from grpo_ds.commands.settle import longer_than_made_for
 from grpo_ds.memory.choose import choose_model
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import EvaluateConfig
@@ -17,6 +18,7 @@ def main(argv: list[str]) -> None:
     parsed, gpu_gib = parse(EvaluateConfig, argv, about=__doc__), gpu_memory_gib()
     choice = choose_model(parsed.unchecked().model, gpu_gib=gpu_gib, ram_gib=ram_gib())
     config = parsed.config(choice.recipe, model=choice.model)
+    warnings = longer_than_made_for(config)
     found = read_questions(config.data, labels=config.label_names, fields=config.field_names)
     questions = list(found.questions)
     if config.eval_fraction < 1:
@@ -28,6 +30,8 @@ def main(argv: list[str]) -> None:
     from grpo_ds.training.evaluate import evaluate, load_for_asking
 
     console = Console()
+    for warning in warnings:
+        console.line(warning)
     console.line(f"Model: {config.model} ({choice.why})\nData: {found.source}; {len(questions)} questions")
     sampler, style = load_for_asking(config, bf16=gpu_gib is not None or cpu_has_bf16())
     sampler.rows_at_once = config.generation_batch_size or ROWS_AT_ONCE

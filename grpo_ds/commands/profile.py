@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     train, _ = split_questions(questions.questions, eval_fraction=config.eval_fraction, seed=config.seed)
     folder = output_folder(config)
 
-    lines = [f"Profiling {config.model} ({settled.choice.why}) under {config.ds}"]
+    lines = [*settled.warnings, f"Profiling {config.model} ({settled.choice.why}) under {config.ds}"]
     run = make_run(settled, reward_functions(config, questions), lines, train, [], folder, exact_memory=True)
     folder.mkdir(parents=True, exist_ok=True)
     run.train()
