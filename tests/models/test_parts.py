@@ -27,7 +27,7 @@ from grpo_ds.task.prompts import DEFAULT_CHAT_TEMPLATE
 from tests.conftest import CHATML, make_tokenizer, tiny_config
 
 ONE_LAYER, THREE_LAYERS = (["full_attention"] * layers for layers in (1, 3))
-ONES, MORE = torch.ones(128, 64), [f"<{n}>" for n in range(20)]  # a tensor; tokens
+MORE, FOREIGN = [f"<{n}>" for n in range(20)], CHATML.replace("im_end", "eot_id")
 TOKENS = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
 
 
@@ -56,6 +56,10 @@ def weights(change):
     return changed
 
 
+def added(name):
+    return weights(lambda tensors: tensors.update({name: torch.ones(64)}))
+
+
 def tokenizer(change):
     def changed(folder):
         made = make_tokenizer()
@@ -80,15 +84,15 @@ DAMAGE = {  # what is wrong: the damage, and words of the message
     "a head that is missing": (config(tie_word_embeddings=False), ["lacks lm_head.weight"]),
     "another architecture": (config(model_type="llama"), ["no place for", "k_proj.bias"]),
     "a missing tensor": (weights(lambda t: t.pop("model.norm.weight")), ["lacks model.norm.weight"]),
-    "a surplus layer": (weights(lambda t: t.update({"model.layers.2.mlp.up_proj.weight": ONES})), ["place for model.layers.2"]),
-    "a surplus bias": (weights(lambda t: t.update({"model.layers.1.mlp.up_proj.bias": ONES})), ["place for", "up_proj.bias"]),
-    "a tokenizer above the embedding": (tokenizer(lambda made: made.add_tokens(MORE)), ["up to 278", "272 rows", "embeddings(279)"]),
+    "a surplus layer": (added("model.layers.2.mlp.up_proj.weight"), ["no place for model.layers.2"]),
+    "a surplus bias": (added("model.layers.1.mlp.up_proj.bias"), ["no place for", "up_proj.bias"]),
+    "a tokenizer above the embedding": (tokenizer(lambda t: t.add_tokens(MORE)), ["up to 278", "272 rows", "(279)"]),
     "an embedding below the tokenizer": (config(vocab_size=200), ["ids up to 258", "200 rows"]),
     "an EOS above the vocabulary": (generation(eos_token_id=900), ["eos_token_id 900", "259"]),
     "an EOS among the padding rows": (generation(eos_token_id=[256, 265]), ["eos_token_id 265"]),
     "a negative EOS": (generation(eos_token_id=-1), ["eos_token_id -1"]),
     "a padding id above the vocabulary": (config(pad_token_id=300), ["pad_token_id 300"]),
-    "a template for another tokenizer": (template(CHATML.replace("im_end", "eot_id")), ["<|eot_id|>", "chat_template.jinja"]),
+    "a template for another tokenizer": (template(FOREIGN), ["<|eot_id|>", "chat_template.jinja"]),
 }  # fmt: skip
 
 
@@ -164,7 +168,7 @@ SOUND = {
     "a tied head that is stored as well": weights(
         lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})
     ),
-    "a value head beside the model": weights(lambda t: t.update({"v_head.summary.weight": torch.ones(1, 64)})),
+    "a value head beside the model": added("v_head.summary.weight"),
     "the names of the base model": weights(
         lambda t: [t.update({name.removeprefix("model."): t.pop(name)}) for name in list(t)]
     ),
@@ -178,9 +182,7 @@ SOUND = {
 def test_a_folder_whose_parts_belong_together_loads(damaged, change):
     folder = damaged(change)
     check_folder(str(folder))
-    assert sum(p.numel() for p in model.parameters()) == sum(
-        p.numel() for p in Qwen2ForCausalLM(tiny_config()).parameters()
-    )
+    assert load(folder).num_parameters() == Qwen2ForCausalLM(tiny_config()).num_parameters()
 
 
 def test_another_head_than_the_promised_one_is_refused_and_kept_when_the_config_says_so(damaged):
