@@ -8,8 +8,10 @@ import ast
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,9 @@ from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import EvaluateConfig, TrainConfig
 from grpo_ds.settings.ds_config import resolve_ds_config
 from grpo_ds.settings.run_flags import TRACKERS
+from grpo_ds.settings.saved_config import CONFIG_FILE
+from grpo_ds.task.answers import AnswerFormat
+from grpo_ds.task.prompts import encode_prompt, worked_examples
 from grpo_ds.task.questions import read_questions, split_questions
 from grpo_ds.task.rewards import READY_MADE
 
@@ -340,3 +345,52 @@ def test_the_report_that_is_recommended_is_written(places, tmp_path):
     remedy_in(lambda: report.main([str(places["run"]), "--output", str(tmp_path / "a.txt")]), r"(\.html)")
     report.main([str(places["run"]), "--output", str(tmp_path / "a.html")])
     assert (tmp_path / "a.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_a_share_that_is_recommended_splits(tmp_path):
+    questions = read_questions(records(tmp_path, ["yes", "no"] * 5)).questions
+    share = remedy_in(lambda: split_questions(questions, eval_fraction=1.0, seed=0), r"--eval_fraction (\d\.\d+)")
+    assert all(split_questions(questions, eval_fraction=float(share), seed=0))
+
+
+def test_a_label_is_chosen_by_the_flag_that_is_recommended(tmp_path):
+    record = {"question": "Does it?", "context": "It does.", "ground_truth": "yes", "final_decision": "no"}
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps([record]))
+    flag = remedy_in(lambda: read_questions(str(file)), r"choose with --(\w+)")
+    found = read_questions(str(file), fields={flag.removesuffix("_field"): "final_decision"})
+    assert found.questions[0].label == "no"
+
+
+def test_a_prompt_fits_into_the_length_that_is_recommended(tokenizer):
+    form = AnswerFormat(("yes", "no"))
+    question, _ = worked_examples(form)[0]
+    encode = partial(encode_prompt, tokenizer, question, answer_format=form, few_shot=1, prefill=True)
+    needed = int(remedy_in(lambda: encode(max_prompt_length=5), r"raise --max_prompt_length to (\d+)"))
+    assert len(encode(max_prompt_length=needed).ids) == needed
+    remedy_in(lambda: encode(max_prompt_length=needed - 1), r"lower (--few_shot)")
+    assert encode(max_prompt_length=needed - 1, few_shot=0).ids
+
+
+def test_a_damaged_config_beside_a_model_is_removed_as_recommended(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    (tmp_path / "model" / CONFIG_FILE).write_text("- not: settings\n")
+    remedy_in(lambda: accepted("--num_steps 3", model=str(tmp_path / "model")), "(remove it and give --system_prompt)")
+    (tmp_path / "model" / CONFIG_FILE).unlink()
+    assert accepted("--labels A,B --few_shot 0", model=str(tmp_path / "model")).label_names == ("A", "B")
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--labels yes,no,maybe --eval_limit 7", "--lora_r 8", "--beta 0", "--num_steps 3"]
+)
+@pytest.mark.parametrize(("gpu", "ram"), [(0, 16), (8, 16), (12, 32), (24, 64), (6, 6)])
+def test_the_command_that_select_recommends_is_accepted(capsys, flags, gpu, ram):
+    select.main(["--gpu_gib", str(gpu), "--ram_gib", str(ram), *shlex.split(flags)])
+    printed = " ".join(capsys.readouterr().out.split())
+    ready = re.search(r"Run: (?:deepspeed|python) \S+train\.py (.*)$", printed)
+    would = re.search(r"Nothing fits yet\. (?:deepspeed|python) \S+train\.py (.*) would with: (.*)$", printed)
+    never = re.search(r"even with all changes\. Without a GPU: (--model \S+)$", printed)
+    recommended = ready or would or never
+    assert recommended, printed
+    changes = re.findall(r"(--\w+ \S+) \(costs", would[2]) if would else []
+    settle(shlex.split(" ".join([recommended[1], *changes])))

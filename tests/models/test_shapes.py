@@ -125,16 +125,21 @@ def test_a_folder_without_config_is_an_error(tmp_path):
 
 
 ROTARY = {**SMALL, "max_position_embeddings": 100}
+
+
+def scaled(kind, factor, **more):
+    return {**ROTARY, "rope_scaling": {"rope_type": kind, "factor": factor, **more}}
+
+
 LIMITS = [  # config, tokens that the model was made for, positions learned
     (ROTARY, 100, False),
-    ({**ROTARY, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100}}, 400, False),
-    ({**ROTARY, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 200, False),
-    # Llama 3.1 names the result itself.
-    ({**ROTARY, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 10}}, 100, False),
+    (scaled("yarn", 4.0, original_max_position_embeddings=100), 400, False),
+    (scaled("linear", 2.0), 200, False),
+    (scaled("llama3", 8.0, original_max_position_embeddings=10), 100, False),  # Llama 3.1 names the result itself
     ({**GPT2, "model_type": "gpt2"}, 64, True),
     ({**OPT, "model_type": "opt"}, 128, True),
     ({"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100}, None, False),  # ALiBi
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("config", "positions", "learned"), LIMITS)
