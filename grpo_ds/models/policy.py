@@ -65,7 +65,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Tokenizer:
         tokenizer.pad_token = tokenizer.eos_token  # EOS may be the pad token: masks decide which tokens count, not ids
     with _named_errors(base):
         config = AutoConfig.from_pretrained(model_source(base), trust_remote_code=trust_remote_code)
-    check_tokenizer(name, tokenizer, config, _generation_config(model_source(base), config))
+        own = _generation_config(model_source(base), config)
+    check_tokenizer(name, tokenizer, config, own)
     return tokenizer
 
 
