@@ -103,8 +103,6 @@ def main(argv: list[str]) -> None:
     parsed, gpu_gib = parse(QuestionConfig, argv, about=__doc__), gpu_memory_gib()
     choice = choose_model(parsed.unchecked().model, gpu_gib=gpu_gib, ram_gib=ram_gib())
     config = parsed.config(choice.recipe, model=choice.model)
-    for warning in longer_than_made_for(config):
-        print(escape_control_chars(warning), file=sys.stderr)
     questions = [] if config.typed_at_terminal else given_questions(config)
     sampler, style = loaded(config, bf16=gpu_gib is not None or cpu_has_bf16())
     show = show_as(config)
@@ -121,6 +119,8 @@ def main(argv: list[str]) -> None:
 def loaded(config: QuestionConfig, *, bf16: bool) -> "tuple[Sampler, PromptStyle]":
     """Load heavy libraries and the model; their output goes to stderr, because it is not an answer."""
     with redirect_stdout(sys.stderr):
+        for warning in longer_than_made_for(config):
+            print(escape_control_chars(warning))
         from grpo_ds.training.evaluate import load_for_asking
 
         return load_for_asking(config, bf16=bf16)

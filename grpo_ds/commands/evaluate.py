@@ -18,12 +18,12 @@ def main(argv: list[str]) -> None:
     parsed, gpu_gib = parse(EvaluateConfig, argv, about=__doc__), gpu_memory_gib()
     choice = choose_model(parsed.unchecked().model, gpu_gib=gpu_gib, ram_gib=ram_gib())
     config = parsed.config(choice.recipe, model=choice.model)
-    warnings = longer_than_made_for(config)
     found = read_questions(config.data, labels=config.label_names, fields=config.field_names)
     questions = list(found.questions)
     if config.eval_fraction < 1:
         _, questions = split_questions(questions, eval_fraction=config.eval_fraction, seed=config.seed)
     questions = questions[: config.eval_limit]
+    warnings = longer_than_made_for(config)
 
     from grpo_ds.report.console import Console  # heavy libraries are loaded from here on
     from grpo_ds.system.ranks import World
