@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from grpo_ds.commands.evaluate import ROWS_AT_ONCE
-from grpo_ds.commands.settle import longer_than_made_for
 from grpo_ds.errors import DataError, UsageError, one_error
 from grpo_ds.memory.choose import choose_model
 from grpo_ds.settings.command_line import parse
@@ -119,8 +118,6 @@ def main(argv: list[str]) -> None:
 def loaded(config: QuestionConfig, *, bf16: bool) -> "tuple[Sampler, PromptStyle]":
     """Load heavy libraries and the model; their output goes to stderr, because it is not an answer."""
     with redirect_stdout(sys.stderr):
-        for warning in longer_than_made_for(config):
-            print(escape_control_chars(warning))
         from grpo_ds.training.evaluate import load_for_asking
 
         return load_for_asking(config, bf16=bf16)

@@ -3,7 +3,6 @@
 import json
 from dataclasses import asdict
 
-from grpo_ds.commands.settle import longer_than_made_for
 from grpo_ds.memory.choose import choose_model
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import EvaluateConfig
@@ -23,15 +22,12 @@ def main(argv: list[str]) -> None:
     if config.eval_fraction < 1:
         _, questions = split_questions(questions, eval_fraction=config.eval_fraction, seed=config.seed)
     questions = questions[: config.eval_limit]
-    warnings = longer_than_made_for(config)
 
     from grpo_ds.report.console import Console  # heavy libraries are loaded from here on
     from grpo_ds.system.ranks import World
     from grpo_ds.training.evaluate import evaluate, load_for_asking
 
     console = Console()
-    for warning in warnings:
-        console.line(warning)
     console.line(f"Model: {config.model} ({choice.why})\nData: {found.source}; {len(questions)} questions")
     sampler, style = load_for_asking(config, bf16=gpu_gib is not None or cpu_has_bf16())
     sampler.rows_at_once = config.generation_batch_size or ROWS_AT_ONCE

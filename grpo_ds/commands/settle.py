@@ -10,10 +10,10 @@ from grpo_ds.memory.choose import Choice, choose_model
 from grpo_ds.memory.plan import Plan
 from grpo_ds.memory.select import Job, fitted
 from grpo_ds.models.presets import lora_recipe
-from grpo_ds.models.shapes import ModelShape, adapter_base, check_positions, shape_of
+from grpo_ds.models.shapes import ModelShape, adapter_base, longer_than_made_for, shape_of
 from grpo_ds.run_folder.resume import find_checkpoint, flags_of, refuse_other_flags
 from grpo_ds.settings.command_line import parse
-from grpo_ds.settings.config import AskConfig, TrainConfig
+from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsConfig, resolve_ds_config
 from grpo_ds.system.hardware import check_torch, cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.task.sources import data_or_default
@@ -60,7 +60,7 @@ def settle(argv: list[str], *, about: str = "") -> Settled:
     choice = choose_model(asked.model, gpu_gib=gpu, ram_gib=ram, run=run_with_auto)
     config = parsed.config(saved or lora_recipe(choice.recipe, asked), model=choice.model)
     shape = usable_shape(config)
-    warnings += longer_than_made_for(config, shape)
+    warnings += filter(None, [longer_than_made_for(shape, config)])
     ds = resolved(config)
     # The values that the run really uses, so that the config saved beside the model repeats the run.
     config = replace(
@@ -101,16 +101,6 @@ def check_local(config: TrainConfig) -> None:
         from grpo_ds.models.policy import check_folder  # heavy
 
         check_folder(config.model, trust_remote_code=config.trust_remote_code)
-
-
-def longer_than_made_for(config: AskConfig, shape: ModelShape | None = None) -> list[str]:
-    """Return a warning if prompt and completion are longer than the model was made for. Raises UsageError if it fails.
-
-    shape: the model's, if it is known already.
-    """
-    shape = shape or shape_of(config.model, trust_remote_code=config.trust_remote_code)
-    warning = check_positions(shape, prompt=config.max_prompt_length, completion=config.max_completion_length)
-    return [warning] if warning else []
 
 
 def ranks() -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_ds.errors import UsageError
+from grpo_ds.settings.config import AskConfig
 from grpo_ds.system.hub import check_hub
 
 # Weights that share an int8 scale. 64 divides all hidden sizes in use; 128 saves 1.5 % of memory, raises the KL floor.
@@ -233,12 +234,12 @@ def rotary_positions(config: Mapping[str, Any]) -> int | None:
     return max(longest, int((trained or longest) * factor)) if factor else longest
 
 
-def check_positions(shape: ModelShape, *, prompt: int, completion: int) -> str | None:
+def longer_than_made_for(shape: ModelShape, config: AskConfig) -> str | None:
     """Return a warning for rows that are longer than the model was made for, None for others.
 
-    prompt: --max_prompt_length; completion: --max_completion_length. Raises UsageError if the positions are learned:
-    there are none behind the last.
+    Raises UsageError if the positions are learned: there are none behind the last.
     """
+    prompt, completion = config.max_prompt_length, config.max_completion_length
     if not shape.positions or prompt + completion <= shape.positions:
         return None
     flags = f"--max_prompt_length {prompt} and --max_completion_length {completion} make {prompt + completion}"

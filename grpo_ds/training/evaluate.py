@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from grpo_ds.models.policy import load_policy, load_tokenizer
+from grpo_ds.models.shapes import longer_than_made_for, shape_of
 from grpo_ds.settings.config import AskConfig
 from grpo_ds.system.ranks import World
 from grpo_ds.task.grading import Evaluation, graded
 from grpo_ds.task.questions import Question
+from grpo_ds.terminal import escape_control_chars
 from grpo_ds.training.prompt_style import PromptStyle, prompt_style
 from grpo_ds.training.sampling import Sampler
 
@@ -45,6 +47,8 @@ def load_for_asking(config: AskConfig, *, bf16: bool) -> tuple[Sampler, PromptSt
     """Load a model to answer questions without an engine, on the GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trust = config.trust_remote_code
+    if warning := longer_than_made_for(shape_of(config.model, trust_remote_code=trust), config):
+        print(escape_control_chars(warning), flush=True)
     tokenizer = load_tokenizer(config.model, trust_remote_code=trust)
     dtype = torch.bfloat16 if bf16 else torch.float32
     model = load_policy(config.model, dtype=dtype, checkpointing=False, trust_remote_code=trust)

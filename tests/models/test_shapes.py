@@ -15,12 +15,13 @@ from grpo_ds.models.quantized import Int8Embedding, Int8Linear, Int8Rows, quanti
 from grpo_ds.models.shapes import (
     PRESET_CONFIGS,
     ModelShape,
-    check_positions,
+    longer_than_made_for,
     meta_shape,
     qwen25,
     scale_group,
     shape_of,
 )
+from grpo_ds.settings.config import AskConfig
 from tests.conftest import check_example
 
 SMALL = {**qwen25(96, 3, 6, 2, 160, vocab=512), "head_dim": 16}
@@ -149,13 +150,17 @@ def test_a_shape_knows_how_long_a_row_may_be(tmp_path, config, positions, learne
     assert (shape.positions, shape.learned_positions) == (positions, learned)
 
 
+def longer(shape, prompt, completion):
+    return longer_than_made_for(shape, AskConfig(max_prompt_length=prompt, max_completion_length=completion))
+
+
 def test_longer_rows_than_the_model_was_made_for_are_a_warning_with_numbers_and_a_flag(tmp_path):
     shape = shape_of(folder_with(ROTARY, tmp_path))
-    assert check_positions(shape, prompt=70, completion=30) is None
-    warning = check_positions(shape, prompt=70, completion=31)
+    assert longer(shape, 70, 30) is None
+    warning = longer(shape, 70, 31)
     assert all(word in warning for word in ("Warning", "100", "101", "--max_prompt_length 69"))
-    assert check_positions(shape, prompt=69, completion=31) is None
-    assert "--max_prompt_length 50 --max_completion_length 50" in check_positions(shape, prompt=1, completion=100)
+    assert longer(shape, 69, 31) is None
+    assert "--max_prompt_length 50 --max_completion_length 50" in longer(shape, 1, 100)
 
 
 @pytest.mark.parametrize("config", [{**GPT2, "model_type": "gpt2"}, {**OPT, "model_type": "opt"}])
@@ -163,7 +168,7 @@ def test_longer_rows_than_learned_positions_are_refused(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config))
     shape = shape_of(str(tmp_path))
     with pytest.raises(UsageError, match=f"learned {shape.positions} positions") as error:
-        check_positions(shape, prompt=shape.positions, completion=1)
+        longer(shape, shape.positions, 1)
     assert f"--max_prompt_length {shape.positions - 1}" in str(error.value)
 
 
