@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     folder = output_folder(config)
 
     steps = f"the worst case and {config.total_steps} steps, or as many as --num_steps says"
-    lines = [f"Profiling {config.model} ({settled.choice.why}) under {config.ds}: {steps}"]
+    lines = [*settled.warnings, f"Profiling {config.model} ({settled.choice.why}) under {config.ds}: {steps}"]
     run = make_run(settled, reward_functions(config, questions), lines, train, [], folder, exact_memory=True)
     folder.mkdir(parents=True, exist_ok=True)
     run.train()

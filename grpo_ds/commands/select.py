@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from grpo_ds.commands.settle import check_local
 from grpo_ds.memory.plan import GIB, MemoryKind, Plan
 from grpo_ds.memory.select import Candidate, best, candidates, remedies, usable
 from grpo_ds.models.presets import EMBEDDED, PRESETS
@@ -67,6 +68,8 @@ def main(argv: list[str]) -> None:
     ram = ram_gib() if asked.ram_gib is None else asked.ram_gib
     one = asked.model if asked.model != "auto" else "" if gpu else EMBEDDED
     config = parsed.config(PRESETS[one].recipe if one in PRESETS else prompt_recipe(Path(one)))
+    if one:
+        check_local(config)
     found = all_candidates(one, config, parsed.typed, gpu, ram)
     chosen, typed = best(found), typed_flags(config, parsed.typed)
     if config.json:

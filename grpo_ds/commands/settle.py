@@ -11,7 +11,7 @@ from grpo_ds.memory.choose import Choice, choose_model
 from grpo_ds.memory.plan import Plan
 from grpo_ds.memory.select import Job, fitted
 from grpo_ds.models.presets import lora_recipe
-from grpo_ds.models.shapes import ModelShape, adapter_base, shape_of
+from grpo_ds.models.shapes import ModelShape, adapter_base, longer_than_made_for, shape_of
 from grpo_ds.run_folder.resume import find_checkpoint, flags_of, refuse_other_flags
 from grpo_ds.run_folder.trained_on import TRAINED_ON_FILE
 from grpo_ds.settings.command_line import parse
@@ -63,6 +63,7 @@ def settle(argv: list[str], *, about: str = "") -> Settled:
     choice = choose_model(asked.model, gpu_gib=gpu, ram_gib=ram, run=run_with_auto)
     config = parsed.config(saved or lora_recipe(choice.recipe, asked), model=choice.model)
     shape = usable_shape(config)
+    warnings += filter(None, [longer_than_made_for(shape, config)])
     ds = resolved(config)
     # The values that the run really uses, so that the config saved beside the model repeats the run.
     config = replace(
@@ -87,22 +88,22 @@ def checkpoint_of(asked: TrainConfig) -> tuple[Path | None, list[str], dict[str,
 
 
 def usable_shape(config: TrainConfig) -> ModelShape:
-    """Return the model's shape. Raises UsageError for an adapter on an adapter, and for too long prompts."""
+    """Return the model's shape. Raises UsageError for an adapter on an adapter."""
     if config.lora_r and (base := adapter_base(config.model)):
         raise UsageError(
             f"--model {config.model} is an adapter on {base}, and a second one needs an ordinary model below it.\n"
             "Name the merged model of that run (--merge_adapter writes one into its folder merged), or --lora_r 0,\n"
             "which merges the adapter on loading and trains all parameters."
         )
-    shape = shape_of(config.model, trust_remote_code=config.trust_remote_code)
-    longest = config.max_prompt_length + config.max_completion_length
-    if shape.positions and longest > shape.positions:
-        raise UsageError(
-            f"--model {config.model} has learned {shape.positions} positions, and --max_prompt_length "
-            f"{config.max_prompt_length} and\n--max_completion_length {config.max_completion_length} make {longest}. "
-            f"Try --max_prompt_length {max(1, shape.positions - config.max_completion_length)}."
-        )
-    return shape
+    return shape_of(config.model, trust_remote_code=config.trust_remote_code)
+
+
+def check_local(config: TrainConfig) -> None:
+    """Compare the parts of a local model, for a command that loads none: a run does this when it loads the model."""
+    if Path(config.model).is_dir():
+        from grpo_ds.models.policy import check_folder  # heavy
+
+        check_folder(config.model, trust_remote_code=config.trust_remote_code)
 
 
 def split_for_training(

@@ -11,7 +11,7 @@ from pathlib import Path
 from shutil import disk_usage
 from typing import TYPE_CHECKING
 
-from grpo_ds.commands.settle import Settled, ranks, settle, split_for_training
+from grpo_ds.commands.settle import Settled, check_local, ranks, settle, split_for_training
 from grpo_ds.errors import CheckpointError, UsageError
 from grpo_ds.memory.plan import GIB, MemoryKind
 from grpo_ds.report.trackers import check_trackers
@@ -151,12 +151,15 @@ def make_run(
 
 def print_plan(settled: Settled) -> None:
     """Print the planned memory of each phase, and if it fits: --plan."""
+    check_local(settled.config)
     from rich.console import Console
     from rich.text import Text
 
     from grpo_ds.report.memory_plan import component_table, plan_line
 
     console = Console(width=None if Console().is_terminal else PLAN_WIDTH, highlight=False, soft_wrap=True)
+    for warning in settled.warnings:
+        console.print(Text(escape_control_chars(warning)))
     kinds: tuple[MemoryKind, ...] = ("gpu", "ram") if settled.gpu_gib else ("ram",)
     for kind in kinds:
         console.print(component_table(settled.plan, f"{settled.config.model}, {settled.config.ds}", kind))

@@ -155,12 +155,13 @@ class Profiler:
         )
 
 
+PARTS = "--pack_tokens 2048 (fewer completions at once; at least a prompt with its completion)"
 # The two changes that reduce a phase most, by the memory that was full.
 RELIEF: dict[tuple[str, MemoryKind], tuple[str, str]] = {
     ("sample", "gpu"): ("a smaller --generation_batch_size", "a smaller --max_completion_length"),
     ("evaluate", "gpu"): ("a smaller --generation_batch_size", "a smaller --max_completion_length"),
-    ("reference", "gpu"): ("--pack_tokens 2048 (smaller parts)", "--reference bf16-cpu, or --beta 0 for none"),
-    ("update", "gpu"): ("--gradient_checkpointing true", "--pack_tokens 2048 (fewer completions per backward)"),
+    ("reference", "gpu"): (PARTS, "--beta 0 for no reference, or (without LoRA) --reference bf16-cpu"),
+    ("update", "gpu"): ("--gradient_checkpointing true", PARTS),
     ("initialise", "gpu"): ("a smaller --model", "--ds ds_configs/zero2.json, which keeps the optimizer in RAM"),
     ("load", "ram"): ("a smaller --model", "closing other programs"),
     ("initialise", "ram"): ("--ds ds_configs/zero2_lowram.json (8 bytes per parameter)", "a smaller --model"),

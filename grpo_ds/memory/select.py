@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from grpo_ds.memory.plan import CUDA_CONTEXT, GIB, Device, MemoryKind, Plan, make_plan
-from grpo_ds.models.shapes import ModelShape
+from grpo_ds.models.shapes import ModelShape, adapter_base
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import SMALL_BUCKET, DsConfig, OptimizerSpec
 from grpo_ds.system import invocation
@@ -98,12 +98,12 @@ def remedies(job: Job, gpu_gib: float, ram_gib: float) -> tuple[Remedy, ...]:
 
 
 def applied(job: Job, changes: tuple[Remedy, ...]) -> Job | None:
-    """Apply all changes. None if one of them changes nothing: fewer changes were tried before."""
+    """Apply all changes. None if one of them changes nothing (fewer changes were tried before) or cannot be used."""
     for remedy in changes:
         if not remedy.when(job):
             return None
         job = remedy.apply(job)
-    return job
+    return None if job.config.problems() else job
 
 
 def _more_than(flag: str, value: float, cost: str) -> Remedy:
@@ -176,7 +176,12 @@ REMEDIES = (
     _more_than("max_completion_length", 200, "shorter answers"),
     _more_than("max_prompt_length", 512, "shorter contexts"),
     _more_than("num_generations", 2, "the smallest group"),
-    Remedy("--lora_r 16", "only an adapter is trained", lambda job: not job.config.lora_r, flags={"lora_r": 16}),
+    Remedy(
+        "--lora_r 16",
+        "only an adapter is trained",
+        lambda job: not job.config.lora_r and not adapter_base(job.config.model),
+        flags={"lora_r": 16},
+    ),
     Remedy(
         "--load_in_4bit true",
         "a frozen base in 4 bits",

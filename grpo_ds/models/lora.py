@@ -41,8 +41,9 @@ def add_adapter(
 
 
 def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Add the adapter in `folder` to the weights of `model`; the result is an ordinary model."""
-    return PeftModel.from_pretrained(model, folder).merge_and_unload()  # type: ignore[operator]
+    """Add the adapter in `folder` to the weights of `model`; the result is an ordinary model that can be trained."""
+    # peft freezes the base below an adapter, and merging does not undo that.
+    return PeftModel.from_pretrained(model, folder).merge_and_unload().requires_grad_(True)  # type: ignore[operator]
 
 
 def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:

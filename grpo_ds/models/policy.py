@@ -4,11 +4,20 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -17,6 +26,7 @@ from grpo_ds.models.chat_texts import keep_chat_texts
 from grpo_ds.models.embedded import embedded_folder
 from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.models.lora import add_adapter, keep_trainable_layout, merged, quantization
+from grpo_ds.models.parts import check_loaded, check_parts, check_tied, check_tokenizer
 from grpo_ds.models.presets import EMBEDDED, PRESETS
 from grpo_ds.models.shapes import SHARD_BYTES, adapter_base, brings_code
 from grpo_ds.settings.config import TrainConfig
@@ -42,16 +52,36 @@ def model_source(name: str) -> str:
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Tokenizer:
-    """Load the tokenizer, with a plain chat template if the model has none, and always with a pad token."""
-    source = model_source(name)
-    with _named_errors(name):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    """Load the tokenizer, with a plain chat template if the model has none, and always with a pad token.
+
+    Raises UsageError for a tokenizer that does not belong to the model.
+    """
+    base = adapter_base(name) or name
+    source = base if base != name and not _has_tokenizer(Path(name)) else name  # peft saves an adapter without one
+    with _named_errors(source):
+        tokenizer = AutoTokenizer.from_pretrained(model_source(source), trust_remote_code=trust_remote_code)
     _check_template_names(name, tokenizer.chat_template)
     ensure_chat_template(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # EOS may be the pad token: masks decide which tokens count, not ids
-    keep_chat_texts(tokenizer, Path(source))
+    keep_chat_texts(tokenizer, Path(model_source(source)))
+    with _named_errors(base):
+        config = AutoConfig.from_pretrained(model_source(base), trust_remote_code=trust_remote_code)
+        own = _generation_config(model_source(base), config)
+    check_tokenizer(name, tokenizer, config, own)
     return tokenizer
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(folder.glob("tokenizer*"))
+
+
+def _generation_config(source: str, config: PreTrainedConfig) -> GenerationConfig:
+    """Return the generation config that from_pretrained gives the model."""
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except OSError:
+        return GenerationConfig.from_model_config(config)
 
 
 def load_policy(
@@ -70,17 +100,24 @@ def load_policy(
     source = model_source(adapter_on or name)
     with _named_errors(adapter_on or name):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        _check_parts(name, source, config, trust_remote_code=trust_remote_code)
         for key, value in config.to_dict().items():
             if ("dropout" in key or key.endswith("_pdrop")) and isinstance(value, float):
                 setattr(config, key, 0.0)
         # SDPA if the architecture has it: transformers' default.
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
             dtype=dtype,
             quantization_config=quantization(bits, dtype),
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused here, by name
         )
+    model: PreTrainedModel
+    model, found = loaded
+    check_loaded(adapter_on or name, model, found)
+    check_tied(adapter_on or name, model)
     keep_trainable_layout(model)
     if adapter_on:
         with _named_errors(name):
@@ -93,6 +130,24 @@ def load_policy(
         # Non-reentrant: ZeRO-2 refuses a parameter whose gradient arrives twice.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def check_folder(name: str, *, trust_remote_code: bool = False) -> None:
+    """Raise UsageError if the parts of a local folder do not belong together. No weights are read."""
+    if not Path(name).is_dir():
+        return
+    if _has_tokenizer(Path(name)):
+        load_tokenizer(name, trust_remote_code=trust_remote_code)
+    source = model_source(adapter_base(name) or name)
+    with _named_errors(name):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        _check_parts(name, source, config, trust_remote_code=trust_remote_code)
+
+
+def _check_parts(name: str, source: str, config: PreTrainedConfig, *, trust_remote_code: bool) -> None:
+    """Check the weights and the adapter of `name`; source: argument of from_pretrained for its base."""
+    base = Path(source) if Path(source).is_dir() else None
+    check_parts(base, config, Path(name) if adapter_base(name) else None, trust_remote_code=trust_remote_code)
 
 
 def trainable_policy(config: TrainConfig, *, dtype: torch.dtype, known_ids: int) -> LogprobModel:
@@ -129,14 +184,15 @@ def _named_errors(name: str):
             f"The model {name} has a file of weights that contains more than weights, so it was not read.\n"
             "Such a file can run code. Use the model's safetensors files, or another model."
         ) from error
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
         if "trust_remote_code" in str(error):
             raise brings_code(name) from error
         kind = "folder" if Path(name).is_dir() else "model"
         first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reach = "" if kind == "folder" else "If this machine cannot reach the hub, "
         raise UsageError(
             f"The {kind} {name} cannot be loaded: {first_line[:200]}\n"
-            "If this machine cannot reach the hub, name a folder saved by save_pretrained (--model FOLDER),\n"
+            f"{reach}{'n' if reach else 'N'}ame a folder saved by save_pretrained (--model FOLDER),\n"
             f"or use the embedded model, which needs no network: --model {EMBEDDED}"
         ) from error
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_ds.errors import UsageError
+from grpo_ds.settings.config import AskConfig
 from grpo_ds.system.hub import check_hub
 
 # Weights that share an int8 scale. 64 divides all hidden sizes in use; 128 saves 1.5 % of memory, raises the KL floor.
@@ -51,7 +52,8 @@ class ModelShape:
     matrices: tuple[Matrix, ...]  # linear layers and embeddings, a tied head once
     linears: tuple[Linear, ...]  # linear layers of the blocks, which LoRA adapts and QLoRA quantises
     vectors: int  # elements of all norms and biases
-    positions: int | None = None  # maximum tokens of a row if positions are learned
+    positions: int | None = None  # tokens of a row that the model was made for; None: no limit is known
+    learned_positions: bool = False  # a longer row is an error, not only worse
 
     @property
     def parameters(self) -> int:
@@ -112,6 +114,7 @@ def qwen25(hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, *, voc
     return {
         "model_type": "qwen2", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": kv_heads, "intermediate_size": mlp, "vocab_size": vocab, "tie_word_embeddings": tied,
+        "max_position_embeddings": 32_768,
     }  # fmt: skip
 
 
@@ -120,7 +123,11 @@ PRESET_CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2.5-1.5b": qwen25(1536, 28, 12, 2, 8960),
     "qwen2.5-3b": qwen25(2048, 36, 16, 2, 11008),
     "qwen2.5-7b": qwen25(3584, 28, 28, 4, 18944, vocab=152_064, tied=False),
-    "smollm2-135m": {**qwen25(576, 30, 9, 3, 1536, vocab=49_152), "model_type": "llama"},
+    "smollm2-135m": {
+        **qwen25(576, 30, 9, 3, 1536, vocab=49_152),
+        "model_type": "llama",
+        "max_position_embeddings": 8192,
+    },
 }
 
 
@@ -208,7 +215,46 @@ def gated_shape(name: str, config: Mapping[str, Any]) -> ModelShape:
     biases += hidden if kind != "qwen2" and config.get("attention_bias") else 0
     biases += 2 * mlp + hidden if kind == "llama" and config.get("mlp_bias") else 0
     vectors = layers * (norms + biases) + hidden
-    return ModelShape(name, vocab, hidden, mlp, layers, heads, kv_heads, head_dim, tied, matrices, linears, vectors)
+    positions = rotary_positions(config)
+    return ModelShape(
+        name, vocab, hidden, mlp, layers, heads, kv_heads, head_dim, tied, matrices, linears, vectors, positions
+    )  # fmt: skip
+
+
+def rotary_positions(config: Mapping[str, Any]) -> int | None:
+    """Tokens of a row that a model with rotary positions was made for: the config's maximum, times a rope scaling.
+
+    None if the config names no maximum.
+    """
+    longest = config.get("max_position_embeddings")
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(longest, int):
+        return None
+    trained, factor = (scaling.get(key) for key in ("original_max_position_embeddings", "factor"))
+    return max(longest, int((trained or longest) * factor)) if factor else longest
+
+
+def longer_than_made_for(shape: ModelShape, config: AskConfig) -> str | None:
+    """Return a warning for rows that are longer than the model was made for, None for others.
+
+    Raises UsageError if the positions are learned: there are none behind the last.
+    """
+    prompt, completion = config.max_prompt_length, config.max_completion_length
+    if not shape.positions or prompt + completion <= shape.positions:
+        return None
+    flags = f"--max_prompt_length {prompt} and --max_completion_length {completion} make {prompt + completion}"
+    room = shape.positions - completion
+    half = shape.positions // 2
+    remedy = f"--max_prompt_length {room}" if room > 0 else f"--max_prompt_length {half} --max_completion_length {half}"
+    if shape.learned_positions:
+        raise UsageError(
+            f"--model {shape.name} has learned {shape.positions} positions (max_position_embeddings), and\n"
+            f"{flags}. Try {remedy}."
+        )
+    return (
+        f"Warning: {shape.name} was made for {shape.positions} tokens (max_position_embeddings), and\n"
+        f"{flags}; beyond them a model usually gets worse. Try {remedy}."
+    )
 
 
 def gpt2_shape(name: str, config: Mapping[str, Any]) -> ModelShape:
@@ -224,7 +270,7 @@ def gpt2_shape(name: str, config: Mapping[str, Any]) -> ModelShape:
     vectors = layers * (4 * hidden + 3 * hidden + hidden + mlp + hidden) + 2 * hidden
     head_dim, positions = hidden // heads, config["n_positions"]
     return ModelShape(
-        name, vocab, hidden, mlp, layers, heads, heads, head_dim, tied, matrices, linears, vectors, positions
+        name, vocab, hidden, mlp, layers, heads, heads, head_dim, tied, matrices, linears, vectors, positions, True
     )  # fmt: skip
 
 
@@ -269,6 +315,8 @@ def meta_shape(name: str, config: Mapping[str, Any], *, trust_remote_code: bool 
         if isinstance(module, torch.nn.Linear) and module is not head
     ]
     heads, hidden, vocab = made.num_attention_heads, made.hidden_size, made.vocab_size
+    positions, tokens = rotary_positions(made.to_dict()), model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not tokens]
     return ModelShape(
         name=name,
         vocab=vocab,
@@ -282,4 +330,6 @@ def meta_shape(name: str, config: Mapping[str, Any], *, trust_remote_code: bool 
         matrices=tuple(matrices),
         linears=tuple(linears),
         vectors=vectors,
+        positions=positions,
+        learned_positions=any(positions and table.num_embeddings >= positions for table in tables),
     )

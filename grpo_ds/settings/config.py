@@ -73,7 +73,8 @@ class TrainConfig(
                 (self.eval_fraction == 1, "eval_fraction is 1, which leaves nothing to train on"),
                 (
                     not 0 <= self.overlong_buffer <= self.max_completion_length,
-                    f"overlong_buffer is {self.overlong_buffer}; it must be between 0 and max_completion_length",
+                    f"overlong_buffer is {self.overlong_buffer}; it must be between 0 and max_completion_length, "
+                    f"{self.max_completion_length}",
                 ),
                 (
                     0 != self.pack_tokens < self.longest,

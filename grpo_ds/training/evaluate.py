@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from grpo_ds.models.policy import load_policy, load_tokenizer
+from grpo_ds.models.shapes import longer_than_made_for, shape_of
 from grpo_ds.settings.config import AskConfig
 from grpo_ds.system.ranks import World
 from grpo_ds.task.grading import Evaluation, graded
@@ -48,6 +49,8 @@ def load_for_asking(config: AskConfig, *, bf16: bool, say: Callable[[str], None]
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trust = config.trust_remote_code
+    if warning := longer_than_made_for(shape_of(config.model, trust_remote_code=trust), config):
+        say(warning)
     tokenizer, style = load_tokenizer(config.model, trust_remote_code=trust), prompt_style(config)
     for line in style.check(tokenizer):
         say(line)

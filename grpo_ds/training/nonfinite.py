@@ -24,7 +24,7 @@ BAD_BATCH = "bad_batch.json"
 REMEDIES = {
     "reward": "A reward function returned numbers too large for fp32: scale them down, or its --reward_weights.",
     "advantage": "Rewards differ so much that fp32 cannot hold their spread: scale them down, or --reward_weights.",
-    "reference log-prob": "The reference returns NaN or infinity there: try --reference bf16, or --beta 0 for none.",
+    "reference log-prob": "The reference returns NaN or infinity: try --beta 0, or (without LoRA) --reference bf16.",
     "old log-prob": "Try a lower --learning_rate, or --mu 1.",
     "log-prob": "The policy itself returns NaN or infinity: start again with a lower --learning_rate.",
     "loss": "Try a lower --learning_rate, a smaller --beta, or --kl_estimator k2.",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Qwen2ForCausalLM
 
 from grpo_ds.core.packing import pack_groups
@@ -158,6 +158,33 @@ def test_a_saved_adapter_loads_in_peft_and_merges_into_the_same_function(folders
         found = LogprobModel(model.eval(), **policy.options)(batch)
         torch.testing.assert_close(found, policy(batch), atol=1e-5, rtol=1e-5)
     assert shape_of(str(tmp_path / "run")).parameters == shape_of(str(folders[family])).parameters
+
+
+FOREIGN = {
+    "peft's LoRA": lambda: LoraConfig(r=4, task_type="CAUSAL_LM", target_modules="all-linear"),
+    "DoRA": lambda: LoraConfig(r=4, task_type="CAUSAL_LM", use_dora=True),
+    "LoRA with biases": lambda: LoraConfig(r=4, task_type="CAUSAL_LM", bias="all"),
+    "IA3": lambda: IA3Config(task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("kind", ["ours", *FOREIGN])
+def test_an_adapter_that_is_merged_for_training_trains_all_parameters_from_its_own_function(folders, kind, tmp_path):
+    """`--model ADAPTER --lora_r 0`, as docs/lora.md and the refusal of a second adapter advise."""
+    if kind == "ours":
+        made = policy_on(folders["qwen2"])
+        shake(made)
+        save_model(made.model, tmp_path)
+    else:
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folders["qwen2"]), FOREIGN[kind]())
+        made = LogprobModel(adapted.get_base_model(), vocab_size=259, temperature=1.0, chunk_mib=1)
+        shake(made)
+        adapted.save_pretrained(tmp_path)
+    policy = policy_on(tmp_path, lora_r=0)
+    assert trained(policy).keys() == {name for name, _ in policy.named_parameters()} and len(trained(policy)) == 26
+    torch.testing.assert_close(policy(rows()), made.eval()(rows()), atol=1e-4, rtol=1e-4)
+    policy.train()(rows()).sum().backward()
+    assert all(parameter.grad is not None for parameter in policy.parameters())
 
 
 def test_the_head_of_a_frozen_base_gets_no_gradient_and_no_large_tensor(folders):

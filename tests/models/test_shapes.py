@@ -6,15 +6,30 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from grpo_ds.commands import ask, evaluate
+from grpo_ds.commands.settle import settle
 from grpo_ds.errors import MAX_LINES, UsageError
 from grpo_ds.models import shapes
 from grpo_ds.models.presets import PRESETS
 from grpo_ds.models.quantized import Int8Embedding, Int8Linear, Int8Rows, quantize
-from grpo_ds.models.shapes import PRESET_CONFIGS, ModelShape, meta_shape, qwen25, scale_group, shape_of
+from grpo_ds.models.shapes import (
+    PRESET_CONFIGS,
+    ModelShape,
+    longer_than_made_for,
+    meta_shape,
+    qwen25,
+    scale_group,
+    shape_of,
+)
+from grpo_ds.settings.config import AskConfig
 from tests.conftest import check_example
 
 SMALL = {**qwen25(96, 3, 6, 2, 160, vocab=512), "head_dim": 16}
 GPT2 = {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": 300, "n_inner": None}
+OPT = {
+    **{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 96, "vocab_size": 100},
+    **{"word_embed_proj_dim": 64, "max_position_embeddings": 128},
+}
 CONFIGS = {
     **PRESET_CONFIGS,
     "qwen2 untied": {**SMALL, "tie_word_embeddings": False},
@@ -108,3 +123,66 @@ def test_a_config_that_says_nothing_is_an_error_with_the_name(tmp_path, text):
 def test_a_folder_without_config_is_an_error(tmp_path):
     with pytest.raises(UsageError, match=r"config\.json"):
         shape_of(str(tmp_path))
+
+
+ROTARY = {**SMALL, "max_position_embeddings": 100}
+
+
+def scaled(kind, factor, **more):
+    return {**ROTARY, "rope_scaling": {"rope_type": kind, "factor": factor, **more}}
+
+
+LIMITS = [  # config, tokens that the model was made for, positions learned
+    (ROTARY, 100, False),
+    (scaled("yarn", 4.0, original_max_position_embeddings=100), 400, False),
+    (scaled("linear", 2.0), 200, False),
+    (scaled("llama3", 8.0, original_max_position_embeddings=10), 100, False),  # Llama 3.1 names the result itself
+    ({**GPT2, "model_type": "gpt2"}, 64, True),
+    ({**OPT, "model_type": "opt"}, 128, True),
+    ({"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100}, None, False),  # ALiBi
+]
+
+
+@pytest.mark.parametrize(("config", "positions", "learned"), LIMITS)
+def test_a_shape_knows_how_long_a_row_may_be(tmp_path, config, positions, learned):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shape = shape_of(str(tmp_path))
+    assert (shape.positions, shape.learned_positions) == (positions, learned)
+
+
+def longer(shape, prompt, completion):
+    return longer_than_made_for(shape, AskConfig(max_prompt_length=prompt, max_completion_length=completion))
+
+
+def test_longer_rows_than_the_model_was_made_for_are_a_warning_with_numbers_and_a_flag(tmp_path):
+    shape = shape_of(folder_with(ROTARY, tmp_path))
+    assert longer(shape, 70, 30) is None
+    warning = longer(shape, 70, 31)
+    assert all(word in warning for word in ("Warning", "100", "101", "--max_prompt_length 69"))
+    assert longer(shape, 69, 31) is None
+    assert "--max_prompt_length 50 --max_completion_length 50" in longer(shape, 1, 100)
+
+
+@pytest.mark.parametrize("config", [{**GPT2, "model_type": "gpt2"}, {**OPT, "model_type": "opt"}])
+def test_longer_rows_than_learned_positions_are_refused(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shape = shape_of(str(tmp_path))
+    with pytest.raises(UsageError, match=f"learned {shape.positions} positions") as error:
+        longer(shape, shape.positions, 1)
+    assert f"--max_prompt_length {shape.positions - 1}" in str(error.value)
+
+
+def test_commands_say_it_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
+    """The folders hold no weights, so that loading ends the command."""
+    for name, config in ("rotary", ROTARY), ("learned", {**GPT2, "model_type": "gpt2"}):
+        (tmp_path / name).mkdir()
+        folder_with(config, tmp_path / name)
+    words = ["--max_prompt_length", "90", "--max_completion_length", "20"]
+    (warning,) = settle(["--model", str(tmp_path / "rotary"), *words]).warnings
+    assert "made for 100 tokens" in warning
+    for main, more in (evaluate.main, ["--data", "sample"]), (ask.main, ["--question", "Q?", "--context", "C."]):
+        for name, told in ("rotary", "cannot be loaded"), ("learned", "learned 64 positions"):
+            with pytest.raises(UsageError, match=told):
+                main(["--model", str(tmp_path / name), *words, *more])
+        printed = capsys.readouterr()
+        assert "made for 100 tokens" in printed.out + printed.err and "made for" not in printed.out * (main is ask.main)

@@ -61,6 +61,21 @@ def test_a_run_trains_the_adapter_alone_and_writes_it(tiny_folder, tmp_path, bit
     assert ModelCard.load(tmp_path / "run" / "README.md").data.library_name == "peft"
 
 
+def test_a_run_continues_from_an_adapter_with_all_parameters(tiny_folder, tmp_path):
+    """`--model RUN --lora_r 0` trains what RUN's adapter and its base make together."""
+    trainer, train, held_out = tiny_trainer(tiny_folder, **ADAPTER, merge_adapter=True)
+    Run(trainer, train, held_out, tmp_path / "adapter").run()
+    trainer.engine.close()
+    trainer, train, held_out = tiny_trainer(tmp_path / "adapter", **{**ADAPTER, "lora_r": 0, "num_steps": 1})
+    before = {name: p.detach().clone() for name, p in trainer.engine.model.named_parameters()}
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter" / "merged", dtype=torch.float32)
+    assert all(torch.equal(before[name], weight) for name, weight in merged.named_parameters())
+    Run(trainer, train, held_out, tmp_path / "full").run()
+    assert [n for n, p in trainer.engine.model.named_parameters() if torch.equal(p, before[n])] == []
+    trainer.engine.close()
+    assert (tmp_path / "full" / "model.safetensors").exists()
+
+
 @pytest.mark.peer("lm_eval")
 def test_lm_eval_loads_an_adapter_and_scores_with_it(tiny_folder, tmp_path):
     trainer, train, held_out = tiny_trainer(tiny_folder, **ADAPTER, merge_adapter=True)
