@@ -4,12 +4,7 @@ A command prints the message of a GrpoError to stderr and exits with its code; a
 keeps its traceback. `one_error` puts all mistakes into one error, so that finding five of them does not take five runs.
 """
 
-import os
-import sys
-from collections.abc import Callable, Sequence
-from io import TextIOWrapper
-
-from grpo_ds.terminal import escape_control_chars
+from collections.abc import Sequence
 
 BY_CTRL_C, PREEMPTED = 130, 75  # exit codes of a run that was asked to stop; 75 is sysexits' "try again"
 MAX_LINES = 6  # easy to read between lines of the launcher
@@ -64,20 +59,3 @@ def one_error(error_type: type[GrpoError], headline: str, problems: Sequence[str
     if len(shown) < len(problems):
         shown.append(f"... and {len(problems) - len(shown)} more")
     return error_type("\n".join([headline, *(f"  {line}" for line in shown), *([remedy] if remedy else [])]))
-
-
-def run_script(main: Callable[[list[str]], None]) -> None:
-    """Call `main(argv)`. If it raises a GrpoError, rank 0 prints the message and the process exits with its code."""
-    for stream in (sys.stdout, sys.stderr):  # a model may write characters that a Latin-1 terminal cannot show
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        main(sys.argv[1:])
-    except GrpoError as error:
-        rank = os.environ.get("RANK", "0")
-        message = f"{error.opening}{error}" if rank == "0" else f"[rank {rank}] {str(error).splitlines()[0]}"
-        print(escape_control_chars(message), file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr, flush=True)
-        sys.exit(BY_CTRL_C)

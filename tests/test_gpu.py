@@ -62,7 +62,7 @@ def test_cuda_graphs_sample_what_single_kernels_do(tiny_model, tokenizer, monkey
 FULL_CARD = """
 import torch
 from grpo_ds.commands.train import main
-from grpo_ds.errors import run_script
+from grpo_ds.system.script import run_script
 total = torch.cuda.get_device_properties(0).total_memory
 torch.cuda.set_per_process_memory_fraction(60 * 2**20 / total)  # the tiny model fits, its long rows do not
 run_script(main)

@@ -3,8 +3,9 @@
 import difflib
 from importlib import import_module, metadata
 
-from grpo_ds.errors import UsageError, run_script
+from grpo_ds.errors import UsageError
 from grpo_ds.system.invocation import LOCAL_RANK
+from grpo_ds.system.script import run_script
 
 COMMANDS = {  # name -> module, meaning
     "train": ("train", "fine-tune a model by GRPO"),

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from grpo_ds.errors import run_script
 from grpo_ds.run_folder.status import resume_command
+from grpo_ds.system.script import run_script
 from tests.faults.forks import fork
 from tests.training.test_training import ROOT
 

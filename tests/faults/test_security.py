@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from grpo_ds.commands import ask
 from grpo_ds.commands.settle import settle
 from grpo_ds.commands.train import output_folder
-from grpo_ds.errors import MAX_LINES, UsageError, run_script
+from grpo_ds.errors import MAX_LINES, UsageError
 from grpo_ds.memory.phases import Span
 from grpo_ds.models.policy import load_policy, load_tokenizer
 from grpo_ds.report.console import Console
@@ -36,6 +36,7 @@ from grpo_ds.settings.ds_config import resolve_ds_config
 from grpo_ds.settings.saved_config import CONFIG_FILE, prompt_recipe
 from grpo_ds.system import hardware
 from grpo_ds.system.hardware import check_torch
+from grpo_ds.system.script import run_script
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.grading import Evaluation, grade
 from grpo_ds.task.questions import Question

@@ -87,7 +87,7 @@ def test_a_full_card_is_named_with_its_phase_its_plan_and_what_helps():
 
 FILL_RAM = """
 import resource, torch
-from grpo_ds.errors import run_script
+from grpo_ds.system.script import run_script
 from grpo_ds.memory.phases import Profiler
 def main(argv):
     resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))

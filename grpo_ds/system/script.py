@@ -1,0 +1,38 @@
+"""How every command runs: its output, its threads, its errors and its exit code. Does not import torch."""
+
+import os
+import sys
+from collections.abc import Callable
+from io import TextIOWrapper
+
+from grpo_ds.errors import BY_CTRL_C, GrpoError
+from grpo_ds.terminal import escape_control_chars
+
+# How often a thread of OpenMP looks for the others, at the end of a product, before it sleeps: some 20 microseconds.
+# libgomp's own 300,000 (milliseconds) burn a core that a busy neighbour has left, and the thread that everybody waits
+# for cannot run there: beside three busy processes a step took 37 times as long (benchmarks/busy.py).
+SPINS = 1000
+
+
+def run_script(main: Callable[[list[str]], None]) -> None:
+    """Call `main(argv)`. If it raises a GrpoError, rank 0 prints the message and the process exits with its code."""
+    sleep_soon()
+    for stream in (sys.stdout, sys.stderr):  # a model may write characters that a Latin-1 terminal cannot show
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        main(sys.argv[1:])
+    except GrpoError as error:
+        rank = os.environ.get("RANK", "0")
+        message = f"{error.opening}{error}" if rank == "0" else f"[rank {rank}] {str(error).splitlines()[0]}"
+        print(escape_control_chars(message), file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr, flush=True)
+        sys.exit(BY_CTRL_C)
+
+
+def sleep_soon() -> None:
+    """Let threads that wait for others sleep soon, unless the environment says how they wait; before torch is loaded."""
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
