@@ -64,11 +64,11 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Tokenizer:
     ensure_chat_template(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # EOS may be the pad token: masks decide which tokens count, not ids
-    keep_chat_texts(tokenizer, Path(model_source(source)))
     with _named_errors(base):
         config = AutoConfig.from_pretrained(model_source(base), trust_remote_code=trust_remote_code)
         own = _generation_config(model_source(base), config)
     check_tokenizer(name, tokenizer, config, own)
+    keep_chat_texts(tokenizer, Path(model_source(source)))
     return tokenizer
 
 

@@ -33,6 +33,6 @@ def run_script(main: Callable[[list[str]], None]) -> None:
 
 
 def sleep_soon() -> None:
-    """Let threads that wait for others sleep soon, unless the environment says how they wait; before torch is loaded."""
+    """Let waiting threads sleep soon, unless the environment says how they wait. Works before torch is loaded."""
     if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)

@@ -10,7 +10,7 @@ from grpo_ds.models.policy import load_tokenizer
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.questions import Question
 from grpo_ds.training.prompt_style import PromptStyle
-from tests.conftest import CHATML, DATED, make_tokenizer
+from tests.conftest import CHATML, DATED, make_tokenizer, tiny_config
 
 DRAWN = "{{ range(10 ** 5) | random }}\n" + CHATML
 ASKED = [Question(str(n), f"Is it {n}?", f"It is {n}.", "yes") for n in range(3)]
@@ -22,11 +22,17 @@ def style(**changes):
 
 
 def saved(folder, template):
-    folder.mkdir()
+    tiny_config().save_pretrained(folder)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save(tokenizer, folder):
+    """Save the tokenizer as a run does, beside the model's config."""
+    tiny_config().save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
 
 
 def prompts(tokenizer, **changes):
@@ -44,20 +50,20 @@ def test_all_prompts_and_those_of_the_saved_model_hold_the_text_of_the_first(tmp
     before = prompts(tokenizer)
     first_line(before)  # one date in all of them
     assert style().encode_again(tokenizer, ASKED) == style().encode(tokenizer, ASKED)  # and past midnight
-    save_tokenizer(tokenizer, tmp_path / "run")
+    save(tokenizer, tmp_path / "run")
     assert prompts(load_tokenizer(str(tmp_path / "run"))) == before
     assert prompts(load_tokenizer(str(tmp_path / "model"))) != before  # a new run has its own day
 
 
 def test_the_first_rendering_is_the_templates_own(tmp_path, days_pass):
     line = first_line(prompts(load_tokenizer(str(saved(tmp_path / "model", DATED)))))
-    assert line == "Today is 28 February 2026, 23:59."
+    assert line == "Today is 01 March 2026, 23:59."  # the day before, the template was checked
 
 
 def test_another_prompt_and_an_edited_template_are_rendered_anew(tmp_path, days_pass):
     tokenizer = load_tokenizer(str(saved(tmp_path / "model", DATED)))
     before = first_line(prompts(tokenizer))
-    save_tokenizer(tokenizer, tmp_path / "run")
+    save(tokenizer, tmp_path / "run")
     again = load_tokenizer(str(tmp_path / "run"))
     assert first_line(prompts(again, few_shot=1)) != before
     again.chat_template = CHATML
@@ -68,7 +74,7 @@ def test_another_prompt_and_an_edited_template_are_rendered_anew(tmp_path, days_
 def test_the_saved_texts_are_of_prompts_and_hold_no_question(tmp_path):
     tokenizer = load_tokenizer(str(saved(tmp_path / "model", CHATML)))
     prompts(tokenizer)
-    save_tokenizer(tokenizer, tmp_path / "run")
+    save(tokenizer, tmp_path / "run")
     texts = json.loads((tmp_path / "run" / CHAT_TEXTS_FILE).read_text())
     assert texts == chat_texts(tokenizer) and all(text.endswith("<|im_start|>assistant\n") for text in texts.values())
     assert "Is it" not in "".join(texts.values())

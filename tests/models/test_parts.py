@@ -23,7 +23,7 @@ from grpo_ds.commands import ask, evaluate, profile, select, train
 from grpo_ds.errors import MAX_LINES, UsageError
 from grpo_ds.models.parts import check_parts
 from grpo_ds.models.policy import check_folder, load_policy, load_tokenizer
-from grpo_ds.task.prompts import DEFAULT_CHAT_TEMPLATE
+from grpo_ds.task.chat import DEFAULT_CHAT_TEMPLATE
 from tests.conftest import CHATML, make_tokenizer, tiny_config
 
 ONE_LAYER, THREE_LAYERS = (["full_attention"] * layers for layers in (1, 3))

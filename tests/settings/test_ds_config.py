@@ -337,7 +337,8 @@ def test_top_level_keys_are_those_deepspeed_asks_for():
 
     config = RecordingDict(train_micro_batch_size_per_gpu=1)
     DeepSpeedConfig(config)
-    assert config.asked - set(_REMOVED_TOP_LEVEL_CONFIG_KEYS) == KNOWN_KEYS[""]
+    by_ranks = {"sequence_parallel_size"}  # asked only where torch.distributed runs, as after another test
+    assert config.asked - set(_REMOVED_TOP_LEVEL_CONFIG_KEYS) - by_ranks == KNOWN_KEYS[""]
 
 
 def test_optimizer_and_schedule_parameters_are_those_of_the_classes():
