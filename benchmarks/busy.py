@@ -2,8 +2,8 @@
 
 OpenMP's threads meet at the end of every product, and how a thread waits there decides what a busy neighbour costs.
 Compared are libgomp's own way (it looks for the others 300,000 times before it sleeps), ours (system/script.py) and
-sleeping at once. Each has a separate process; they take the same step in turn, the others stopped. Nothing else may
-run: the last column is the share of all cores that steps and neighbours did not use.
+sleeping at once. Each has a separate process; they take the same step in turn, the others stopped. The last column is
+the share of all cores that other programs used: rows with more than a few percent of it say nothing.
 
     python benchmarks/busy.py [--rounds 5] [--beside 0,1,3] [--generations 8] [--completion 24] [--json FILE]
 """
@@ -16,12 +16,14 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 WAYS = {"libgomp's own": {}, "ours": {}, "asleep at once": {"OMP_WAIT_POLICY": "passive"}}
 NEIGHBOUR = "while True: pass"
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
@@ -34,7 +36,7 @@ def main() -> None:
         for beside in map(int, arguments.beside.split(",")):
             neighbours = [subprocess.Popen([sys.executable, "-c", NEIGHBOUR]) for _ in range(beside)]
             for way, worker in workers.items():
-                steps.setdefault((beside, way), []).append(taken := worker.step())
+                steps.setdefault((beside, way), []).append(taken := worker.step(neighbours))
                 print(beside, way, json.dumps(taken), file=sys.stderr, flush=True)
             for neighbour in neighbours:
                 neighbour.kill()
@@ -69,15 +71,16 @@ class Worker:
         self._answer()
         self.step()  # the first step allocates
 
-    def step(self) -> dict[str, float]:
-        """Return the seconds of a step by phase, and the share of all cores that nobody used meanwhile."""
-        idle = idle_seconds()
+    def step(self, neighbours: Sequence[subprocess.Popen[Any]] = ()) -> dict[str, float]:
+        """Return the seconds of a step by phase, and the share of all cores that other programs used meanwhile."""
+        known = [psutil.Process(process.pid) for process in (self.process, *neighbours)]
+        before = others_seconds(known)
         self.process.send_signal(signal.SIGCONT)
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         taken = self._answer()
         self.process.send_signal(signal.SIGSTOP)
-        return {**taken, "idle": (idle_seconds() - idle) / taken["total"] / (os.cpu_count() or 1)}
+        return {**taken, "others": (others_seconds(known) - before) / taken["total"] / psutil.cpu_count()}
 
     def _answer(self) -> dict[str, float]:
         for line in self.process.stdout:
@@ -86,10 +89,13 @@ class Worker:
         raise SystemExit(f"a worker ended with {self.process.wait()}")
 
 
-def idle_seconds() -> float:
-    """Seconds that cores were idle, of all cores together, since the machine started."""
-    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
-    return int(fields[4]) / TICKS
+def others_seconds(known: Sequence[psutil.Process]) -> float:
+    """Seconds of all cores, since the machine started, that were neither idle nor used by these processes."""
+    machine = psutil.cpu_times()
+    used = (
+        sum(machine) - machine.idle - machine.iowait - machine.guest - machine.guest_nice
+    )  # both are in user and nice
+    return used - sum(sum(process.cpu_times()[:2]) for process in known)
 
 
 def work(arguments: argparse.Namespace) -> None:
@@ -128,15 +134,15 @@ def work(arguments: argparse.Namespace) -> None:
 
 def print_table(steps: dict[tuple[int, str], list[dict[str, float]]]) -> None:
     median = {key: statistics.median(step["total"] for step in taken) for key, taken in steps.items()}
-    print("| beside | way | s a step (median) | range | x libgomp's own | x alone | idle |\n" + "|---" * 7 + "|")
+    print("| beside | way | s a step (median) | range | x libgomp's own | x alone | others |\n" + "|---" * 7 + "|")
     for (beside, way), taken in steps.items():
         seconds = median[beside, way]
         totals = [step["total"] for step in taken]
-        idle = statistics.median(step["idle"] for step in taken)
+        others = statistics.median(step["others"] for step in taken)
         alone = f"{seconds / median[0, way]:.2f}" if (0, way) in median else ""
         own = seconds / median[beside, next(iter(WAYS))]
         between = f"{min(totals):.1f} to {max(totals):.1f}"
-        print(f"| {beside} | {way} | {seconds:.2f} | {between} | {own:.2f} | {alone} | {idle:.0%} |")
+        print(f"| {beside} | {way} | {seconds:.2f} | {between} | {own:.2f} | {alone} | {others:.0%} |")
 
 
 if __name__ == "__main__":
