@@ -38,6 +38,8 @@ def _written(file: Path) -> tuple[dict[str, Written], list[str]]:
         root = yaml.compose(file.read_bytes().decode("utf-8-sig"), Loader=yaml.SafeLoader)
         if not isinstance(root, yaml.MappingNode):
             return {}, ["it holds no settings; write one per line: num_steps: 40"]
+        if not all(isinstance(name, yaml.ScalarNode) for name, _ in root.value):
+            return {}, ["the name of a setting must be a word: num_steps: 40"]
         written = [(str(name.value), _as_written(node)) for name, node in root.value]
     except UnicodeDecodeError as error:
         byte = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"

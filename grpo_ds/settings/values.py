@@ -101,4 +101,6 @@ def _shown(written: Written) -> str:
         return repr(written[:SHOWN])
     if isinstance(written, list) and written:
         return f"[{', '.join(map(_shown, written))}]"[:SHOWN]
-    return "null or blank" if written is None else "a mapping" if isinstance(written, dict) else "empty"
+    if isinstance(written, dict):
+        return "a list or a mapping within it"
+    return "null or blank" if written is None else "empty"

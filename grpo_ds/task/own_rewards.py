@@ -30,6 +30,8 @@ class BadFunction(Exception):
 
 def own_reward(function: Callable[..., Any], columns: Collection[str], form: CompletionFormat = "auto") -> OwnReward:
     """Return the function as it is to be called. columns: of the data, other than COLUMNS. Raises BadFunction."""
+    if inspect.isasyncgenfunction(_plain(function)):
+        raise BadFunction("it is an async generator; return a list instead of yielding its values")
     messages = {"auto": reads_messages, "text": lambda _: False, "messages": lambda _: True}[form](function)
     return OwnReward(function, _taken(function, (*ARGUMENTS, *COLUMNS, *columns)), messages)
 
@@ -166,6 +168,9 @@ def _looks_up(part: ast.AST, held: Collection[str]) -> bool:
             return key in MESSAGE_KEYS and _comes_from(value, held)
         case ast.Call(func=ast.Attribute(value=value, attr="get"), args=[ast.Constant(value=key), *_]):
             return key in MESSAGE_KEYS and _comes_from(value, held)
+        case ast.Match() if _comes_from(part.subject, held):  # case [{"content": text}]
+            keys = (key for it in ast.walk(part) if isinstance(it, ast.MatchMapping) for key in it.keys)
+            return any(isinstance(key, ast.Constant) and key.value in MESSAGE_KEYS for key in keys)
     return False
 
 

@@ -5,12 +5,11 @@ resumed run asks the same questions as an uninterrupted one.
 """
 
 import hashlib
-import unicodedata
 from collections import ChainMap, Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import ceil, floor
 from random import Random
 from typing import Any
@@ -80,12 +79,13 @@ def unanswered_questions(
     raise _none_left(source.name, labels, {})
 
 
+@cache  # a command compares its questions with the record several times
 def fingerprint(question: Question) -> str:
     """Return a hash of question and context, 12 hex digits, which case, spacing and Unicode form do not change.
 
     48 bits: the chance that any of 10,000 new questions has the hash of one of 200,000 others is 1e-5.
     """
-    parts = (unicodedata.normalize("NFC", part).casefold().split() for part in (question.text, question.context))
+    parts = (label_key(part).split() for part in (question.text, question.context))
     return hashlib.sha256("\n".join(map(" ".join, parts)).encode()).hexdigest()[:12]
 
 

@@ -15,6 +15,7 @@ Messages = list[dict[str, str]]  # a chat: [{"role": "user", "content": "..."}, 
 RewardFunction = Callable[..., Sequence[float | None]]
 WeightedFunctions = Mapping[str, tuple[RewardFunction, float]]  # name in metrics -> function, weight
 ARGUMENTS = ("completions", "prompts", "completion_ids", "trainer_state", "log_extra", "log_metric")  # TRL's
+OF_SAMPLING = {"prompts", "completion_ids", "trainer_state"}  # made only for a function that takes one
 COLUMNS = ("id", "question", "context", "label")  # of every question; with ARGUMENTS they hide fields of these names
 READY_MADE = ("correctness", "format", "length_penalty", "repetition_penalty")
 CHARACTERS_PER_TOKEN = 4  # roughly, for English and a vocabulary of 50,000 or more
@@ -41,6 +42,10 @@ class OwnReward:
     function: Callable[..., Any]
     takes: frozenset[str] | None = None  # None: everything
     messages: bool = False  # completions and prompts are lists of messages, not texts
+
+    @property
+    def needs_sampling(self) -> bool:
+        return self.takes is None or not self.takes.isdisjoint(OF_SAMPLING)
 
     def __call__(self, **arguments: Any) -> Any:
         return self.function(**{name: it for name, it in arguments.items() if self.takes is None or name in self.takes})

@@ -21,7 +21,7 @@ from grpo_ds.run_folder.progress import Progress
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.system.ranks import World
 from grpo_ds.task.questions import Question, questions_at
-from grpo_ds.task.rewards import WeightedFunctions
+from grpo_ds.task.rewards import OwnReward, WeightedFunctions
 from grpo_ds.task.scoring import Rewards, Sampled, joined, score
 from grpo_ds.training.prompt_style import PromptStyle
 from grpo_ds.training.rollout import Groups, MicroBatch, micro_batches
@@ -50,6 +50,7 @@ class Collector:
         self.score = partial(
             score, functions=reward_functions, timeout=config.reward_timeout, on_error=config.on_reward_error
         )
+        self.needs_sampling = any(isinstance(f, OwnReward) and f.needs_sampling for f, _ in reward_functions.values())
         self.progress, self.warn = progress, warn
         self._warned: set[str] = set()  # names of reward functions
 
@@ -75,17 +76,19 @@ class Collector:
             seed=seed_at(seed, step, self.world.rank),
         )
         texts = self.style.texts(self.sampler.tokenizer, completions)
-        ids = [row[mask].tolist() for row, mask in zip(completions.ids, completions.mask, strict=True)]
+        ids = lambda: [row[mask].tolist() for row, mask in zip(completions.ids, completions.mask, strict=True)]  # noqa: E731
         rewards = self.rewards(texts, [question for question in asked for _ in range(config.num_generations)], ids)
         return Groups(asked, prompts, completions, texts, self.with_overlong_penalty(rewards, completions))
 
     def rewards(
-        self, texts: Sequence[str], questions: Sequence[Question], ids: Sequence[Sequence[int]], **options: Any
+        self, texts: Sequence[str], questions: Sequence[Question], ids: Callable[[], list[list[int]]], **options: Any
     ) -> Rewards:
-        """Score B completions. questions: [B]. ids: of the completions. options: of `score`."""
-        prompts = self.style.shown(self.sampler.tokenizer, questions)
-        state = TrainerState(**self.progress().shared())
-        return self.score(texts, questions, sampled=Sampled(prompts, ids, state), **options)
+        """Score B completions. questions: [B]. ids: returns those of the completions. options: of `score`."""
+        sampled = None
+        if self.needs_sampling:
+            prompts = self.style.shown(self.sampler.tokenizer, questions)
+            sampled = Sampled(prompts, ids(), TrainerState(**self.progress().shared()))
+        return self.score(texts, questions, sampled=sampled, **options)
 
     def rank_questions(self, step: int, questions: list[Question], seed: int) -> list[Question]:
         """Questions of the step (questions_at) that this rank asks."""

@@ -17,6 +17,8 @@ def flat_rewards(steps: Sequence[Mapping[str, Any]], rollout: Rollout, answer_fo
 
     steps: metrics of all steps so far, which a resumed run has too. rollout: the last step's on this rank.
     """
+    if not (steps and _is_flat(steps[-1])):
+        return ""
     flat = "".join("x" if _is_flat(line) else "." for line in steps if "reward" in line)
     if not flat.endswith("x" * FLAT_STEPS) or "x" * FLAT_STEPS in flat[:-1]:
         return ""

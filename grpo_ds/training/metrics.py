@@ -53,9 +53,9 @@ def _deviations(done: PartialStep, world: World) -> dict[str, float]:
 
 
 def _logged(done: PartialStep, world: World) -> dict[str, float]:
-    """Mean of each metric that reward functions log, over its values of all ranks."""
+    """Mean of each metric that reward functions log, over its values of all ranks; not of the names of other lines."""
     ranks = world.gather(done.rollout.rewards.metrics)
-    names = sorted({name for rank in ranks for name in rank})
+    names = sorted({name for rank in ranks for name in rank if name != "step" and not name.startswith("eval/")})
     values = {name: [value for rank in ranks for value in rank.get(name, ())] for name in names}
     return {name: sum(it) / len(it) for name, it in values.items()}
 

@@ -68,11 +68,12 @@ class Reports:
     def _score_in_parts(self, texts: Sequence[str], questions: Sequence[Question]) -> Rewards:
         """Score as many texts per call as in training, because --reward_timeout is set for that number."""
         size, encode = self.config.batch_size * self.config.num_generations, self.trainer.tokenizer.encode
-        ids = [encode(text, add_special_tokens=False) for text in texts]  # the sampled ones are not kept
-        parts = [
-            self.trainer.collector.rewards(texts[part], questions[part], ids[part], on_error="zero")
-            for part in (slice(start, start + size) for start in range(0, len(texts), size))
-        ]
+
+        def score(part: slice) -> Rewards:
+            ids = lambda: [encode(text, add_special_tokens=False) for text in texts[part]]  # noqa: E731
+            return self.trainer.collector.rewards(texts[part], questions[part], ids, on_error="zero")
+
+        parts = [score(part) for part in (slice(start, start + size) for start in range(0, len(texts), size))]
         rewards = joined(parts)
         for error in rewards.errors.values():
             self.console.line(f"Warning: {error}\nThese answers have no such reward in {HELD_OUT_FILE}.")

@@ -184,6 +184,21 @@ class Messages:
         return len(completion[0]["content"])
 
 
+def matches(completions, **kwargs):
+    rewards = []
+    for completion in completions:
+        match completion:
+            case [{"content": text}]:
+                rewards.append(float(len(text)))
+            case _:
+                rewards.append(-1.0)
+    return rewards
+
+
+async def yields(completions, **kwargs):
+    yield 1.0
+
+
 async def awaited_messages(completions, **kwargs):
     await asyncio.sleep(0)
     return [float(len(completion[0]["content"])) for completion in completions]

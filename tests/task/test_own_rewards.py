@@ -55,6 +55,7 @@ EARNED = [  # entry, rewards of the two completions, form
     ("halved", [24.0, 6.0], "messages"),
     ("decorated", [48.0, 12.0], "messages"),
     ("Messages()", [48.0, 12.0], "messages"),
+    ("matches", [48.0, 12.0], "messages"),
     ("awaited_messages", [48.0, 12.0], "messages"),
 ]
 
@@ -120,6 +121,7 @@ BAD = [  # entry, what the error says
     ("NeedsArguments", ["is a class", "reward = NeedsArguments(...)"]),
     ("NeedsArguments()", ["calling it fails with TypeError", "worth"]),
     ("FORM", ["has no function 'FORM'"]),
+    ("yields", ["is an async generator"]),
     ("judge()", ["calling it fails with TypeError"]),
 ]
 

@@ -131,6 +131,11 @@ def test_a_fingerprint_is_that_of_question_and_context(other, same):
     assert (fingerprint(other) == fingerprint(SAME)) is same
 
 
+def test_a_fingerprint_takes_time_linear_in_the_text():
+    marks = "\u0323\u0301" * 200_000  # out of order: normalising them takes minutes
+    assert len(fingerprint(Question("1", f"Is it a{marks}?", "", "yes"))) == 12
+
+
 @settings(deadline=None)  # the cores are shared
 @given(st.integers(1, 30), st.integers(1, 30), st.sets(st.integers(0, 29)), st.floats(0.05, 0.95), st.integers(0, 5))
 def test_what_was_trained_on_is_never_held_out(yes, no, known, eval_fraction, seed):
