@@ -61,10 +61,9 @@ def another():
 
 def test_a_folder_that_another_process_has_locked_is_refused_with_its_pid(tmp_path, another):
     process = another(tmp_path / "run")
+    named = rf"in use by a running process \(PID {process.pid} on \S+\)"
     for take in (lock, lock_new):
-        with pytest.raises(
-            CheckpointError, match=rf"in use by a running process \(PID {process.pid} on \S+\)"
-        ) as error:
+        with pytest.raises(CheckpointError, match=named) as error:
             take(tmp_path / "run")
         assert len(str(error.value).splitlines()) <= MAX_LINES
     assert locked_by_another(tmp_path / "run")
