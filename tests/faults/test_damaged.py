@@ -319,8 +319,8 @@ def wandering(model: Path, folder: Path) -> None:
     shutil.copytree(model, work / "model")
     shutil.copyfile(Path(sources.__file__).with_name("sample.json"), work / "data.json")
     changes = {
-        "data": "data.json", "system_prompt": "prompt.txt", "reward_funcs": "wanders.py:wanders", "log_completions": True,
-        "num_steps": 2, "save_steps": 1, "report_to": "tensorboard",
+        "data": "data.json", "system_prompt": "prompt.txt", "reward_funcs": "wanders.py:wanders",
+        "log_completions": True, "num_steps": 2, "save_steps": 1, "report_to": "tensorboard",
     }  # fmt: skip
     words = [*flags(Path("model"), Path("run"), **changes)]
 
@@ -332,9 +332,8 @@ def wandering(model: Path, folder: Path) -> None:
     run = work / "run"
     assert ended.code == 0, ended.err
     assert list(elsewhere.iterdir()) == [] and f"Model, its card, metrics and memory: {run}\n" in ended.out
-    assert {
-        path: oct(path.stat().st_mode & 0o777) for path in run.rglob("*") if path.stat().st_mode & 0o777 & 0o027
-    } == {}
+    modes = {path: (path.is_dir(), path.stat().st_mode & 0o777) for path in run.rglob("*")}
+    assert {path: mode for path, mode in modes.items() if mode not in ((False, 0o640), (True, 0o750))} == {}
     straight, moved = result(run), run.rename(work / "moved")
     for gone in (moved / "checkpoint-2", work / "prompt.txt"):
         shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
