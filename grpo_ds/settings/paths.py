@@ -12,9 +12,12 @@ from grpo_ds.errors import UsageError
 
 
 def absolute(text: str) -> str:
-    """Return the path from the root; "" names nothing. Raises UsageError without a working folder."""
+    """Return the path from the root; "" names nothing. Raises UsageError without a home or a working folder."""
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise UsageError(f"{text[:80]}: no such user's home folder. For a folder of that name write ./{text[:80]}")
     try:
-        full = Path(os.path.expanduser(text)).absolute()
+        full = Path(expanded).absolute()
     except FileNotFoundError:
         raise UsageError("The working folder no longer exists: change to another (cd), and start again.") from None
     path = os.path.realpath(full) if ".." in full.parts else str(full)  # `..` of a link is its target's

@@ -114,6 +114,12 @@ def test_a_folder_with_a_comma_does_not_split_a_reward_in_two(tmp_path, monkeypa
     assert parse(TrainConfig, ["--reward_funcs", "x.py:f"], about="").given["reward_funcs"] == "x.py:f"
 
 
+def test_a_home_folder_of_nobody_is_named_and_not_made_here(here):
+    with pytest.raises(UsageError, match="~nobody-here/x: no such user's home folder"):
+        parse(TrainConfig, ["--output_dir", "~nobody-here/x"], about="")
+    assert parse(TrainConfig, ["--output_dir", "./~"], about="").given == {"output_dir": f"{here}/~"}
+
+
 def test_a_working_folder_that_is_gone_is_named(tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")

@@ -195,7 +195,8 @@ def values_of(flag):
         values = values.map(lambda text: ",".join(item.strip() for item in text.strip("[]").split(",")))
     else:
         values = VALUES[kind]
-    values = values.map(lambda value: as_path(flag, value)) if "path" in flag.metadata else values
+    if "path" in flag.metadata:  # without the home folders of users who do not exist
+        values = values.filter(lambda text: "~" not in text).map(lambda text: as_path(flag, text))
     return st.none() | values if may_be_null(flag) else values
 
 
