@@ -22,6 +22,7 @@ from grpo_ds.run_folder.progress import Progress, check_identity, identity
 from grpo_ds.run_folder.resume import check_complete
 from grpo_ds.run_folder.trained_on import read_trained_on
 from grpo_ds.settings.config import TrainConfig
+from grpo_ds.settings.paths import absolute
 from grpo_ds.system.hardware import check_versions
 from grpo_ds.system.invocation import command
 from grpo_ds.system.signals import exit_on_signal
@@ -199,7 +200,7 @@ def output_folder(config: TrainConfig, origin: Path | None = None) -> Path:
 
 
 def default_folder(config: TrainConfig) -> Path:
-    return Path("outputs").absolute() / f"{Path(config.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return Path(absolute("outputs")) / f"{Path(config.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def lock_first(folder: Path) -> Path:
