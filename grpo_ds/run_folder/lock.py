@@ -94,9 +94,10 @@ def lock(folder: Path, *, tries: int = 3) -> None:
 def release() -> None:
     """Let other runs use what this process has locked. Removes folders that were made for it and are empty still."""
     for folder in [*_held]:
-        held = _held.pop(folder)
+        held, file = _held.pop(folder), folder / LOCK_FILE
         with suppress(OSError):
-            (folder / LOCK_FILE).unlink()
+            if _is_open_as(held.descriptor, file):  # not another run's, in a new folder of this name
+                file.unlink()
         os.close(held.descriptor)
         _remove_empty(held.made)
 

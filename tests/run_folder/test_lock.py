@@ -116,6 +116,14 @@ def test_released_with_files_it_leaves_them(tmp_path):
         lock_new(tmp_path / "run")
 
 
+def test_the_lock_of_another_run_in_a_new_folder_of_the_same_name_stays(tmp_path, another):
+    lock_new(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    another(tmp_path / "run")
+    release()
+    assert locked_by_another(tmp_path / "run")
+
+
 def test_runs_of_one_second_get_folders_of_their_own(tmp_path, another):
     first = tmp_path / "outputs" / "model-20260101-000000"
     another(first)
