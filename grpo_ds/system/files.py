@@ -35,6 +35,12 @@ def write_whole(file: Path, text: str) -> None:
         out.write(text.encode())
 
 
+def give_folders_mode(folder: Path) -> None:
+    """Let everybody read the weights who may read their new folder: safetensors lets only their owner."""
+    for file in folder.glob("*.safetensors"):
+        file.chmod(folder.stat().st_mode & 0o666)
+
+
 def open_to_append(file: Path) -> TextIO:
     """Open a text file to add lines to it. Raises OSError for a symbolic link."""
     return open(file, "a", encoding="utf-8", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666))
