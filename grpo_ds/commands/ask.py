@@ -19,7 +19,8 @@ from grpo_ds.memory.choose import choose_model
 from grpo_ds.run_folder.trained_on import read_trained_on
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import AskConfig
-from grpo_ds.settings.flags import Flags, failed, flag
+from grpo_ds.settings.flags import Flags, failed, flag, path_flag
+from grpo_ds.settings.paths import absolute_unless
 from grpo_ds.system.hardware import check_torch, cpu_has_bf16, gpu_memory_gib, ram_gib
 from grpo_ds.task.questions import Question, fingerprint, unanswered_questions
 from grpo_ds.task.records import NO_CONTEXT, Unusable, sound_text
@@ -43,7 +44,9 @@ class QuestionFlags(Flags):
 
     question: str = flag("", "a question whose answer is one of the labels")
     context: str = flag("", "the text that answers it")
-    file: str = flag("", "JSON or JSONL with questions, labels not needed; -: standard input")
+    file: str = path_flag(
+        "", "JSON or JSONL with questions, labels not needed; -: standard input", path=absolute_unless(STDIN)
+    )
     interactive: bool = flag(False, "type questions one after another; default: at a terminal, if no question is given")
     json: bool = flag(
         False, "print a JSON object per line: id, question, reasoning, answer, text; label, right, trained_on if known"
@@ -155,9 +158,9 @@ def sound(name: str, text: str) -> str:
 def opened(file: str) -> Source:
     """Read a file or a pipe, once."""
     try:
-        content = sys.stdin.buffer.read() if file == STDIN else Path(os.path.expanduser(file)).read_bytes()
+        content = sys.stdin.buffer.read() if file == STDIN else Path(file).read_bytes()
     except OSError as error:
-        raise DataError(f"--file {file} cannot be read: {error.strerror or error} (in {os.getcwd()}).") from None
+        raise DataError(f"--file {file} cannot be read: {error.strerror or error}.") from None
     return parse_file("standard input" if file == STDIN else file, content)
 
 

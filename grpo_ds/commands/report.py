@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from grpo_ds.errors import UsageError
+from grpo_ds.settings.paths import absolute
 from grpo_ds.system.invocation import command, program
 
 
@@ -15,10 +16,14 @@ class ReportParser(argparse.ArgumentParser):
         raise UsageError(f"{message}\nUse: {command('report')} outputs/RUN [--output FILE.html]")
 
 
+def _path(text: str) -> Path:
+    return Path(absolute(text))
+
+
 def main(argv: list[str]) -> None:
     parser = ReportParser(prog=program(), usage="%(prog)s DIR [options]", description=__doc__, allow_abbrev=False)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the --output_dir of a training run")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="file of the page; default: DIR/report.html")
+    parser.add_argument("folder", type=_path, metavar="DIR", help="the --output_dir of a training run")
+    parser.add_argument("--output", type=_path, metavar="FILE", help="file of the page; default: DIR/report.html")
     asked = parser.parse_args(argv)
     if asked.output and asked.output.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--output {asked.output}: the page is HTML, so the name must end in .html.")

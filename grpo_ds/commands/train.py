@@ -6,20 +6,23 @@ Arguments, data and the DeepSpeed JSON are checked before anything heavy is load
 import os
 import shlex
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from shutil import disk_usage
 from typing import TYPE_CHECKING
 
 from grpo_ds.commands.settle import Settled, check_local, ranks, settle, split_for_training
-from grpo_ds.errors import CheckpointError, UsageError
+from grpo_ds.errors import CheckpointError
 from grpo_ds.memory.plan import GIB, MemoryKind
 from grpo_ds.report.trackers import check_trackers
-from grpo_ds.run_folder.lock import check_writable
+from grpo_ds.run_folder.lock import FolderTaken, check_writable, lock, lock_new, release
 from grpo_ds.run_folder.progress import Progress, check_identity, identity
 from grpo_ds.run_folder.resume import check_complete
 from grpo_ds.run_folder.trained_on import read_trained_on
 from grpo_ds.settings.config import TrainConfig
+from grpo_ds.settings.paths import absolute
 from grpo_ds.system.hardware import check_versions
 from grpo_ds.system.invocation import command
 from grpo_ds.system.signals import exit_on_signal
@@ -42,8 +45,18 @@ PLAN_WIDTH = 120  # columns if the output is not a terminal
 
 
 def main(argv: list[str]) -> None:
-    with exit_on_signal():  # until the run itself handles signals, and after it
+    with ending_cleanly():
         train_from(argv)
+
+
+@contextmanager
+def ending_cleanly() -> Iterator[None]:
+    """Handle signals until the run itself does, and after it; let go of its folder, however it ends."""
+    with exit_on_signal(leaving=release):
+        try:
+            yield
+        finally:
+            release()
 
 
 def train_from(argv: list[str]) -> None:
@@ -59,15 +72,15 @@ def train_from(argv: list[str]) -> None:
     before = read_trained_on(settled.resume_from or Path(config.model)) or frozenset()
     train, held_out = split_for_training(config, questions, before)
     held_out = first_in_proportion(held_out, config.eval_limit)
-    folder = output_folder(config, settled.resume_from)
     this_run = identity(train, held_out, config.system_prompt_text, settled.job.ds, ranks())
     if settled.resume_from:
         progress = Progress.read(settled.resume_from)
         check_identity(progress.identity, this_run, settled.resume_from)
         check_complete(settled.resume_from, progress, config, settled.job.ds, ranks())
     check_trackers(config.trackers)
+    folder = output_folder(config, settled.resume_from)
 
-    lines = [*first_lines(settled, questions, len(train), len(held_out)), *form_lines(rewards)]
+    lines = [*first_lines(settled, questions, len(train), len(held_out), folder), *form_lines(rewards)]
     if before and not settled.resume_from:
         known = len(questions.questions) - len(not_among(before, questions.questions))
         lines.append(f"{config.model} was trained on {known} of these questions before; none of them is held out")
@@ -167,25 +180,40 @@ def print_plan(settled: Settled) -> None:
 
 
 def output_folder(config: TrainConfig, origin: Path | None = None) -> Path:
-    """Return the output folder: the checkpoint's when the run resumes, else a new or empty one.
+    """Return the output folder, locked by rank 0: the checkpoint's when the run resumes, else a new or empty one.
 
-    Raises UsageError for a folder that holds files or cannot be written to.
+    Raises UsageError for a folder that holds files or cannot be written to, CheckpointError if another run uses it.
     """
-    if origin and (not config.output_dir or Path(config.output_dir).resolve() == origin.parent.resolve()):
-        check_writable(origin.parent)
-        return origin.parent
-    named = f"{Path(config.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(config.output_dir) if config.output_dir else Path("outputs") / named
-    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):  # a dangling link is not a folder
-        raise UsageError(
-            f"--output_dir {folder} already holds files, and a run is never overwritten.\n"
-            "Name another folder, or delete this one."
-        )
+    named = Path(config.output_dir) if config.output_dir else None
+    resumed = origin is not None and (named is None or named.resolve() == origin.parent.resolve())
+    folder = origin.parent if origin and resumed else named or default_folder(config)
     check_writable(folder)
+    if os.environ.get("RANK", "0") != "0":
+        return folder  # make_run gives it rank 0's
+    if resumed:
+        lock(folder)
+    elif named:
+        lock_new(folder)
+    else:
+        folder = lock_first(folder)
     return folder
 
 
-def first_lines(settled: Settled, questions: QuestionSet, train: int, held_out: int) -> list[str]:
+def default_folder(config: TrainConfig) -> Path:
+    return Path(absolute("outputs")) / f"{Path(config.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def lock_first(folder: Path) -> Path:
+    """Lock a new folder of this name, with a number behind it if other runs were started in the same second."""
+    for number in count(1):
+        numbered = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        with suppress(FolderTaken, CheckpointError):
+            lock_new(numbered)
+            break
+    return numbered
+
+
+def first_lines(settled: Settled, questions: QuestionSet, train: int, held_out: int, folder: Path) -> list[str]:
     """Return lines that say what was chosen and why, printed before the model is loaded."""
     from grpo_ds.report.memory_plan import plan_line
 
@@ -200,17 +228,16 @@ def first_lines(settled: Settled, questions: QuestionSet, train: int, held_out: 
         f"Plan: {config.total_steps} steps of {per_step} {config.max_completion_length} tokens; "
         f"learning rate {ds.learning_rate:g}, beta {config.beta:g}, seed {config.seed}",
         plan_line(settled.job, settled.plan, settled.gpu_gib, settled.ram_gib),
-        *checkpoint_lines(settled),
+        *checkpoint_lines(settled, folder),
     ]
 
 
-def checkpoint_lines(settled: Settled) -> list[str]:
+def checkpoint_lines(settled: Settled, folder: Path) -> list[str]:
     """Return a line with the size of the checkpoints, and a warning if the disk is too full for them."""
     config, size = settled.config, settled.plan.checkpoint / GIB
     if not config.save_steps:
         return []
     kept = config.save_total_limit or -(-config.total_steps // config.save_steps)
-    folder = output_folder(config, settled.resume_from)
     free = disk_usage(next(path for path in (folder, *folder.resolve().parents) if path.is_dir())).free / GIB
     line = f"Checkpoints: every {config.save_steps} steps and at the end, {size:.1f} GiB each, {kept} kept"
     short = f"Warning: during a save they take {(kept + 1) * size:.1f} GiB, but {free:.1f} GiB are free in {folder}."

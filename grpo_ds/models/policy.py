@@ -30,6 +30,7 @@ from grpo_ds.models.parts import check_loaded, check_parts, check_tied, check_to
 from grpo_ds.models.presets import EMBEDDED, PRESETS
 from grpo_ds.models.shapes import SHARD_BYTES, adapter_base, brings_code
 from grpo_ds.settings.config import TrainConfig
+from grpo_ds.system.files import give_folders_mode
 from grpo_ds.system.hub import check_hub
 from grpo_ds.task.chat import ensure_chat_template
 
@@ -210,6 +211,7 @@ def save_merged(adapter: Path, folder: Path, *, dtype: torch.dtype, trust_remote
     """Save base and adapter as one ordinary model; the base is read again in `dtype`, not with the bits of training."""
     model = load_policy(str(adapter), dtype=dtype, checkpointing=False, trust_remote_code=trust_remote_code)
     model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
+    give_folders_mode(folder)
 
 
 @torch.no_grad()
@@ -231,6 +233,8 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
     them at once, in GPU memory. Passed through dlpack, each view is a separate tensor over the same bytes.
     """
     if getattr(model, "peft_config", None):
-        return model.save_pretrained(folder)
-    weights = {name: torch.from_dlpack(tensor.detach()) for name, tensor in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_BYTES)
+        model.save_pretrained(folder)
+    else:
+        weights = {name: torch.from_dlpack(tensor.detach()) for name, tensor in model.state_dict().items()}
+        model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_BYTES)
+    give_folders_mode(folder)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from grpo_ds.run_folder.checkpoints import write_whole
 from grpo_ds.run_folder.files import ENVIRONMENT_FILE
+from grpo_ds.system.files import write_whole
 from grpo_ds.system.hardware import ram_gib
 from grpo_ds.system.invocation import flag_words, restart_words
 

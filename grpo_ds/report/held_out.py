@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from grpo_ds.run_folder.checkpoints import write_whole
 from grpo_ds.run_folder.files import HELD_OUT_FILE
+from grpo_ds.system.files import write_whole
 from grpo_ds.task.grading import Evaluation, mcnemar
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import Rewards

@@ -12,6 +12,7 @@ from pathlib import Path
 from grpo_ds.memory.phases import PhaseUse, Profiler, Span
 from grpo_ds.memory.plan import GIB, MEMORY_NAMES, MemoryKind, Plan, relative_plan_error
 from grpo_ds.run_folder.files import MEMORY_FILE, TIMELINE_FILE
+from grpo_ds.system.files import replaced, write_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ def write_memory(profiler: Profiler, folder: Path) -> tuple[Path, Path]:
         "spans": [asdict(span) for span in profiler.spans],
     }
     json_file, svg_file = folder / MEMORY_FILE, folder / TIMELINE_FILE
-    json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_whole(json_file, json.dumps(report, indent=1) + "\n")
     draw_timeline(profiler.spans, plan, svg_file)
     return json_file, svg_file
 
@@ -88,5 +89,7 @@ def draw_timeline(spans: Sequence[Span], plan: Plan | None, file: Path) -> None:
     axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     axes[-1, 0].set_xlabel("seconds")
     figure.tight_layout()
-    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+    is_svg = file.suffix == ".svg"
+    with replaced(file) as out:
+        figure.savefig(out, format=file.suffix[1:], metadata={"Date": None} if is_svg else None)
     pyplot.close(figure)

@@ -18,10 +18,10 @@ from grpo_ds.models.presets import EMBEDDED, PRESETS
 from grpo_ds.models.shapes import ADAPTER_FILE
 from grpo_ds.report.markdown import fenced, plain, table
 from grpo_ds.report.run_files import memory_by_phase, read_json, read_settings
-from grpo_ds.run_folder.checkpoints import write_whole
 from grpo_ds.run_folder.files import CARD_FILE, ENVIRONMENT_FILE, HELD_OUT_FILE, SUMMARY_FILE
 from grpo_ds.settings.config import EvaluateConfig
 from grpo_ds.settings.saved_config import prompt_recipe
+from grpo_ds.system.files import write_whole
 from grpo_ds.task.grading import small_sample
 from grpo_ds.task.prompts import default_system_prompt
 from grpo_ds.task.records import NO_CONTEXT

@@ -14,10 +14,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from grpo_ds.report import answers, charts, curves, memory_page, verdict
 from grpo_ds.report.run_files import Damaged, RunFiles, as_object, as_text, read_run
-from grpo_ds.run_folder.checkpoints import write_whole
 from grpo_ds.run_folder.files import COMPLETIONS_FILE, ENVIRONMENT_FILE, HELD_OUT_FILE, MEMORY_FILE, REPORT_FILE
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.saved_config import CONFIG_FILE, OF_ONE_RUN
+from grpo_ds.system.files import write_whole
 
 TEMPLATE = "page.html.jinja"
 NEXT_LINE = " \\\n  "  # of a command

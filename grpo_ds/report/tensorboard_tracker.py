@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from grpo_ds.report.markdown import fenced, table
 from grpo_ds.report.run_files import ANSWER_COLUMNS, flat_numbers, held_out_answers, memory_by_phase
 from grpo_ds.run_folder.progress import Progress
+from grpo_ds.settings.paths import absolute
 
 
 class TensorBoard:
@@ -21,7 +22,7 @@ class TensorBoard:
 
     def __init__(self, folder: Path, settings: dict[str, Any], progress: Progress) -> None:
         self._folder = folder
-        self._logs = Path(os.path.expanduser(os.environ.get("TENSORBOARD_LOGGING_DIR", folder / "runs")))
+        self._logs = Path(absolute(os.environ.get("TENSORBOARD_LOGGING_DIR", str(folder / "runs"))))
         resumed = "tensorboard" in progress.trackers
         self._writer = SummaryWriter(str(self._logs), purge_step=progress.global_step + 1 if resumed else None)
         self._writer.add_text("config", fenced(yaml.safe_dump(settings, sort_keys=False), "yaml"), progress.global_step)

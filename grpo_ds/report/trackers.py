@@ -16,10 +16,10 @@ from urllib.parse import urlsplit
 
 from grpo_ds.errors import UsageError, one_error
 from grpo_ds.report.run_files import completion_step, read_json
-from grpo_ds.run_folder.checkpoints import write_whole
 from grpo_ds.run_folder.files import COMPLETIONS_FILE, ENVIRONMENT_FILE, METRICS_FILE, SUMMARY_FILE
 from grpo_ds.run_folder.progress import Progress, strict
 from grpo_ds.settings.config import TrainConfig
+from grpo_ds.system.files import open_to_append, replaced, write_whole
 from grpo_ds.terminal import escape_control_chars
 
 
@@ -61,11 +61,11 @@ class JsonLines:
                 self._drop_completions_after(max((line["step"] for line in history), default=0))
 
     def log(self, metrics: dict[str, float], *, step: int) -> None:
-        with self._at_most_a_warning(), self.path.open("a", encoding="utf-8") as file:
+        with self._at_most_a_warning(), open_to_append(self.path) as file:
             file.write(json.dumps({"step": step, **strict(metrics)}) + "\n")
 
     def completions(self, rows: Sequence[dict[str, Any]], *, step: int) -> None:
-        with self._at_most_a_warning(), self.texts.open("a", encoding="utf-8") as file:
+        with self._at_most_a_warning(), open_to_append(self.texts) as file:
             # A disk that was full may have cut the previous line.
             file.write("" if not file.tell() or _last_byte(self.texts) == b"\n" else "\n")
             file.writelines(json.dumps({"step": step, **strict(row)}) + "\n" for row in rows)
@@ -77,10 +77,8 @@ class JsonLines:
         """Drop completions of steps that a resumed run repeats, and a line that a killed run left unfinished."""
         if not self.texts.exists():
             return
-        kept = self.texts.with_name(f"{self.texts.name}.kept")
-        with self.texts.open("rb") as lines, kept.open("wb") as file:
+        with self.texts.open("rb") as lines, replaced(self.texts) as file:
             file.writelines(line for line in lines if line.endswith(b"}\n") and 0 <= completion_step(line) <= step)
-        kept.replace(self.texts)
 
     @contextmanager
     def _at_most_a_warning(self) -> Iterator[None]:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from grpo_ds.run_folder.lock import locked_by_another
+
 NAME = re.compile(r"checkpoint-(\d+)")
 MANIFEST = "MANIFEST.json"
 # Suffixes of unfinished folders; `tidy` removes or restores those of a dead run.
@@ -48,9 +50,10 @@ def begin(partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def remove(partial: Path) -> None:
-    """Delete an unfinished folder."""
-    shutil.rmtree(partial, ignore_errors=True)
+def undo(partial: Path) -> None:
+    """Remove what a failed save has left."""
+    _discard(partial)
+    tidy(partial.parent)
 
 
 def why_not_written(run: Path, step: int, error: Exception) -> str:
@@ -73,7 +76,7 @@ def finish(partial: Path) -> Path:
     for path in [*_files(partial), *(folder for folder in partial.rglob("*") if folder.is_dir()), partial]:
         _flush(path)
     final = partial.with_suffix("")
-    if final.exists():  # damaged, or written earlier in the same step
+    if os.path.lexists(final):  # damaged, or written earlier in the same step
         final.rename(final.with_suffix(REPLACED))
     partial.rename(final)
     _flush(final.parent)
@@ -113,46 +116,50 @@ def rotate(run: Path, limit: int | None, *, newest: int, best: int | None) -> No
 
 
 def tidy(run: Path) -> None:
-    """Finish or undo the unfinished changes of a dead run."""
+    """Finish or undo the unfinished changes of a dead run, or of a save that failed; a living run's are its own."""
     first = os.environ.get("RANK", "0") == "0"  # other ranks would see files that rank 0 is writing
+    if first and locked_by_another(run):
+        return
     for path in sorted(run.glob("checkpoint-*")):
         if path.suffix == REPLACED and not path.with_suffix("").exists():
             with suppress(OSError):  # another rank was faster, or the folder is read-only
                 path.rename(path.with_suffix(""))
         elif first and path.suffix in (PARTIAL, REPLACED, DELETED) and NAME.fullmatch(path.stem):
-            shutil.rmtree(path, ignore_errors=True)
+            _discard(path)
 
 
 @contextmanager
 def renamed_into(folder: Path) -> Iterator[Path]:
-    """Yield a folder to write into; its files and folders then replace those of the same name in `folder`."""
+    """Yield a folder to write into; its files and folders then replace those of the same name in `folder`.
+
+    After an error nothing of it is left.
+    """
     partial = folder / f"model{PARTIAL}"
-    shutil.rmtree(partial, ignore_errors=True)
+    _discard(partial)
     partial.mkdir(parents=True)
-    yield partial
-    for path in sorted(partial.iterdir()):
-        target = folder / path.name
-        if path.is_dir():
-            shutil.rmtree(target, ignore_errors=True)
-        path.replace(target)
-    partial.rmdir()
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Replace a small file in one step, so that a reader always finds the old text or the new one."""
-    new = file.with_name(f".{file.name}.new")
-    with new.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    new.replace(file)
+    try:
+        yield partial
+        for path in sorted(partial.iterdir()):
+            target = folder / path.name
+            if path.is_dir():
+                _discard(target)
+            path.replace(target)
+    finally:
+        _discard(partial)
 
 
 def _delete(folder: Path) -> None:
     """Rename the folder before deleting its files, so that it is never taken for a checkpoint."""
     with suppress(OSError):  # a folder that cannot be deleted does no harm
-        going = folder if folder.suffix == REPLACED else folder.rename(folder.with_suffix(DELETED))
-        shutil.rmtree(going, ignore_errors=True)
+        _discard(folder if folder.suffix == REPLACED else folder.rename(folder.with_suffix(DELETED)))
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder and all that is in it, or a link to one, whose target stays."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _files(folder: Path) -> Iterator[Path]:

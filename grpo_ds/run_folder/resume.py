@@ -14,7 +14,7 @@ from grpo_ds.run_folder.progress import Progress
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.config_file import read_settings
 from grpo_ds.settings.ds_config import DsConfig
-from grpo_ds.settings.saved_config import CONFIG_FILE, SYSTEM_PROMPT_FILE
+from grpo_ds.settings.saved_config import CONFIG_FILE, with_copied_prompt
 
 # Flags that change no number of a run, or whose effect is compared instead (progress.py: data, ds, prompt).
 MAY_CHANGE = {
@@ -95,10 +95,7 @@ def flags_of(checkpoint: Path) -> dict[str, Any]:
     saved, problems = read_settings(file, known, strict=False)
     if problems:
         raise one_error(CheckpointError, f"{file} cannot be used:", problems)
-    if saved.get("system_prompt"):  # the run's copy, which remains when checkpoints are deleted
-        copies = [folder / SYSTEM_PROMPT_FILE for folder in (checkpoint.parent, checkpoint)]
-        saved["system_prompt"] = str(next((copy for copy in copies if copy.is_file()), copies[0]))
-    return saved
+    return with_copied_prompt(saved, file)
 
 
 def refuse_other_flags(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from grpo_ds.run_folder.checkpoints import write_whole
+from grpo_ds.system.files import write_whole
 from grpo_ds.system.invocation import restart_words
 
 STATUS_FILE = "run_status.json"

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from grpo_ds.errors import UsageError
-from grpo_ds.run_folder.checkpoints import write_whole
+from grpo_ds.system.files import write_whole
 
 TRAINED_ON_FILE = "trained_on.txt"
 FINGERPRINTS = re.compile(r"([0-9a-f]{12}\n)*")

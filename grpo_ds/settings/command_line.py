@@ -19,6 +19,7 @@ from grpo_ds.errors import UsageError, one_error
 from grpo_ds.settings.config import AskConfig
 from grpo_ds.settings.config_file import read_settings
 from grpo_ds.settings.flags import Flags, all_flags, flags_by_heading
+from grpo_ds.settings.saved_config import with_copied_prompt
 from grpo_ds.settings.shipped import CONFIGS
 from grpo_ds.settings.values import Written, is_listed, kind_of, may_be_null, read_values
 from grpo_ds.system.invocation import program
@@ -87,7 +88,7 @@ def parse(config_type: type[ConfigType], argv: list[str], *, about: str) -> Pars
         values, problems = read_settings(file, [*flags.values()], strict=True)
         if problems:
             raise one_error(UsageError, f"--config {file}:", problems, REMEDY)
-        given |= values
+        given |= with_copied_prompt(values, file)
     typed, problems = read_values(flags, {name: _as_typed(flags[name], words[name]) for name in words if name in flags})
     if problems:
         raise one_error(UsageError, "These flags cannot be read:", problems, REMEDY)

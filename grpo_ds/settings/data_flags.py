@@ -1,13 +1,18 @@
 """Flags of the model, the data and the prompt, with their defaults and checks."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
-from grpo_ds.settings.flags import Flags, failed, flag, list_flag
+from grpo_ds.settings.flags import Flags, failed, flag, list_flag, path_flag
+from grpo_ds.settings.paths import absolute_if_there
 from grpo_ds.task.answers import TAG_NAME
 from grpo_ds.task.prompts import read_system_prompt
 from grpo_ds.task.records import NO_CONTEXT, Unusable
+from grpo_ds.task.sources import SAMPLE
 from grpo_ds.task.spelling import label_key, nfc
+
+MODEL_NAMES = ("auto", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b", "smollm2-135m")  # models/presets.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +21,11 @@ class ModelFlags(Flags):
 
     heading: ClassVar[str] = "model"
 
-    model: str = flag("auto", "preset (qwen2.5-0.5b, -1.5b, -3b, -7b, smollm2-135m), hub id or folder; auto: what fits")
+    model: str = path_flag(
+        "auto",
+        "preset (qwen2.5-0.5b, -1.5b, -3b, -7b, smollm2-135m), hub id or folder; auto: what fits",
+        path=absolute_if_there(*MODEL_NAMES),
+    )
     trust_remote_code: bool = flag(False, "run the Python code that a model brings, with all your rights")
 
 
@@ -65,7 +74,9 @@ class PromptFlags(Flags):
 
     heading: ClassVar[str] = "prompt"
 
-    system_prompt: str | None = flag(None, "text file, used unchanged; default: our own, which asks for the two tags")
+    system_prompt: str | None = path_flag(
+        None, "text file, used unchanged; default: our own, which asks for the two tags"
+    )
     reasoning_tag: str = flag("reasoning", "tag around the reasoning")
     answer_tag: str = flag("answer", "tag around the answer; the closing tag ends a completion")
     few_shot: int = flag(0, "worked examples (yes or no, biomedical) in the prompt: 0, 1 or 2")
@@ -75,9 +86,9 @@ class PromptFlags(Flags):
     )
     max_completion_length: int = flag(300, "tokens; a longer completion is cut")
 
-    @property
+    @cached_property
     def system_prompt_text(self) -> str:
-        """Text of the file; "" if none is named. `problems` reports a file that cannot be read."""
+        """Text of the file, read once: it may change during a run. "" if none is named; `problems` reports errors."""
         return read_system_prompt(self.system_prompt) if self.system_prompt is not None else ""
 
     @property
@@ -115,7 +126,11 @@ class DataFlags(Flags):
 
     heading: ClassVar[str] = "data"
 
-    data: str | None = flag(None, "JSON/JSONL file, hub id or sample; default: the golden 500 if here, else sample")
+    data: str | None = path_flag(
+        None,
+        "JSON/JSONL file, hub id or sample; default: the golden 500 if here, else sample",
+        path=absolute_if_there(SAMPLE),
+    )
     eval_fraction: float = flag(0.2, "share of the questions held out for evaluation, by class")
     eval_limit: int | None = flag(None, "maximum number of held-out questions to evaluate on; default: all")
     seed: int = flag(0, "decides the split, the order of questions and every random draw")

@@ -1,7 +1,10 @@
 """A flag, and a group of flags: the base of everything in data_flags.py, grpo_flags.py and run_flags.py."""
 
+from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar
+
+from grpo_ds.settings.paths import absolute
 
 # Order of the headings in --help and in a written config; headings that only one command has come before them.
 HEADINGS = (
@@ -15,9 +18,14 @@ def flag(default: Any, meaning: str) -> Any:
     return field(default=default, metadata={"help": meaning})
 
 
-def list_flag(default: str | None, meaning: str) -> Any:
+def list_flag(default: str | None, meaning: str, **more: Any) -> Any:
     """Declare a flag of texts separated by commas; YAML and the command line may also give them one by one."""
-    return field(default=default, metadata={"help": meaning, "listed": True})
+    return field(default=default, metadata={"help": meaning, "listed": True, **more})
+
+
+def path_flag(default: str | None, meaning: str, *, path: Callable[[str], str] = absolute) -> Any:
+    """Declare a flag that names a file or a folder. path: makes it absolute (settings/paths.py)."""
+    return field(default=default, metadata={"help": meaning, "path": path})
 
 
 def failed(*checks: tuple[bool, str]) -> list[str]:

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from grpo_ds.core.objective import KlEstimator, LossType, RewardScale
-from grpo_ds.settings.flags import Flags, failed, flag, list_flag
+from grpo_ds.settings.flags import Flags, failed, flag, list_flag, path_flag
+from grpo_ds.settings.paths import absolute_reward_files
+from grpo_ds.settings.shipped import DS_JSONS
 from grpo_ds.task.own_rewards import CompletionFormat
 from grpo_ds.task.reward_files import reward_problems
 from grpo_ds.task.rewards import READY_MADE
@@ -59,7 +61,9 @@ class RewardFlags(Flags):
     heading: ClassVar[str] = "rewards"
 
     reward_funcs: str = list_flag(
-        "correctness,format", f"comma-separated: {', '.join(READY_MADE)}, FILE.py:FUNCTION, module.FUNCTION"
+        "correctness,format",
+        f"comma-separated: {', '.join(READY_MADE)}, FILE.py:FUNCTION, module.FUNCTION",
+        path=absolute_reward_files,
     )
     reward_weights: str | None = list_flag(None, "a factor for each of reward_funcs, comma-separated; default: 1 each")
     completion_format: CompletionFormat = flag(
@@ -136,7 +140,9 @@ class OptimizerFlags(Flags):
 
     heading: ClassVar[str] = "optimizer"
 
-    ds: str = flag("ds_configs/zero2.json", "DeepSpeed JSON: a file, or the name of a shipped one")
+    ds: str = path_flag(
+        "ds_configs/zero2.json", "DeepSpeed JSON: a file, or the name of a shipped one", path=DS_JSONS.setting
+    )
     learning_rate: float = flag(1e-6, "constant learning rate")
     weight_decay: float = flag(0.0, "weight decay of AdamW")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: no clipping")

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from grpo_ds.settings.flags import Flags, failed, flag, list_flag
+from grpo_ds.settings.flags import Flags, failed, flag, list_flag, path_flag
+from grpo_ds.settings.paths import absolute_unless
 
 TRACKERS = ("none", "wandb", "tensorboard", "trackio")
 
@@ -92,12 +93,16 @@ class OutputFlags(Flags):
 
     heading: ClassVar[str] = "output"
 
-    output_dir: str | None = flag(None, "folder of the trained model and its metrics; default: outputs/MODEL-DATE-TIME")
+    output_dir: str | None = path_flag(
+        None, "folder of the trained model and its metrics; default: outputs/MODEL-DATE-TIME"
+    )
     save_steps: int = flag(50, "steps between checkpoints (output_dir/checkpoint-N), and one at the end; 0: none")
     save_total_limit: int | None = flag(2, "newest checkpoints to keep, besides the best by eval_steps; null: all")
     eval_steps: int = flag(0, "steps between evaluations during training; 0: only before and after it")
-    resume_from_checkpoint: str | None = flag(
-        None, "a checkpoint-N folder, or auto: the newest complete one of output_dir; flags come from it"
+    resume_from_checkpoint: str | None = path_flag(
+        None,
+        "a checkpoint-N folder, or auto: the newest complete one of output_dir; flags come from it",
+        path=absolute_unless("auto"),
     )
     log_completions: bool = flag(False, "write every completion with its rewards to completions.jsonl and the trackers")
     report_to: str = list_flag(

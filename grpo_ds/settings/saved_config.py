@@ -1,5 +1,6 @@
 """The config saved beside a model: how it was trained, and its prompt."""
 
+from collections.abc import Mapping
 from dataclasses import Field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from grpo_ds.settings.config import AskConfig
 from grpo_ds.settings.config_file import read_settings
 from grpo_ds.settings.data_flags import DataFlags
 from grpo_ds.settings.flags import all_flags
+from grpo_ds.settings.paths import absolute
+from grpo_ds.system.files import write_whole
 
 CONFIG_FILE = "grpo_config.yaml"
 SYSTEM_PROMPT_FILE = "system_prompt.txt"  # a copy of --system_prompt
@@ -22,9 +25,8 @@ def write_config(config: AskConfig, folder: Path) -> None:
     names = [flag.name for flag in all_flags(type(config)) if flag.name not in OF_ONE_RUN]
     values = {name: getattr(config, name) for name in names}
     if config.system_prompt:
-        values["system_prompt"] = str(folder / SYSTEM_PROMPT_FILE)
-        (folder / SYSTEM_PROMPT_FILE).write_text(f"{config.system_prompt_text}\n", encoding="utf-8")
-    (folder / CONFIG_FILE).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        write_whole(folder / SYSTEM_PROMPT_FILE, f"{config.system_prompt_text}\n")
+    write_whole(folder / CONFIG_FILE, yaml.safe_dump(values, sort_keys=False))
 
 
 def prompt_recipe(folder: Path) -> dict[str, Any]:
@@ -50,6 +52,10 @@ def _recipe(folder: Path, allowed: "list[Field[Any]]") -> dict[str, Any]:
             problems,
             "It has the prompt that the model was trained with: restore it, or remove it and give the prompt's flags.",
         )
-    if values.get("system_prompt"):  # the copy, even if the model was moved
-        values["system_prompt"] = str(folder / SYSTEM_PROMPT_FILE)
-    return values
+    return with_copied_prompt(values, saved)
+
+
+def with_copied_prompt(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Return the settings that `file` holds; a run's saved config has a copy of its system prompt beside it."""
+    copy = {"system_prompt": absolute(str(file.with_name(SYSTEM_PROMPT_FILE)))}
+    return {**values, **(copy if file.name == CONFIG_FILE and values.get("system_prompt") else {})}

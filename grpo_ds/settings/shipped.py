@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo_ds.errors import UsageError
+from grpo_ds.settings.paths import absolute_if_there
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -40,10 +41,20 @@ class Shipped:
         is_there, is_folder = os.path.exists(path), os.path.isdir(path)  # Path's own raise OSError for a long name
         if is_there and not is_folder:
             return path
-        if not is_there and path.parent in (Path(), Path(self.name)) and f"{self.name}/{path.name}" in names:
-            return self.folder / path.name
+        if not is_there and (shipped := self._by_name(path)):
+            return shipped
         what = "is a folder, not a file" if is_folder else "does not exist"
         raise UsageError(f"--{self.flag} {path}: {what}. Shipped: {', '.join(names)} (in {self.folder}).")
+
+    def setting(self, text: str) -> str:
+        """Return what the flag holds: the absolute path of a user's file; a shipped file is its name, everywhere."""
+        path, shipped = absolute_if_there()(text), self._by_name(Path(text))
+        return text if shipped and os.path.exists(path) and os.path.samefile(path, shipped) else path
+
+    def _by_name(self, path: Path) -> Path | None:
+        """Return the shipped file that the path would name if nothing were there."""
+        known = path.parent in (Path(), Path(self.name)) and f"{self.name}/{path.name}" in self.names()
+        return self.folder / path.name if known else None
 
 
 DS_JSONS = Shipped("ds", "ds_configs", ".json")

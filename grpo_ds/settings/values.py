@@ -1,7 +1,8 @@
 """What a user wrote for a flag, on the command line or in YAML, to the flag's value.
 
 The flag's type alone decides how a text is read: `labels: [yes, no]`, `answer_tag: on` and `output_dir: 1e3` stay the
-words that were written, which YAML alone would make true, false and 1000.0.
+words that were written, which YAML alone would make true, false and 1000.0. Paths become absolute here, wherever they
+come from.
 """
 
 from collections.abc import Callable, Mapping
@@ -68,7 +69,8 @@ def _read(flag: "Field[Any]", written: Written) -> Any:
     kind = kind_of(flag)
     if get_origin(kind) is Literal:
         return {choice: choice for choice in get_args(kind)}[text]
-    readers: dict[Any, Callable[[str], Any]] = {str: str, int: int, float: _finite, bool: _switch}
+    as_text: Callable[[str], str] = flag.metadata.get("path", str)
+    readers: dict[Any, Callable[[str], Any]] = {str: as_text, int: int, float: _finite, bool: _switch}
     return readers[kind](text)
 
 

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -84,9 +84,10 @@ def exit_code(number: int) -> int:
 
 
 @contextmanager
-def exit_on_signal() -> Iterator[None]:
+def exit_on_signal(leaving: Callable[[], None] = lambda: None) -> Iterator[None]:
     """End the process at a signal, with its exit code and no traceback; for code that has nothing to save.
 
+    leaving: called before, as no `finally` is reached.
     It raises no exception: some libraries would take it for a failed import. After the block signals are ignored: the
     process is about to end, and a second signal must not replace its exit code.
     """
@@ -94,6 +95,7 @@ def exit_on_signal() -> Iterator[None]:
     def leave(number: int, _: FrameType | None) -> None:
         if os.environ.get("RANK", "0") == "0":
             os.write(sys.stderr.fileno(), f"{name(number)}: stopped; there was nothing to save.\n".encode())
+        leaving()
         os._exit(exit_code(number))
 
     for number in SIGNALS:

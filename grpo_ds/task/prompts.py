@@ -60,11 +60,10 @@ class EncodedPrompt:
 
 def read_system_prompt(file: str) -> str:
     """Read the file of --system_prompt and check it like a text in --data. Raises Unusable with the reason."""
-    path = Path(os.path.expanduser(file))
-    if not os.path.isfile(path):
+    if not os.path.isfile(file):
         raise Unusable("is not a file")
     try:
-        return sound_text(path.read_bytes().decode().replace("\r\n", "\n").replace("\r", "\n"))
+        return sound_text(Path(file).read_bytes().decode().replace("\r\n", "\n").replace("\r", "\n"))
     except UnicodeDecodeError as error:
         reason = f"is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset {error.start}"
         raise Unusable(reason) from None

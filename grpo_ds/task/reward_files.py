@@ -141,10 +141,10 @@ def _instantiated(found: type, entry: _Entry) -> str:
 
 def _imported(entry: _Entry) -> Any:
     """Import the entry's file or module; None if it has no such name."""
-    path = Path(os.path.expanduser(entry.source))
+    path = Path(entry.source)
     if is_file := ":" in entry.text:
         if not os.path.isfile(path):  # unlike Path.is_file it does not raise for a name that is too long
-            raise BadFunction(f"there is no file {path} (in {Path.cwd()})")
+            raise BadFunction(f"there is no file {path}")
         path = path.resolve()
     try:
         module = _module(path) if is_file else _named_module(entry.source)

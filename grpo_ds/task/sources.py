@@ -60,7 +60,7 @@ class Source:
 
 def data_or_default(data: str | None) -> str:
     """Return --data, or the default for the working folder."""
-    return data if data is not None else GOLDEN_FILE if os.path.exists(GOLDEN_FILE) else SAMPLE
+    return data if data is not None else os.path.abspath(GOLDEN_FILE) if os.path.exists(GOLDEN_FILE) else SAMPLE
 
 
 def open_source(data: str | None) -> Source:
@@ -70,9 +70,8 @@ def open_source(data: str | None) -> Source:
         return parse_file(SAMPLE, resources.files("grpo_ds.task").joinpath("sample.json").read_bytes())
     if BROKEN.search(data) or len(data.splitlines()) > 1:  # the saved config could not contain it
         raise DataError(f"--data {data!r} holds a broken character or a line break: rename the file.\n{ALTERNATIVES}")
-    path = os.path.expanduser(data)
-    if os.path.exists(path):
-        return parse_file(data, _read_bytes(path))
+    if os.path.exists(data):
+        return parse_file(data, _read_bytes(data))
     if is_hub_id(data):
         return _read_hub(data)
     raise DataError(f"There is no data file {data} (in {os.getcwd()}).\n{ALTERNATIVES}")

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 
 from grpo_ds.core.tally import Tally
-from grpo_ds.errors import CheckpointError, GrpoError
+from grpo_ds.errors import CheckpointError
 from grpo_ds.models.chat_texts import save_tokenizer
 from grpo_ds.models.policy import save_model
 from grpo_ds.run_folder import checkpoints
@@ -52,11 +52,10 @@ def save_checkpoint(trainer: Trainer, run: Path) -> Path:
     partial = checkpoints.partial_of(run, progress.global_step)
     try:
         trainer.guard.run("save", _write, trainer, state, partial)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        checkpoints.remove(partial)
-        raise CheckpointError(checkpoints.why_not_written(run, progress.global_step, error)) from error
-    except GrpoError:  # out of memory
-        checkpoints.remove(partial)
+    except BaseException as error:
+        checkpoints.undo(partial)
+        if isinstance(error, (OSError, RuntimeError, SafetensorError)):
+            raise CheckpointError(checkpoints.why_not_written(run, progress.global_step, error)) from error
         raise
     if world.is_first:
         limit, best = trainer.config.save_total_limit, progress.best_global_step

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from grpo_ds.errors import NumbersError
 from grpo_ds.models.policy import first_bad_weight
+from grpo_ds.system.files import write_whole
 from grpo_ds.system.ranks import World
 from grpo_ds.training.engine import Engine
 from grpo_ds.training.rollout import Rollout
@@ -104,7 +105,7 @@ class NonfiniteSteps:
                 completions = [{"rank": rank, **row} for rank, rows in enumerate(shares) for row in rows]
                 batch = {"step": last, "bad": list(bad), "bad_steps_in_a_row": len(self.in_a_row)}
                 text = json.dumps(_strict({**batch, "completions": completions}), indent=1, allow_nan=False)
-                (self.folder / BAD_BATCH).write_text(f"{text}\n", encoding="utf-8")
+                write_whole(self.folder / BAD_BATCH, f"{text}\n")
         causes = [kind for kind in REMEDIES if bad[0].startswith(kind)]
         raise NumbersError(
             f"Numbers were not finite in {'steps' if last > first else 'step'} "

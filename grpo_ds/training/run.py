@@ -19,7 +19,7 @@ from grpo_ds.models.policy import save_merged, save_model
 from grpo_ds.report.environment import write_environment
 from grpo_ds.report.trackers import Tracker, make_trackers
 from grpo_ds.run_folder.checkpoints import folder_of, renamed_into
-from grpo_ds.run_folder.lock import cannot_be_written, lock, release
+from grpo_ds.run_folder.lock import cannot_be_written
 from grpo_ds.run_folder.progress import Progress, strict
 from grpo_ds.run_folder.status import RunStatus, resume_command
 from grpo_ds.system.ranks import stop
@@ -74,8 +74,6 @@ class Run:
                 code = BY_CTRL_C if isinstance(error, KeyboardInterrupt) else 1
                 self.status.write("failed", exit_code=code, message=f"{type(error).__name__}: {error}".strip(": "))
                 raise
-            finally:
-                release(self.folder)
 
     def _encode_all(self) -> None:
         """Encode every prompt: one that is too long, or not what it was, stops the run before it begins."""
@@ -90,8 +88,8 @@ class Run:
     def _begin(self) -> None:
         if not self.writes:
             return
-        lock(self.folder)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_beside(self.trainer, self.folder)
             write_environment(self.folder, ranks=self.trainer.world.size)
         except OSError as error:

@@ -71,8 +71,8 @@ def file(tmp_path):
         (["--context", "It is."], ["--question is empty"]),
         ([*ASKED, "--file", "x.json"], ["question and file exclude each other", "records hold their own"]),
         (["--question", "Is it?", "--interactive"], ["question and interactive exclude each other"]),
-        (["--file", "nowhere.json"], ["--file nowhere.json cannot be read: No such file"]),
-        (["--file", "."], ["--file . cannot be read: Is a directory"]),
+        (["--file", "nowhere.json"], [f"--file {Path.cwd()}/nowhere.json cannot be read: No such file"]),
+        (["--file", "."], [f"--file {Path.cwd()} cannot be read: Is a directory"]),
     ],
 )
 def test_what_cannot_be_asked_is_reported_before_a_model_is_loaded(monkeypatch, words, said):

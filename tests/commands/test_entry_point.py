@@ -183,7 +183,7 @@ def test_the_launcher_takes_the_module_from_any_folder(tiny_folder, tmp_path):
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    assert "Ask it: python -m grpo_ds ask --model run" in result.stdout
+    assert f"Ask it: python -m grpo_ds ask --model {tmp_path / 'run'}" in result.stdout
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 

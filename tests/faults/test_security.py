@@ -30,6 +30,7 @@ from grpo_ds.memory.phases import Span
 from grpo_ds.models.policy import load_policy, load_tokenizer
 from grpo_ds.report.console import Console
 from grpo_ds.report.memory_measured import draw_timeline
+from grpo_ds.run_folder.lock import release
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import resolve_ds_config
@@ -430,9 +431,11 @@ def test_a_drawing_holds_no_element_of_a_text(tmp_path):
 @pytest.mark.parametrize(
     "model", ["../../x", "/etc/passwd", "..", ".", "/", "a/../../b", "org/model", "x/..", "~/x", ""]
 )
-def test_a_models_name_makes_one_folder_below_outputs(model, tried):
+def test_a_models_name_makes_one_folder_below_outputs(model, tried, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     folder = output_folder(TrainConfig(model=model))
-    assert folder.parent == Path("outputs") and ".." not in folder.parts
+    release()
+    assert folder.parent == tmp_path / "outputs" and ".." not in folder.parts
     tried("names of models", "one folder below outputs")
 
 
@@ -444,6 +447,7 @@ def test_the_folder_of_a_run_may_be_a_link_to_an_empty_one_and_no_other(tmp_path
         (tmp_path / f"to-{Path(name).name}").symlink_to(tmp_path / name)
     config = TrainConfig(output_dir=str(tmp_path / "to-empty"))
     assert output_folder(config) == tmp_path / "to-empty"
+    release()
     for name in ("to-full", "to-nowhere", "to-precious"):
         with pytest.raises(UsageError, match="--output_dir"):
             output_folder(replace(config, output_dir=str(tmp_path / name)))

@@ -1,6 +1,8 @@
 """Checkpoint folders: complete or absent, found again, and never deleted too early. Files only, no model."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -111,10 +113,41 @@ def test_what_died_half_way_is_finished_or_undone(tmp_path):
     assert files.damage(tmp_path / "checkpoint-5") is None
 
 
-def test_a_small_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
-    file = tmp_path / "run_status.json"
-    files.write_whole(file, "old")
-    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
+def test_links_in_a_runs_folder_are_replaced_and_their_targets_stay(tmp_path):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir(), elsewhere.mkdir()
+    (elsewhere / "precious").write_text("mine")
+    for name in ("checkpoint-5.partial", "checkpoint-5", "checkpoint-4.deleted", "model.partial", "merged"):
+        (run / name).symlink_to(elsewhere)
+    (run / "checkpoint-6").symlink_to(elsewhere / "nowhere")
+    make(run, 5), make(run, 6)
+    with files.renamed_into(run) as folder:
+        (folder / "merged").mkdir()
+    files.rotate(run, 1, newest=6, best=None)
+    assert sorted(os.listdir(run)) == ["checkpoint-6", "merged"] and not (run / "merged").is_symlink()
+    assert os.listdir(elsewhere) == ["precious"]
+
+
+def test_a_failed_save_of_the_model_leaves_nothing_and_changes_nothing(tmp_path):
+    (tmp_path / "config.json").write_text("old")
+    with pytest.raises(OSError), files.renamed_into(tmp_path) as folder:
+        (folder / "config.json").write_text("new")
+        raise OSError("No space left on device")
+    assert os.listdir(tmp_path) == ["config.json"] and (tmp_path / "config.json").read_text() == "old"
+
+
+def test_a_save_that_failed_while_it_replaced_another_is_undone(tmp_path, monkeypatch):
+    make(tmp_path, 5, "before")
+    monkeypatch.setattr(files, "_flush", lambda _: None)
+    rename = Path.rename
+
+    def refuse_the_second(path, target):
+        if path.suffix == files.PARTIAL:
+            raise OSError("No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_the_second)
     with pytest.raises(OSError):
-        files.write_whole(file, "new")
-    assert file.read_text() == "old"
+        make(tmp_path, 5, "after")
+    files.undo(files.partial_of(tmp_path, 5))
+    assert os.listdir(tmp_path) == ["checkpoint-5"] and files.damage(tmp_path / "checkpoint-5") is None

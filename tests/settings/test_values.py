@@ -34,6 +34,11 @@ def is_text(flag):
     return kind_of(flag) is str
 
 
+def as_path(flag, text):
+    """The text, or for a path what tests/settings/test_paths.py says about it."""
+    return flag.metadata.get("path", str)(text)
+
+
 def read(flag, *typed, yaml=None, folder=None):
     """The value of the flag from words on the command line, or from a --config file with this YAML."""
     argv = [f"--{flag.name}", *typed]
@@ -98,7 +103,7 @@ YAML_READS_IT = ("yes", "no", "on", "off", "true", "1e3", "7", "1.50", "0x10", "
 def test_a_text_is_read_as_written(tmp_path, flag):
     for text in YAML_READS_IT:
         for yaml in (text, f"'{text}'", f"!!str {text}"):
-            assert read(flag, yaml=yaml, folder=tmp_path) == read(flag, text) == text
+            assert read(flag, yaml=yaml, folder=tmp_path) == read(flag, text) == as_path(flag, text)
 
 
 @every(lambda flag: kind_of(flag) is bool)
@@ -190,6 +195,8 @@ def values_of(flag):
         values = values.map(lambda text: ",".join(item.strip() for item in text.strip("[]").split(",")))
     else:
         values = VALUES[kind]
+    if "path" in flag.metadata:  # without the home folders of users who do not exist
+        values = values.filter(lambda text: "~" not in text).map(lambda text: as_path(flag, text))
     return st.none() | values if may_be_null(flag) else values
 
 

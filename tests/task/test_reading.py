@@ -103,7 +103,7 @@ def test_the_default_is_the_golden_file_if_it_exists_and_else_the_sample(tmp_pat
     monkeypatch.chdir(tmp_path)
     assert read_questions(None) == read_questions("sample")
     (tmp_path / GOLDEN_FILE).write_text(json.dumps([GOOD]))
-    assert read_questions(None).source == f"{GOLDEN_FILE}: 1 question (1 yes, 0 no)"
+    assert read_questions(None).source == f"{tmp_path / GOLDEN_FILE}: 1 question (1 yes, 0 no)"
 
 
 def test_the_sample_is_balanced_and_large_enough():

@@ -1,0 +1,46 @@
+"""Files written beside and renamed: a reader, and a run that resumes, finds the old content or the new one, complete.
+
+A symbolic link at the file's place is replaced, never followed.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+
+@contextmanager
+def replaced(file: Path) -> Iterator[BinaryIO]:
+    """Yield a new file to write into; it takes the place of `file` once it is flushed to the disk.
+
+    After an error nothing has changed and nothing is left. Raises OSError.
+    """
+    new = file.with_name(f".{file.name}.new")
+    new.unlink(missing_ok=True)  # of a process that was killed, or somebody's link
+    try:
+        with new.open("xb") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        new.replace(file)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Replace a file in one step. Raises OSError."""
+    with replaced(file) as out:
+        out.write(text.encode())
+
+
+def give_folders_mode(folder: Path) -> None:
+    """Let everybody read the weights who may read their new folder: safetensors lets only their owner."""
+    for file in folder.glob("*.safetensors"):
+        file.chmod(folder.stat().st_mode & 0o666)
+
+
+def open_to_append(file: Path) -> TextIO:
+    """Open a text file to add lines to it. Raises OSError for a symbolic link."""
+    return open(file, "a", encoding="utf-8", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666))
