@@ -17,6 +17,7 @@ WeightedFunctions = Mapping[str, tuple[RewardFunction, float]]  # name in metric
 ARGUMENTS = ("completions", "prompts", "completion_ids", "trainer_state", "log_extra", "log_metric")  # TRL's
 COLUMNS = ("id", "question", "context", "label")  # of every question; with ARGUMENTS they hide fields of these names
 READY_MADE = ("correctness", "format", "length_penalty", "repetition_penalty")
+OVERLONG = "overlong"  # name of the penalty that --overlong_buffer adds to the rewards
 CHARACTERS_PER_TOKEN = 4  # roughly, for English and a vocabulary of 50,000 or more
 NGRAM = 3  # words
 
