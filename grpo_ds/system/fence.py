@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from contextvars import copy_context
+from contextvars import Context
 from io import TextIOWrapper
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ RELIED_ON = (
 DESCRIPTORS = {"stdout": 1, "stderr": 2}
 KERNELS = ("flash", "mem_efficient", "math", "cudnn")
 # Context variables of all users' code, from import to the last call: decimal's precision, NumPy's error handling.
-USERS = copy_context()
+USERS = Context()
 
 
 def fenced(call: Callable[[], Result]) -> Result:

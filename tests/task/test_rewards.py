@@ -1,10 +1,12 @@
 """Rewards: the value of each function for each completion, and functions that fail."""
 
+import asyncio
 import contextlib
 import itertools
 import re
 import signal
 import time
+from numbers import Real
 
 import pytest
 from hypothesis import given, settings
@@ -152,6 +154,22 @@ def generates(completions, **_):
         yield 1 / 0
 
 
+def throw(error):
+    raise error
+
+
+class Unprintable(BaseException):
+    """An error, and something like a number, of which nothing can be read."""
+
+    def fail(self, *_):
+        raise self
+
+    __str__ = __repr__ = __float__ = __abs__ = fail
+
+
+Real.register(Unprintable)
+
+
 class Unshowable:
     def __repr__(self):
         raise ValueError
@@ -165,6 +183,11 @@ FAULTS = [
     (raises, ["raised KeyError: 'message\\nof two lines' (test_rewards.py, line", "Record 2, completion 'second'"]),
     (generates, ["raised ZeroDivisionError: division by zero (test_rewards.py, line", "yield 1 / 0)", "records 1, 2"]),
     (lambda **_: exit(3), ["raised SystemExit: 3"]),
+    (lambda **_: throw(asyncio.CancelledError()), ["raised CancelledError (test_rewards.py, line"]),
+    (lambda **_: throw(GeneratorExit()), ["raised GeneratorExit (test_rewards.py, line"]),
+    (lambda **_: throw(StopIteration("over")), ["raised StopIteration: over"]),
+    (lambda **_: throw(Unprintable()), ["raised Unprintable (test_rewards.py, line"]),
+    (lambda **_: [Unprintable(), 1.0], ["raised Unprintable (test_rewards.py, line"]),  # its __float__ raises
     (lambda completions, **_: int("x"), ["raised ValueError: invalid literal", "Record 1, completion 'first'"]),
     (too_few_for_record_2, ["returned 1 values for 2 completions", "Record 2, completion 'second'"]),
     (lambda **_: None, ["returned None, not a list"]),
