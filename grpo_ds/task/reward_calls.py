@@ -30,7 +30,8 @@ LONGEST_QUOTE = 80  # characters of a completion, a value or a line of code that
 LONGEST_REASON = 160  # characters of an exception's message
 GRACE = 0.5  # seconds that a cancelled coroutine may take to end
 MOMENT = 0.01  # seconds in which a second signal that has arrived is handled
-PACKAGE = Path(__file__).parents[1]
+# Folders and files of code that stands between us and a user's function in a traceback.
+BETWEEN = (Path(__file__).parents[1], Path(asyncio.__file__).parent, Path(contextlib.__file__))
 
 
 class Faulty(Exception):
@@ -285,8 +286,8 @@ def describe_exception(error: BaseException, file: str | None = None) -> str:
     if isinstance(error, SyntaxError) and error.filename == file:
         return f"{reason} ({Path(error.filename).name}, line {error.lineno})" if error.filename else reason
     frames = traceback.extract_tb(error.__traceback__)
-    ours = lambda name: name == contextlib.__file__ or Path(name).is_relative_to(PACKAGE)  # noqa: E731
-    file = file or next((frame.filename for frame in frames if not ours(frame.filename)), None)
+    theirs = (f.filename for f in frames if not any(Path(f.filename).is_relative_to(path) for path in BETWEEN))
+    file = file or next(theirs, None)
     within = [frame for frame in frames if frame.filename == file]
     if not within:
         return reason

@@ -142,6 +142,12 @@ def test_a_function_that_changes_its_lists_does_not_affect_the_next():
     assert rewards.by_name["one"] == rewards.by_name["two"] == [2.0, 1.0]
 
 
+def test_a_function_that_changes_a_record_does_not_affect_later_calls():
+    record = Question("1", "Q?", "", "yes", columns={"trials": [{"size": 5}]})
+    functions = {"mine": (lambda trials, **_: [trials[0].pop().popitem()[1]], 1.0)}
+    assert [score(["a"], [record], functions=functions).total for _ in range(2)] == [[5.0], [5.0]]
+
+
 def raises(completions, label, **_):
     if "no" in label:
         raise KeyError("message\nof two lines")
