@@ -7,6 +7,7 @@ process is put back. B completions; an outcome is a list of numbers, or what was
 
 import asyncio
 import contextlib
+import os
 import signal
 import time
 import traceback
@@ -230,6 +231,7 @@ class _Limit:
         self.seconds, self.slack = seconds, slack
         self.end = time.monotonic() + seconds
         self.rang = self.over = False
+        self.process = os.getpid()
 
     def left(self) -> float | None:
         """Seconds left; None: no limit."""
@@ -237,7 +239,7 @@ class _Limit:
 
     def begin(self, *_: object) -> None:
         """Set the alarm: at the beginning, at SIGCONT, and when it has rung, for what else the call does."""
-        if not self.over:
+        if not self.over and os.getpid() == self.process:  # a child inherits the handler, but no alarm
             self.end, self.rang = time.monotonic() + self.seconds, False
             signal.setitimer(signal.ITIMER_REAL, self.seconds + self.slack)
 

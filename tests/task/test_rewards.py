@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import os
 import re
 import signal
 import time
@@ -284,6 +285,16 @@ def backtracks(**_):
 def test_a_call_ends_at_its_limit(function):
     with pytest.raises(RewardError, match=r"(?s)'slow' took longer than the 0.05 seconds.*records 1, 2"):
         score(["a", "b"], [YES_QUESTION, NO_QUESTION], functions={"slow": (function, 1.0)}, timeout=0.05)
+
+
+def test_a_process_that_a_function_starts_has_no_limit_also_when_it_is_stopped_and_continues():
+    def has_alarm(**_):
+        if not (pid := os.fork()):
+            os.kill(os.getpid(), signal.SIGCONT)
+            os._exit(signal.getitimer(signal.ITIMER_REAL)[0] > 0)
+        return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])]
+
+    assert score(["a"], [YES_QUESTION], functions={"it": (has_alarm, 1.0)}, timeout=60).total == [0.0]
 
 
 @pytest.mark.parametrize("alarm", [0, 3600])
