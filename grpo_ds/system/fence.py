@@ -74,9 +74,10 @@ def _process_kept() -> Iterator[None]:
             os.fchdir(folder)
         os.close(folder)
         os.umask(umask)
-        for name in [name for name in os.environ if name.startswith(RELIED_ON) and name not in environ]:
+        for name in {name for name in os.environ if name.startswith(RELIED_ON)} - environ.keys():
             del os.environ[name]
-        os.environ.update(environ)
+        # Only what differs: a thread in C may be reading the environment.
+        os.environ.update({name: value for name, value in environ.items() if os.environ.get(name) != value})
         sys.argv = argv
         warnings.filters[:] = [it for it in warnings.filters if it[0] != "error" or it in filters]  # type: ignore[index]
 

@@ -110,7 +110,7 @@ def _called(
 def _arguments(function: RewardFunction, columns: Columns, trainer_state: object, notes: Notes) -> dict[str, Any]:
     """Build the arguments of one call in the function's form; all are copies, because it may change them."""
     as_messages = isinstance(function, OwnReward) and function.messages
-    arguments: dict[str, Any] = {name: deepcopy(list(column)) for name, column in columns.items()}
+    arguments: dict[str, Any] = {name: _copied(column) for name, column in columns.items()}
     if as_messages:
         arguments["completions"] = [[{"role": "assistant", "content": text}] for text in columns["completions"]]
     if "prompts" in columns:
@@ -123,6 +123,13 @@ def _arguments(function: RewardFunction, columns: Columns, trainer_state: object
         "log_extra": notes.log_extra,
         "log_metric": notes.log_metric,
     }
+
+
+def _copied(column: Sequence[Any]) -> list[Any]:
+    try:
+        return deepcopy(list(column))
+    except RecursionError:  # a field may be nested some 900 deep
+        return list(column)
 
 
 @contextmanager

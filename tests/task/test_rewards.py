@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import json
 import os
 import re
 import signal
@@ -147,6 +148,11 @@ def test_a_function_that_changes_a_record_does_not_affect_later_calls():
     record = Question("1", "Q?", "", "yes", columns={"trials": [{"size": 5}]})
     functions = {"mine": (lambda trials, **_: [trials[0].pop().popitem()[1]], 1.0)}
     assert [score(["a"], [record], functions=functions).total for _ in range(2)] == [[5.0], [5.0]]
+
+
+def test_a_record_as_deep_as_json_can_be_is_scored():
+    deep = Question("1", "Q?", "", "yes", columns={"more": json.loads("[" * 900 + "]" * 900)})
+    assert score(["a"], [deep], functions={"mine": (lambda more, **_: [len(more)], 1.0)}).total == [1.0]
 
 
 def raises(completions, label, **_):
