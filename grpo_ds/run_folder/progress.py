@@ -66,7 +66,7 @@ class Progress:
     def shared(self) -> dict[str, Any]:
         """Fields of transformers.TrainerState, copied: a reward function gets them."""
         fields = {name: getattr(self, name) for name in THEIRS}
-        return {**fields, "log_history": list(self.log_history)}
+        return {**fields, "log_history": [dict(line) for line in self.log_history]}
 
     def keep_before(self, texts: list[str]) -> None:
         """Keep the held-out answers before training, so that a resumed run need not ask again."""

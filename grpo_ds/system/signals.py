@@ -28,6 +28,10 @@ class Stopping(Exception):
     """Raised at a safe point of a run that was asked to stop."""
 
 
+class SecondCtrlC(KeyboardInterrupt):
+    """Raised by the user's second Ctrl-C, which ends the run at once."""
+
+
 class Interrupted(GrpoError):
     """A run that was stopped, with everything saved."""
 
@@ -64,7 +68,7 @@ class Interruption:
     def _note(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         if self.signum == number == signal.SIGINT and now - self._since > SAME_CTRL_C:
-            raise KeyboardInterrupt
+            raise SecondCtrlC
         if not self.signum:
             self.signum, self._since = number, now
             if os.environ.get("RANK", "0") == "0":

@@ -6,19 +6,22 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
-from functools import cache
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
 from math import isfinite
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from grpo_ds.errors import UsageError, one_error
+from grpo_ds.system.fence import by_ctrl_c, fenced
 from grpo_ds.task.own_rewards import BadFunction, CompletionFormat, own_reward
 from grpo_ds.task.reward_calls import describe_exception
-from grpo_ds.task.rewards import READY_MADE, OwnReward, RewardFunction, WeightedFunctions
+from grpo_ds.task.rewards import OVERLONG, READY_MADE, OwnReward, RewardFunction, WeightedFunctions
 
 IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+(\(\))?")  # module.FUNCTION, as in TRL's --reward_funcs
+OURS = (*READY_MADE, OVERLONG)  # names of rewards in metrics that a user's function cannot have
 FORMS = "FILE.py:FUNCTION nor module.FUNCTION"
 
 
@@ -28,10 +31,12 @@ def reward_problems(reward_funcs: str, reward_weights: str | None) -> list[str]:
     names = [entry.metric for entry in entries]
     unknown = [entry.text for entry in entries if not entry.source and entry.text not in READY_MADE]
     twice = sorted({name for name in names if names.count(name) > 1})
+    taken = [entry.text for entry in entries if entry.source and entry.metric in OURS and entry.metric not in twice]
     count = "1 number" if len(entries) == 1 else f"{len(entries)} numbers"
     return [
         *(f"reward_funcs: {entry!r} is neither {', '.join(READY_MADE)}, {FORMS}" for entry in unknown),
         *(f"reward_funcs names {name!r} twice; metrics could not tell them apart" for name in twice),
+        *(f"reward_funcs: {text} has the name of one of ours, {', '.join(OURS)}; rename it" for text in taken),
         *(
             [f"reward_weights is {reward_weights}; {reward_funcs} needs {count}, separated by commas"]
             if len(_weights(reward_weights, entries)) != len(entries)
@@ -60,7 +65,7 @@ def find_reward_functions(
     problems = []
     for entry, weight in zip(entries, _weights(reward_weights, entries), strict=True):
         try:
-            own = own_reward(_made(entry), columns, completion_format) if entry.source else ready_made[entry.name]
+            own = fenced(partial(_own, entry, columns, completion_format)) if entry.source else ready_made[entry.name]
         except BadFunction as problem:
             problems.append(f"{entry.text}: {problem}")
         else:
@@ -116,14 +121,31 @@ def _weights(reward_weights: str | None, entries: Sequence[_Entry]) -> list[floa
     return weights if all(map(isfinite, weights)) else []
 
 
+def _own(entry: _Entry, columns: Collection[str], completion_format: CompletionFormat) -> OwnReward:
+    found = _made(entry)
+    with _bad_if_raised("looking at it"):  # an object may answer any question about it with an error
+        return own_reward(found, columns, completion_format)
+
+
+@contextmanager
+def _bad_if_raised(what: str, file: str | None = None) -> Iterator[None]:
+    """Turn whatever users' code raises into BadFunction. file: see describe_exception."""
+    try:
+        yield
+    except BadFunction:
+        raise
+    except BaseException as error:
+        if by_ctrl_c(error):
+            raise
+        raise BadFunction(f"{what} fails with {describe_exception(error, file)}") from None
+
+
 def _made(entry: _Entry) -> Any:
     """Return what the entry names; `Name()` is what Name returns when it is called without arguments."""
     found = _imported(entry)
     if entry.name.endswith("()") and callable(found):
-        try:
+        with _bad_if_raised("calling it"):
             found = found()
-        except (Exception, SystemExit) as error:
-            raise BadFunction(f"calling it fails with {describe_exception(error)}") from None
     if inspect.isclass(found):
         raise BadFunction(f"it is a class, not an object of it; {_instantiated(found, entry)}")
     if not callable(found):
@@ -146,13 +168,9 @@ def _imported(entry: _Entry) -> Any:
         if not os.path.isfile(path):  # unlike Path.is_file it does not raise for a name that is too long
             raise BadFunction(f"there is no file {path}")
         path = path.resolve()
-    try:
+    with _bad_if_raised("importing it", str(path)):
         module = _module(path) if is_file else _named_module(entry.source)
         return getattr(module, entry.metric, None)  # a lazy module imports here
-    except BadFunction:
-        raise
-    except (Exception, SystemExit) as error:  # a user's file may raise anything; the message repeats it
-        raise BadFunction(f"importing it fails with {describe_exception(error, str(path))}") from None
 
 
 @cache  # two functions of one file share its module

@@ -18,6 +18,7 @@ ARGUMENTS = ("completions", "prompts", "completion_ids", "trainer_state", "log_e
 OF_SAMPLING = {"prompts", "completion_ids", "trainer_state"}  # made only for a function that takes one
 COLUMNS = ("id", "question", "context", "label")  # of every question; with ARGUMENTS they hide fields of these names
 READY_MADE = ("correctness", "format", "length_penalty", "repetition_penalty")
+OVERLONG = "overlong"  # name of the penalty that --overlong_buffer adds to the rewards
 CHARACTERS_PER_TOKEN = 4  # roughly, for English and a vocabulary of 50,000 or more
 NGRAM = 3  # words
 

@@ -6,13 +6,12 @@ its file; it either ends the run or counts as "does not apply" for all completio
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import isfinite
-from numbers import Real
+from time import monotonic
 from typing import Any, Literal
 
 from grpo_ds.errors import RewardError
 from grpo_ds.task.questions import Question
-from grpo_ds.task.reward_calls import LONGEST_QUOTE, Columns, Faulty, Outcome, all_within, call_all, shown
+from grpo_ds.task.reward_calls import LONGEST_QUOTE, Columns, Faulty, call_all
 from grpo_ds.task.rewards import ARGUMENTS, OwnReward, Prompt, RewardFunction, WeightedFunctions
 
 OnRewardError = Literal["stop", "zero"]
@@ -104,7 +103,9 @@ def score(
     for name, (function, weight) in functions.items():
         outcome, notes = called[name]
         try:
-            by_name[name] = _weighted(_checked(outcome, len(completions)), weight)
+            if isinstance(outcome, Faulty):
+                raise outcome
+            by_name[name] = _weighted(outcome, weight)
             extra |= notes.extra
             for metric, values in notes.metrics.items():
                 metrics.setdefault(metric, []).extend(values)
@@ -133,48 +134,25 @@ def columns_of(completions: Sequence[str], questions: Sequence[Question], sample
 
 
 def _weighted(values: Sequence[float | None], weight: float) -> list[float | None]:
-    rewards = [None if value is None else weight * float(value) for value in values]
+    rewards = [None if value is None else weight * value for value in values]
     for index, reward in enumerate(rewards):
         if reward is not None and not abs(reward) <= LARGEST_REWARD:
-            value = shown(values[index])
-            raise Faulty(f"returned {value} ({reward:g} after its weight); the limit is {LARGEST_REWARD:g}.", [index])
+            raise Faulty(
+                f"returned {values[index]} ({reward:g} after its weight); the limit is {LARGEST_REWARD:g}.", [index]
+            )
     return rewards
-
-
-def _checked(outcome: Outcome, count: int) -> list[float | None]:
-    """Return one finite number or None for each completion. Raises Faulty."""
-    if isinstance(outcome, Faulty):
-        raise outcome
-    if len(outcome) != count:
-        number = f"more than {count}" if len(outcome) > count else len(outcome)
-        raise Faulty(f"returned {number} values for {count} completions, not one for each.")
-    for index, value in enumerate(outcome):
-        if value is not None and not _is_finite(value):
-            raise Faulty(f"returned {shown(value)}; it must return finite numbers, or None.", [index])
-    return outcome
-
-
-def _is_finite(value: object) -> bool:
-    try:
-        return isinstance(value, Real) and isfinite(value)
-    except (
-        ArithmeticError,
-        TypeError,
-        ValueError,
-    ):  # an int too large for a float, a class that only claims to be a number
-        return False
 
 
 def _find_faulty(function: RewardFunction, columns: Columns, trainer_state: object, timeout: float) -> Sequence[int]:
     """Find the first completion that also fails alone; return all if no call with one fails within the time."""
-    indices = range(len(columns["completions"]))
-    with all_within(timeout):
-        for i in indices:
-            alone = {name: column[i : i + 1] for name, column in columns.items()}
-            try:
-                _checked(call_all({"": function}, alone, trainer_state=trainer_state)[""][0], 1)
-            except Faulty:
-                return [i]
+    indices, end, left = range(len(columns["completions"])), monotonic() + timeout, 0.0
+    for i in indices:
+        if timeout and (left := end - monotonic()) <= 0:
+            break
+        alone = {name: column[i : i + 1] for name, column in columns.items()}
+        outcome, _ = call_all({"": function}, alone, trainer_state=trainer_state, timeout=left)[""]
+        if isinstance(outcome, Faulty) and not (timeout and monotonic() >= end):
+            return [i]
     return indices
 
 

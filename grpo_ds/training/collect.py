@@ -21,7 +21,7 @@ from grpo_ds.run_folder.progress import Progress
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.system.ranks import World
 from grpo_ds.task.questions import Question, questions_at
-from grpo_ds.task.rewards import OwnReward, WeightedFunctions
+from grpo_ds.task.rewards import OVERLONG, OwnReward, WeightedFunctions
 from grpo_ds.task.scoring import Rewards, Sampled, joined, score
 from grpo_ds.training.prompt_style import PromptStyle
 from grpo_ds.training.rollout import Groups, MicroBatch, micro_batches
@@ -118,7 +118,7 @@ class Collector:
         if not config.overlong_buffer:
             return rewards
         share = overlong(completions.lengths(), max_length=config.max_completion_length, buffer=config.overlong_buffer)
-        return rewards.plus("overlong", (share * config.overlong_penalty).tolist())
+        return rewards.plus(OVERLONG, (share * config.overlong_penalty).tolist())
 
 
 def sample_completions(

@@ -137,6 +137,9 @@ FAULTS = {
     "hangs": "took longer than the 1 seconds",
     "is short": "returned 5 values for 6 completions",
     "ends the process": "SystemExit: 3",
+    "is cancelled": "CancelledError: by a library",
+    "raises no Exception": "NoException: of its own",
+    "raises KeyboardInterrupt": "KeyboardInterrupt: of a worker",
 }
 
 

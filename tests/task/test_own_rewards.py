@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from grpo_ds.errors import MAX_LINES, RewardError, UsageError
+from grpo_ds.task import reward_calls
 from grpo_ds.task.own_rewards import BadFunction, own_reward, reads_messages
 from grpo_ds.task.questions import Question
 from grpo_ds.task.reward_files import find_reward_functions, form_lines
@@ -229,6 +230,25 @@ def test_coroutines_that_fail_are_named_and_the_others_count(tmp_path):
     assert "SystemExit: 3" in rewards.errors["ends"] and "CancelledError" in rewards.errors["cancels"]
     again = score(TEXTS, RECORDS, functions={"is_quick": functions["is_quick"]}, timeout=5)
     assert again.total == [1.0, 2.0]
+
+
+def test_every_coroutine_that_blocks_ends_at_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(reward_calls, "GRACE", 0.01)
+    (tmp_path / "slow.py").write_text(SLOW)
+    blocks, _ = find(f"{tmp_path / 'slow.py'}:blocks")["blocks"]
+    rewards = score(TEXTS, RECORDS, functions=dict.fromkeys("ab", (blocks, 1.0)), timeout=0.1, on_error="zero")
+    assert list(rewards.errors) == ["a", "b"] and all(
+        "took longer than the 0.1" in it for it in rewards.errors.values()
+    )
+
+
+def test_a_task_that_ends_the_event_loop_is_the_functions_error(tmp_path):
+    (tmp_path / "tasks.py").write_text(
+        "import asyncio, sys\nasync def ends():\n    sys.exit(3)\n"
+        "async def f(completions, **_):\n    task = asyncio.create_task(ends())\n    await asyncio.sleep(60)\n"
+    )
+    with pytest.raises(RewardError, match=r"'f' raised SystemExit: 3 \(tasks\.py, line 3: sys\.exit\(3\)\)"):
+        earned(find(f"{tmp_path / 'tasks.py'}:f"))
 
 
 def test_coroutines_wait_at_the_same_time(tmp_path):

@@ -46,6 +46,15 @@ FILES = [  # source, FUNCTION, what the error must say
     ("import json\njson.loads('')", "f", ["JSONDecodeError", "line 2: json.loads('')"]),  # the file's own line
     ("import nowhere_at_all", "f", ["ModuleNotFoundError: No module named 'nowhere_at_all'"]),
     ("raise SystemExit(3)", "f", ["importing it fails with SystemExit: 3"]),
+    ("import asyncio\nraise asyncio.CancelledError", "f", ["importing it fails with CancelledError (", "line 2"]),
+    ("class E(BaseException):\n    def __str__(self): raise self\nraise E", "f", ["importing it fails with E ("]),
+    ("def __getattr__(name): raise GeneratorExit(name)", "f", ["importing it fails with GeneratorExit: "]),
+    ("class f:\n    def __init__(self): raise GeneratorExit", "f()", ["calling it fails with GeneratorExit"]),
+    (
+        "class F:\n    def __getattr__(self, name): 1 / 0\n    def __call__(self): 1\nf = F()",
+        "f",
+        ["looking at it fails"],
+    ),
     ("def f(completions, yaer, **_): pass", "f", ["asks for 'yaer'", "question, context, label, year", "mean year?"]),
     ("def f(prompts, /, **_): pass", "f", ["prompts can only be given by position"]),
     ("def f(*completions): pass", "f", ["takes no argument by name", "**kwargs"]),
@@ -97,6 +106,8 @@ FLAGS = [
     ("format,format", None, "names 'format' twice"),
     ("a.py:f,b.py:f", None, "names 'f' twice"),
     ("format,a.py:format", None, "names 'format' twice"),
+    ("a.py:correctness", None, "a.py:correctness has the name of one of ours, correctness, format, length_penalty"),
+    ("a.b.overlong()", None, "a.b.overlong() has the name of one of ours"),  # the penalty of --overlong_buffer
     ("correctness,format", "1", "needs 2 numbers"),
     ("format", "1,1", "needs 1 number,"),
     ("format", "x", "reward_weights is x"),

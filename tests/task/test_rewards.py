@@ -1,10 +1,14 @@
 """Rewards: the value of each function for each completion, and functions that fail."""
 
+import asyncio
 import contextlib
 import itertools
+import json
+import os
 import re
 import signal
 import time
+from numbers import Real
 
 import pytest
 from hypothesis import given, settings
@@ -140,6 +144,17 @@ def test_a_function_that_changes_its_lists_does_not_affect_the_next():
     assert rewards.by_name["one"] == rewards.by_name["two"] == [2.0, 1.0]
 
 
+def test_a_function_that_changes_a_record_does_not_affect_later_calls():
+    record = Question("1", "Q?", "", "yes", columns={"trials": [{"size": 5}]})
+    functions = {"mine": (lambda trials, **_: [trials[0].pop().popitem()[1]], 1.0)}
+    assert [score(["a"], [record], functions=functions).total for _ in range(2)] == [[5.0], [5.0]]
+
+
+def test_a_record_as_deep_as_json_can_be_is_scored():
+    deep = Question("1", "Q?", "", "yes", columns={"more": json.loads("[" * 900 + "]" * 900)})
+    assert score(["a"], [deep], functions={"mine": (lambda more, **_: [len(more)], 1.0)}).total == [1.0]
+
+
 def raises(completions, label, **_):
     if "no" in label:
         raise KeyError("message\nof two lines")
@@ -150,6 +165,22 @@ def generates(completions, **_):
     yield 1.0
     if len(completions) > 1:
         yield 1 / 0
+
+
+def throw(error):
+    raise error
+
+
+class Unprintable(BaseException):
+    """An error, and something like a number, of which nothing can be read."""
+
+    def fail(self, *_):
+        raise self
+
+    __str__ = __repr__ = __float__ = __abs__ = fail
+
+
+Real.register(Unprintable)
 
 
 class Unshowable:
@@ -165,6 +196,11 @@ FAULTS = [
     (raises, ["raised KeyError: 'message\\nof two lines' (test_rewards.py, line", "Record 2, completion 'second'"]),
     (generates, ["raised ZeroDivisionError: division by zero (test_rewards.py, line", "yield 1 / 0)", "records 1, 2"]),
     (lambda **_: exit(3), ["raised SystemExit: 3"]),
+    (lambda **_: throw(asyncio.CancelledError()), ["raised CancelledError (test_rewards.py, line"]),
+    (lambda **_: throw(GeneratorExit()), ["raised GeneratorExit (test_rewards.py, line"]),
+    (lambda **_: throw(StopIteration("over")), ["raised StopIteration: over"]),
+    (lambda **_: throw(Unprintable()), ["raised Unprintable (test_rewards.py, line"]),
+    (lambda **_: [Unprintable(), 1.0], ["raised Unprintable (test_rewards.py, line"]),  # its __float__ raises
     (lambda completions, **_: int("x"), ["raised ValueError: invalid literal", "Record 1, completion 'first'"]),
     (too_few_for_record_2, ["returned 1 values for 2 completions", "Record 2, completion 'second'"]),
     (lambda **_: None, ["returned None, not a list"]),
@@ -255,6 +291,16 @@ def backtracks(**_):
 def test_a_call_ends_at_its_limit(function):
     with pytest.raises(RewardError, match=r"(?s)'slow' took longer than the 0.05 seconds.*records 1, 2"):
         score(["a", "b"], [YES_QUESTION, NO_QUESTION], functions={"slow": (function, 1.0)}, timeout=0.05)
+
+
+def test_a_process_that_a_function_starts_has_no_limit_also_when_it_is_stopped_and_continues():
+    def has_alarm(**_):
+        if not (pid := os.fork()):
+            os.kill(os.getpid(), signal.SIGCONT)
+            os._exit(signal.getitimer(signal.ITIMER_REAL)[0] > 0)
+        return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])]
+
+    assert score(["a"], [YES_QUESTION], functions={"it": (has_alarm, 1.0)}, timeout=60).total == [0.0]
 
 
 @pytest.mark.parametrize("alarm", [0, 3600])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from grpo_ds.errors import DataError, GrpoError
+from grpo_ds.errors import DataError, GrpoError, RewardError
 from grpo_ds.memory.phases import OutOfMemory, Profiler
 from grpo_ds.system.ranks import World
 from grpo_ds.system.signals import Interruption, Stopping
@@ -124,3 +124,15 @@ def test_a_signal_or_a_failure_on_another_rank_ends_the_work_here(signum, failur
         assert str(error.value) == failure[1] and error.value.exit_code == DataError.exit_code
     else:
         assert guard.interruption.signum == signum
+
+
+def test_a_reward_that_fails_after_a_signal_is_a_run_that_was_asked_to_stop():
+    def fails():
+        raise RewardError("its worker processes ended")
+
+    guard, _ = make_guard()
+    with pytest.raises(RewardError):
+        guard.run("sample", fails)
+    guard.interruption.signum = signal.SIGINT
+    with pytest.raises(Stopping):
+        guard.run("sample", fails)

@@ -1,0 +1,182 @@
+"""The fence around users' code: it may change the state of this process, and afterwards the run has its own again.
+
+Only what the run relies on is put back; docs/reliability.md lists it. Random numbers continue, as users expect.
+What code does in other threads, to the process itself (os._exit, limits) or to functions of libraries is not undone.
+This module does not import torch: a user's file may be the first to load it.
+"""
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from contextvars import Context
+from io import TextIOWrapper
+from typing import Any, TypeVar
+
+from grpo_ds.system.signals import SecondCtrlC
+
+Result = TypeVar("Result")
+# Variables that say which rank this is and with which cards and threads it computes: beginnings of names.
+RELIED_ON = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_"),
+    *("CUDA_", "CUBLAS_", "NCCL_", "PYTORCH_", "OMP_", "GOMP_", "MKL_"),
+)
+DESCRIPTORS = {"stdout": 1, "stderr": 2}
+KERNELS = ("flash", "mem_efficient", "math", "cudnn")
+# Context variables of all users' code, from import to the last call: decimal's precision, NumPy's error handling.
+USERS = Context()
+
+
+def fenced(call: Callable[[], Result]) -> Result:
+    """Return call(); what it changed of the state that the run relies on is put back, also if it raises."""
+    with _torch_kept(), _streams_kept(), _process_kept(), _signals_kept():
+        return USERS.run(call)
+
+
+def by_ctrl_c(error: BaseException) -> bool:
+    """Return True if Ctrl-C raised this; a KeyboardInterrupt that users' code raises itself is an error like others."""
+    ours = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    return isinstance(error, SecondCtrlC if ours else KeyboardInterrupt)
+
+
+# --- the process ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Keep handlers, mask and alarm: a signal must still stop the run, and a forgotten alarm must not."""
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    mask, alarm = signal.pthread_sigmask(signal.SIG_BLOCK, ()), signal.getitimer(signal.ITIMER_REAL)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # first: it must not ring between its handler and ours
+        for number, handler in handlers.items():
+            if handler is not None and signal.getsignal(number) is not handler:  # None: not Python's
+                signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.setitimer(signal.ITIMER_REAL, *alarm)
+
+
+@contextmanager
+def _process_kept() -> Iterator[None]:
+    """Keep working folder, umask, arguments and some of the environment, and do not turn later warnings into errors."""
+    folder, argv, filters = os.open(".", os.O_PATH), list(sys.argv), list(warnings.filters)
+    umask = os.umask(0o077)  # it can only be read by setting it
+    os.umask(umask)
+    environ = {name: value for name, value in os.environ.items() if name.startswith(RELIED_ON)}
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # the folder may be closed to us by now
+            os.fchdir(folder)
+        os.close(folder)
+        os.umask(umask)
+        for name in {name for name in os.environ if name.startswith(RELIED_ON)} - environ.keys():
+            del os.environ[name]
+        # Only what differs: a thread in C may be reading the environment.
+        os.environ.update({name: value for name, value in environ.items() if os.environ.get(name) != value})
+        sys.argv = argv
+        warnings.filters[:] = [it for it in warnings.filters if it[0] != "error" or it in filters]  # type: ignore[index]
+
+
+@contextmanager
+def _streams_kept() -> Iterator[None]:
+    """Keep stdout and stderr, open, and where they lead to."""
+    streams = {name: getattr(sys, name) for name in DESCRIPTORS}
+    copies = {}
+    for descriptor in DESCRIPTORS.values():
+        with suppress(OSError):  # the run itself may have none
+            copies[descriptor] = os.dup(descriptor)
+    try:
+        yield
+    finally:
+        for descriptor, copy in copies.items():
+            os.dup2(copy, descriptor)
+            os.close(copy)
+        for name, stream in streams.items():
+            setattr(sys, name, stream)  # a wrapper that replaced it may now end, and close what it wrapped
+            for it in (stream, getattr(sys, f"__{name}__")):
+                _open_again(it, DESCRIPTORS[name])
+
+
+def _open_again(stream: Any, descriptor: int) -> None:
+    """Open a stream that was closed or detached, in place: others hold it too."""
+    if not isinstance(stream, TextIOWrapper):
+        return
+    with suppress(ValueError):  # its buffer was detached
+        if not stream.closed:
+            return
+    with suppress(OSError):  # there is nothing to write to
+        buffer = open(descriptor, "wb", closefd=False)  # noqa: SIM115
+        stream.__init__(buffer, errors="backslashreplace", line_buffering=True)  # type: ignore[misc]
+
+
+# --- torch ------------------------------------------------------------------------------------------------------
+
+
+def _precision(torch: Any) -> tuple[str, ...]:
+    """Precision of matrix products; the older functions that read it raise if both kinds were used to set it."""
+    backends = torch.backends
+    return backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision, backends.fp32_precision
+
+
+def _set_precision(torch: Any, precision: tuple[str, ...]) -> None:
+    torch.set_float32_matmul_precision("highest")
+    backends = torch.backends
+    backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision, backends.fp32_precision = precision
+
+
+def _attention(torch: Any) -> tuple[bool, ...]:
+    """Kernels of scaled_dot_product_attention that may be used."""
+    return tuple(getattr(torch.backends.cuda, f"{kernel}_sdp_enabled")() for kernel in KERNELS)
+
+
+def _set_attention(torch: Any, enabled: tuple[bool, ...]) -> None:
+    for kernel, on in zip(KERNELS, enabled, strict=True):
+        getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(on)
+
+
+def _set_default_device(torch: Any, device: Any) -> None:
+    torch.set_default_device(None if device.type == "cpu" else device)  # "cpu" would slow down every call
+
+
+def _set_cuda_device(torch: Any, device: int | None) -> None:
+    if device is not None:
+        torch.cuda.set_device(device)
+
+
+# (read, write, value of a torch that was just loaded)
+TORCH: list[tuple[Callable[[Any], Any], Callable[[Any, Any], object], Callable[[Any], Any]]] = [
+    (lambda t: t.is_grad_enabled(), lambda t, on: t.set_grad_enabled(on), lambda t: True),
+    (lambda t: t.get_default_dtype(), lambda t, dtype: t.set_default_dtype(dtype), lambda t: t.float32),
+    (lambda t: t.get_default_device(), _set_default_device, lambda t: t.device("cpu")),
+    (lambda t: t.get_deterministic_debug_mode(), lambda t, mode: t.set_deterministic_debug_mode(mode), lambda t: 0),
+    (lambda t: t.is_anomaly_enabled(), lambda t, on: t.autograd.set_detect_anomaly(on), lambda t: False),
+    (_precision, _set_precision, lambda t: ("none", "none", "none")),
+    (_attention, _set_attention, lambda t: (True,) * len(KERNELS)),
+    # Not known of a torch just loaded: a file that loads torch may choose the run's threads and card.
+    (lambda t: t.get_num_threads(), lambda t, count: t.set_num_threads(count), lambda t: t.get_num_threads()),
+    (lambda t: t.cuda.current_device() if t.cuda.is_initialized() else None, _set_cuda_device, lambda t: None),
+]  # fmt: skip
+
+
+@contextmanager
+def _torch_kept() -> Iterator[None]:
+    """Keep what decides how torch computes."""
+    torch = sys.modules.get("torch")
+    before = [read(torch) for read, _, _ in TORCH] if torch else []
+    # It ends what was entered within it and never left: inference mode, autocast.
+    guard = torch.inference_mode(torch.is_inference_mode_enabled()) if torch else nullcontext()
+    try:
+        with guard:
+            if torch:
+                torch.set_grad_enabled(before[0])
+            yield
+    finally:
+        if torch := sys.modules.get("torch"):
+            for (read, write, _), value in zip(TORCH, before or [fresh(torch) for _, _, fresh in TORCH], strict=True):
+                if read(torch) != value:
+                    write(torch, value)
