@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from grpo_ds.errors import UsageError, one_error
 from grpo_ds.task.own_rewards import BadFunction, CompletionFormat, own_reward
 from grpo_ds.task.reward_calls import describe_exception
+from grpo_ds.task.reward_sources import folder_of_imports, hashes_of
 from grpo_ds.task.rewards import READY_MADE, OwnReward, RewardFunction, WeightedFunctions
 
 IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+(\(\))?")  # module.FUNCTION, as in TRL's --reward_funcs
@@ -70,6 +71,21 @@ def find_reward_functions(
             UsageError, "--reward_funcs cannot be used:", problems, "docs/rewards.md shows how to write one."
         )
     return found
+
+
+def reward_sources(reward_funcs: str) -> dict[str, list[str]]:
+    """Return the hashes of the files that a user's functions are made of, by their names.
+
+    reward_funcs: flags whose functions have been found. docs/rewards.md says which files these are.
+    """
+    files = set[tuple[Path, Path]]()
+    for entry in _entries(reward_funcs):
+        if ":" in entry.text:
+            path = _path(entry)
+            files.add((path, path.parent))
+        elif entry.source and (file := getattr(sys.modules.get(entry.source), "__file__", None)):
+            files.add((Path(file), folder_of_imports(Path(file))))
+    return hashes_of(files)
 
 
 def form_lines(functions: WeightedFunctions) -> list[str]:
@@ -141,11 +157,9 @@ def _instantiated(found: type, entry: _Entry) -> str:
 
 def _imported(entry: _Entry) -> Any:
     """Import the entry's file or module; None if it has no such name."""
-    path = Path(os.path.expanduser(entry.source))
-    if is_file := ":" in entry.text:
-        if not os.path.isfile(path):  # unlike Path.is_file it does not raise for a name that is too long
-            raise BadFunction(f"there is no file {path} (in {Path.cwd()})")
-        path = path.resolve()
+    is_file, path = ":" in entry.text, _path(entry)
+    if is_file and not os.path.isfile(path):  # unlike Path.is_file it does not raise for a name that is too long
+        raise BadFunction(f"there is no file {os.path.expanduser(entry.source)} (in {Path.cwd()})")
     try:
         module = _module(path) if is_file else _named_module(entry.source)
         return getattr(module, entry.metric, None)  # a lazy module imports here
@@ -153,6 +167,10 @@ def _imported(entry: _Entry) -> Any:
         raise
     except (Exception, SystemExit) as error:  # a user's file may raise anything; the message repeats it
         raise BadFunction(f"importing it fails with {describe_exception(error, str(path))}") from None
+
+
+def _path(entry: _Entry) -> Path:
+    return Path(os.path.realpath(os.path.expanduser(entry.source)))
 
 
 @cache  # two functions of one file share its module
