@@ -81,7 +81,7 @@ def reward_sources(reward_funcs: str) -> dict[str, list[str]]:
     files = set[tuple[Path, Path]]()
     for entry in _entries(reward_funcs):
         if ":" in entry.text:
-            path = _path(entry)
+            path = Path(os.path.expanduser(entry.source)).resolve()
             files.add((path, path.parent))
         elif entry.source and (file := getattr(sys.modules.get(entry.source), "__file__", None)):
             files.add((Path(file), folder_of_imports(Path(file))))
@@ -157,9 +157,11 @@ def _instantiated(found: type, entry: _Entry) -> str:
 
 def _imported(entry: _Entry) -> Any:
     """Import the entry's file or module; None if it has no such name."""
-    is_file, path = ":" in entry.text, _path(entry)
-    if is_file and not os.path.isfile(path):  # unlike Path.is_file it does not raise for a name that is too long
-        raise BadFunction(f"there is no file {os.path.expanduser(entry.source)} (in {Path.cwd()})")
+    path = Path(os.path.expanduser(entry.source))
+    if is_file := ":" in entry.text:
+        if not os.path.isfile(path):  # unlike Path.is_file it does not raise for a name that is too long
+            raise BadFunction(f"there is no file {path} (in {Path.cwd()})")
+        path = path.resolve()
     try:
         module = _module(path) if is_file else _named_module(entry.source)
         return getattr(module, entry.metric, None)  # a lazy module imports here
@@ -167,10 +169,6 @@ def _imported(entry: _Entry) -> Any:
         raise
     except (Exception, SystemExit) as error:  # a user's file may raise anything; the message repeats it
         raise BadFunction(f"importing it fails with {describe_exception(error, str(path))}") from None
-
-
-def _path(entry: _Entry) -> Path:
-    return Path(os.path.realpath(os.path.expanduser(entry.source)))
 
 
 @cache  # two functions of one file share its module

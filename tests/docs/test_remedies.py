@@ -226,6 +226,11 @@ CASES = [
         "--model {run}/checkpoint-1 --output_dir {new} --beta 0.5",
     ),
     Case(
+        "--resume_changed_inputs",
+        "--resume_from_checkpoint FOLDER",
+        "--resume_changed_inputs --resume_from_checkpoint {run}",
+    ),
+    Case(
         "--resume_from_checkpoint {tiny}",
         "leave --resume_from_checkpoint out and name another --output_dir",
         "--model {tiny} --output_dir {new}",

@@ -95,7 +95,8 @@ CASES = {
     "null is no value": (reading_all, lambda run: run.records[3].update(note=None), []),
     "another order of keys": (reading_all, lambda run: run.records[3].update(spread={"a": "x", "b": [3]}), []),
     "a label": (None, lambda run: run.records[19].update(ground_truth="no"), ["the held-out questions"]),
-    "an order": (None, lambda run: run.records.insert(0, run.records.pop(3)), ["the training questions", "the column gold"]),
+    "an order": (None, lambda run: run.records.insert(0, run.records.pop(3)), [
+        "the training questions", "the column gold"]),
     "the reward file": (None, lambda run: run.write("mine.py", f"{MINE}\nZ = 1"), ["the reward file mine.py"]),
     "a file that it imports": (None, lambda run: run.write("shared.py", "X = 2"), ["the reward file shared.py"]),
     "a name from a file": (None, lambda run: run.write("words.py", "long = len"), ["the reward file words.py"]),
