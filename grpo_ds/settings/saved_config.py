@@ -14,12 +14,8 @@ from grpo_ds.settings.flags import all_flags
 
 CONFIG_FILE = "grpo_config.yaml"
 SYSTEM_PROMPT_FILE = "system_prompt.txt"  # a copy of --system_prompt
-OF_ONE_RUN = (
-    "output_dir",
-    "resume_from_checkpoint",
-    "resume_changed_inputs",
-    "plan",
-)  # not saved: another run has its own
+# Not saved: another run has its own.
+OF_ONE_RUN = ("output_dir", "resume_from_checkpoint", "resume_changed_inputs", "plan")
 
 
 def write_config(config: AskConfig, folder: Path) -> None:

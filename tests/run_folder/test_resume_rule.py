@@ -91,7 +91,7 @@ def test_fewer_steps_than_are_done_are_refused(tmp_path):
 
 
 def test_a_changed_input_is_accepted_for_one_resumption_only(saved):
-    checkpoint = saved()
+    checkpoint = saved(resume_from_checkpoint="earlier", resume_changed_inputs=True)
     assert settle(["--resume_from_checkpoint", checkpoint, "--resume_changed_inputs"]).config.resume_changed_inputs
     assert not settle(["--resume_from_checkpoint", checkpoint]).config.resume_changed_inputs
     with pytest.raises(UsageError, match="resume_changed_inputs is for a resumed run"):
