@@ -28,9 +28,9 @@ def base_hash(model: str) -> str | None:
 
     None if it is not here or cannot be read, which loading it reports.
     """
-    if (folder := _folder(model)) is None:
-        return None
     try:
+        if (folder := _folder(model)) is None:
+            return None
         settings, pieces = {name: _settings(folder / name) for name in CONFIGS}, sorted(_pieces(folder))
         with ThreadPoolExecutor(THREADS) as pool:  # hashing does not hold Python's lock
             hashes = list(pool.map(_hash, pieces))
@@ -76,6 +76,8 @@ def _tensors(file: Path) -> Iterator[Piece]:
     """Yield the tensors of a safetensors file: 8 bytes with the length of a JSON header, the header, the data."""
     with file.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
+        if length > file.stat().st_size:
+            raise ValueError(f"{file} has no header")
         header = json.loads(opened.read(length))
     for name, tensor in header.items():
         if name != "__metadata__":

@@ -16,6 +16,7 @@ from typing import Any
 from grpo_ds.errors import CheckpointError
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsConfig
+from grpo_ds.task.own_rewards import columns_read
 from grpo_ds.task.questions import Question
 from grpo_ds.task.reward_files import reward_sources
 from grpo_ds.task.rewards import ARGUMENTS, COLUMNS, OwnReward, WeightedFunctions
@@ -101,14 +102,14 @@ def question_key(question: Question) -> str:
 
 
 def _columns(rewards: WeightedFunctions, questions: Sequence[Question]) -> Inputs:
-    """Return the hash of each column that a reward function takes, over the records that have it."""
-    takes = [function.takes for function, _ in rewards.values() if isinstance(function, OwnReward)]
-    named = frozenset[str]().union(*(names for names in takes if names))
+    """Return the hash of each column that a reward function can read, over the records that have it."""
+    read = [columns_read(function.function) for function, _ in rewards.values() if isinstance(function, OwnReward)]
+    named = frozenset[str]().union(*(names for names in read if names))
     hashed: dict[str, Any] = {}
-    for question in questions if takes else ():
+    for question in questions if read else ():
         own = getattr(question.columns, "maps", [question.columns])[0]  # without the columns that it lacks
         for name, value in own.items():
-            if (None in takes or name in named) and name not in (*ARGUMENTS, *COLUMNS) and value is not None:
+            if (None in read or name in named) and name not in (*ARGUMENTS, *COLUMNS) and value is not None:
                 hashed.setdefault(name, hashlib.sha256()).update(_json([question.id, value]))
     return {name: it.hexdigest() for name, it in sorted(hashed.items())}
 

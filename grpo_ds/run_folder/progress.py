@@ -121,7 +121,7 @@ class Progress:
         return changed_line([name])
 
     def check_prompts(self, prompts: Sequence[Sequence[int]], *, may_change: bool = False) -> str | None:
-        """Note the token ids of all prompts, as `check_late`."""
+        """Note the token ids of all training prompts, as `check_late`."""
         digest = hashlib.sha256()
         for ids in prompts:  # one at a time: all together would be a text of gigabytes
             digest.update(json.dumps(ids).encode())

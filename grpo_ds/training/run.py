@@ -93,7 +93,8 @@ class Run:
         may_change, config = self.config.resume_changed_inputs, self.config
         if config.lora_r and not Path(config.model).is_dir() and (base := base_hash(config.model)):
             self.progress.check_late(BASE, base, may_change=may_change)
-        if line := self.progress.check_prompts(prompts, may_change=may_change):
+        trained = prompts[: len(self.questions)]  # --eval_limit may change the others
+        if line := self.progress.check_prompts(trained, may_change=may_change):
             self.console.line(line)
 
     def _begin(self) -> None:

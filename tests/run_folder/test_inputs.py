@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 MINE = """
 import shared
 from words import long as count
-def reads_gold(completions, gold): return [0.0] * len(completions)
+def reads_gold(completions, gold, **kwargs): return [0.0] * len(completions)
 def reads_all(completions, **columns):
     from lib.deep import weight
-    return [0.0] * len(completions)
+    return [columns["note"] or 0.0] * len(completions)
 """
 FILES = {
     "mine.py": MINE,
