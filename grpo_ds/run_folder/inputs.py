@@ -46,7 +46,7 @@ def inputs_of(
         "the training questions": _hash([question_key(question) for question in train]),
         "the held-out questions": _hash([question_key(question) for question in held_out]),
         **{f"the column {name}": hashed for name, hashed in _columns(rewards, [*train, *held_out]).items()},
-        REWARDS: _hash(list(rewards)),
+        REWARDS: _hash([text.strip().rpartition("/")[2] for text in config.reward_funcs.split(",")]),
         **{f"the reward file {name}": _hash(text) for name, text in reward_sources(config.reward_funcs).items()},
         "the system prompt": _hash(config.system_prompt_text),
         **(split if config.loss_type == "bnpo" else {}),

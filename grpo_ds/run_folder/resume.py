@@ -18,7 +18,7 @@ from grpo_ds.settings.ds_config import DsConfig
 from grpo_ds.settings.saved_config import CONFIG_FILE, OF_ONE_RUN, SYSTEM_PROMPT_FILE
 
 # Flags that change no number of a run beyond rounding, or whose effect is compared instead (inputs.py: data, ds,
-# reward_funcs, system_prompt, pack_tokens).
+# system_prompt, pack_tokens).
 MAY_CHANGE = {
     *("data", "ds", "eval_limit", "system_prompt", "output_dir", "num_steps", "save_steps", "save_total_limit"),
     *(
@@ -35,11 +35,8 @@ MAY_CHANGE = {
     *("generation_batch_size", "pack_tokens", "logprob_chunk_mib", "gradient_checkpointing", "cuda_graphs"),
     *("reward_timeout", "on_reward_error", "trust_remote_code", "preflight", "max_bad_steps"),
 }
-
-COMPARED = {
-    "model": BASE,
-    "reward_funcs": REWARDS,
-}  # flags that may name another place, if the checkpoint has this hash
+# Flags that may name another place, if the checkpoint has this hash.
+COMPARED = {"model": BASE, "reward_funcs": REWARDS}
 
 
 def find_checkpoint(config: TrainConfig) -> tuple[Path, list[str]]:

@@ -90,7 +90,7 @@ class Run:
         if (shared := self.trainer.world.gather(texts)[0]) != texts:  # it was another day on that rank
             texts.update(shared)
             prompts = style.encode_again(tokenizer, asked)
-        may_change, config = self.config.resume_changed_inputs, self.config
+        config, may_change = self.config, self.config.resume_changed_inputs
         if config.lora_r and not Path(config.model).is_dir() and (base := base_hash(config.model)):
             self.progress.check_late(BASE, base, may_change=may_change)
         trained = prompts[: len(self.questions)]  # --eval_limit may change the others

@@ -20,6 +20,7 @@ MINE = """
 import shared
 from words import long as count
 def reads_gold(completions, gold, **kwargs): return [0.0] * len(completions)
+def other(completions): return [1.0] * len(completions)
 def reads_all(completions, **columns):
     from lib.deep import weight
     return [columns["note"] or 0.0] * len(completions)
@@ -31,6 +32,7 @@ FILES = {
     "lib/__init__.py": "",
     "lib/deep.py": "from . import base\nfrom .base import *\nweight = 1",
     "lib/base.py": "one = 1",
+    "two.py": "def reads_gold(completions, gold): return gold\ndef other(completions): return [2.0] * len(completions)",
     "unused.py": "Y = 1",
 }
 
@@ -107,7 +109,10 @@ CASES = {
     "the same files elsewhere": (None, moved, []),
     "another function": (None, lambda run: run.flags(reward_funcs="format"), [
         "the reward functions", "the column gold",
-        *(f"the reward file {name}" for name in sorted(FILES) if name != "unused.py")]),
+        *(f"the reward file {name}" for name in sorted(FILES) if name not in ("unused.py", "two.py"))]),
+    "a function of the same name": (
+        lambda run: run.flags(reward_funcs="{0}/mine.py:reads_gold,{0}/two.py:other"),
+        lambda run: run.flags(reward_funcs="{0}/two.py:reads_gold,{0}/mine.py:other"), ["the reward functions"]),
     "--pack_tokens with bnpo": (None, lambda run: run.flags(pack_tokens=4000), [
         "--pack_tokens, which decides the loss of bnpo"]),
     "--pack_tokens with grpo": (lambda run: run.flags(loss_type="grpo"), lambda run: run.flags(pack_tokens=4000), []),
