@@ -41,10 +41,10 @@ def base_hash(model: str) -> str | None:
 
 
 def _folder(model: str) -> Path | None:
-    if Path(model).is_dir():
-        return Path(model)
     if model == EMBEDDED:
         return embedded_folder()
+    if Path(model).is_dir():
+        return Path(model)
     from huggingface_hub import try_to_load_from_cache
 
     hub_id = PRESETS[model].hub_id if model in PRESETS else model
