@@ -12,7 +12,7 @@ from grpo_ds.memory.plan import Plan
 from grpo_ds.memory.select import Job, fitted
 from grpo_ds.models.presets import lora_recipe
 from grpo_ds.models.shapes import ModelShape, adapter_base, longer_than_made_for, shape_of
-from grpo_ds.run_folder.resume import find_checkpoint, flags_of, refuse_other_flags
+from grpo_ds.run_folder.resume import base_needed, find_checkpoint, flags_of, refuse_other_flags, weights_of
 from grpo_ds.run_folder.trained_on import TRAINED_ON_FILE
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import TrainConfig
@@ -60,9 +60,14 @@ def settle(argv: list[str], *, about: str = "") -> Settled:
         config = parsed.config(saved)
         return config, resolved(config)
 
-    choice = choose_model(asked.model, gpu_gib=gpu, ram_gib=ram, run=run_with_auto)
+    if origin:
+        choice = Choice(asked.model, f"from {origin.name}", recipe={}, needs_gpu=False)
+    else:
+        choice = choose_model(asked.model, gpu_gib=gpu, ram_gib=ram, run=run_with_auto)
     config = parsed.config(saved or lora_recipe(choice.recipe, asked), model=choice.model)
-    shape = usable_shape(config)
+    if origin:
+        refuse_other_flags(config, saved, origin)
+    shape = usable_shape(config, origin)
     warnings += filter(None, [longer_than_made_for(shape, config)])
     ds = resolved(config)
     # The values that the run really uses, so that the config saved beside the model repeats the run.
@@ -73,8 +78,6 @@ def settle(argv: list[str], *, about: str = "") -> Settled:
         weight_decay=ds.weight_decay,
         max_grad_norm=ds.max_grad_norm,
     )
-    if origin:
-        refuse_other_flags(config, saved, origin)
     job = fitted(Job(shape, config, ds, "cuda" if gpu else "cpu"), gpu or 0, ram)
     return Settled(choice, job.config, job, job.plan(), gpu, ram, origin, warnings)
 
@@ -87,23 +90,32 @@ def checkpoint_of(asked: TrainConfig) -> tuple[Path | None, list[str], dict[str,
     return origin, warnings, flags_of(origin)
 
 
-def usable_shape(config: TrainConfig) -> ModelShape:
-    """Return the model's shape. Raises UsageError for an adapter on an adapter."""
+def usable_shape(config: TrainConfig, origin: Path | None = None) -> ModelShape:
+    """Return the shape of the model, which a checkpoint has itself, or its base.
+
+    Raises UsageError for an adapter on an adapter, CheckpointError for a checkpoint whose base cannot be read.
+    """
     if config.lora_r and (base := adapter_base(config.model)):
         raise UsageError(
             f"--model {config.model} is an adapter on {base}, and a second one needs an ordinary model below it.\n"
             "Name the merged model of that run (--merge_adapter writes one into its folder merged), or --lora_r 0,\n"
             "which merges the adapter on loading and trains all parameters."
         )
-    return shape_of(config.model, trust_remote_code=config.trust_remote_code)
+    try:
+        shape = shape_of(weights_of(config, origin), trust_remote_code=config.trust_remote_code)
+    except UsageError as error:
+        if origin and config.lora_r:
+            raise base_needed(origin, config.model, error) from None
+        raise
+    return replace(shape, name=config.model)
 
 
-def check_local(config: TrainConfig) -> None:
+def check_local(config: TrainConfig, origin: Path | None = None) -> None:
     """Compare the parts of a local model, for a command that loads none: a run does this when it loads the model."""
-    if Path(config.model).is_dir():
+    if Path(model := weights_of(config, origin)).is_dir():
         from grpo_ds.models.policy import check_folder  # heavy
 
-        check_folder(config.model, trust_remote_code=config.trust_remote_code)
+        check_folder(model, trust_remote_code=config.trust_remote_code)
 
 
 def split_for_training(

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 from grpo_ds.commands.settle import Settled, check_local, ranks, settle, split_for_training
 from grpo_ds.errors import CheckpointError
 from grpo_ds.memory.plan import GIB, MemoryKind
+from grpo_ds.models.base_weights import base_hash
 from grpo_ds.report.trackers import check_trackers
+from grpo_ds.run_folder.inputs import BASE, check_inputs, inputs_of
 from grpo_ds.run_folder.lock import FolderTaken, check_writable, lock, lock_new, release
-from grpo_ds.run_folder.progress import Progress, check_identity, identity
-from grpo_ds.run_folder.resume import check_complete
+from grpo_ds.run_folder.progress import Progress
+from grpo_ds.run_folder.resume import check_complete, check_steps
 from grpo_ds.run_folder.trained_on import read_trained_on
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.paths import absolute
@@ -71,16 +73,19 @@ def train_from(argv: list[str]) -> None:
     # A checkpoint's record has the model's own and the run's: with it the parts are the same again.
     before = read_trained_on(settled.resume_from or Path(config.model)) or frozenset()
     train, held_out = split_for_training(config, questions, before)
+    this_run = inputs_of(train, held_out, config, settled.job.ds, rewards, ranks())
     held_out = first_in_proportion(held_out, config.eval_limit)
-    this_run = identity(train, held_out, config.system_prompt_text, settled.job.ds, ranks())
-    if settled.resume_from:
-        progress = Progress.read(settled.resume_from)
-        check_identity(progress.identity, this_run, settled.resume_from)
-        check_complete(settled.resume_from, progress, config, settled.job.ds, ranks())
+    if config.lora_r and Path(config.model).is_dir() and (base := base_hash(config.model)):
+        this_run[BASE] = base  # a model of the hub is known when it is loaded
+    changed = check_resumable(settled, this_run)
     check_trackers(config.trackers)
     folder = output_folder(config, settled.resume_from)
 
-    lines = [*first_lines(settled, questions, len(train), len(held_out), folder), *form_lines(rewards)]
+    lines = [
+        *first_lines(settled, questions, len(train), len(held_out), folder),
+        *form_lines(rewards),
+        *changed,
+    ]
     if before and not settled.resume_from:
         known = len(questions.questions) - len(not_among(before, questions.questions))
         lines.append(f"{config.model} was trained on {known} of these questions before; none of them is held out")
@@ -88,12 +93,23 @@ def train_from(argv: list[str]) -> None:
     run = make_run(settled, rewards, lines, train, held_out, folder, this_run, trained_on)
     outcome = run.run()
     say = run.console
-    say.before_and_after(outcome.before, outcome.after, held_out)
+    say.before_and_after(outcome.before, outcome.after, outcome.questions)
     say.line("Mean reward: {:.2f} in the first quarter of the steps, {:.2f} in the last.".format(*outcome.quarters()))
     say.line(
         f"Model, its card, metrics and memory: {folder}\nAsk it: {command('ask')} --model {shlex.quote(str(folder))}"
     )
     run.close()
+
+
+def check_resumable(settled: Settled, this_run: Mapping[str, str]) -> list[str]:
+    """Return lines about changed inputs. Raises CheckpointError if the checkpoint cannot be resumed with them."""
+    checkpoint, config = settled.resume_from, settled.config
+    if not checkpoint:
+        return []
+    progress = Progress.read(checkpoint)
+    check_complete(checkpoint, progress, config, settled.job.ds, ranks())
+    check_steps(checkpoint, progress, config)
+    return check_inputs(progress.identity, this_run, checkpoint, may_change=config.resume_changed_inputs)
 
 
 def reward_functions(config: TrainConfig, questions: QuestionSet) -> WeightedFunctions:
@@ -164,7 +180,7 @@ def make_run(
 
 def print_plan(settled: Settled) -> None:
     """Print the planned memory of each phase, and if it fits: --plan."""
-    check_local(settled.config)
+    check_local(settled.config, settled.resume_from)
     from rich.console import Console
     from rich.text import Text
 

@@ -28,12 +28,13 @@ class Limits:
         """Return the limits of a run in which nothing has run out of memory."""
         size, generations = config.batch_size, config.num_generations
         whole = size * (config.longest + (generations - 1) * (config.max_completion_length - 1))
+        tokens = config.pack_tokens or whole
         return cls(
             rows=config.generation_batch_size or size * generations,
-            tokens=config.pack_tokens or whole,
+            tokens=tokens,
             chunk_mib=config.logprob_chunk_mib,
             least_rows=generations,
-            least_tokens=config.longest,
+            least_tokens=tokens if config.loss_type == "bnpo" else config.longest,  # bnpo: the split decides the loss
         )
 
     def lowered(self, config: TrainConfig) -> dict[str, float]:

@@ -52,12 +52,13 @@ def model_source(name: str) -> str:
     return (PRESETS[name].hub_id or name) if name in PRESETS else name
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Tokenizer:
+def load_tokenizer(name: str, *, base: str | None = None, trust_remote_code: bool = False) -> Tokenizer:
     """Load the tokenizer, with a plain chat template if the model has none, and always with a pad token.
 
+    base: the model below an adapter; None: the one that the adapter names.
     Raises UsageError for a tokenizer that does not belong to the model.
     """
-    base = adapter_base(name) or name
+    base = base or adapter_base(name) or name
     source = base if base != name and not _has_tokenizer(Path(name)) else name  # peft saves an adapter without one
     with _named_errors(source):
         tokenizer = AutoTokenizer.from_pretrained(model_source(source), trust_remote_code=trust_remote_code)

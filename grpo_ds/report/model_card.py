@@ -19,6 +19,7 @@ from grpo_ds.models.shapes import ADAPTER_FILE
 from grpo_ds.report.markdown import fenced, plain, table
 from grpo_ds.report.run_files import memory_by_phase, read_json, read_settings
 from grpo_ds.run_folder.files import CARD_FILE, ENVIRONMENT_FILE, HELD_OUT_FILE, SUMMARY_FILE
+from grpo_ds.run_folder.status import CHANGED_INPUTS, STATUS_FILE
 from grpo_ds.settings.config import EvaluateConfig
 from grpo_ds.settings.saved_config import prompt_recipe
 from grpo_ds.system.files import write_whole
@@ -81,6 +82,7 @@ def card(folder: Path) -> str:
         snippet=_snippet(folder, is_adapter=is_adapter),
         settings=table(("setting", "value"), _settings(config)),
         only_our_rewards=set(config["reward_funcs"].split(",")) <= set(READY_MADE),
+        changed_inputs=read_json(folder, STATUS_FILE).get(CHANGED_INPUTS, []),
         memory=_memory(folder),
         environment=table(("", ""), _environment(environment)),
         versions=environment["versions"],

@@ -60,7 +60,9 @@ def _contents(run: RunFiles) -> dict[str, Any]:
         "height": charts.HEIGHT,
         "state": verdict.state(run),
         "verdict": verdict.verdict(run),
-        "warnings": [warning for warning in (verdict.collapsed(run), verdict.flat(run)) if warning],
+        "warnings": [
+            warning for warning in (verdict.changed(run), verdict.collapsed(run), verdict.flat(run)) if warning
+        ],
         "tiles": verdict.tiles(run),
         "grades": verdict.grades_table(run),
         "curves": curves.curves(run),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from grpo_ds.memory.plan import MEMORY_NAMES
 from grpo_ds.report.memory_page import kinds, peak_gib
 from grpo_ds.report.run_files import JsonObject, RunFiles, as_label, as_number, as_object, as_text
+from grpo_ds.run_folder.status import CHANGED_INPUTS
 from grpo_ds.task.grading import small_sample
 
 SIGNIFICANT = 0.05
@@ -66,6 +67,14 @@ def collapsed(run: RunFiles) -> str:
         f"Nearly all answers are one class: “{as_label(label)}” {most:.0f} times of {sum(predicted.values()):.0f}. "
         "Then accuracy says little; see macro-F1 and recall."
     )
+
+
+def changed(run: RunFiles) -> str:
+    """Return a warning if the run was resumed with changed inputs, else ""."""
+    changes = run.status.get(CHANGED_INPUTS, [])
+    if not isinstance(changes, list) or not changes:
+        return ""
+    return f"The run was resumed although its inputs had changed: {'; '.join(map(as_text, changes))}."
 
 
 def flat(run: RunFiles) -> str:

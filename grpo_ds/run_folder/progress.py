@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from grpo_ds.errors import CheckpointError
-from grpo_ds.settings.ds_config import DsConfig
+from grpo_ds.run_folder.inputs import (
+    FIXED,
+    LATE,
+    PROMPTS,
+    Inputs,
+    changed_inputs,
+    changed_line,
+    other_inputs,
+    question_key,
+)
 from grpo_ds.task.questions import Question
 
 STATE_FILE = "trainer_state.json"
@@ -23,7 +32,6 @@ THEIRS = (
     "best_metric",
     "best_global_step",
 )
-PROMPTS = "the prompts"  # in a run's identity, once its tokenizer is loaded
 CALLBACKS, OURS = "stateful_callbacks", "grpo_ds"  # place in a TrainerState for fields that it does not know
 # Metric names of older versions, before this trainer used TRL's names.
 RENAMED_METRICS = {
@@ -43,19 +51,20 @@ class Progress:
     """
 
     max_steps: int
-    identity: dict[str, str] = field(default_factory=dict)  # digests that a resumed run must share with this one
+    identity: Inputs = field(default_factory=dict)  # hashes that a resumed run compares (inputs.py)
     global_step: int = 0  # steps done: a rollout and all its updates
     epoch: float = 0.0  # passes over the training questions
     num_input_tokens_seen: int = 0  # prompt and completion tokens of all ranks; logged as num_tokens
     log_history: list[dict[str, Any]] = field(default_factory=list)  # one line per step and per evaluation
     reference_step: int | None = None  # last step at which the reference was made again or confirmed
     kl_floor: float | None = None  # KL of the reference to the policy that it was made from
-    before: list[str] | None = None  # held-out answers before training
+    before: dict[str, str] | list[str] | None = None  # held-out answers before training, by question_key
     best_metric: float | None = None  # best accuracy of the evaluations during training
     best_global_step: int | None = None
     bad_steps: list[int] = field(default_factory=list)  # skipped steps in a row, up to now
     limits: dict[str, float] = field(default_factory=dict)  # limits that --oom_retry has made smaller
     trackers: dict[str, str] = field(default_factory=dict)  # tracker -> its id of this run
+    changed_inputs: list[dict[str, Any]] = field(default_factory=list)  # {"step", "inputs"}: --resume_changed_inputs
 
     @property
     def rewards(self) -> list[float]:
@@ -68,22 +77,55 @@ class Progress:
         fields = {name: getattr(self, name) for name in THEIRS}
         return {**fields, "log_history": [dict(line) for line in self.log_history]}
 
-    def keep_before(self, texts: list[str]) -> None:
+    def keep_before(self, questions: Sequence[Question], texts: Sequence[str]) -> None:
         """Keep the held-out answers before training, so that a resumed run need not ask again."""
-        self.before = texts
+        self.before = {question_key(question): text for question, text in zip(questions, texts, strict=True)}
 
-    def check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Note the token ids of all prompts. Raises CheckpointError if a resumed run noted others."""
+    def answered_before(self, questions: Sequence[Question]) -> dict[Question, str]:
+        """Return those of the held-out questions that were answered before training, with their answers.
+
+        A run may be resumed with other held-out questions (--eval_limit). An older version kept a list of answers.
+        """
+        if isinstance(self.before, list):
+            return dict(zip(questions, self.before, strict=True)) if len(self.before) == len(questions) else {}
+        before, keys = self.before or {}, {question: question_key(question) for question in questions}
+        return {question: before[key] for question, key in keys.items() if key in before}
+
+    def continue_with(self, inputs: Mapping[str, str]) -> None:
+        """Use the inputs of a resumed run, and note which of them have changed; {}: they are not known."""
+        if inputs:
+            self.note_changed(changed_inputs(self.identity, inputs))
+            late = {name: hashed for name, hashed in self.identity.items() if name in LATE}
+            self.identity = {**late, **inputs}
+
+    def note_changed(self, inputs: Sequence[str]) -> None:
+        """Note inputs that are other ones from this step on."""
+        if inputs:
+            self.changed_inputs.append({"step": self.global_step, "inputs": list(inputs)})
+
+    def changes(self) -> list[str]:
+        """Return a text for each time that the run was resumed with changed inputs."""
+        return [f"{', '.join(change['inputs'])}, at step {change['step']}" for change in self.changed_inputs]
+
+    def check_late(self, name: str, hashed: str, *, may_change: bool) -> str | None:
+        """Note the hash of an input that is known after loading; return a line if it has changed.
+
+        Raises CheckpointError if it may not have changed.
+        """
+        if self.identity.setdefault(name, hashed) == hashed:
+            return None
+        if name in FIXED or not may_change:
+            raise other_inputs(f"checkpoint-{self.global_step}", [name])
+        self.identity[name] = hashed
+        self.note_changed([name])
+        return changed_line([name])
+
+    def check_prompts(self, prompts: Sequence[Sequence[int]], *, may_change: bool = False) -> str | None:
+        """Note the token ids of all training prompts, as `check_late`."""
         digest = hashlib.sha256()
         for ids in prompts:  # one at a time: all together would be a text of gigabytes
             digest.update(json.dumps(ids).encode())
-        if self.identity.setdefault(PROMPTS, digest.hexdigest()) != digest.hexdigest():
-            raise CheckpointError(
-                f"The checkpoint of step {self.global_step} cannot be resumed: its prompts now have other token ids.\n"
-                "Questions, flags, template and tokenizer are the same, so a version differs: use the versions in\n"
-                "environment.json, or train further from its weights in a new run:\n"
-                "--model CHECKPOINT --output_dir ANOTHER"
-            )
+        return self.check_late(PROMPTS, digest.hexdigest(), may_change=may_change)
 
     def set_best(self, metric: float | None, step: int | None) -> None:
         """Set the best accuracy during training and its step, whose checkpoint is kept."""
@@ -114,29 +156,6 @@ class Progress:
         return progress
 
 
-def identity(
-    train: Sequence[Question], held_out: Sequence[Question], system_prompt: str, ds: DsConfig, ranks: int
-) -> dict[str, str]:
-    """Digests of a run's inputs, besides its flags, that its numbers depend on."""
-    return {
-        "the questions": _digest([[q.id, q.text, q.context, q.label] for q in (*train, *held_out)]),
-        "the system prompt": _digest(system_prompt),
-        "the DeepSpeed JSON": _digest({**ds.engine, "optimizer": asdict(ds.optimizer), "rounding": ds.rounding}),
-        "the number of ranks": str(ranks),
-    }
-
-
-def check_identity(saved: Mapping[str, str], now: Mapping[str, str], checkpoint: Path) -> None:
-    """Raise CheckpointError if the checkpoint belongs to a run with other inputs."""
-    changed = [what for what in now if saved.get(what) != now[what]]
-    if changed:
-        raise CheckpointError(
-            f"{checkpoint} cannot be resumed: it was made with other values of {' and '.join(changed)}.\n"
-            "Use the same values again, "
-            f"or train further from its weights in a new run:\n--model {checkpoint} --output_dir ANOTHER"
-        )
-
-
 def current_names(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return a line of metrics, of this version or an older one, under the names of this version."""
     renamed: dict[str, Any] = {}
@@ -153,7 +172,3 @@ def current_names(line: Mapping[str, Any]) -> dict[str, Any]:
 def strict(values: dict[str, Any]) -> dict[str, Any]:
     """Replace NaN and infinity, which JSON does not have, by None."""
     return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -9,19 +9,22 @@ from typing import Any
 
 from grpo_ds.errors import CheckpointError, one_error
 from grpo_ds.run_folder.checkpoints import damage, found_in, step_of, tidy
+from grpo_ds.run_folder.inputs import BASE, REWARDS
 from grpo_ds.run_folder.lock import lock
 from grpo_ds.run_folder.progress import Progress
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.config_file import read_settings
 from grpo_ds.settings.ds_config import DsConfig
-from grpo_ds.settings.saved_config import CONFIG_FILE, with_copied_prompt
+from grpo_ds.settings.saved_config import CONFIG_FILE, OF_ONE_RUN, with_copied_prompt
 
-# Flags that change no number of a run, or whose effect is compared instead (progress.py: data, ds, prompt).
+# Flags that change no number of a run beyond rounding, or whose effect is compared instead (inputs.py: data, ds,
+# system_prompt, pack_tokens).
 MAY_CHANGE = {
     *("data", "ds", "eval_limit", "system_prompt", "output_dir", "num_steps", "save_steps", "save_total_limit"),
     *(
         "eval_steps",
         "resume_from_checkpoint",
+        "resume_changed_inputs",
         "plan",
         "dry_run_worst_case",
         "oom_retry",
@@ -32,6 +35,8 @@ MAY_CHANGE = {
     *("generation_batch_size", "pack_tokens", "logprob_chunk_mib", "gradient_checkpointing", "cuda_graphs"),
     *("reward_timeout", "on_reward_error", "trust_remote_code", "preflight", "max_bad_steps"),
 }
+# Flags that may name another place, if the checkpoint has this hash.
+COMPARED = {"model": BASE, "reward_funcs": REWARDS}
 
 
 def find_checkpoint(config: TrainConfig) -> tuple[Path, list[str]]:
@@ -90,7 +95,7 @@ def flags_of(checkpoint: Path) -> dict[str, Any]:
     """Return the flags that the checkpoint was made with."""
     file = checkpoint / CONFIG_FILE
     # Only the user may allow code to run, not a file.
-    others = {"resume_from_checkpoint", "plan", "output_dir", "trust_remote_code"}
+    others = {*OF_ONE_RUN, "trust_remote_code"}
     known = [flag for flag in fields(TrainConfig) if flag.name not in others]
     saved, problems = read_settings(file, known, strict=False)
     if problems:
@@ -101,6 +106,8 @@ def flags_of(checkpoint: Path) -> dict[str, Any]:
 def refuse_other_flags(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Path) -> None:
     """Raise CheckpointError if the flags would change the numbers of the run."""
     same = MAY_CHANGE - ({"num_steps"} if config.num_iterations > 1 else set())  # with several it sets the outer loop
+    known = Progress.read(checkpoint).identity
+    same |= {flag for flag, compared in COMPARED.items() if compared in known}
     changed = [
         f"--{name} is {getattr(config, name)}, but was {value}"
         for name, value in saved.items()
@@ -112,6 +119,29 @@ def refuse_other_flags(config: TrainConfig, saved: Mapping[str, Any], checkpoint
             f"{checkpoint} cannot be resumed with other settings:",
             changed,
             f"Leave them out, or train further from its weights: --model {checkpoint} --output_dir ANOTHER",
+        )
+
+
+def weights_of(config: TrainConfig, checkpoint: Path | None) -> str:
+    """Return the model whose weights a run loads: a checkpoint holds them, but with LoRA only the adapter's."""
+    return config.model if checkpoint is None or config.lora_r else str(checkpoint)
+
+
+def base_needed(checkpoint: Path, base: str, error: Exception) -> CheckpointError:
+    """Return the error for an adapter's checkpoint whose base cannot be read."""
+    return CheckpointError(
+        f"{checkpoint} holds an adapter on {base}, and this base cannot be read:\n"
+        f"  {str(error).splitlines()[0][:200]}\n"
+        "If it was moved, add --model FOLDER; its weights are compared with those that the run began with."
+    )
+
+
+def check_steps(checkpoint: Path, progress: Progress, config: TrainConfig) -> None:
+    """Raise CheckpointError if the run has done more steps than are asked for."""
+    if config.total_steps < (done := progress.global_step):
+        raise CheckpointError(
+            f"--num_steps {config.num_steps} is less than the {done} steps that {checkpoint} has done.\n"
+            f"Leave it out, or ask for more than {done}."
         )
 
 

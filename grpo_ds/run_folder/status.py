@@ -12,6 +12,9 @@ from grpo_ds.system.files import write_whole
 from grpo_ds.system.invocation import restart_words
 
 STATUS_FILE = "run_status.json"
+CHANGED_INPUTS = (
+    "changed_inputs"  # inputs that changed while the run rested (--resume_changed_inputs), a text each time
+)
 
 
 class RunStatus:

@@ -104,6 +104,9 @@ class OutputFlags(Flags):
         "a checkpoint-N folder, or auto: the newest complete one of output_dir; flags come from it",
         path=absolute_unless("auto"),
     )
+    resume_changed_inputs: bool = flag(
+        False, "resume although questions, columns, reward files or prompts have changed"
+    )
     log_completions: bool = flag(False, "write every completion with its rewards to completions.jsonl and the trackers")
     report_to: str = list_flag(
         "none", f"{TRACKERS[0]}, or some of {','.join(TRACKERS[1:])}; keys are read from the environment only"
@@ -126,6 +129,10 @@ class OutputFlags(Flags):
                     save > 0 and evaluate > 0 and save % evaluate != 0,
                     f"save_steps is {save}; make it a multiple of eval_steps, {evaluate}: "
                     "the best checkpoint must be one that was evaluated",
+                ),
+                (
+                    self.resume_changed_inputs and not self.resume_from_checkpoint,
+                    "resume_changed_inputs is for a resumed run: add --resume_from_checkpoint FOLDER",
                 ),
                 (bool(unknown), f"report_to names {', '.join(unknown)}; available: {', '.join(TRACKERS)}"),
                 (

@@ -55,6 +55,29 @@ def _taken(function: Callable[..., Any], names: Collection[str]) -> frozenset[st
     raise BadFunction("it takes no argument by name; begin it with (completions, **kwargs)")
 
 
+def columns_read(function: Any) -> frozenset[str] | None:
+    """Return the names of the arguments that the function can read; None if this is not seen: it may be any.
+
+    `**kwargs` that its source does not mention, as TRL asks for, reads nothing.
+    """
+    plain = _plain(function)
+    node = _source(plain) if isinstance(plain, FunctionType) and plain is _called(function) else None
+    if node is None:
+        return None
+    names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+    if names & {"locals", "vars", "eval", "exec"} or (node.args.kwarg and node.args.kwarg.arg in names):
+        return None
+    return frozenset(argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs))
+
+
+def _called(function: Any) -> Any:
+    """Return the plain function that a call runs, with its decorators."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    bound = function if inspect.isroutine(function) else type(function).__call__
+    return getattr(bound, "__func__", bound)
+
+
 def _missing(missing: list[str], names: Collection[str]) -> str:
     """Say which columns a function asks for and the data lack, and which there are."""
     like = get_close_matches(missing[0], list(names), 1)

@@ -18,6 +18,7 @@ from grpo_ds.errors import UsageError, one_error
 from grpo_ds.system.fence import by_ctrl_c, fenced
 from grpo_ds.task.own_rewards import BadFunction, CompletionFormat, own_reward
 from grpo_ds.task.reward_calls import describe_exception
+from grpo_ds.task.reward_sources import folder_of_imports, hashes_of
 from grpo_ds.task.rewards import OVERLONG, READY_MADE, OwnReward, RewardFunction, WeightedFunctions
 
 IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+(\(\))?")  # module.FUNCTION, as in TRL's --reward_funcs
@@ -75,6 +76,21 @@ def find_reward_functions(
             UsageError, "--reward_funcs cannot be used:", problems, "docs/rewards.md shows how to write one."
         )
     return found
+
+
+def reward_sources(reward_funcs: str) -> dict[str, list[str]]:
+    """Return the hashes of the files that a user's functions are made of, by their names.
+
+    reward_funcs: flags whose functions have been found. docs/rewards.md says which files these are.
+    """
+    files = set[tuple[Path, Path]]()
+    for entry in _entries(reward_funcs):
+        if ":" in entry.text:
+            path = Path(os.path.expanduser(entry.source)).resolve()
+            files.add((path, path.parent))
+        elif entry.source and (file := getattr(sys.modules.get(entry.source), "__file__", None)):
+            files.add((Path(file), folder_of_imports(Path(file))))
+    return hashes_of(files)
 
 
 def form_lines(functions: WeightedFunctions) -> list[str]:

@@ -22,10 +22,11 @@ class Outcome:
     """The result of a run.
 
     Example:
-        Outcome(rewards=[0.56, 0.70, 0.85], before=evaluation, after=evaluation).quarters()  # (0.56, 0.85)
+        Outcome(rewards=[0.56, 0.70, 0.85], questions, before=evaluation, after=evaluation).quarters()  # (0.56, 0.85)
     """
 
     rewards: list[float]  # mean reward of each step, over all ranks
+    questions: Sequence[Question]  # held-out questions that were answered both times
     before: Evaluation
     after: Evaluation
 
@@ -34,36 +35,35 @@ class Outcome:
         size = max(1, len(self.rewards) // 4)
         return sum(self.rewards[:size]) / size, sum(self.rewards[-size:]) / size
 
-    def summary(self, questions: Sequence[Question]) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """Figures of the complete run, for summary.json and the trackers."""
         rewards = {"steps": len(self.rewards), "reward_first": self.rewards[0], "reward_last": self.rewards[-1]}
-        return {**rewards, **grades(questions, {"before": self.before, "after": self.after})}
+        return {**rewards, **grades(self.questions, {"before": self.before, "after": self.after})}
 
 
 class Reports:
     """Writes the reports of a run into its folder, on rank 0."""
 
-    def __init__(self, trainer: Trainer, questions: Sequence[Question], folder: Path) -> None:
-        """questions: the held-out questions."""
-        self.trainer, self.questions, self.folder = trainer, questions, folder
+    def __init__(self, trainer: Trainer, folder: Path) -> None:
+        self.trainer, self.folder = trainer, folder
         self.config, self.console, self.writes = trainer.config, trainer.console, trainer.world.is_first
 
     def summary(self, outcome: Outcome, *, train: int) -> dict[str, Any]:
         """Write summary.json and the model card; return the summary. train: number of training questions."""
-        counts = {"train": train, "held_out": len(self.questions)}
-        summary = {**outcome.summary(self.questions), "questions": counts}
+        counts = {"train": train, "held_out": len(outcome.questions)}
+        summary = {**outcome.summary(), "questions": counts}
         if self.writes:
             with self._at_most_a_warning("summary or model card"):
                 write_summary(self.folder, summary)
                 write_card(self.folder)
         return summary
 
-    def held_out(self, evaluations: dict[str, Evaluation]) -> None:
+    def held_out(self, questions: Sequence[Question], evaluations: dict[str, Evaluation]) -> None:
         """Write held_out.json; rewards are added only at the end, because a user's function may count its calls."""
         if self.writes:
             score = self._score_in_parts if "after" in evaluations else None
             with self._at_most_a_warning(HELD_OUT_FILE):
-                write_held_out(self.folder, self.questions, evaluations, score)
+                write_held_out(self.folder, questions, evaluations, score)
 
     def _score_in_parts(self, texts: Sequence[str], questions: Sequence[Question]) -> Rewards:
         """Score as many texts per call as in training, because --reward_timeout is set for that number."""

@@ -14,14 +14,16 @@ from safetensors import SafetensorError
 
 from grpo_ds.errors import BY_CTRL_C, CheckpointError, GrpoError, NumbersError
 from grpo_ds.memory.phases import OutOfMemory
+from grpo_ds.models.base_weights import base_hash
 from grpo_ds.models.chat_texts import chat_texts, save_tokenizer
 from grpo_ds.models.policy import save_merged, save_model
 from grpo_ds.report.environment import write_environment
 from grpo_ds.report.trackers import Tracker, make_trackers
 from grpo_ds.run_folder.checkpoints import folder_of, renamed_into
+from grpo_ds.run_folder.inputs import BASE
 from grpo_ds.run_folder.lock import cannot_be_written
 from grpo_ds.run_folder.progress import Progress, strict
-from grpo_ds.run_folder.status import RunStatus, resume_command
+from grpo_ds.run_folder.status import CHANGED_INPUTS, RunStatus, resume_command
 from grpo_ds.system.ranks import stop
 from grpo_ds.system.signals import Interrupted, Stopping, name
 from grpo_ds.task.grading import graded
@@ -47,7 +49,7 @@ class Run:
         self.best = self.progress.best_metric, self.progress.best_global_step
         self.saved_at: tuple[int, int] | None = None  # (steps done, updates done on the next step's rollout)
         self.trackers: list[Tracker] = []
-        self.reports = Reports(trainer, held_out, folder)
+        self.reports = Reports(trainer, folder)
         self.status = RunStatus(folder, max_steps=self.config.total_steps, speaks=self.writes)
 
     @property
@@ -58,7 +60,7 @@ class Run:
     def run(self) -> Outcome:
         """Evaluate, train, evaluate, save; after a signal or an error save as much as possible."""
         trainer = self.trainer
-        self._encode_all()
+        self._check_inputs()
         if self.config.preflight:
             trainer.preflight()
         with trainer.interruption.noted():  # also during the last save
@@ -75,15 +77,23 @@ class Run:
                 self.status.write("failed", exit_code=code, message=f"{type(error).__name__}: {error}".strip(": "))
                 raise
 
-    def _encode_all(self) -> None:
-        """Encode every prompt: one that is too long, or not what it was, stops the run before it begins."""
+    def _check_inputs(self) -> None:
+        """Encode every prompt: one that is too long, or not what it was, stops the run before it begins.
+
+        So does another base of an adapter, if it came from the hub.
+        """
         style, tokenizer = self.trainer.collector.style, self.trainer.tokenizer
         asked, texts = [*self.questions, *self.held_out], chat_texts(tokenizer)
         prompts = style.encode(tokenizer, asked)
         if (shared := self.trainer.world.gather(texts)[0]) != texts:  # it was another day on that rank
             texts.update(shared)
             prompts = style.encode_again(tokenizer, asked)
-        self.progress.check_prompts(prompts)
+        config, may_change = self.config, self.config.resume_changed_inputs
+        if config.lora_r and not Path(config.model).is_dir() and (base := base_hash(config.model)):
+            self.progress.check_late(BASE, base, may_change=may_change)
+        trained = prompts[: len(self.questions)]  # --eval_limit may change the others
+        if line := self.progress.check_prompts(trained, may_change=may_change):
+            self.console.line(line)
 
     def _begin(self) -> None:
         if not self.writes:
@@ -97,24 +107,44 @@ class Run:
 
     def _run(self) -> Outcome:
         trainer, progress = self.trainer, self.progress
-        self.status.write("evaluating", step=progress.global_step)
-        if (texts := progress.before) is None:
-            texts = trainer.evaluate("Before training", self.held_out).texts
-            progress.keep_before(texts)
-        before = graded(texts, self.held_out, self.config.answer_format)
-        self.reports.held_out({"before": before})
+        changes = progress.changes()
+        self.status.write("evaluating", step=progress.global_step, **({CHANGED_INPUTS: changes} if changes else {}))
+        answered, form = self._answered_before(), self.config.answer_format
+        compared = list(answered)
+        before = graded(list(answered.values()), compared, form)
+        self.reports.held_out(compared, {"before": before})
         rewards = self.train()
         self.status.write("evaluating", step=progress.global_step)
         after = trainer.evaluate("After training", self.held_out)
-        outcome = Outcome(rewards, before, after)
+        if len(compared) < len(self.held_out):
+            texts = dict(zip(self.held_out, after.texts, strict=True))
+            after = graded([texts[question] for question in compared], compared, form)
+        outcome = Outcome(rewards, compared, before, after)
         self.save_model()
-        self.reports.held_out({"before": before, "after": after})
+        self.reports.held_out(compared, {"before": before, "after": after})
         self.reports.memory()
         summary = self.reports.summary(outcome, train=len(self.questions))
         self.status.write("done", exit_code=0)
         self.reports.page()
         self._finish_trackers(summary)
         return outcome
+
+    def _answered_before(self) -> dict[Question, str]:
+        """Return the held-out questions that were answered before training, with their answers.
+
+        A run that was resumed with other questions only (--resume_changed_inputs) answers them now.
+        """
+        progress = self.progress
+        if not (answered := progress.answered_before(self.held_out)):
+            when = f"Before step {progress.global_step + 1}" if progress.global_step else "Before training"
+            progress.keep_before(self.held_out, self.trainer.evaluate(when, self.held_out).texts)
+            answered = progress.answered_before(self.held_out)
+        if len(answered) < len(self.held_out):
+            self.console.line(
+                f"{len(answered)} of {len(self.held_out)} held-out questions were answered before training; "
+                "before and after are compared on these."
+            )
+        return answered
 
     def _finish_trackers(self, summary: dict[str, Any]) -> None:
         """Let the trackers finish; they may wait for a network."""

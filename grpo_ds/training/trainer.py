@@ -36,6 +36,7 @@ from grpo_ds.models.policy import load_tokenizer, trainable_policy
 from grpo_ds.models.reference import Reference, kl_floor, make_reference
 from grpo_ds.report.console import Console
 from grpo_ds.run_folder.progress import Progress
+from grpo_ds.run_folder.resume import weights_of
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsConfig
 from grpo_ds.system.ranks import World
@@ -77,7 +78,7 @@ class Trainer:
     ) -> None:
         """origin: checkpoint to resume from; tokenizer and weights then come from it, not from config.model.
 
-        identity: digests of data and settings, which checkpoints keep (run_folder/progress.py). trained_on:
+        identity: hashes of inputs, which checkpoints keep (run_folder/inputs.py). trained_on:
         fingerprints of the training questions, also of earlier runs; None: not recorded. exact_memory: return
         freed memory to the system after every phase, so that each is measured alone. style: the prompts' style;
         None: the one that config asks for.
@@ -90,13 +91,13 @@ class Trainer:
         self.bad_steps = NonfiniteSteps(config.max_bad_steps, world, console.line)
         self.trained_on = trained_on
         # The tokenizer that the run began with: the model's own may have changed since, with its chat template.
-        self.tokenizer = load_tokenizer(str(origin or config.model), trust_remote_code=config.trust_remote_code)
+        base, trust = config.model if config.lora_r else None, config.trust_remote_code
+        self.tokenizer = load_tokenizer(str(origin or config.model), base=base, trust_remote_code=trust)
         style = style or prompt_style(config)
         for line in style.check(self.tokenizer):  # before the model is loaded
             console.line(line)
         dtype = torch.bfloat16 if ds.bf16 else torch.float32
-        # A full model's weights come from the checkpoint; an adapter is in the engine's state, on the same base.
-        source = replace(config, model=str(origin)) if origin and not config.lora_r else config
+        source = replace(config, model=weights_of(config, origin))  # an adapter is in the engine's state
         policy = self.guard.run("load", trainable_policy, source, dtype=dtype, known_ids=len(self.tokenizer))
         self.engine = self.guard.run("initialise", Engine, policy, ds, seed=seed_at(config.seed, 0, world.rank))
         self.choose_rows()
@@ -300,7 +301,8 @@ class Trainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load the result of `state_dict`; every rank calls it, after Engine.load_checkpoint."""
-        self.progress = replace(state["progress"], max_steps=self.config.total_steps)
+        inputs, self.progress = self.progress.identity, replace(state["progress"], max_steps=self.config.total_steps)
+        self.progress.continue_with(inputs)
         self.bad_steps.in_a_row = list(self.progress.bad_steps)
         self.partial_step = state["partial_step"]
         if state["reference"] is not None:

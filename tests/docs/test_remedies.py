@@ -94,8 +94,8 @@ PROSE = {"out", "cannot", "names", "needs", "and", "already", "holds", "is", "sa
 
 def is_value(flag: str, value: str) -> bool:
     """False for a word that only follows the flag in a sentence, as in "leave --reference out"."""
-    if flag not in OWNER or flag in ("model", "data", "output_dir", "resume_from_checkpoint"):
-        return False  # names of files and folders: the cases below
+    if flag not in OWNER or flag in ("model", "data", "output_dir", "resume_from_checkpoint", "resume_changed_inputs"):
+        return False  # they need files and folders: the cases below
     takes_words = OWNER[flag][1] not in (bool, int, float, bool | None, int | None, float | None)
     return value not in PROSE and (takes_words or value in ("true", "false") or not re.fullmatch(r"[a-z]+", value))
 
@@ -225,6 +225,11 @@ CASES = [
         "--resume_from_checkpoint {run} --beta 0.5",
         "--model {run}/checkpoint-1 --output_dir ANOTHER",
         "--model {run}/checkpoint-1 --output_dir {new} --beta 0.5",
+    ),
+    Case(
+        "--resume_changed_inputs",
+        "--resume_from_checkpoint FOLDER",
+        "--resume_changed_inputs --resume_from_checkpoint {run}",
     ),
     Case(
         "--resume_from_checkpoint {tiny}",

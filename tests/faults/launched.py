@@ -72,12 +72,12 @@ def train_to_the_end(words: list[str], log: Path) -> None:
     assert ended.code == 0, ended.err
 
 
-def result(folder: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """Result of a finished run: its metrics without times and memory, and its weights."""
+def result(folder: Path, model: str = "") -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """Result of a finished run: its metrics without times and memory, and its weights, of a subfolder if named."""
     clocks = ("seconds/", "memory/", "tokens_per_second", "step_time")
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     lines = [{k: v for k, v in line.items() if not k.startswith(clocks)} for line in history]
-    return lines, load_file(folder / "model.safetensors")
+    return lines, load_file(folder / model / "model.safetensors")
 
 
 def same(one: tuple, other: tuple) -> bool:

@@ -168,7 +168,7 @@ def all_gone(run: Path) -> None:
 # name -> (what is done to the run, flags, exit code, words of the message)
 OTHERS = {
     "other flags": (nothing, ["--learning_rate", "1e-4", "--seed", "3"], 4, ["--learning_rate is 0.0001", "--seed"]),
-    "other data": (other_data, ["--data", "DATA"], 4, ["the questions"]),
+    "other data": (other_data, ["--data", "DATA"], 4, ["the training questions"]),
     "other DeepSpeed JSON": (other_json, ["--ds", "JSON"], 4, ["the DeepSpeed JSON"]),
     "elastic_checkpoint": (elastic_json, ["--ds", "JSON"], 2, ["elastic_checkpoint", "8-bit"]),
     "no checkpoints": (all_gone, [], 4, ["holds no checkpoint", "nothing can be resumed"]),

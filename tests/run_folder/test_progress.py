@@ -1,18 +1,20 @@
 """trainer_state.json: a run resumes from it, and transformers reads it as a TrainerState."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from transformers import TrainerState
 
 from grpo_ds.errors import CheckpointError
+from grpo_ds.run_folder.inputs import BASE, PROMPTS
 from grpo_ds.run_folder.progress import STATE_FILE, Progress, current_names
+from grpo_ds.task.questions import Question
 
 PROGRESS = Progress(
     max_steps=40, identity={"the questions": "5ec2"}, global_step=20, log_history=[{"step": 20, "reward": None}],
-    reference_step=0, kl_floor=0.002, before=["yes"], best_metric=0.75, best_global_step=10, bad_steps=[19],
-    limits={"rows": 4.0}, trackers={"wandb": "abc123"},
+    reference_step=0, kl_floor=0.002, before={"5ec2": "yes"}, best_metric=0.75, best_global_step=10, bad_steps=[19],
+    limits={"rows": 4.0}, trackers={"wandb": "abc123"}, changed_inputs=[{"step": 9, "inputs": ["the column gold"]}],
 )  # fmt: skip
 
 
@@ -47,8 +49,41 @@ def test_a_resumed_run_whose_prompts_have_changed_is_refused(tmp_path):
     progress.write(tmp_path)
     Progress.read(tmp_path).check_prompts([[1, 2], [3]])
     for changed in ([[1, 2], [4]], [[1], [2, 3]], [[1, 2]]):
-        with pytest.raises(CheckpointError, match=r"step 3 cannot be resumed: its prompts"):
+        with pytest.raises(
+            CheckpointError, match=r"(?s)checkpoint-3 cannot be resumed: .*the prompts.*a version differs"
+        ):
             Progress.read(tmp_path).check_prompts(changed)
+        accepted = Progress.read(tmp_path)
+        assert "the prompts" in str(accepted.check_prompts(changed, may_change=True))
+        assert accepted.changes() == ["the token ids of the prompts, at step 3"]
+        assert accepted.check_prompts(changed) is None  # it is the run's own now
+
+
+def test_a_run_that_continues_with_changed_inputs_notes_them_and_compares_with_them_later():
+    progress = Progress(max_steps=9, identity={"a": "1", "b": "1", "gone": "1", PROMPTS: "7"}, global_step=3)
+    progress.continue_with({"a": "1", "b": "2"})
+    assert progress.changes() == ["b, gone, at step 3"]
+    progress.global_step = 5
+    progress.continue_with({"a": "1", "b": "2"})
+    assert len(progress.changes()) == 1 and progress.identity == {"a": "1", "b": "2", PROMPTS: "7"}
+
+
+def test_another_base_is_never_accepted():
+    progress = Progress(max_steps=9, global_step=3)
+    progress.check_late(BASE, "1", may_change=False)
+    with pytest.raises(CheckpointError, match="the weights of the base model changed"):
+        progress.check_late(BASE, "2", may_change=True)
+
+
+def test_held_out_answers_before_training_are_found_for_the_questions_of_now():
+    one, two, three = (Question(str(i), f"Is it {i}?", "", "yes") for i in range(3))
+    progress = Progress(max_steps=9)
+    progress.keep_before([one, two], ["yes", "no"])
+    assert progress.answered_before([three, two]) == {two: "no"}
+    assert progress.answered_before([replace(one, text="Is it another?")]) == {}
+    progress.before = ["yes", "no"]  # of an older version: in the order of the questions
+    assert progress.answered_before([one, two]) == {one: "yes", two: "no"}
+    assert progress.answered_before([one, two, three]) == {}
 
 
 OLDER = {

@@ -1,5 +1,6 @@
 """Reward functions as TRL's users write them run unchanged: arguments, texts or messages, coroutines, objects."""
 
+import functools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import pytest
 
 from grpo_ds.errors import MAX_LINES, RewardError, UsageError
 from grpo_ds.task import reward_calls
-from grpo_ds.task.own_rewards import BadFunction, own_reward, reads_messages
+from grpo_ds.task.own_rewards import BadFunction, columns_read, own_reward, reads_messages
 from grpo_ds.task.questions import Question
 from grpo_ds.task.reward_files import find_reward_functions, form_lines
 from grpo_ds.task.rewards import Prompt
@@ -299,3 +300,47 @@ def test_trls_own_rewards_run_by_their_import_path(entry, rewards):
     sampled = Sampled(SAMPLED.prompts, [[1, 2, 3], [7] * 25], SAMPLED.trainer_state)
     (values,) = score(MATH, records, functions=functions, sampled=sampled, timeout=60).by_name.values()
     assert values == pytest.approx(rewards)
+
+
+def traced(function):
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+class Judging:
+    def __call__(self, completions, gold, **kwargs): ...
+
+    def method(self, completions, *, gold): ...
+
+
+def takes_gold(completions, gold, **_): ...
+def uses_kwargs(completions, **columns): return columns["gold"]  # fmt: skip
+
+
+def passes_on(completions, gold, **columns): return uses_kwargs(completions, **columns)  # fmt: skip
+
+
+def looks_around(completions, gold, **_): return locals()  # fmt: skip
+
+
+NAMED = {"completions", "gold"}
+READ = [  # function, the arguments that it can read, None for any
+    (takes_gold, NAMED),
+    (functools.partial(takes_gold, strict=True), NAMED),
+    (Judging(), NAMED | {"self"}),
+    (Judging().method, NAMED | {"self"}),
+    (lambda completions, gold, **_: [0.0], NAMED),
+    (uses_kwargs, None),
+    (passes_on, None),
+    (looks_around, None),
+    (traced(takes_gold), None),  # the decorator may read others
+    (len, None),
+]
+
+
+@pytest.mark.parametrize(("function", "expected"), READ, ids=str)
+def test_the_columns_that_a_function_can_read_are_seen(function, expected):
+    assert columns_read(function) == expected
