@@ -35,10 +35,17 @@ class Tracker(Protocol):
         ...
 
 
-def _last_byte(file: Path) -> bytes:
-    with file.open("rb") as content:
-        content.seek(-1, os.SEEK_END)
-        return content.read(1)
+def _append(file: Path, text: str) -> None:
+    """Append all of `text` or, on a full disk, nothing: a line that was cut would spoil the next one, too."""
+    with file.open("ab", buffering=0) as out:
+        size = out.seek(0, os.SEEK_END)
+        try:
+            left = memoryview(text.encode())
+            while left:
+                left = left[out.write(left) :]
+        except OSError:
+            out.truncate(size)
+            raise
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
@@ -46,7 +53,7 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
 
 
 class JsonLines:
-    """Write one JSON object per step, on disk before the next step begins.
+    """Write one JSON object per step, on disk before the next step begins, or as soon as the disk has space.
 
     history: the lines of a resumed run, which are written first.
     """
@@ -55,23 +62,30 @@ class JsonLines:
 
     def __init__(self, folder: Path, history: Sequence[dict[str, Any]] = ()) -> None:
         self.path, self.texts, self._warned = folder / METRICS_FILE, folder / COMPLETIONS_FILE, False
+        self._unwritten = ""  # lines for which the disk was too full
         if self.path.exists() or history:
             with self._at_most_a_warning():
                 write_whole(self.path, "".join(json.dumps(line) + "\n" for line in history))
                 self._drop_completions_after(max((line["step"] for line in history), default=0))
 
     def log(self, metrics: dict[str, float], *, step: int) -> None:
-        with self._at_most_a_warning(), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **strict(metrics)}) + "\n")
+        self._unwritten += json.dumps({"step": step, **strict(metrics)}) + "\n"
+        self._write()
 
     def completions(self, rows: Sequence[dict[str, Any]], *, step: int) -> None:
-        with self._at_most_a_warning(), self.texts.open("a", encoding="utf-8") as file:
-            # A disk that was full may have cut the previous line.
-            file.write("" if not file.tell() or _last_byte(self.texts) == b"\n" else "\n")
-            file.writelines(json.dumps({"step": step, **strict(row)}) + "\n" for row in rows)
+        """Write a line per completion. Those that do not fit on the disk are lost: they could fill the RAM."""
+        with self._at_most_a_warning():
+            _append(self.texts, "".join(json.dumps({"step": step, **strict(row)}) + "\n" for row in rows))
 
     def finish(self, summary: dict[str, Any]) -> str:
+        if self._unwritten:
+            self._write()
         return ""
+
+    def _write(self) -> None:
+        with self._at_most_a_warning():
+            _append(self.path, self._unwritten)
+            self._unwritten = ""
 
     def _drop_completions_after(self, step: int) -> None:
         """Drop completions of steps that a resumed run repeats, and a line that a killed run left unfinished."""

@@ -10,6 +10,7 @@ from typing import ParamSpec, TypeVar, cast
 
 import torch
 
+from grpo_ds.errors import RewardError
 from grpo_ds.memory.phases import OutOfMemory, Profiler
 from grpo_ds.system.ranks import World
 from grpo_ds.system.signals import Interruption, Stopping
@@ -71,7 +72,7 @@ class Guard:
         self._may_stop = True
         try:
             result, signum = self.world.run_on_all_ranks(
-                lambda: _none_if_stopping(work),
+                lambda: self._none_if_stopping(work),
                 signum=lambda: self.interruption.signum,  # read after the work: a signal may have come meanwhile
             )
         finally:
@@ -81,9 +82,13 @@ class Guard:
             raise Stopping
         return cast(Result, result)
 
-
-def _none_if_stopping(work: Callable[[], Result]) -> Result | None:
-    try:
-        return work()
-    except Stopping:
-        return None
+    def _none_if_stopping(self, work: Callable[[], Result]) -> Result | None:
+        try:
+            return work()
+        except Stopping:
+            return None
+        except (RewardError, KeyboardInterrupt):
+            # Ctrl-C also reaches the processes that a reward function has started, and it fails without them.
+            if not self.interruption.signum or self.interruption.ends_now:
+                raise
+            return None

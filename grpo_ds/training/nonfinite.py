@@ -104,7 +104,10 @@ class NonfiniteSteps:
                 completions = [{"rank": rank, **row} for rank, rows in enumerate(shares) for row in rows]
                 batch = {"step": last, "bad": list(bad), "bad_steps_in_a_row": len(self.in_a_row)}
                 text = json.dumps(_strict({**batch, "completions": completions}), indent=1, allow_nan=False)
-                (self.folder / BAD_BATCH).write_text(f"{text}\n", encoding="utf-8")
+                try:
+                    (self.folder / BAD_BATCH).write_text(f"{text}\n", encoding="utf-8")
+                except OSError as error:
+                    where = f"It could not be saved in {self.folder} ({error.strerror})."
         causes = [kind for kind in REMEDIES if bad[0].startswith(kind)]
         raise NumbersError(
             f"Numbers were not finite in {'steps' if last > first else 'step'} "
