@@ -93,15 +93,26 @@ def _handle(handler: Handler) -> dict[int, Any]:
     return {number: signal.signal(number, handler) for number in numbers}
 
 
+def _before_fork() -> None:
+    """Let signals wait during a fork, or one that is sent to the child at once would meet the run's handler."""
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
 def _default_in_child() -> None:
     """Undo `_handle` in a forked process: nobody there looks at what was noted."""
     for number in SIGNALS:
         if signal.getsignal(number) in _handlers:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    _after_fork()
 
 
 _handlers: list[Handler] = []  # all that were installed
-os.register_at_fork(after_in_child=_default_in_child)
+_forking = threading.local()
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_default_in_child)
 
 
 def name(number: int) -> str:
