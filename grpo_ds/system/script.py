@@ -29,7 +29,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         print("Interrupted.", file=sys.stderr, flush=True)
         sys.exit(BY_CTRL_C)
     finally:
-        output_is_optional()  # an error has been reported; the buffers are flushed again at exit
+        output_is_optional()  # an error was reported, and the buffers try again at exit
 
 
 def _call(main: Callable[[list[str]], None]) -> None:

@@ -20,7 +20,7 @@ READER_GONE = 128 + signal.SIGPIPE  # exit code of a command whose reader has en
 
 
 class Raw(io.FileIO):
-    """The descriptor of a standard stream. needed: the first write that fails raises."""
+    """The descriptor of a standard stream. needed: a write that fails raises."""
 
     def __init__(self, descriptor: int, *, needed: bool) -> None:
         super().__init__(descriptor, "w", closefd=False)
@@ -41,16 +41,15 @@ class Raw(io.FileIO):
         return len(data)
 
     def _fail(self, error: OSError) -> None:
-        needed, first = self.needed, not self._failed
-        self.needed, self._failed = False, True  # the buffers above try again, at the latest at exit
-        if needed and isinstance(error, BrokenPipeError):
+        first, self._failed = not self._failed, True
+        if self.needed and isinstance(error, BrokenPipeError):
             raise SystemExit(READER_GONE)
-        if needed:
+        if self.needed:
             raise UsageError(
                 f"Standard output cannot be written: {error.strerror}. What was written is not complete.\n"
                 "Free some space, or write it elsewhere."
             )
-        if first and self.fileno() == STDOUT:
+        if self.fileno() == STDOUT and first:
             say_at_once(f"Standard output cannot be written ({error.strerror}); the run continues.")
 
 
