@@ -5,7 +5,6 @@ piped.
 """
 
 import json
-import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
@@ -113,14 +112,11 @@ def main(argv: list[str]) -> None:
     trained_on = read_trained_on(Path(config.model))
     sampler, style = loaded(config, bf16=gpu_gib is not None or cpu_has_bf16())
     show = show_as(config)
-    try:
-        if config.typed_at_terminal:
-            print(escape_control_chars(f"Model: {config.model} ({choice.why})"), file=sys.stderr)
-            return converse(lambda question: show(*answers(sampler, style, [question], trained_on)), config)
-        for answered in answers(sampler, style, questions, trained_on):
-            show(answered)
-    except BrokenPipeError:  # the reader, such as `| head`, has closed the pipe; Python would still flush at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if config.typed_at_terminal:
+        print(escape_control_chars(f"Model: {config.model} ({choice.why})"), file=sys.stderr)
+        return converse(lambda question: show(*answers(sampler, style, [question], trained_on)), config)
+    for answered in answers(sampler, style, questions, trained_on):
+        show(answered)
 
 
 def loaded(config: QuestionConfig, *, bf16: bool) -> "tuple[Sampler, PromptStyle]":

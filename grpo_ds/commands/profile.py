@@ -12,6 +12,7 @@ from grpo_ds.commands.settle import settle, split_for_training
 from grpo_ds.commands.train import ending_cleanly, make_run, output_folder, reward_functions
 from grpo_ds.errors import UsageError
 from grpo_ds.run_folder.trained_on import read_trained_on
+from grpo_ds.system.streams import output_is_optional
 from grpo_ds.task.questions import read_questions
 
 STEPS = "2"  # if --num_steps is not typed: the first step creates the moments, the second reuses them
@@ -28,6 +29,7 @@ def profile_from(argv: list[str]) -> None:
     settled = settle([*argv, *defaults, *fixed], about=__doc__)
     if settled.resume_from:
         raise UsageError("A profile starts at the first step: leave --resume_from_checkpoint out.")
+    output_is_optional()
     config = settled.config
     questions = read_questions(config.data, labels=config.label_names, fields=config.field_names)
     train, _ = split_for_training(config, questions, read_trained_on(Path(config.model)) or frozenset())

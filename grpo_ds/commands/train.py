@@ -28,6 +28,7 @@ from grpo_ds.settings.paths import absolute
 from grpo_ds.system.hardware import check_versions
 from grpo_ds.system.invocation import command
 from grpo_ds.system.signals import exit_on_signal
+from grpo_ds.system.streams import output_is_optional
 from grpo_ds.task.questions import (
     Question,
     QuestionSet,
@@ -66,6 +67,7 @@ def train_from(argv: list[str]) -> None:
     config = settled.config
     if config.plan:
         return print_plan(settled)
+    output_is_optional()
     if config.preflight:
         check_versions()
     questions = read_questions(config.data, labels=config.label_names, fields=config.field_names)

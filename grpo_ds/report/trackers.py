@@ -19,7 +19,7 @@ from grpo_ds.report.run_files import completion_step, read_json
 from grpo_ds.run_folder.files import COMPLETIONS_FILE, ENVIRONMENT_FILE, METRICS_FILE, SUMMARY_FILE
 from grpo_ds.run_folder.progress import Progress, strict
 from grpo_ds.settings.config import TrainConfig
-from grpo_ds.system.files import open_to_append, replaced, write_whole
+from grpo_ds.system.files import append_whole, replaced, write_whole
 from grpo_ds.terminal import escape_control_chars
 
 
@@ -35,18 +35,12 @@ class Tracker(Protocol):
         ...
 
 
-def _last_byte(file: Path) -> bytes:
-    with file.open("rb") as content:
-        content.seek(-1, os.SEEK_END)
-        return content.read(1)
-
-
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     write_whole(folder / SUMMARY_FILE, json.dumps(strict(summary), indent=1) + "\n")
 
 
 class JsonLines:
-    """Write one JSON object per step, on disk before the next step begins.
+    """Write one JSON object per step, on disk before the next step begins, or as soon as the disk has space.
 
     history: the lines of a resumed run, which are written first.
     """
@@ -55,23 +49,30 @@ class JsonLines:
 
     def __init__(self, folder: Path, history: Sequence[dict[str, Any]] = ()) -> None:
         self.path, self.texts, self._warned = folder / METRICS_FILE, folder / COMPLETIONS_FILE, False
+        self._unwritten = ""  # lines for which the disk was too full
         if self.path.exists() or history:
             with self._at_most_a_warning():
                 write_whole(self.path, "".join(json.dumps(line) + "\n" for line in history))
                 self._drop_completions_after(max((line["step"] for line in history), default=0))
 
     def log(self, metrics: dict[str, float], *, step: int) -> None:
-        with self._at_most_a_warning(), open_to_append(self.path) as file:
-            file.write(json.dumps({"step": step, **strict(metrics)}) + "\n")
+        self._unwritten += json.dumps({"step": step, **strict(metrics)}) + "\n"
+        self._write()
 
     def completions(self, rows: Sequence[dict[str, Any]], *, step: int) -> None:
-        with self._at_most_a_warning(), open_to_append(self.texts) as file:
-            # A disk that was full may have cut the previous line.
-            file.write("" if not file.tell() or _last_byte(self.texts) == b"\n" else "\n")
-            file.writelines(json.dumps({"step": step, **strict(row)}) + "\n" for row in rows)
+        """Write a line per completion. Those that do not fit on the disk are lost: they could fill the RAM."""
+        with self._at_most_a_warning():
+            append_whole(self.texts, "".join(json.dumps({"step": step, **strict(row)}) + "\n" for row in rows))
 
     def finish(self, summary: dict[str, Any]) -> str:
+        if self._unwritten:
+            self._write()
         return ""
+
+    def _write(self) -> None:
+        with self._at_most_a_warning():
+            append_whole(self.path, self._unwritten)
+            self._unwritten = ""
 
     def _drop_completions_after(self, step: int) -> None:
         """Drop completions of steps that a resumed run repeats, and a line that a killed run left unfinished."""

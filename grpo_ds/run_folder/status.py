@@ -6,6 +6,7 @@ import shlex
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from grpo_ds.system.files import write_whole
@@ -30,12 +31,16 @@ class RunStatus:
             return
         self.facts |= facts
         line = {"state": state, **self.facts, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        file, text = self.folder / STATUS_FILE, json.dumps(line, indent=1) + "\n"
         try:
-            write_whole(self.folder / STATUS_FILE, json.dumps(line, indent=1) + "\n")
+            write_whole(file, text)
         except OSError as error:  # a full disk must not end the run
             if not self.warned:
                 print(f"Warning: {STATUS_FILE} could not be written ({error.strerror}).", file=sys.stderr)
             self.warned = True
+            with suppress(OSError):  # the old state is not true any more, and its space may be enough for the new one
+                file.unlink()
+                write_whole(file, text)
 
 
 def resume_command(checkpoint: Path, *, trust_remote_code: bool = False) -> str:

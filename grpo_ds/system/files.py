@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
 
 
 @contextmanager
@@ -41,6 +41,17 @@ def give_folders_mode(folder: Path) -> None:
         file.chmod(folder.stat().st_mode & 0o666)
 
 
-def open_to_append(file: Path) -> TextIO:
-    """Open a text file to add lines to it. Raises OSError for a symbolic link."""
-    return open(file, "a", encoding="utf-8", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666))
+def append_whole(file: Path, text: str) -> None:
+    """Append all of `text` or, on a full disk, nothing: a line that was cut would spoil the next one, too.
+
+    Raises OSError, also for a symbolic link.
+    """
+    with open(file, "ab", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666)) as out:
+        size = out.seek(0, os.SEEK_END)
+        try:
+            left = memoryview(text.encode())
+            while left:
+                left = left[out.write(left) :]
+        except OSError:
+            out.truncate(size)
+            raise

@@ -3,9 +3,9 @@
 import os
 import sys
 from collections.abc import Callable
-from io import TextIOWrapper
 
 from grpo_ds.errors import BY_CTRL_C, GrpoError
+from grpo_ds.system.streams import output_is_optional, protect
 from grpo_ds.terminal import escape_control_chars
 
 # How often a thread of OpenMP looks for the others, at the end of a product, before it sleeps: some 20 microseconds.
@@ -17,11 +17,9 @@ SPINS = 1000
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Call `main(argv)`. If it raises a GrpoError, rank 0 prints the message and the process exits with its code."""
     sleep_soon()
-    for stream in (sys.stdout, sys.stderr):  # a model may write characters that a Latin-1 terminal cannot show
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    protect()
     try:
-        main(sys.argv[1:])
+        _call(main)
     except GrpoError as error:
         rank = os.environ.get("RANK", "0")
         message = f"{error.opening}{error}" if rank == "0" else f"[rank {rank}] {str(error).splitlines()[0]}"
@@ -30,6 +28,17 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr, flush=True)
         sys.exit(BY_CTRL_C)
+    finally:
+        output_is_optional()  # an error was reported, and the buffers try again at exit
+
+
+def _call(main: Callable[[list[str]], None]) -> None:
+    try:
+        main(sys.argv[1:])
+    except SystemExit as end:
+        if end.code:
+            raise
+    print(end="", flush=True)  # here a full disk is an error; --help, too, has printed
 
 
 def sleep_soon() -> None:

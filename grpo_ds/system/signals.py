@@ -1,7 +1,8 @@
-"""Stop requests: SIGTERM or SIGUSR1 (pre-empted), Ctrl-C, or a launcher that has died.
+"""Stop requests: SIGTERM or SIGUSR1 (pre-empted), SIGHUP (its terminal was closed), Ctrl-C, or a launcher that died.
 
 A run notes the first such signal and ends at its next safe point, where nothing is half done. The deepspeed launcher
 forwards Ctrl-C a second time and kills after 30 seconds, so only a second Ctrl-C from the user ends it at once.
+Processes that the run forks, as a reward function may, obey signals as usual.
 """
 
 import os
@@ -9,16 +10,20 @@ import signal
 import sys
 import threading
 import time
+from _thread import start_new_thread
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 
 from grpo_ds.errors import BY_CTRL_C, PREEMPTED, GrpoError
+from grpo_ds.system.streams import say_at_once
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+Handler = Callable[[int, FrameType | None], None]
 LAUNCHERS = {"deepspeed", "torchrun", "accelerate"}  # as scripts, or as modules: deepspeed.launcher.launch
 SAME_CTRL_C = 1.0  # seconds: two Ctrl-C within this time are one, forwarded by the launcher
 CHECK_EVERY = 1.0  # seconds between two checks of the launcher
@@ -57,7 +62,7 @@ class Interruption:
     @contextmanager
     def noted(self) -> Iterator[None]:
         """Note signals instead of ending at once; the launcher's death counts as a signal. Main thread only."""
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        before = _handle(self._note)
         try:
             with _launcher_watched():
                 yield
@@ -73,8 +78,43 @@ class Interruption:
             self.signum, self._since = number, now
             if os.environ.get("RANK", "0") == "0":
                 how = "; press Ctrl-C again to end now without saving" if number == signal.SIGINT else ""
-                line = f"{name(number)}: saving at the next safe point{how}.\n"
-                os.write(sys.stderr.fileno(), line.encode())  # not print, which the signal may have interrupted
+                # By a thread: the signal may have interrupted a write, and the reader of ours may be gone or slow.
+                with suppress(RuntimeError):  # no more threads
+                    start_new_thread(_say, (f"{name(number)}: saving at the next safe point{how}.",))
+
+
+def _say(line: str) -> None:
+    with suppress(Exception):  # a user's function may have replaced the stream
+        print(line, file=sys.stderr, flush=True)
+
+
+def _handle(handler: Handler) -> dict[int, Any]:
+    """Install a handler of stop signals; return those before it. Under nohup SIGHUP stays ignored."""
+    numbers = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    _handlers.append(handler)
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def _before_fork() -> None:
+    """Let signals wait during a fork, or one that is sent to the child at once would meet the run's handler."""
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+def _default_in_child() -> None:
+    """Undo `_handle` in a forked process: nobody there looks at what was noted."""
+    for number in SIGNALS:
+        if signal.getsignal(number) in _handlers:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    _after_fork()
+
+
+_handlers: list[Handler] = []  # all that were installed
+_forking = threading.local()
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_default_in_child)
 
 
 def name(number: int) -> str:
@@ -98,12 +138,11 @@ def exit_on_signal(leaving: Callable[[], None] = lambda: None) -> Iterator[None]
 
     def leave(number: int, _: FrameType | None) -> None:
         if os.environ.get("RANK", "0") == "0":
-            os.write(sys.stderr.fileno(), f"{name(number)}: stopped; there was nothing to save.\n".encode())
+            say_at_once(f"{name(number)}: stopped; there was nothing to save.")
         leaving()
         os._exit(exit_code(number))
 
-    for number in SIGNALS:
-        signal.signal(number, leave)
+    _handle(leave)
     try:
         with _launcher_watched():  # the launcher may also die while a model is loaded
             yield

@@ -13,7 +13,7 @@ import torch
 from grpo_ds.errors import RewardError
 from grpo_ds.memory.phases import OutOfMemory, Profiler
 from grpo_ds.system.ranks import World
-from grpo_ds.system.signals import Interruption, Stopping
+from grpo_ds.system.signals import Interruption, SecondCtrlC, Stopping
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -87,8 +87,8 @@ class Guard:
             return work()
         except Stopping:
             return None
-        except RewardError:
-            # Ctrl-C also ends processes of a reward function, and so the function; resuming repeats the step.
-            if self.interruption.signum:
-                return None
-            raise
+        except (RewardError, KeyboardInterrupt) as error:
+            # Ctrl-C also reaches the processes that a reward function has started, and it fails without them.
+            if not self.interruption.signum or isinstance(error, SecondCtrlC):
+                raise
+            return None  # resuming repeats the step

@@ -105,7 +105,10 @@ class NonfiniteSteps:
                 completions = [{"rank": rank, **row} for rank, rows in enumerate(shares) for row in rows]
                 batch = {"step": last, "bad": list(bad), "bad_steps_in_a_row": len(self.in_a_row)}
                 text = json.dumps(_strict({**batch, "completions": completions}), indent=1, allow_nan=False)
-                write_whole(self.folder / BAD_BATCH, f"{text}\n")
+                try:
+                    write_whole(self.folder / BAD_BATCH, f"{text}\n")
+                except OSError as error:
+                    where = f"It could not be saved in {self.folder} ({error.strerror})."
         causes = [kind for kind in REMEDIES if bad[0].startswith(kind)]
         raise NumbersError(
             f"Numbers were not finite in {'steps' if last > first else 'step'} "

@@ -3,9 +3,12 @@
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy
@@ -76,6 +79,11 @@ def faulty(completions, **_):
         waiting.touch()
         while waiting.exists():
             time.sleep(0.05)
+    if fault == "Ctrl-C in a pool":  # as a terminal sends it: to all processes of the group
+        with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+            pool.submit(os.killpg, 0, signal.SIGINT).result()
+    if fault == "Ctrl-C in a program":
+        subprocess.run(["sh", "-c", "kill -INT 0; sleep 60"], check=True)
     return uneven(completions)[: -1 if fault == "is short" else None]
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import traceback
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -86,22 +87,29 @@ MOMENTS = [
     ("load", 1, signal.SIGTERM, None),
     ("load", 1, signal.SIGINT, None),
     ("initialise", 1, signal.SIGUSR1, None),
+    ("initialise", 1, signal.SIGHUP, None),
     ("evaluate", 1, signal.SIGUSR1, 0),
     ("floor", 1, signal.SIGINT, 0),
     ("sample", 2, signal.SIGTERM, 1),
     ("sample", 3, signal.SIGINT, 2),
     ("sample", 2, signal.SIGUSR1, 1),
+    ("sample", 2, signal.SIGHUP, 1),
     ("reference", 3, signal.SIGTERM, 2),  # the first time, the reference is made
     ("update", 2, signal.SIGINT, 2),
     ("step", 1, signal.SIGUSR1, 1),
     ("save", 1, signal.SIGTERM, 2),  # this save is completed first
     ("evaluate", 2, signal.SIGINT, 3),
 ]
-CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
+CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGHUP: 75, signal.SIGINT: 130}
 
 
 def signal_at(phase: str, count: int, number: int) -> None:
     """Send this process a signal when it enters the phase for the given time."""
+    at(phase, count, lambda: os.kill(os.getpid(), number))
+
+
+def at(phase: str, count: int, act: Callable[[], None]) -> None:
+    """Call `act` when this process enters the phase for the given time."""
     entered, enter = 0, Profiler.phase
 
     @contextmanager
@@ -111,7 +119,7 @@ def signal_at(phase: str, count: int, number: int) -> None:
             if name == phase:
                 entered += 1
                 if entered == count:
-                    os.kill(os.getpid(), number)
+                    act()
             yield
 
     Profiler.phase = watched
@@ -160,6 +168,24 @@ def signalled_at_the_end(model: Path, folder: Path) -> None:
 def test_a_finished_run_can_be_moved_and_resumed_and_is_finished_again(warm, tiny_folder, tmp_path, tried):
     warm(signalled_at_the_end, tiny_folder, tmp_path)
     tried("signal in a phase", "too late to stop anything")
+
+
+def ctrl_c_in_a_reward(model: Path, folder: Path, straight: Path, fault: str) -> None:
+    run = folder / "run"
+    os.environ |= {"FAULT": fault, "FAULT_AT": "2"}
+    stopped = train(flags(model, run), folder / "log", os.setpgrp)
+    assert (stopped.code, status(run)["state"], status(run)["step"]) == (130, "stopped", 1), stopped.err
+    del os.environ["FAULT"]
+    resumed = train(stopped.resume_words, folder / "log")
+    assert resumed.code == 0 and same(result(run), result(straight)), resumed.err
+
+
+@pytest.mark.parametrize("fault", ["Ctrl-C in a pool", "Ctrl-C in a program"])
+def test_ctrl_c_that_ends_a_reward_functions_processes_is_a_stop_not_a_failed_reward(
+    fault, straight, warm, tiny_folder, tmp_path, tried
+):
+    warm(ctrl_c_in_a_reward, tiny_folder, tmp_path, straight, fault)
+    tried("Ctrl-C while a reward's processes work", "saved and resumed bit by bit")
 
 
 # --- two ranks ---------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from grpo_ds.system.files import open_to_append, replaced, write_whole
+from grpo_ds.system.files import append_whole, replaced, write_whole
 
 
 def test_a_file_is_the_old_one_or_the_new_one_and_nothing_is_left_beside_it(tmp_path, monkeypatch):
@@ -29,11 +29,10 @@ def test_a_link_is_replaced_and_not_followed(tmp_path):
 
 
 def test_nothing_is_appended_through_a_link(tmp_path):
-    with open_to_append(tmp_path / "metrics.jsonl") as file:
-        file.write("1\n")
+    append_whole(tmp_path / "metrics.jsonl", "1\n")
     (tmp_path / "link").symlink_to(tmp_path / "metrics.jsonl")
     with pytest.raises(OSError):
-        open_to_append(tmp_path / "link")
+        append_whole(tmp_path / "link", "2\n")
     assert (tmp_path / "metrics.jsonl").read_text() == "1\n"
 
 
@@ -42,7 +41,7 @@ def test_a_file_has_the_mode_of_the_umask(tmp_path, umask):
     before = os.umask(umask)
     try:
         write_whole(tmp_path / "a", "")
-        open_to_append(tmp_path / "b").close()
+        append_whole(tmp_path / "b", "")
     finally:
         os.umask(before)
     assert [(tmp_path / name).stat().st_mode & 0o777 for name in "ab"] == [0o666 & ~umask] * 2
