@@ -341,6 +341,6 @@ READ = [  # function, the arguments that it can read, None for any
 ]
 
 
-@pytest.mark.parametrize(("function", "expected"), READ, ids=str)
+@pytest.mark.parametrize(("function", "expected"), READ, ids=range(len(READ)))
 def test_the_columns_that_a_function_can_read_are_seen(function, expected):
     assert columns_read(function) == expected
