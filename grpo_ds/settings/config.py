@@ -16,6 +16,7 @@ from grpo_ds.settings.grpo_flags import LossFlags, OptimizerFlags, ReferenceFlag
 from grpo_ds.settings.run_flags import AdapterFlags, MemoryFlags, OutputFlags, SafetyFlags, SamplingFlags
 from grpo_ds.task.answers import TAG_NAME, AnswerFormat
 from grpo_ds.task.prompts import worked_examples
+from grpo_ds.task.spelling import label_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +40,10 @@ class AskConfig(ModelFlags, RecordFlags, PromptFlags):
         ]
 
     def _unread_labels(self) -> str:
-        """Labels that no answer can be read as; "" if the tags are wrong, which is a separate problem."""
+        """Labels that no answer can be read as; "" if tags are wrong or a label is there twice, a separate problem."""
         tags = {self.reasoning_tag, self.answer_tag}
-        if len(tags) < 2 or not all(map(TAG_NAME.fullmatch, tags)):
+        twice = len(set(map(label_key, self.label_names))) < len(self.label_names)
+        if twice or len(tags) < 2 or not all(map(TAG_NAME.fullmatch, tags)):
             return ""
         return ", ".join(repr(label) for label in self.label_names if not self.answer_format.reads_back(label))
 

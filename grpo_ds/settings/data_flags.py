@@ -53,12 +53,12 @@ class RecordFlags(Flags):
         return {field: nfc(name) for field, name in names.items() if name}
 
     def problems(self) -> list[str]:
-        different = {label_key(label) for label in self.label_names}
+        names, different = self.label_names, {label_key(label) for label in self.label_names}
         named = self.field_names
         return [
             *failed(
-                (len(different) < 2 or "" in different, "labels needs two answers or more: yes,no"),
-                (len(different) < len(self.label_names), f"labels is {self.labels}, which has one answer twice"),
+                (len(names) < 2 or "" in different, "labels needs two answers or more: yes,no"),
+                (len(different) < len(names), f"labels is {self.labels}, which has one answer twice"),
                 (
                     len(set(named.values())) < len(named),
                     "question_field, context_field and label_field must name different fields",

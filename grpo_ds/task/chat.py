@@ -5,7 +5,6 @@ the assistant's turn itself. What it would lose stands in the user's turn instea
 as prefilled, and a template after which no answer could be read is refused.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +20,12 @@ DEFAULT_CHAT_TEMPLATE = (
 # Private-use characters: no chat template has a reason to contain or remove them.
 CONTEXT_MARK = "\ue000context\ue001"
 QUESTION_MARK = "\ue000question\ue001"
-TAG_AT_END = re.compile(rf"<(/?)({TAG_NAME.pattern})>\s*\Z", re.ASCII)
+# What may begin a part of the assistant's turn: <think>, <seed:think>, <think mode="long">, [THINK], a control token.
+BRACKETS = "<>\\[\\]\u2039\u203a\u25c1\u25b7"  # < > [ ] and the like, in a character class
+OPENS_OR_CLOSES = re.compile(
+    rf"(?P<control>{CONTROL})|[<\[\u2039\u25c1](?P<end>/?)(?P<name>[^\W\d][^\s{BRACKETS}]*)[^{BRACKETS}]*[>\]\u203a\u25b7]"
+)
+SAYS_END = re.compile(r"(?<![a-z])end(?![a-z])|/", re.IGNORECASE)  # <|END_THINKING|>, <|/think|>, <end_of_turn>
 LONGEST_REASON = 160  # characters of a template's own error
 NO_SYSTEM_ROLE = "The chat template has no place for a system prompt: the instructions begin the first user turn."
 EDITS_TURNS = "The chat template edits earlier assistant turns: the worked examples are text of the user's turn."
@@ -60,44 +64,43 @@ def render_chat(tokenizer: Any, messages: Messages, *, answer_format: AnswerForm
     messages: the chat, with marks in place of the question's texts. prefill: end it with an open reasoning tag.
     Raises UsageError for a template that loses the question or the instructions in every arrangement, or fails.
     """
-    fault = ""
+    failed, lost = "", ""
     for arranged, notes in _arrangements(messages):
         try:
             rendered = _apply_template(tokenizer, arranged)
         except Exception as error:  # a template raises what it likes, for a role or for roles that do not alternate
-            fault = fault or f"fails: {' '.join(str(error).split())[:LONGEST_REASON]}"
+            failed = failed or f"fails: {' '.join(str(error).split())[:LONGEST_REASON]}"
             continue
-        if _repeats(rendered, arranged):
+        text = _lost(rendered, arranged)
+        if not text:
             chat = Chat(*_cut_at_marks(rendered, CONTEXT_MARK in messages[-1]["content"]), notes)
             tag = answer_format.opening * (prefill and not chat.opening(answer_format))
             return replace(chat, after=chat.after + tag)
-        fault = "does not repeat the last user turn unchanged, so no question can be put into it"
-    raise UsageError(f"The tokenizer's chat template {fault}.\n{FIX_TEMPLATE}")
+        lost = lost or f"does not repeat {text} unchanged"
+    raise UsageError(f"The tokenizer's chat template {lost or failed}.\n{FIX_TEMPLATE}")
 
 
 def check_chat_template(tokenizer: Any, messages: Messages, *, answer_format: AnswerFormat) -> tuple[str, ...]:
     """Return warnings about the template, one line each. Raises UsageError if no completion after it could be read."""
     chat = render_chat(tokenizer, messages, answer_format=answer_format, prefill=False)
     header, own = _assistant_header(tokenizer), answer_format.reasoning_tag
-    left = header[len(os.path.commonprefix([header, chat.after])) :]  # noqa: RUF071  characters, not folders
-    if re.search(CONTROL, left):
+    # Some templates put the system prompt behind the question; it may name any tag.
+    tail = chat.after.rpartition(messages[0]["content"])[2]
+    if left := _left_out(header, chat.after):
         raise UsageError(
             f"The chat template begins an assistant's turn with {left.strip()[:80]!r}, but its generation prompt "
             "does not,\nand a completion with control tokens in front of the answer earns nothing.\n"
             "Add that text to the generation prompt: chat_template in the model's tokenizer_config.json."
         )
-    tag = TAG_AT_END.search(chat.after)
-    closes, name = (bool(tag[1]), tag[2]) if tag else (False, own)
-    if closes and name == own:
+    # What begins every turn, such as <bot>, opens nothing.
+    usual = _opened(header) or _opened(_user_header(tokenizer))
+    for tag, name in _opened(tail).items():
+        known = tag in usual or tag == answer_format.opening or (not header and re.match(CONTROL, tag))
+        if not known:
+            raise _unknown_opening(tag, name, answer_format)
+    if answer_format.reasoning_pair[1] in tail and not chat.opening(answer_format):
         closed = f"The chat template closes <{own}> before the completion, so the model may not reason in it."
         return (*chat.notes, f"{closed} Try another --reasoning_tag.")
-    # A header that ends in a tag, such as <bot>, opens nothing.
-    if not closes and name != own and not header.rstrip().endswith(f"<{name}>"):
-        raise UsageError(
-            f"The chat template opens <{name}> at the end of every prompt, but the reasoning tag is <{own}>:\n"
-            f"a completion would continue <{name}>, and an answer behind it earns nothing.\n"
-            f"Try --reasoning_tag {name}, or change the generation prompt in chat_template (tokenizer_config.json)."
-        )
     return chat.notes
 
 
@@ -132,33 +135,77 @@ def _examples_as_text(turns: Messages) -> str:
     return "\n\n".join([*examples, "Now reply to this:", turns[-1]["content"]])
 
 
-def _repeats(rendered: str, messages: Messages) -> bool:
-    """Return True if the template repeats every text, and earlier assistant turns begin as the completion will."""
+def _lost(rendered: str, messages: Messages) -> str:
+    """Name a text that the template does not repeat; "" if it repeats all, and earlier answers begin as the next."""
+    if messages[-1]["content"] not in rendered:
+        return "the last user turn"
     place, headers = 0, []
     for message in messages:
         if message["role"] == "system":  # some templates put it before the last user turn
             if message["content"] not in rendered:
-                return False
+                return "the system prompt"
             continue
         start = rendered.find(message["content"], place)
         if start < 0:
-            return False
+            return f"an earlier {message['role']} turn"
         if message["role"] == "assistant":
             headers.append(rendered[place:start].rstrip())
         place = start + len(message["content"])
-    return all(rendered[place:].startswith(header) for header in headers)
+    return "" if all(rendered[place:].startswith(header) for header in headers) else "an earlier assistant turn"
+
+
+def _opened(text: str) -> dict[str, str]:
+    """Map each tag that the text opens and does not close to its name; a control token to ""."""
+    opened: dict[str, str] = {}
+    for mark in OPENS_OR_CLOSES.finditer(text):
+        name = mark["name"] or ""  # of a control token ""
+        if mark["end"] or mark[0].endswith("/>") or SAYS_END.search(name or mark[0]):
+            opened = {tag: other for tag, other in opened.items() if other != name}
+        else:
+            opened[mark[0]] = name
+    return opened
+
+
+def _unknown_opening(tag: str, name: str, answer_format: AnswerFormat) -> UsageError:
+    own, usable = answer_format.reasoning_tag, TAG_NAME.fullmatch(name) and tag == f"<{name}>"
+    taken = name.lower() in (own.lower(), answer_format.answer_tag.lower())
+    change = "change the generation prompt in chat_template (tokenizer_config.json)."
+    return UsageError(
+        f"The chat template opens {tag[:80]} at the end of every prompt, but the reasoning tag is <{own}>:\n"
+        f"a completion would continue {tag[:80]}, and an answer behind it earns nothing.\n"
+        + (f"Try --reasoning_tag {name}, or {change}" if usable and not taken else change.capitalize())
+    )
+
+
+def _left_out(header: str, after: str) -> str:
+    """Return the header from the first control token on that the generation prompt leaves out; "" for none."""
+    place = 0
+    for token in re.finditer(CONTROL, header):
+        place = after.find(token[0], place) + len(token[0])
+        if place < len(token[0]):
+            return header[token.start() :]
+    return ""
 
 
 def _assistant_header(tokenizer: Any) -> str:
     """Return the template's text between a user's turn and the answer; "" if it loses earlier turns."""
-    texts = {"user": QUESTION_MARK, "assistant": CONTEXT_MARK}
-    chat = [{"role": role, "content": texts[role]} for role in ("user", "assistant", "user")]
-    try:
-        rendered = _apply_template(tokenizer, chat)
-    except Exception:  # a template raises what it likes
-        return ""
-    header, found, _ = rendered.partition(QUESTION_MARK)[2].partition(CONTEXT_MARK)
+    header, found, _ = _around(tokenizer, "user", "assistant", "user")[1].partition(CONTEXT_MARK)
     return header if found else ""
+
+
+def _user_header(tokenizer: Any) -> str:
+    return _around(tokenizer, "user")[0]
+
+
+def _around(tokenizer: Any, *roles: str) -> tuple[str, str]:
+    """Return the template's text before and after the first user's text; "" where it fails."""
+    texts = {"user": QUESTION_MARK, "assistant": CONTEXT_MARK}
+    try:
+        rendered = _apply_template(tokenizer, [{"role": role, "content": texts[role]} for role in roles])
+    except Exception:  # a template raises what it likes
+        return "", ""
+    before, _, after = rendered.partition(QUESTION_MARK)
+    return before, after
 
 
 def _apply_template(tokenizer: Any, messages: Messages) -> str:

@@ -8,12 +8,13 @@ without rendering again (the chat itself: chat.py).
 
 import os
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from grpo_ds.errors import DataError
 from grpo_ds.task.answers import AnswerFormat
-from grpo_ds.task.chat import CONTEXT_MARK, QUESTION_MARK, Messages, render_chat
+from grpo_ds.task.chat import CONTEXT_MARK, QUESTION_MARK, Chat, Messages, render_chat
 from grpo_ds.task.questions import Question
 from grpo_ds.task.records import Unusable, sound_text
 
@@ -107,6 +108,25 @@ def default_system_prompt(answer_format: AnswerFormat, has_context: bool = True)
     )
 
 
+def chat_of_any_question(
+    tokenizer: Any, *, answer_format: AnswerFormat, few_shot: int, prefill: bool, system_prompt: str, has_context: bool
+) -> Chat:
+    """Render the chat, once for all questions; after a change other than of chat_template forget_chats() first."""
+    settings = (answer_format, few_shot, prefill, system_prompt, has_context)
+    return _rendered_chat(tokenizer, str(tokenizer.chat_template), *settings)
+
+
+@lru_cache(maxsize=16)
+def _rendered_chat(
+    tokenizer: Any, _template: str, answer_format: AnswerFormat, few_shot: int, prefill: bool, system: str, has: bool
+) -> Chat:
+    messages = marked_messages(answer_format=answer_format, few_shot=few_shot, system_prompt=system, has_context=has)
+    return render_chat(tokenizer, messages, answer_format=answer_format, prefill=prefill)
+
+
+forget_chats = _rendered_chat.cache_clear
+
+
 def encode_prompt(
     tokenizer: Any,
     question: Question,
@@ -123,13 +143,14 @@ def encode_prompt(
     max_prompt_length: tokens.
     Raises DataError if the prompt does not fit even without any context.
     """
-    messages = marked_messages(
+    chat = chat_of_any_question(
+        tokenizer,
         answer_format=answer_format,
         few_shot=few_shot,
+        prefill=prefill,
         system_prompt=system_prompt,
         has_context=bool(question.context),
     )
-    chat = render_chat(tokenizer, messages, answer_format=answer_format, prefill=prefill)
     head = _template_ids(tokenizer, chat.before)
     reach = (max_prompt_length + 1) * LONGEST_TOKEN
     context = _text_ids(tokenizer, f" {question.context}"[-reach:]) if question.context else []

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_ds.settings.config import AskConfig
 from grpo_ds.task.answers import AnswerFormat
-from grpo_ds.task.chat import Messages, check_chat_template, render_chat
-from grpo_ds.task.prompts import build_messages, encode_prompt, marked_messages
+from grpo_ds.task.chat import Messages, check_chat_template
+from grpo_ds.task.prompts import build_messages, chat_of_any_question, encode_prompt, forget_chats, marked_messages
 from grpo_ds.task.questions import Question
 from grpo_ds.task.rewards import Prompt
 from grpo_ds.training.sampling import Completions
@@ -63,7 +63,7 @@ class PromptStyle:
     def encode_again(self, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[list[int]]:
         """Encode prompts whose template text has changed since they were encoded."""
         _prompt_ids.cache_clear()
-        _opening.cache_clear()
+        forget_chats()
         return self.encode(tokenizer, questions)
 
     def texts(self, tokenizer: PreTrainedTokenizerBase, completions: Completions) -> list[str]:
@@ -89,10 +89,16 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, " C"]) -> str:
     return str(tokenizer.decode(ids[:-1] if ends_in_control else ids, skip_special_tokens=False))
 
 
-@lru_cache(maxsize=8)
 def _opening(tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> str:
     """Reasoning tag at the end of every prompt, put there by --prefill or by the chat template; "" without one."""
-    chat = render_chat(tokenizer, style.messages(), answer_format=style.answer_format, prefill=style.prefill)
+    chat = chat_of_any_question(
+        tokenizer,
+        answer_format=style.answer_format,
+        few_shot=style.few_shot,
+        prefill=style.prefill,
+        system_prompt=style.system_prompt,
+        has_context=True,
+    )
     return chat.opening(style.answer_format)
 
 

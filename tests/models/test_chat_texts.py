@@ -55,6 +55,15 @@ def test_all_prompts_and_those_of_the_saved_model_hold_the_text_of_the_first(tmp
     assert prompts(load_tokenizer(str(tmp_path / "model"))) != before  # a new run has its own day
 
 
+def test_prompts_encoded_again_hold_a_text_that_has_changed(tmp_path):
+    tokenizer = load_tokenizer(str(saved(tmp_path / "model", CHATML)))
+    before, texts = style().encode(tokenizer, ASKED), chat_texts(tokenizer)
+    texts.update({key: f"Shared.{text}" for key, text in texts.items()})  # as another rank rendered it
+    assert style().encode(tokenizer, ASKED) == before
+    added = tokenizer.encode("Shared.", add_special_tokens=False)
+    assert style().encode_again(tokenizer, ASKED) == [[*added, *ids] for ids in before]
+
+
 def test_the_first_rendering_is_the_templates_own(tmp_path, days_pass):
     line = first_line(prompts(load_tokenizer(str(saved(tmp_path / "model", DATED)))))
     assert line == "Today is 01 March 2026, 23:59."  # the day before, the template was checked

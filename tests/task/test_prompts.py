@@ -14,6 +14,7 @@ from grpo_ds.task.prompts import (
     build_messages,
     default_system_prompt,
     encode_prompt,
+    forget_chats,
     marked_messages,
 )
 from grpo_ds.task.questions import Question
@@ -57,8 +58,22 @@ QWEN3_OFF = template(assistant=LAST_PART, generation="<think>\n\n</think>\n\n") 
 OFF_IN_EVERY_TURN = template(
     turn="<think>\n\n</think>\n", generation="<think>\n\n</think>\n"
 )  # as SmolLM3's, switched off
+# The system prompt ends the chat, with its own end of turn; and one that is edited where it always stands.
+SYSTEM_LAST = (
+    "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "<|end_{{ m.role }}|>{% endfor %}"
+    "{% for m in messages if m.role == 'system' %}[RULES]{{ m.content }}[/RULES]{% endfor %}<|im_start|>assistant\n"
+)
+EDITS_SYSTEM = "{{ messages[0].content | upper }}" + template().replace("in messages", "in messages[1:]")
 CHANNELS = template(turn="<|channel|>final<|message|>")  # as gpt-oss: the answer stands in a channel of its own
 NAMES_CHANNEL = template(turn="<|channel|>final<|message|>", generation="<|channel|>final<|message|>")
+CLOSED = [
+    template(generation=text)
+    for text in ("<think></think>", "[THINK]\n[/THINK]", "<|START_THINKING|><|END_THINKING|>", "<think/>", "Sure: [1] ")
+]
+TURN = "<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>\n"
+GEMMA = f"{{% for m in messages %}}{TURN}{{% endfor %}}<start_of_turn>model\n"
+PHI_WITHOUT_HISTORY = "{{ messages[0].content }}<|user|>{{ messages[-1].content }}<|end|><|assistant|>"
 KEEPS = [ALTERNATES, template(), NAMES_CHANNEL, template(turn="<bot>", generation="<bot>")]
 
 
@@ -179,6 +194,20 @@ def test_without_room_for_any_context_the_rest_must_still_fit(tokenizer, prefill
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize("edited", [False, True])
+def test_the_chat_is_rendered_once_for_all_questions_with_a_context_and_once_without(edited):
+    tokenizer = with_template(QWEN3 if edited else template())
+    calls, render = [], tokenizer.apply_chat_template
+    tokenizer.apply_chat_template = lambda *given, **options: calls.append(given) or render(*given, **options)
+    asked = [replace(QUESTION, text=f"Is it {n}?", context="It is." * (n % 2)) for n in range(10)]
+    ids = [encode(tokenizer, question, few_shot=1, answer_format=THINK).ids for question in asked]
+    assert len(calls) == 2 * (3 if edited else 1)  # arrangements until one is repeated
+    again = with_template(tokenizer.chat_template)
+    for question, found in zip(asked, ids, strict=True):
+        forget_chats()
+        assert encode(again, question, few_shot=1, answer_format=THINK).ids == found
+
+
 def chat(template, answer_format=FORMAT, *, few_shot=2, prefill=False):
     messages = marked_messages(answer_format=answer_format, few_shot=few_shot, system_prompt="")
     return render_chat(with_template(template), messages, answer_format=answer_format, prefill=prefill)
@@ -224,7 +253,22 @@ def test_a_prompt_without_an_open_reasoning_tag_gets_it_from_the_flag_alone(temp
         # The history looks like the prompt up to the open tag.
         (template(turn="<think></think>", generation="<think>\n"), FORMAT, ["opens <think>", "--reasoning_tag think"]),
         (refusing("m.role == 'assistant'", "no history") + template(generation="<think>\n"), FORMAT, ["opens <think>"]),
-        (template(generation="<answer>"), FORMAT, ["opens <answer> at the end"]),
+        (template(generation="<answer>"), FORMAT, ["opens <answer> at the end", "\nChange the generation prompt"]),
+        (BEGINS, FORMAT, ["opens <think> at the end", "--reasoning_tag think"]),
+        *(
+            (template(generation=opened), FORMAT, [f"opens {opened.strip()} at the end", "\nChange the generation"])
+            for opened in [
+                "[THINK]",
+                "<|START_THINKING|>",
+                "<seed:think>\n",
+                '<think mode="long">',
+                "<\u8003>",
+                "\u2039\u8003\u203a",
+                "\u25c1think\u25b7",
+            ]
+        ),
+        (template(generation='<think mode="long">'), THINK, ["opens <think mode"]),
+        (SYSTEM_LAST + "<think>", FORMAT, ["opens <think>"]),
         (CHANNELS, FORMAT, ["begins an assistant's turn with '<|channel|>final<|message|>'", "generation prompt"]),
         (CHANNELS, THINK, ["begins an assistant's turn with"]),
     ],
@@ -234,6 +278,15 @@ def test_a_template_after_which_no_answer_can_be_read_is_refused(template, answe
         warnings(template, answer_format, few_shot=0)
     assert [part for part in said if part not in str(error.value)] == [], error.value
     assert len(str(error.value).splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize("template", [*CLOSED, GEMMA, refusing("m.role == 'assistant'", "no") + GEMMA, SYSTEM_LAST])
+def test_what_is_closed_or_begins_every_turn_opens_nothing(template):
+    assert warnings(template, few_shot=0) == ""
+
+
+def test_a_control_token_opens_nothing_where_no_earlier_turn_shows_how_turns_begin():
+    assert warnings(PHI_WITHOUT_HISTORY, few_shot=0) == ""
 
 
 @pytest.mark.parametrize("template", [QWEN3_OFF, OFF_IN_EVERY_TURN])
@@ -283,6 +336,7 @@ BEGINNINGS = [
     "<reasoning>",
     "<think></think>",
     "<|channel|>final<|message|>",
+    "[THINK]",
     "Sure: ",
 ]
 REFUSALS = ["", refusing("m.role == 'system'", "no system"), refusing("m.role == 'assistant'", "no history")]
@@ -333,7 +387,8 @@ def test_the_context_is_cut_alike_wherever_the_examples_stand(template):
         ("{{ raise_exception('no chats today') }}", "fails: no chats today"),
         ("{{ messages[0].content.text.en }}", "fails: 'str object' has no attribute 'text'"),  # for images
         ("{% for m in messages %}{{ m.role }}{% endfor %}", "does not repeat the last user turn"),
-        (template(user="{{ m.content[:100] }}"), "does not repeat the last user turn"),
+        (template(user="{{ m.content[:100] }}"), "does not repeat the system prompt"),
+        (EDITS_SYSTEM, "does not repeat the system prompt unchanged"),
         (REFUSES_SYSTEM.replace("trim", "upper"), "does not repeat the last user turn"),
     ],
 )
