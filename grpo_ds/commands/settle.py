@@ -63,7 +63,7 @@ def settle(argv: list[str], *, about: str = "") -> Settled:
     choice = choose_model(asked.model, gpu_gib=gpu, ram_gib=ram, run=run_with_auto)
     config = parsed.config(saved or lora_recipe(choice.recipe, asked), model=choice.model)
     shape = usable_shape(config)
-    warnings += filter(None, [longer_than_made_for(shape, config)])
+    warnings += filter(None, [longer_than_made_for(shape, config.max_prompt_length, config.max_completion_length)])
     ds = resolved(config)
     # The values that the run really uses, so that the config saved beside the model repeats the run.
     config = replace(
