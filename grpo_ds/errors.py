@@ -52,6 +52,11 @@ class RewardError(GrpoError):
     exit_code = 7
 
 
+def in_one_line(error: Exception, most: int = 200) -> str:
+    """Return another library's message as one line of at most `most` characters, for a message of ours."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def one_error(error_type: type[GrpoError], headline: str, problems: Sequence[str], remedy: str = "") -> GrpoError:
     """Make one error of many problems: headline, the problems that fit, the number of others, remedy."""
     room = MAX_LINES - 1 - bool(remedy)

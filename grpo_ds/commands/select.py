@@ -8,6 +8,7 @@ prompts and completions of full length. --model NAME shows one model phase by ph
 
 import json
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -20,7 +21,7 @@ from grpo_ds.commands.settle import check_local
 from grpo_ds.memory.plan import GIB, MemoryKind, Plan
 from grpo_ds.memory.select import Candidate, best, candidates, remedies, usable
 from grpo_ds.models.presets import EMBEDDED, PRESETS
-from grpo_ds.models.shapes import shape_of
+from grpo_ds.models.shapes import longer_than_made_for, shape_of
 from grpo_ds.report.memory_plan import component_table
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import TrainConfig
@@ -72,6 +73,9 @@ def main(argv: list[str]) -> None:
         check_local(config)
     found = all_candidates(one, config, parsed.typed, gpu, ram)
     chosen, typed = best(found), typed_flags(config, parsed.typed)
+    shape = (chosen or found[0]).job.shape
+    if warning := longer_than_made_for(shape, config.max_prompt_length, config.max_completion_length):
+        print(escape_control_chars(warning), file=sys.stderr)
     if config.json:
         return print(json.dumps(as_json(found, chosen, typed, gpu, ram), indent=2))
     console = Console(width=None if Console().is_terminal else WIDTH, highlight=False, soft_wrap=True)

@@ -68,7 +68,7 @@ def settle(argv: list[str], *, about: str = "") -> Settled:
     if origin:
         refuse_other_flags(config, saved, origin)
     shape = usable_shape(config, origin)
-    warnings += filter(None, [longer_than_made_for(shape, config)])
+    warnings += filter(None, [longer_than_made_for(shape, config.max_prompt_length, config.max_completion_length)])
     ds = resolved(config)
     # The values that the run really uses, so that the config saved beside the model repeats the run.
     config = replace(

@@ -6,6 +6,7 @@ compares them with the model that config.json describes, on torch's meta device.
 
 import json
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +20,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from grpo_ds.errors import UsageError, one_error
+from grpo_ds.errors import UsageError, in_one_line, one_error
 from grpo_ds.models.shapes import ADAPTER_FILE
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 IN_PEFT = "base_model.model."  # prefix of the base's own tensors in an adapter's file
 ANSWER = "ANSWER"  # a turn of the assistant, to see what the chat template writes after it
 MARKER = re.compile(r"<\|[^<>|\s]+\|>")
@@ -109,7 +111,8 @@ def check_parts(
             )
         check_loaded(str(base), model, found)
     if adapter:
-        _check_adapter(adapter, model)
+        with _quiet():
+            _check_adapter(adapter, model)
 
 
 def check_loaded(name: str, model: PreTrainedModel, found: Mapping[str, Any]) -> None:
@@ -171,6 +174,11 @@ def _check_adapter(folder: Path, model: PreTrainedModel) -> None:
             f"The adapter in {folder} is of peft's kind {kind}, which adds tokens, not weights: it cannot be merged.\n"
             f"Use its base, --model {config.base_model_name_or_path}, or an adapter that peft can merge, such as LoRA."
         )
+    if not any((folder / file).is_file() for file in ADAPTER_WEIGHTS):  # peft would look for a hub id of this name
+        raise UsageError(
+            f"The adapter in {folder} has no weights: {ADAPTER_WEIGHTS[0]} is missing.\n"
+            f"Copy it there, or use the adapter's base, --model {config.base_model_name_or_path}."
+        )
     stored = {name: tensor.shape for name, tensor in load_peft_weights(str(folder), device="cpu").items()}
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # others, such as pissa, compute from weights that are not there
@@ -181,7 +189,7 @@ def _check_adapter(folder: Path, model: PreTrainedModel) -> None:
     except ValueError as error:  # no layer has the names of its target_modules
         raise UsageError(
             f"The adapter in {folder} does not fit its base {config.base_model_name_or_path}: "
-            f"{str(error).splitlines()[0][:150]}\nName in {ADAPTER_FILE} the base that it was trained on."
+            f"{in_one_line(error, 150)}\nName in {ADAPTER_FILE} the base that it was trained on."
         ) from None
     shapes = {**own, **{name: tensor.shape for name, tensor in wanted.items()}}
     problems = []
@@ -218,10 +226,12 @@ def _shapes(folder: Path) -> dict[str, Shape]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' table of the same disagreements."""
+    """Silence transformers' table of the same disagreements, and notices between peft and transformers."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         transformers_logging.set_verbosity(level)

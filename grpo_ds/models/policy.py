@@ -21,7 +21,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from grpo_ds.errors import UsageError
+from grpo_ds.errors import UsageError, in_one_line
 from grpo_ds.models.chat_texts import keep_chat_texts
 from grpo_ds.models.embedded import embedded_folder
 from grpo_ds.models.logprob_model import LogprobModel
@@ -190,10 +190,9 @@ def _named_errors(name: str):
         if "trust_remote_code" in str(error):
             raise brings_code(name) from error
         kind = "folder" if Path(name).is_dir() else "model"
-        first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         reach = "" if kind == "folder" else "If this machine cannot reach the hub, "
         raise UsageError(
-            f"The {kind} {name} cannot be loaded: {first_line[:200]}\n"
+            f"The {kind} {name} cannot be loaded: {in_one_line(error)}\n"
             f"{reach}{'n' if reach else 'N'}ame a folder saved by save_pretrained (--model FOLDER),\n"
             f"or use the embedded model, which needs no network: --model {EMBEDDED}"
         ) from error

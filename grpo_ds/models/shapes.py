@@ -7,13 +7,13 @@ defined here.
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo_ds.errors import UsageError
-from grpo_ds.settings.config import AskConfig
+from grpo_ds.errors import UsageError, in_one_line, one_error
 from grpo_ds.system.hub import check_hub
 
 # Weights that share an int8 scale. 64 divides all hidden sizes in use; 128 saves 1.5 % of memory, raises the KL floor.
@@ -25,6 +25,13 @@ SHARD_BYTES = 2 * 10**9  # of a saved model; on its way to the file a shard is c
 
 ALL_LINEAR = "all-linear"
 ADAPTER_FILE = "adapter_config.json"  # in a folder written by peft; it names the base model
+
+HUB_ID = re.compile(r"(?![.~])[\w.-]+(/[\w.-]+)?")
+SIZES = (  # keys of a config.json that are counts
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("intermediate_size", "max_position_embeddings", "n_embd", "n_layer", "n_head", "n_inner", "n_positions"),
+)
+POSITIONS = "max_position_embeddings"
 
 Matrix = tuple[int, int, int]  # output rows, input columns, how many such matrices
 Linear = tuple[str, int, int, int]  # a linear layer's name within its block, and its matrix
@@ -54,6 +61,7 @@ class ModelShape:
     vectors: int  # elements of all norms and biases
     positions: int | None = None  # tokens of a row that the model was made for; None: no limit is known
     learned_positions: bool = False  # a longer row is an error, not only worse
+    positions_key: str = POSITIONS  # of config.json
 
     @property
     def parameters(self) -> int:
@@ -137,16 +145,36 @@ def shape_of(model: str, *, trust_remote_code: bool = False) -> ModelShape:
     trust_remote_code: the model's own code may be run to build it.
     """
     config = PRESET_CONFIGS.get(model) or read_config(model)
-    family = FAMILIES.get(config.get("model_type", ""))
+    _check_sizes(model, config)
+    family = FAMILIES.get(str(config.get("model_type")))
     try:
         return family(model, config) if family else meta_shape(model, config, trust_remote_code=trust_remote_code)
-    except KeyError:  # a missing key has the default of its config class
+    except (KeyError, TypeError):  # a missing key, or null, has the default of its config class
         return meta_shape(model, config, trust_remote_code=trust_remote_code)
+
+
+def _check_sizes(model: str, config: Mapping[str, Any]) -> None:
+    """Raise UsageError for counts that are not positive whole numbers. null is a default, a list has one per layer."""
+    given = [(key, config[key]) for key in SIZES if not isinstance(config.get(key), list | None)]
+    if wrong := [f"{key} is {json.dumps(size)[:60]}" for key, size in given if type(size) is not int or size < 1]:
+        file = Path(adapter_base(model) or model) / "config.json"
+        raise one_error(
+            UsageError,
+            f"--model {model}: {file} gives sizes that no model has:",
+            wrong,
+            "Each must be a whole number above 0, as save_pretrained wrote it.",
+        )
 
 
 def read_config(model: str) -> dict[str, Any]:
     """Read the config.json of a folder, or of a hub id from the cache or the hub."""
-    model = adapter_base(model) or model
+    adapter, base = model, adapter_base(model)
+    model = base or model
+    if not base and (fault := _fault(model)):
+        raise UsageError(
+            f"--model {model} {fault}.\n"
+            f"Name a folder saved by save_pretrained, a hub id, or a preset: {', '.join(PRESET_CONFIGS)}"
+        )
     if model in PRESET_CONFIGS:
         return PRESET_CONFIGS[model]
     file = Path(model) / "config.json"
@@ -161,7 +189,9 @@ def read_config(model: str) -> dict[str, Any]:
         try:
             file = Path(hf_hub_download(model, "config.json", local_files_only=offline))
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0][:150]
+            reason = in_one_line(error, 150)
+            if base:
+                raise _lost_base(adapter, base, f"cannot be loaded: {reason}") from None
             raise UsageError(
                 f"--model {model} is not a preset or a folder, and its config.json cannot be loaded: {reason}\n"
                 f"Presets: {', '.join(PRESET_CONFIGS)}"
@@ -178,7 +208,7 @@ def read_config(model: str) -> dict[str, Any]:
 def adapter_base(model: str) -> str | None:
     """Return the base model named in an adapter's folder, None for any other model.
 
-    Raises UsageError if an adapter names no base.
+    Raises UsageError if an adapter names no base, or one that cannot be an ordinary model.
     """
     file = Path(model) / ADAPTER_FILE
     if not file.is_file():
@@ -189,7 +219,27 @@ def adapter_base(model: str) -> str | None:
         base = None
     if not isinstance(base, str):
         raise UsageError(f"--model {model}: {file} names no base model (base_model_name_or_path).")
+    if (Path(base) / ADAPTER_FILE).is_file():
+        raise _lost_base(model, base, "is an adapter itself")
+    if fault := _fault(base):
+        raise _lost_base(model, base, fault)
     return base
+
+
+def _fault(model: str) -> str | None:
+    """Return why this is no folder with a config.json, preset or hub id; None if it may be one."""
+    if Path(model).is_dir():
+        return None if (Path(model) / "config.json").is_file() else "is a folder without config.json"
+    return None if model in PRESET_CONFIGS or HUB_ID.fullmatch(model) else "is not there"
+
+
+def _lost_base(adapter: str, base: str, fault: str) -> UsageError:
+    return UsageError(
+        f"--model {adapter} is an adapter, and {ADAPTER_FILE} in that folder names its base: {base}\n"
+        f"This {fault}.\n"
+        "Write there (base_model_name_or_path) the whole path of the folder, or the hub id, of the ordinary model\n"
+        "that the adapter was trained on."
+    )
 
 
 def gated_shape(name: str, config: Mapping[str, Any]) -> ModelShape:
@@ -234,12 +284,12 @@ def rotary_positions(config: Mapping[str, Any]) -> int | None:
     return max(longest, int((trained or longest) * factor)) if factor else longest
 
 
-def longer_than_made_for(shape: ModelShape, config: AskConfig) -> str | None:
+def longer_than_made_for(shape: ModelShape, prompt: int, completion: int) -> str | None:
     """Return a warning for rows that are longer than the model was made for, None for others.
 
-    Raises UsageError if the positions are learned: there are none behind the last.
+    prompt, completion: their most tokens. Raises UsageError if the positions are learned: there are none behind the
+    last.
     """
-    prompt, completion = config.max_prompt_length, config.max_completion_length
     if not shape.positions or prompt + completion <= shape.positions:
         return None
     flags = f"--max_prompt_length {prompt} and --max_completion_length {completion} make {prompt + completion}"
@@ -248,11 +298,11 @@ def longer_than_made_for(shape: ModelShape, config: AskConfig) -> str | None:
     remedy = f"--max_prompt_length {room}" if room > 0 else f"--max_prompt_length {half} --max_completion_length {half}"
     if shape.learned_positions:
         raise UsageError(
-            f"--model {shape.name} has learned {shape.positions} positions (max_position_embeddings), and\n"
+            f"--model {shape.name} has learned {shape.positions} positions ({shape.positions_key}), and\n"
             f"{flags}. Try {remedy}."
         )
     return (
-        f"Warning: {shape.name} was made for {shape.positions} tokens (max_position_embeddings), and\n"
+        f"Warning: {shape.name} was made for {shape.positions} tokens ({shape.positions_key}), and\n"
         f"{flags}; beyond them a model usually gets worse. Try {remedy}."
     )
 
@@ -270,7 +320,8 @@ def gpt2_shape(name: str, config: Mapping[str, Any]) -> ModelShape:
     vectors = layers * (4 * hidden + 3 * hidden + hidden + mlp + hidden) + 2 * hidden
     head_dim, positions = hidden // heads, config["n_positions"]
     return ModelShape(
-        name, vocab, hidden, mlp, layers, heads, heads, head_dim, tied, matrices, linears, vectors, positions, True
+        name, vocab, hidden, mlp, layers, heads, heads, head_dim, tied, matrices, linears, vectors, positions, True,
+        "n_positions",
     )  # fmt: skip
 
 
@@ -291,8 +342,10 @@ def brings_code(model: str) -> UsageError:
 def meta_shape(name: str, config: Mapping[str, Any], *, trust_remote_code: bool = False) -> ModelShape:
     """Shape of any causal LM that transformers or the model's own trusted code can build; no weights are made."""
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    broken = KeyError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, StrictDataclassError
     try:
         if "AutoConfig" in config.get("auto_map", {}):
             made = AutoConfig.from_pretrained(adapter_base(name) or name, trust_remote_code=trust_remote_code)
@@ -300,10 +353,10 @@ def meta_shape(name: str, config: Mapping[str, Any], *, trust_remote_code: bool 
             made = AutoConfig.for_model(**config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(made, trust_remote_code=trust_remote_code)
-    except (KeyError, TypeError, ValueError) as error:
+    except broken as error:  # a config that does not hold together fails anywhere in its model's code
         if "trust_remote_code" in str(error):
             raise brings_code(name) from None
-        reason = (str(error).splitlines() or [""])[0][:150]
+        reason = in_one_line(error)
         raise UsageError(f"--model {name}: transformers builds no causal LM from its config.json: {reason}") from None
     parameters = list(model.parameters())  # contains a tied head once
     matrices = [(rows, columns, 1) for rows, columns in (p.shape for p in parameters if p.dim() == 2)]
@@ -315,7 +368,9 @@ def meta_shape(name: str, config: Mapping[str, Any], *, trust_remote_code: bool 
         if isinstance(module, torch.nn.Linear) and module is not head
     ]
     heads, hidden, vocab = made.num_attention_heads, made.hidden_size, made.vocab_size
-    positions, tokens = rotary_positions(made.to_dict()), model.get_input_embeddings()
+    key, values, tokens = made.attribute_map.get(POSITIONS, POSITIONS), made.to_dict(), model.get_input_embeddings()
+    positions = rotary_positions({**values, POSITIONS: values.get(key)})
+    rotary = any(value for name, value in values.items() if name.startswith(("rope", "rotary")))
     tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not tokens]
     return ModelShape(
         name=name,
@@ -331,5 +386,6 @@ def meta_shape(name: str, config: Mapping[str, Any], *, trust_remote_code: bool 
         linears=tuple(linears),
         vectors=vectors,
         positions=positions,
-        learned_positions=any(positions and table.num_embeddings >= positions for table in tables),
+        learned_positions=not rotary and any(positions and table.num_embeddings >= positions for table in tables),
+        positions_key=key,
     )

@@ -49,7 +49,8 @@ def load_for_asking(config: AskConfig, *, bf16: bool, say: Callable[[str], None]
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trust = config.trust_remote_code
-    if warning := longer_than_made_for(shape_of(config.model, trust_remote_code=trust), config):
+    shape = shape_of(config.model, trust_remote_code=trust)
+    if warning := longer_than_made_for(shape, config.max_prompt_length, config.max_completion_length):
         say(warning)
     tokenizer, style = load_tokenizer(config.model, trust_remote_code=trust), prompt_style(config)
     for line in style.check(tokenizer):

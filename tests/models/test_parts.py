@@ -80,7 +80,7 @@ DAMAGE = {  # what is wrong: the damage, and words of the message
     "more heads of keys": (config(num_key_value_heads=4), ["k_proj"]),
     "a layer too many": (config(num_hidden_layers=3, layer_types=THREE_LAYERS), ["lacks model.layers.2", "random"]),
     "a layer too few": (config(num_hidden_layers=1, layer_types=ONE_LAYER), ["no place for model.layers.1", "11 more"]),
-    "layers that config.json itself counts twice": (config(num_hidden_layers=3), ["cannot be loaded", "layer"]),
+    "layers that config.json counts twice": (config(num_hidden_layers=3), ["cannot be loaded", "num_hidden_layers"]),
     "a head that is missing": (config(tie_word_embeddings=False), ["lacks lm_head.weight"]),
     "another architecture": (config(model_type="llama"), ["no place for", "k_proj.bias"]),
     "a missing tensor": (weights(lambda t: t.pop("model.norm.weight")), ["lacks model.norm.weight"]),
@@ -271,6 +271,15 @@ def test_an_adapter_that_does_not_fit_its_base_is_named(tiny_folder, tmp_path, m
     never(monkeypatch)
     for check in (check_folder, load):
         refused(lambda check=check: check(str(folder)), "adapter", *words)
+
+
+def test_an_adapter_without_weights_is_named_and_a_sound_one_is_checked_without_a_word(tiny_folder, tmp_path, recwarn):
+    folder = adapter(tmp_path, tiny_folder, lora())
+    recwarn.clear()
+    check_folder(str(folder))
+    assert [str(one.message) for one in recwarn if one.category is FutureWarning] == []
+    (folder / "adapter_model.safetensors").unlink()
+    refused(lambda: check_folder(str(folder)), str(folder), "adapter_model.safetensors is missing", str(tiny_folder))
 
 
 def test_an_adapter_on_another_architecture_is_named(tiny_folder, tmp_path):

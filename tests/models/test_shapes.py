@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from grpo_ds.commands import ask, evaluate
+from grpo_ds.commands import ask, evaluate, select
 from grpo_ds.commands.settle import settle
 from grpo_ds.errors import MAX_LINES, UsageError
 from grpo_ds.models import shapes
@@ -21,7 +21,6 @@ from grpo_ds.models.shapes import (
     scale_group,
     shape_of,
 )
-from grpo_ds.settings.config import AskConfig
 from tests.conftest import check_example
 
 SMALL = {**qwen25(96, 3, 6, 2, 160, vocab=512), "head_dim": 16}
@@ -29,6 +28,11 @@ GPT2 = {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size"
 OPT = {
     **{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 96, "vocab_size": 100},
     **{"word_embed_proj_dim": 64, "max_position_embeddings": 128},
+}
+GEMMA3N = {
+    **{"hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+    **{"vocab_size": 60, "vocab_size_per_layer_input": 60, "intermediate_size": 64, "max_position_embeddings": 50},
+    **{"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0, "laurel_rank": 4},
 }
 CONFIGS = {
     **PRESET_CONFIGS,
@@ -120,6 +124,36 @@ def test_a_config_that_says_nothing_is_an_error_with_the_name(tmp_path, text):
     assert str(tmp_path) in str(error.value) and len(str(error.value).splitlines()) <= MAX_LINES
 
 
+IMPOSSIBLE = [
+    ({**SMALL, "num_attention_heads": 0}, "num_attention_heads is 0"),
+    ({**SMALL, "vocab_size": "272"}, 'vocab_size is "272"'),
+    ({**SMALL, "hidden_size": 9.5}, "hidden_size is 9.5"),
+    ({**GPT2, "model_type": "gpt2", "n_layer": -1}, "n_layer is -1"),
+    ({**OPT, "model_type": "opt", "num_attention_heads": True}, "num_attention_heads is true"),
+]
+
+
+@pytest.mark.parametrize(("config", "words"), IMPOSSIBLE)
+def test_an_impossible_size_is_named(tmp_path, config, words):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=r"config\.json gives sizes") as error:
+        shape_of(str(tmp_path))
+    assert words in str(error.value) and len(str(error.value).splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize(
+    ("base", "fault"), [("gone", "is not there"), ("empty", "without config.json"), ("adapter", "is an adapter itself")]
+)
+def test_an_adapter_whose_base_is_not_there_says_who_names_it(tmp_path, base, fault):
+    (tmp_path / "empty").mkdir()
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / base)}))
+    with pytest.raises(UsageError, match=fault) as error:
+        shape_of(str(folder))
+    assert all(word in str(error.value) for word in (str(folder), "adapter_config.json", "base_model_name_or_path"))
+
+
 def test_a_folder_without_config_is_an_error(tmp_path):
     with pytest.raises(UsageError, match=r"config\.json"):
         shape_of(str(tmp_path))
@@ -139,6 +173,7 @@ LIMITS = [  # config, tokens that the model was made for, positions learned
     (scaled("llama3", 8.0, original_max_position_embeddings=10), 100, False),  # Llama 3.1 names the result itself
     ({**GPT2, "model_type": "gpt2"}, 64, True),
     ({**OPT, "model_type": "opt"}, 128, True),
+    ({**GEMMA3N, "model_type": "gemma3n_text"}, 50, False),  # rotary; its per-layer embeddings have 60 rows
     ({"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100}, None, False),  # ALiBi
 ]
 
@@ -151,7 +186,7 @@ def test_a_shape_knows_how_long_a_row_may_be(tmp_path, config, positions, learne
 
 
 def longer(shape, prompt, completion):
-    return longer_than_made_for(shape, AskConfig(max_prompt_length=prompt, max_completion_length=completion))
+    return longer_than_made_for(shape, prompt, completion)
 
 
 def test_longer_rows_than_the_model_was_made_for_are_a_warning_with_numbers_and_a_flag(tmp_path):
@@ -169,7 +204,8 @@ def test_longer_rows_than_learned_positions_are_refused(tmp_path, config):
     shape = shape_of(str(tmp_path))
     with pytest.raises(UsageError, match=f"learned {shape.positions} positions") as error:
         longer(shape, shape.positions, 1)
-    assert f"--max_prompt_length {shape.positions - 1}" in str(error.value)
+    key = "n_positions" if config["model_type"] == "gpt2" else "max_position_embeddings"
+    assert f"--max_prompt_length {shape.positions - 1}" in str(error.value) and f"({key})" in str(error.value)
 
 
 def test_commands_say_it_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
@@ -180,6 +216,10 @@ def test_commands_say_it_before_a_model_is_loaded(tmp_path, monkeypatch, capsys)
     words = ["--max_prompt_length", "90", "--max_completion_length", "20"]
     (warning,) = settle(["--model", str(tmp_path / "rotary"), *words]).warnings
     assert "made for 100 tokens" in warning
+    select.main(["--model", str(tmp_path / "rotary"), *words, "--gpu_gib", "0"])
+    assert "made for 100 tokens" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="learned 64 positions"):
+        select.main(["--model", str(tmp_path / "learned"), *words, "--gpu_gib", "0"])
     for main, more in (evaluate.main, ["--data", "sample"]), (ask.main, ["--question", "Q?", "--context", "C."]):
         for name, told in ("rotary", "cannot be loaded"), ("learned", "learned 64 positions"):
             with pytest.raises(UsageError, match=told):
