@@ -80,7 +80,7 @@ DAMAGE = {  # what is wrong: the damage, and words of the message
     "more heads of keys": (config(num_key_value_heads=4), ["k_proj"]),
     "a layer too many": (config(num_hidden_layers=3, layer_types=THREE_LAYERS), ["lacks model.layers.2", "random"]),
     "a layer too few": (config(num_hidden_layers=1, layer_types=ONE_LAYER), ["no place for model.layers.1", "11 more"]),
-    "layers that config.json counts twice": (config(num_hidden_layers=3), ["cannot be loaded", "num_hidden_layers"]),
+    "layers that config.json itself counts twice": (config(num_hidden_layers=3), ["num_hidden_layers"]),
     "a head that is missing": (config(tie_word_embeddings=False), ["lacks lm_head.weight"]),
     "another architecture": (config(model_type="llama"), ["no place for", "k_proj.bias"]),
     "a missing tensor": (weights(lambda t: t.pop("model.norm.weight")), ["lacks model.norm.weight"]),
