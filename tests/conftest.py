@@ -3,6 +3,7 @@
 import doctest
 import importlib.util
 import os
+import signal
 import sys
 from datetime import datetime, timedelta
 
@@ -16,6 +17,11 @@ import pytest
 from jaxtyping import install_import_hook
 
 import tests.shapes  # noqa: F401  jaxtyping finds the checker by its path
+
+# `nohup` and a script's `&` start programs that ignore these signals, and so would every run that a test starts.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # Shapes in signatures are checked in tests only.
 install_import_hook(["grpo_ds.core", "grpo_ds.models.quantized"], "tests.shapes.check")

@@ -113,7 +113,7 @@ def test_it_trains_two_steps_with_the_compiled_optimizer(installed, tiny_folder)
     flags = "--ds zero2.json --num_steps 2 --num_generations 2 --batch_size 1 --max_prompt_length 480 --eval_limit 2"
     words = f"--model {tiny_folder} --output_dir run --max_completion_length 4 {flags}".split()
     output = installed("grpo-ds", "train", *words)
-    assert "Ask it: grpo-ds ask --model run" in output
+    assert f"Ask it: grpo-ds ask --model {installed.folder / 'work/run'}" in output
     steps = (installed.folder / "work/run/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in steps] == [1, 2]
     assert list((installed.folder / "compiled").rglob("*adamw8bit*"))

@@ -127,7 +127,7 @@ def test_one_run_through_five_deaths_under_the_launcher(undisturbed, warm, tiny_
     fifth = waiting(auto, tmp_path)
     os.killpg(fifth.runner.pid, signal.SIGINT)  # Ctrl-C in a terminal goes to all of them
     fifth.noticed()
-    assert fifth.end() in (130, -signal.SIGINT, 1)  # deepspeed's own code: 1 if the lower of its processes ends first
+    assert fifth.end() in (130, -signal.SIGINT)
     assert (status(run)["state"], status(run)["exit_code"], status(run)["step"]) == ("stopped", 130, 5)
     tried("signal under deepspeed", "exit code passed on")
 
