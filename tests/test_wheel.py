@@ -17,10 +17,13 @@ SDIST = "import sys; from setuptools import build_meta; print(build_meta.build_s
 PIP = (sys.executable, "-m", "pip", "-q", "--disable-pip-version-check")
 # pip's own isolation would download setuptools for each build.
 OFFLINE = ("--no-index", "--no-deps", "--no-build-isolation")
+OWN = {
+    name: value for name, value in os.environ.items() if name != "PYTHONPATH"
+}  # pip, too, would read it
 
 
 def run(*words, **options):
-    result = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=300, **options)
+    result = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=300, env=OWN, **options)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     return result.stdout
 
@@ -49,8 +52,7 @@ def installed(wheels, tmp_path_factory):
     (site,) = folder.glob("venv/lib/python*/site-packages")
     (site / "others.pth").write_text(sysconfig.get_path("purelib"))
     run(*PIP, "--python", folder / "venv/bin/python", "install", "--no-index", "--no-deps", wheels[1])
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {
+    environment = OWN | {
         "TORCH_EXTENSIONS_DIR": str(folder / "compiled"),
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
