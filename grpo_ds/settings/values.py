@@ -104,5 +104,5 @@ def _shown(written: Written) -> str:
     if isinstance(written, list) and written:
         return f"[{', '.join(map(_shown, written))}]"[:SHOWN]
     if isinstance(written, dict):
-        return "a list or a mapping within it"
+        return "a mapping"
     return "null or blank" if written is None else "empty"
