@@ -8,10 +8,10 @@ from grpo_ds.errors import BY_CTRL_C, GrpoError
 from grpo_ds.system.streams import output_is_optional, protect
 from grpo_ds.terminal import escape_control_chars
 
-# How often a thread of OpenMP looks for the others, at the end of a product, before it sleeps: some 20 microseconds.
+# How often a thread of OpenMP looks for the others, at the end of a product, before it sleeps: some 60 microseconds.
 # libgomp's own 300,000 (milliseconds) burn a core that a busy neighbour has left, and the thread that everybody waits
-# for cannot run there: beside three busy processes a step took 37 times as long (benchmarks/busy.py).
-SPINS = 1000
+# for cannot run there. With 1,000 a step alone became 10 % slower (benchmarks/busy.py, docs/performance.md).
+SPINS = 3000
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:

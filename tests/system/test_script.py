@@ -11,7 +11,7 @@ LOAD_TORCH = "from grpo_ds.system.script import run_script; run_script(lambda ar
 
 @pytest.mark.parametrize(
     ("environment", "spins"),
-    [({}, 1000), ({"GOMP_SPINCOUNT": "7"}, 7), ({"OMP_WAIT_POLICY": "passive"}, 0)],
+    [({}, 3000), ({"GOMP_SPINCOUNT": "7"}, 7), ({"OMP_WAIT_POLICY": "passive"}, 0)],
 )
 def test_torchs_threads_wait_as_we_say_unless_the_user_does(environment, spins):
     asked = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
