@@ -18,11 +18,6 @@ from jaxtyping import install_import_hook
 
 import tests.shapes  # noqa: F401  jaxtyping finds the checker by its path
 
-# `nohup` and a script's `&` start programs that ignore these signals, and so would every run that a test starts.
-for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-    if signal.getsignal(number) == signal.SIG_IGN:
-        signal.signal(number, handler)
-
 # Shapes in signatures are checked in tests only.
 install_import_hook(["grpo_ds.core", "grpo_ds.models.quantized"], "tests.shapes.check")
 
@@ -33,6 +28,14 @@ CHATML = (
 # A template that prints the date, as Llama 3's, SmolLM3's and gpt-oss's do.
 DATED = "Today is {{ strftime_now('%d %B %Y, %H:%M') }}.\n" + CHATML
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "pubmedqa"
+
+
+@pytest.fixture(autouse=True)
+def signals_of_a_new_process():
+    """A command that has ended ignores signals, and `nohup` or a script's `&` start programs that do."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def make_tokenizer():

@@ -17,9 +17,7 @@ SDIST = "import sys; from setuptools import build_meta; print(build_meta.build_s
 PIP = (sys.executable, "-m", "pip", "-q", "--disable-pip-version-check")
 # pip's own isolation would download setuptools for each build.
 OFFLINE = ("--no-index", "--no-deps", "--no-build-isolation")
-OWN = {
-    name: value for name, value in os.environ.items() if name != "PYTHONPATH"
-}  # pip, too, would read it
+OWN = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # pip, too, would read it
 
 
 def run(*words, **options):
