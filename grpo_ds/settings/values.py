@@ -1,4 +1,4 @@
-"""What a user wrote for a flag, on the command line or in YAML, to the flag's value.
+"""Reading of what a user wrote for a flag, on the command line or in YAML, as the flag's value.
 
 The flag's type alone decides how a text is read: `labels: [yes, no]`, `answer_tag: on` and `output_dir: 1e3` stay the
 words that were written, which YAML alone would make true, false and 1000.0. Paths become absolute here, wherever they

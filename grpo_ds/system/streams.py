@@ -86,7 +86,7 @@ def protect() -> None:
 
 
 def output_is_optional() -> None:
-    """From now on a write to stdout that fails loses only its text."""
+    """Let a write to stdout that fails lose only its text, from now on."""
     if isinstance(sys.stdout, Text):
         sys.stdout.raw.needed = False
 

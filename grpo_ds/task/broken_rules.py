@@ -1,4 +1,4 @@
-"""Which rule of the answer contract a completion breaks: for people, never for rewards."""
+"""Names of the rule of the answer contract that a completion breaks: for people, never for rewards."""
 
 import re
 

@@ -49,7 +49,7 @@ class _TimedOut(BaseException):
 
 @dataclass(frozen=True, slots=True)
 class Notes:
-    """What a function logs about a batch through `log_extra` and `log_metric`."""
+    """Log of a function about a batch, through `log_extra` and `log_metric`."""
 
     count: int  # B
     extra: dict[str, list[Any]] = field(default_factory=dict)  # column of the completions' table -> [B]

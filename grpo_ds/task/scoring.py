@@ -68,7 +68,7 @@ def joined(parts: Sequence[Rewards]) -> Rewards:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What a reward function may ask for beside the texts and the records.
+    """Values that a reward function may ask for beside the texts and the records.
 
     Example:
         Sampled([Prompt("<|im_start|>user\\n...", [{"role": "user", "content": "..."}])], [[1320, 151645]], state)
