@@ -3,6 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PEERS := $(abspath $(VENV)/peers)
 ARGS ?=
+FAULTS := tests/faults tests/run_folder tests/settings tests/system
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -25,7 +26,7 @@ test: install ## run the tests (minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not faults' $(ARGS)
 
 test-faults: install ## kill it, fill its disk, damage its files, feed it nonsense; ends in a table of counts
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/faults $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m faults $(FAULTS) $(ARGS)
 
 test-peers: $(PEERS)/.installed ## run the tests that compare with TRL, lm-eval and trackio (200 MB beside .venv's packages)
 	PYTHONPATH=$(PEERS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m peer $(ARGS)

@@ -1,9 +1,9 @@
 """A training step on a busy machine: alone, beside one and beside three busy processes.
 
 OpenMP's threads meet at the end of every product, and how a thread waits there decides what a busy neighbour costs.
-Compared are libgomp's own way (it looks for the others 300,000 times before it sleeps), ours (system/script.py) and
-sleeping at once. Each has a separate process; they take the same step in turn, the others stopped. The last column is
-the share of all cores that other programs used: rows with more than a few percent of it say nothing.
+Compared are libgomp's own way (it looks for the others 300,000 times before it sleeps), ours (system/busy_machine.py)
+and sleeping at once. Each has a separate process; they take the same step in turn, the others stopped. The last column
+is the share of all cores that other programs used: rows with more than a few percent of it say nothing.
 
     python benchmarks/busy.py [--rounds 5] [--beside 0,1,3] [--generations 8] [--completion 24] [--json FILE]
 """
@@ -99,10 +99,10 @@ def others_seconds(known: Sequence[psutil.Process]) -> float:
 
 
 def work(arguments: argparse.Namespace) -> None:
-    from grpo_ds.system.script import sleep_soon
+    from grpo_ds.system.busy_machine import watch_cores
 
     if arguments.way == "ours":
-        sleep_soon()
+        watch_cores()
     from grpo_ds.report.console import Console
     from grpo_ds.settings.config import TrainConfig
     from grpo_ds.settings.ds_config import resolve_ds_config

@@ -5,6 +5,8 @@ import importlib.util
 import os
 import signal
 import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from datetime import datetime, timedelta
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -12,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jaxtyping import install_import_hook
@@ -144,3 +147,49 @@ def tiny_folder(tmp_path_factory):
     Qwen2ForCausalLM(tiny_config()).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+# --- faults, counted: `make test-faults` prints them as a table at its end -------------------------------
+
+COUNTS: dict[str, Counter[str]] = defaultdict(Counter)
+
+
+@pytest.fixture(scope="session")
+def tried() -> Callable[[str, str], None]:
+    """Count a fault after its assertions: tried("kill -9 while saving", "survived")."""
+
+    def count(kind: str, outcome: str) -> None:
+        COUNTS[kind][outcome] += 1
+
+    return count
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Count a test that passed under a module's `pytestmark = pytest.mark.faults("kind of fault")`."""
+    report = yield
+    for mark in item.iter_markers("faults"):
+        if mark.args and call.when == "call" and report.passed:
+            COUNTS[mark.args[0]]["ended as promised"] += 1
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (worker := getattr(session.config, "workeroutput", None)) is not None:  # one of several worker processes
+        worker["tried"] = {kind: dict(outcomes) for kind, outcomes in COUNTS.items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for kind, outcomes in getattr(node, "workeroutput", {}).get("tried", {}).items():
+        COUNTS[kind].update(outcomes)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not COUNTS:
+        return
+    width = max(map(len, COUNTS))
+    terminalreporter.section("faults tried")
+    for kind, outcomes in COUNTS.items():
+        parts = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
+        terminalreporter.line(f"{kind:<{width}}  {sum(outcomes.values()):>4}: {parts}")

@@ -197,7 +197,7 @@ def _check_names(words: Mapping[str, list[str]], known: set[str]) -> None:
             close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
             guess = f"did you mean --{close[0]}?" if close else "this command has no such flag"
             problems.append(f"--{name}: {guess}")
-    if words.get("config") == []:
+    if words.get("config") in ([], [""]):
         problems.append("--config names no file")
     if problems:
         raise one_error(UsageError, "Unknown flags:", problems, "--help lists them all.")

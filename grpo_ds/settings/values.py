@@ -69,6 +69,8 @@ def _read(flag: "Field[Any]", written: Written) -> Any:
     kind = kind_of(flag)
     if get_origin(kind) is Literal:
         return {choice: choice for choice in get_args(kind)}[text]
+    if kind in (int, float) and not text.isascii():
+        raise ValueError  # Python reads the digits of every script
     as_text: Callable[[str], str] = flag.metadata.get("path", str)
     readers: dict[Any, Callable[[str], Any]] = {str: as_text, int: int, float: _finite, bool: _switch}
     return readers[kind](text)

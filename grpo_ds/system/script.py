@@ -5,19 +5,15 @@ import sys
 from collections.abc import Callable
 
 from grpo_ds.errors import BY_CTRL_C, GrpoError
+from grpo_ds.system.busy_machine import watch_cores
 from grpo_ds.system.streams import output_is_optional, protect
 from grpo_ds.terminal import escape_control_chars
-
-# How often a thread of OpenMP looks for the others, at the end of a product, before it sleeps: some 60 microseconds.
-# libgomp's own 300,000 (milliseconds) burn a core that a busy neighbour has left, and the thread that everybody waits
-# for cannot run there. With 1,000 a step alone became 10 % slower (benchmarks/busy.py, docs/performance.md).
-SPINS = 3000
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Call `main(argv)`. If it raises a GrpoError, rank 0 prints the message and the process exits with its code."""
-    sleep_soon()
     protect()
+    watch_cores()  # opens files, which must not get the numbers of closed streams
     try:
         _call(main)
     except GrpoError as error:
@@ -39,9 +35,3 @@ def _call(main: Callable[[list[str]], None]) -> None:
         if end.code:
             raise
     print(end="", flush=True)  # here a full disk is an error; --help, too, has printed
-
-
-def sleep_soon() -> None:
-    """Let waiting threads sleep soon, unless the environment says how they wait. Works before torch is loaded."""
-    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
-        os.environ["GOMP_SPINCOUNT"] = str(SPINS)

@@ -16,6 +16,7 @@ from grpo_ds.memory.phases import Profiler
 from grpo_ds.run_folder.checkpoints import found_in
 from grpo_ds.run_folder.resume import to_resume
 from grpo_ds.system.signals import Interrupted
+from grpo_ds.training.flat_rewards import FLAT_STEPS
 from tests.faults.forks import fork, join_fake_ranks
 from tests.faults.launched import Ended, flags, result, same, status, train
 from tests.training.test_resume import KINDS, finish, make_run
@@ -232,3 +233,23 @@ def one_of_two_signalled(model: Path, folder: Path) -> None:
 def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_step(warm, tiny_folder, tmp_path, tried):
     warm(one_of_two_signalled, tiny_folder, tmp_path)
     tried("signal in a phase", "stopped both ranks")
+
+
+# --- what was said is not said again -----------------------------------------------------------------------
+
+
+def warned_and_stopped(model: Path, folder: Path) -> None:
+    words = flags(model, folder / "run", reward_funcs="correctness", num_steps=FLAT_STEPS + 2, beta=0, eval_limit=1)
+    stopped = train(words, folder / "log", partial(signal_at, "sample", FLAT_STEPS + 1, signal.SIGTERM))
+    assert stopped.code == 75 and flat_warnings(stopped) == 1, stopped.err
+    resumed = train(["--resume_from_checkpoint", "auto", "--output_dir", str(folder / "run")], folder / "log")
+    assert resumed.code == 0 and flat_warnings(resumed) == 0, resumed.out
+
+
+def flat_warnings(ended: Ended) -> int:
+    return (ended.out + ended.err).count(f"Warning: for {FLAT_STEPS} steps")
+
+
+def test_a_resumed_run_does_not_repeat_that_its_rewards_are_flat(warm, tiny_folder, tmp_path, tried):
+    warm(warned_and_stopped, tiny_folder, tmp_path)
+    tried("a warning of a run that is resumed", "said once")

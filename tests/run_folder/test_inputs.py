@@ -15,10 +15,13 @@ from grpo_ds.task import reward_files
 from grpo_ds.task.questions import read_questions
 from grpo_ds.task.reward_files import find_reward_functions
 
+pytestmark = pytest.mark.faults("inputs that change before a resume")
+
 ROOT = Path(__file__).resolve().parents[2]
 MINE = """
 import shared
 from words import long as count
+
 def reads_gold(completions, gold, **kwargs): return [0.0] * len(completions)
 def other(completions): return [1.0] * len(completions)
 def reads_all(completions, **columns):

@@ -14,6 +14,8 @@ from grpo_ds.errors import MAX_LINES, CheckpointError, UsageError
 from grpo_ds.run_folder.checkpoints import tidy
 from grpo_ds.run_folder.lock import LOCK_FILE, FolderTaken, lock, lock_new, locked_by_another, release
 
+pytestmark = pytest.mark.faults("two runs and one folder")
+
 # Another process: it locks the folder of its argument, does what is inserted, says so, and waits.
 ANOTHER = """
 import sys, time
@@ -29,6 +31,7 @@ FORKS = """
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from os import getpid
+
 pool = ProcessPoolExecutor(1, mp_context=get_context("fork"))
 print(pool.submit(getpid).result(), flush=True)
 """

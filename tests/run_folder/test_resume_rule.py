@@ -13,6 +13,8 @@ from grpo_ds.run_folder.resume import check_steps
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.saved_config import write_config
 
+pytestmark = pytest.mark.faults("flags that change at a resume")
+
 SHAPE = {
     "model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 272,
     "num_key_value_heads": 2, "intermediate_size": 128, "tie_word_embeddings": True, "max_position_embeddings": 4096,

@@ -129,6 +129,8 @@ def test_typed_flags_win_over_a_file_in_any_order_and_a_later_file_over_an_earli
         (["--num_steps", "3", "4"], ["num_steps is ['3', '4']; it must be a whole number"]),
         (["--prefill", "my.json"], ["prefill is 'my.json'; it must be true or false"]),
         (["--config"], ["--config names no file"]),
+        (["--config="], ["--config names no file"]),
+        (["--learning_rate", "\u0661"], ["learning_rate is"]),  # a digit of another script
         (["--"], ["--: belongs to no flag"]),
     ],
 )

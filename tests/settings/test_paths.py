@@ -20,6 +20,8 @@ from grpo_ds.settings.flags import all_flags
 from grpo_ds.settings.saved_config import CONFIG_FILE, SYSTEM_PROMPT_FILE, prompt_recipe, write_config
 from grpo_ds.settings.shipped import DS_JSONS
 
+pytestmark = pytest.mark.faults("relative paths, ~, a changed working folder")
+
 CONFIGS = {flag.name: config for config in (QuestionConfig, SelectConfig) for flag in all_flags(config)}
 PATHS = {
     flag.name for config in (QuestionConfig, SelectConfig) for flag in all_flags(config) if "path" in flag.metadata

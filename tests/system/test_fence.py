@@ -15,6 +15,8 @@ from grpo_ds.system.signals import Interruption, SecondCtrlC
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import score
 
+pytestmark = pytest.mark.faults("users' code that changes the process")
+
 ENTERED = []  # contexts that are entered and never left
 
 

@@ -6,6 +6,8 @@ import pytest
 
 from grpo_ds.system.files import append_whole, replaced, write_whole
 
+pytestmark = pytest.mark.faults("files written in place, links, modes")
+
 
 def test_a_file_is_the_old_one_or_the_new_one_and_nothing_is_left_beside_it(tmp_path, monkeypatch):
     file = tmp_path / "run_status.json"

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.faults("signals, in the run and in its children")
+
 ROOT = Path(__file__).resolve().parents[2]
 
 NOTED = """
 import os, signal, sys, threading, time
 from grpo_ds.system.signals import Interruption
+
 interruption = Interruption()
 with interruption.noted():
     exec(sys.stdin.read())

@@ -10,6 +10,8 @@ from select import select
 
 import pytest
 
+pytestmark = pytest.mark.faults("output of a command that breaks")
+
 ROOT = Path(__file__).resolve().parents[2]
 
 SCRIPT = """
