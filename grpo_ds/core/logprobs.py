@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 MIB = 2**20
+ALIGNED = 64  # rows; on a card matmuls whose sizes are multiples of it are fastest
 MIN_BLOCK = 128  # rows; smaller matmuls are mostly overhead, and these tiles fit 64 MiB up to 65,536 tokens
 
 
@@ -133,7 +134,8 @@ def _tiles(
     tokens, width = hidden.shape
     converted = not isinstance(head, Tensor) or head.dtype != dtype
     row_bytes = 8 * tokens + 8 * width * converted  # two tiles; two fp32 copies of the rows, or rows and gradient
-    block = min(vocab_size, max(MIN_BLOCK, int(chunk_mib * MIB) // max(1, row_bytes)))
+    fitting = int(chunk_mib * MIB) // max(1, row_bytes)
+    block = min(vocab_size, max(MIN_BLOCK, fitting // ALIGNED * ALIGNED))
     tile = torch.empty(tokens * block, dtype=torch.float32, device=hidden.device)
     spare = torch.empty(tokens * block, dtype=spare_dtype, device=hidden.device)
     hidden = hidden.to(dtype)

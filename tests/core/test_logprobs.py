@@ -137,6 +137,29 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
 
+class Products(torch.utils._python_dispatch.TorchDispatchMode):
+    """Sizes of every product of two matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
+            self.sizes.append([*args[-2].shape, args[-1].shape[1]])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tokens", [100, 300, 600])  # 64 MiB would hold 83,886, 27,962 and 13,981 columns
+def test_blocks_of_the_vocabulary_are_as_wide_as_a_matmul_likes_but_for_the_last(tokens):
+    hidden, head = torch.randn(tokens, 4), torch.randn(100_000, 4)
+    with Products() as products:
+        token_logprobs(hidden, head, torch.zeros(tokens, dtype=torch.long), vocab_size=100_000)
+    *widths, last = [columns for _, _, columns in products.sizes]
+    assert widths and not any(width % 64 for width in widths) and sum(widths) + last == 100_000
+    assert max(widths) > 64 * 2**20 / 8 / tokens - 64  # and no narrower than that
+
+
 def test_no_tensor_of_tokens_by_vocabulary_exists_beyond_one_chunk():
     tokens, width, vocab = 512, 16, 20_000
     hidden, head = torch.randn(tokens, width, requires_grad=True), torch.randn(vocab, width, requires_grad=True)
