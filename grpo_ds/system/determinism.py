@@ -10,11 +10,13 @@ from contextlib import contextmanager
 
 import torch
 
+from grpo_ds.errors import UsageError
+
 STRICT = 2  # raises RuntimeError for an operation that has no deterministic kernel
 
 
 def fix_workspaces() -> None:
-    """Make cuBLAS deterministic unless the user has chosen its workspaces. Call before CUDA starts."""
+    """Make cuBLAS deterministic unless the user has chosen its workspaces. Call before the first product on a card."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
@@ -22,7 +24,7 @@ def fix_workspaces() -> None:
 def deterministic_kernels() -> Iterator[None]:
     """Use torch's strict mode inside if there is a card. For forward passes too: there it rules out cuDNN's attention.
 
-    A CPU adds in the same order without it.
+    A CPU adds in the same order without it. Raises UsageError if torch has no such kernel for what runs inside.
     """
     if not _has_card():
         yield
@@ -32,6 +34,13 @@ def deterministic_kernels() -> Iterator[None]:
     torch.set_deterministic_debug_mode(STRICT)
     try:
         yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise UsageError(
+            f"{str(error).partition('. ')[0][:200]}.\nThis model needs it on the GPU: train with --full_determinism "
+            "false.\nA resumed run is then no longer bit for bit the uninterrupted one."
+        ) from error
     finally:
         torch.set_deterministic_debug_mode(before)
 

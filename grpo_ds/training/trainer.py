@@ -39,6 +39,7 @@ from grpo_ds.run_folder.progress import Progress
 from grpo_ds.run_folder.resume import weights_of
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsConfig
+from grpo_ds.system.determinism import fix_workspaces
 from grpo_ds.system.ranks import World
 from grpo_ds.system.signals import Interruption
 from grpo_ds.task.grading import Evaluation
@@ -83,6 +84,8 @@ class Trainer:
         freed memory to the system after every phase, so that each is measured alone. style: the prompts' style;
         None: the one that config asks for.
         """
+        if config.full_determinism:
+            fix_workspaces()
         self.config, self.ds, self.world, self.console = config, ds, world, console
         self.progress = Progress(config.total_steps, dict(identity or {}))
         self.interruption = Interruption()

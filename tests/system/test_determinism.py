@@ -2,8 +2,10 @@
 
 import os
 
+import pytest
 import torch
 
+from grpo_ds.errors import UsageError
 from grpo_ds.system.determinism import STRICT, deterministic_kernels, fix_workspaces
 from tests.training.layouts import make_engine, rollout_of, take_step
 
@@ -21,6 +23,13 @@ def test_a_step_runs_forward_and_backward_in_strict_mode_and_leaves_it(tiny_fold
     embedding.register_forward_hook(in_forward)
     take_step(engine, rollout_of())
     assert modes == {"forward": {STRICT}, "backward": {STRICT}} and torch.get_deterministic_debug_mode() == 0
+
+
+def test_an_operation_without_a_deterministic_kernel_is_named_with_the_flag(monkeypatch):
+    monkeypatch.setattr("grpo_ds.system.determinism._has_card", lambda: True)
+    with pytest.raises(UsageError, match=r"put_.*\n.*--full_determinism false"), deterministic_kernels():
+        torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
+    assert torch.get_deterministic_debug_mode() == 0
 
 
 def test_a_cpu_needs_no_strict_mode():
