@@ -17,7 +17,7 @@ from grpo_ds.run_folder.trained_on import TRAINED_ON_FILE
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsConfig, resolve_ds_config
-from grpo_ds.system.hardware import check_torch, cpu_has_bf16, gpu_memory_gib, ram_gib
+from grpo_ds.system.hardware import check_torch, gpu_memory_gib, native_precision, ram_gib
 from grpo_ds.task.questions import Question, QuestionSet, split_questions
 from grpo_ds.task.sources import data_or_default
 
@@ -50,10 +50,10 @@ def settle(argv: list[str], *, about: str = "") -> Settled:
     origin, warnings, saved = checkpoint_of(parsed.unchecked())
     asked = parsed.unchecked(saved)
     gpu, ram = gpu_memory_gib(), ram_gib()
-    bf16 = gpu is not None or cpu_has_bf16()
+    native = native_precision(on_gpu=gpu is not None)
 
     def resolved(config: TrainConfig) -> DsConfig:
-        sizes = config.ds_sizes(bf16=bf16, world_size=ranks())
+        sizes = config.ds_sizes(bf16=native == "bf16", fp16=native == "fp16", world_size=ranks())
         return resolve_ds_config(config.ds, fill=sizes, explicit=parsed.typed)
 
     def run_with_auto() -> tuple[TrainConfig, DsConfig]:
