@@ -13,7 +13,8 @@ from grpo_ds.errors import PreflightError, UsageError, one_error
 
 # fp16: 16 bits on a card without bf16, with a loss scale. fp32: a CPU that only emulates bf16.
 Precision = Literal["bf16", "fp16", "fp32"]
-OLDEST_CARD, BF16_CARD = (7, 0), (8, 0)  # compute capabilities: V100; A100 and RTX 30xx
+# Compute capabilities: V100; T4 and RTX 20xx; A100 and RTX 30xx.
+OLDEST_CARD, INT8_CARD, BF16_CARD = (7, 0), (7, 5), (8, 0)
 OLDEST_TORCH = (2, 10)  # before it a crafted file could run code even under weights_only (CVE-2026-24747)
 # Packages whose older versions do not fail but train wrongly.
 WHY_NEWER = {
