@@ -21,6 +21,7 @@ from tests.training.test_nonfinite import CAUSES, poison
 pytestmark = pytest.mark.usefixtures("fp16_on_cpu")
 LAYOUTS = ["offload", "offload, own staging", "stage 1, offload", "on the card", "stage 1, bf16"]
 SCALE = 2.0**16
+DS = json.loads((test_resume.ROOT / "ds_configs/zero2.json").read_text())
 
 
 def scaler(engine):
@@ -195,10 +196,9 @@ def test_without_a_card_fp16_is_refused_before_anything_is_built(tiny_folder, tm
 @pytest.fixture(params=["all parameters", "LoRA"])
 def kind(request, tmp_path, monkeypatch):
     """A kind of run of test_resume.py in fp16 whose scale falls and grows within its eight updates."""
-    file, ds = tmp_path / "fp16.json", json.loads((test_resume.ROOT / "ds_configs/zero2.json").read_text())
     power = {"all parameters": 19, "LoRA": 22}[request.param]
-    ds["fp16"] = {"enabled": True, "initial_scale_power": power, "loss_scale_window": 1}
-    file.write_text(json.dumps(ds))
+    file = tmp_path / "fp16.json"
+    file.write_text(json.dumps({**DS, "fp16": {"enabled": True, "initial_scale_power": power, "loss_scale_window": 1}}))
     changes = {"lora_r": 4, "lora_alpha": 8} if request.param == "LoRA" else {}
     monkeypatch.setitem(test_resume.KINDS, request.param, (changes, str(file), False))
     return request.param
@@ -236,6 +236,21 @@ def test_overflows_are_told_and_spend_no_bad_steps(kind, tiny_folder, tmp_path):
     assert len(told) == power and told[-1].endswith("Loss scale now 1.")
     assert "fp16 is too narrow" in str(error.value)
     trainer.engine.close()
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_an_adapter_on_a_quantised_base_trains_in_fp16(tiny_folder, tmp_path, monkeypatch, bits):
+    changes = {"lora_r": 4, "lora_alpha": 8, bits: True, "num_iterations": 1, "num_steps": 1}
+    (tmp_path / "fp16.json").write_text(json.dumps({**DS, "fp16": {"enabled": True, "initial_scale_power": 10}}))
+    monkeypatch.setitem(test_resume.KINDS, bits, (changes, str(tmp_path / "fp16.json"), False))
+    run = test_resume.make_run(tiny_folder, bits, tmp_path / "run")
+    policy = run.trainer.engine.policy
+    trained = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.float16} == {policy.model.dtype}
+    metrics = run.trainer.step(0, run.questions)
+    assert metrics["overflow_steps"] == 0 == metrics["bad_steps"] and metrics["grad_norm"] > 0
+    assert any(not torch.equal(p, trained[name]) for name, p in policy.named_parameters() if p.requires_grad)
+    run.trainer.engine.close()
 
 
 def test_two_ranks_skip_the_same_step(tiny_folder, tmp_path):
