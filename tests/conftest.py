@@ -122,6 +122,14 @@ def no_rendezvous_left_behind():
         os.environ.pop(name, None)
 
 
+@pytest.fixture
+def fp16_on_cpu(monkeypatch):
+    """Let DeepSpeed train in fp16 here: it refuses CPUs without AVX512-FP16, though torch computes it, slowly."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    monkeypatch.setattr(CPU_Accelerator, "is_fp16_supported", lambda self: True)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()

@@ -20,7 +20,7 @@ from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import AskConfig
 from grpo_ds.settings.flags import Flags, failed, flag, path_flag
 from grpo_ds.settings.paths import absolute_unless
-from grpo_ds.system.hardware import check_torch, cpu_has_bf16, gpu_memory_gib, ram_gib
+from grpo_ds.system.hardware import Precision, check_torch, gpu_memory_gib, native_precision, ram_gib
 from grpo_ds.task.questions import Question, fingerprint, unanswered_questions
 from grpo_ds.task.records import NO_CONTEXT, Unusable, sound_text
 from grpo_ds.task.sources import Source, parse_file
@@ -110,7 +110,7 @@ def main(argv: list[str]) -> None:
     config = parsed.config(choice.recipe, model=choice.model)
     questions = [] if config.typed_at_terminal else given_questions(config)
     trained_on = read_trained_on(Path(config.model))
-    sampler, style = loaded(config, bf16=gpu_gib is not None or cpu_has_bf16())
+    sampler, style = loaded(config, precision=native_precision(on_gpu=gpu_gib is not None))
     show = show_as(config)
     if config.typed_at_terminal:
         print(escape_control_chars(f"Model: {config.model} ({choice.why})"), file=sys.stderr)
@@ -119,12 +119,12 @@ def main(argv: list[str]) -> None:
         show(answered)
 
 
-def loaded(config: QuestionConfig, *, bf16: bool) -> "tuple[Sampler, PromptStyle]":
+def loaded(config: QuestionConfig, *, precision: Precision) -> "tuple[Sampler, PromptStyle]":
     """Load heavy libraries and the model; their output goes to stderr, because it is not an answer."""
     with redirect_stdout(sys.stderr):
         from grpo_ds.training.evaluate import load_for_asking
 
-        return load_for_asking(config, bf16=bf16, say=lambda line: print(escape_control_chars(line)))
+        return load_for_asking(config, precision=precision, say=lambda line: print(escape_control_chars(line)))
 
 
 def given_questions(config: QuestionConfig) -> list[Question]:

@@ -15,7 +15,7 @@ from grpo_ds.run_folder.trained_on import read_trained_on
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import EvaluateConfig
 from grpo_ds.settings.saved_config import split_recipe
-from grpo_ds.system.hardware import check_torch, cpu_has_bf16, gpu_memory_gib, ram_gib
+from grpo_ds.system.hardware import check_torch, gpu_memory_gib, native_precision, ram_gib
 from grpo_ds.task.grading import small_sample
 from grpo_ds.task.questions import (
     Question,
@@ -60,8 +60,8 @@ def main(argv: list[str]) -> None:
 
     console = Console()
     console.line(f"Model: {config.model} ({why})\nData: {asked.described()}")
-    bf16 = gpu_memory_gib() is not None or cpu_has_bf16()
-    sampler, style = load_for_asking(config, bf16=bf16, say=console.line)
+    precision = native_precision(on_gpu=gpu_memory_gib() is not None)
+    sampler, style = load_for_asking(config, precision=precision, say=console.line)
     sampler.rows_at_once = config.generation_batch_size or ROWS_AT_ONCE
     alone = World(rank=0, size=1, device=sampler.model.device)
     with console.progress("Answering", len(asked.questions)) as advance:

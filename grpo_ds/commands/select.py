@@ -29,7 +29,7 @@ from grpo_ds.settings.ds_config import DsConfig, resolve_ds_config
 from grpo_ds.settings.flags import Flags, failed, flag
 from grpo_ds.settings.saved_config import prompt_recipe
 from grpo_ds.settings.shipped import DS_JSONS
-from grpo_ds.system.hardware import cpu_has_bf16, gpu_memory_gib, ram_gib
+from grpo_ds.system.hardware import gpu_memory_gib, native_precision, ram_gib
 from grpo_ds.terminal import escape_control_chars
 
 WIDTH = 130  # columns if the output is not a terminal
@@ -104,11 +104,13 @@ def all_candidates(one: str, config: SelectConfig, typed: frozenset[str], gpu: f
 
 def resolved(config: SelectConfig, typed: frozenset[str], *, on_gpu: bool) -> dict[str, DsConfig]:
     """Return the DeepSpeed JSON of --ds, or for a GPU every shipped one, filled from the flags."""
-    sizes = config.ds_sizes(bf16=on_gpu or cpu_has_bf16())
+    native = native_precision(on_gpu=on_gpu)
+    sizes = config.ds_sizes(bf16=native == "bf16", fp16=native == "fp16")
     files = {config.ds: Path(config.ds)}
     if on_gpu and "ds" not in typed:
         # The optimizer on the GPU first, which needs no step on the CPU; then fp32 masters before bf16 masters.
         shipped = sorted(DS_JSONS.names(), key=lambda name: ("lowram" in name, "gpu" not in name))
+        shipped = [name for name in shipped if native == "bf16" or "lowram" not in name]  # its masters are bf16
         files = {name: DS_JSONS.folder / Path(name).name for name in shipped}
     return {name: resolve_ds_config(path, fill=sizes, explicit=typed) for name, path in files.items()}
 

@@ -17,7 +17,14 @@ from grpo_ds.run_folder.trained_on import TRAINED_ON_FILE
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsConfig, resolve_ds_config
-from grpo_ds.system.hardware import check_torch, cpu_has_bf16, gpu_memory_gib, ram_gib
+from grpo_ds.system.hardware import (
+    INT8_CARD,
+    check_torch,
+    compute_capability,
+    gpu_memory_gib,
+    native_precision,
+    ram_gib,
+)
 from grpo_ds.task.questions import Question, QuestionSet, split_questions
 from grpo_ds.task.sources import data_or_default
 
@@ -50,10 +57,10 @@ def settle(argv: list[str], *, about: str = "") -> Settled:
     origin, warnings, saved = checkpoint_of(parsed.unchecked())
     asked = parsed.unchecked(saved)
     gpu, ram = gpu_memory_gib(), ram_gib()
-    bf16 = gpu is not None or cpu_has_bf16()
+    native = native_precision(on_gpu=gpu is not None)
 
     def resolved(config: TrainConfig) -> DsConfig:
-        sizes = config.ds_sizes(bf16=bf16, world_size=ranks())
+        sizes = config.ds_sizes(bf16=native == "bf16", fp16=native == "fp16", world_size=ranks())
         return resolve_ds_config(config.ds, fill=sizes, explicit=parsed.typed)
 
     def run_with_auto() -> tuple[TrainConfig, DsConfig]:
@@ -67,6 +74,7 @@ def settle(argv: list[str], *, about: str = "") -> Settled:
     config = parsed.config(saved or lora_recipe(choice.recipe, asked), model=choice.model)
     if origin:
         refuse_other_flags(config, saved, origin)
+    refuse_llm_int8(config)
     shape = usable_shape(config, origin)
     warnings += filter(None, [longer_than_made_for(shape, config.max_prompt_length, config.max_completion_length)])
     ds = resolved(config)
@@ -108,6 +116,19 @@ def usable_shape(config: TrainConfig, origin: Path | None = None) -> ModelShape:
             raise base_needed(origin, config.model, error) from None
         raise
     return replace(shape, name=config.model)
+
+
+def refuse_llm_int8(config: TrainConfig) -> None:
+    """Raise UsageError for bitsandbytes' LLM.int8 on a card without int8 tensor cores."""
+    asked = "--load_in_8bit true" if config.base_bits == 8 else "--reference llm.int8"
+    if not (config.base_bits == 8 or (config.beta and config.reference_kind == "llm.int8")):
+        return
+    if (capability := compute_capability()) and capability < INT8_CARD:
+        raise UsageError(
+            f"{asked} needs a card of compute capability 7.5 (T4, RTX 20xx) or newer; this one has "
+            f"{capability[0]}.{capability[1]}.\n"
+            "Leave it out: the reference is then in our own int8, and --load_in_4bit true works on this card."
+        )
 
 
 def check_local(config: TrainConfig, origin: Path | None = None) -> None:

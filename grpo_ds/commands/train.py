@@ -25,7 +25,7 @@ from grpo_ds.run_folder.resume import check_complete, check_steps
 from grpo_ds.run_folder.trained_on import read_trained_on
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.paths import absolute
-from grpo_ds.system.hardware import check_versions
+from grpo_ds.system.hardware import Precision, check_versions
 from grpo_ds.system.invocation import command
 from grpo_ds.system.signals import exit_on_signal
 from grpo_ds.system.streams import output_is_optional
@@ -44,6 +44,11 @@ from grpo_ds.terminal import escape_control_chars
 if TYPE_CHECKING:
     from grpo_ds.training.run import Run
 
+PRECISIONS: dict[Precision, str] = {  # for the line of the model
+    "bf16": "bf16",
+    "fp16": "fp16 with a loss scale",
+    "fp32": "fp32, as bf16 is off in the JSON or not native to this CPU",
+}
 PLAN_WIDTH = 120  # columns if the output is not a terminal
 
 
@@ -238,10 +243,9 @@ def first_lines(settled: Settled, questions: QuestionSet, train: int, held_out: 
     choice, config, ds = settled.choice, settled.config, settled.job.ds
     left_out = ", ".join(f"{count} {label!r} left out" for label, count in questions.left_out.items())
     per_step = f"{config.batch_size} questions x {config.num_generations} completions of at most"
-    precision = "bf16" if ds.bf16 else "fp32, as bf16 is off in the JSON or not native to this CPU"
     return [
         *settled.warnings,
-        f"Model: {config.model} ({choice.why}), in {precision}{adapter_line(settled)}",
+        f"Model: {config.model} ({choice.why}), in {PRECISIONS[ds.precision]}{adapter_line(settled)}",
         f"Data: {questions.source}{f' ({left_out})' if left_out else ''}; {train} to train on, {held_out} held out",
         f"Plan: {config.total_steps} steps of {per_step} {config.max_completion_length} tokens; "
         f"learning rate {ds.learning_rate:g}, beta {config.beta:g}, seed {config.seed}",

@@ -116,7 +116,7 @@ class _RunMemory:
     def __init__(self, shape: ModelShape, config: TrainConfig, ds: DsConfig, device: Device) -> None:
         self.shape, self.config, self.ds = shape, config, ds
         self.on_gpu = device == "cuda"
-        self.w = 2 if ds.bf16 else 4
+        self.w = 2 if ds.half else 4
         self.master = 2 if ds.bf16_masters else 4  # bytes of a master weight, and of the gradient it gets
         self.weights = shape.parameters * self.w
         self.trained, self.largest = shape.parameters, shape.largest  # elements: all, and of the largest gradient
@@ -181,10 +181,10 @@ class _RunMemory:
     # --- the phases -------------------------------------------------------------------------------------------
 
     def load(self) -> list[Moment]:
-        """from_pretrained maps a bf16 file: bf16 weights are its pages, not read yet; fp32 weights are converted."""
+        """from_pretrained maps a bf16 file: bf16 weights are its pages, not read yet; others are converted."""
         if self.config.base_bits < 16:  # quantised tensor by tensor, on the card if there is one
             return [(Bytes({"weights": self.weights, **self.dequantised}), self.process)]
-        converted = {"weights": self.weights, MAPPED: self.shape.parameters * 2} if self.w == 4 else {}
+        converted = {"weights": self.weights, MAPPED: self.shape.parameters * 2} if not self.ds.bf16 else {}
         return [(Bytes(), self.process + Bytes(converted))]
 
     def initialise(self) -> list[Moment]:

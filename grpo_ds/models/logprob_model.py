@@ -71,7 +71,8 @@ def _at_mask(values: Float[Tensor, " N"], mask: Bool[Tensor, "B C"]) -> Float[Te
 
 
 # Tolerance of a log-prob: the two ways sum in different orders, and in 16 bits every layer rounds its output.
-PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+# smollm2-135m has 7e-5 in fp32, 0.04 in fp16.
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
 @torch.no_grad()

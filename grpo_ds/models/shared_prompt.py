@@ -174,7 +174,9 @@ class SharedPrompts:
 
 
 WIDTH = 64  # columns by which a new graph is wider
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # share of the logits' norm
+# Share of the logits' norm. After tokens 1, 2, 3 (special ones, with activations of 25,000) smollm2-135m has 2e-5 in
+# fp32, 0.08 in fp16.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.15}
 
 
 @torch.no_grad()

@@ -128,8 +128,8 @@ class TrainConfig(
         """Kind of the reference: a ReferenceKind other than auto, or "adapter", the policy's own base."""
         return "adapter" if self.lora_r else "int8" if self.reference == "auto" else self.reference
 
-    def ds_sizes(self, *, bf16: bool, world_size: int = 1) -> DsSizes:
-        """Sizes that the DeepSpeed JSON takes from the flags."""
+    def ds_sizes(self, *, bf16: bool, fp16: bool = False, world_size: int = 1) -> DsSizes:
+        """Sizes that the DeepSpeed JSON takes from the flags, and what this machine computes in (see DsSizes)."""
         return DsSizes(
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
@@ -139,4 +139,5 @@ class TrainConfig(
             micro_batch_size=self.batch_size * self.num_generations,
             world_size=world_size,
             bf16=bf16,
+            fp16=fp16,
         )

@@ -93,7 +93,7 @@ def check_optimizer(engine: dict[str, Any]) -> Iterator[str]:
     if has_bf16_masters(engine):
         if not offloads(engine):
             yield 'bf16.bf16_master_weights_and_grads needs "offload_optimizer": {"device": "cpu"} with AdamW8bit'
-        if engine["bf16"].get("enabled") is False:
+        if engine["bf16"].get("enabled") is False and not has_fp16(engine):
             yield "bf16.bf16_master_weights_and_grads needs bf16.enabled true (auto is false: this CPU emulates bf16)"
         if engine["bf16"].get("bf16_optimizer_states") is True:
             yield "bf16.bf16_optimizer_states is for DeepSpeed's own Adam; AdamW8bit's moments take half of that"
@@ -103,12 +103,28 @@ def check_optimizer(engine: dict[str, Any]) -> Iterator[str]:
         yield "zero_force_ds_cpu_optimizer must be false: true forbids AdamW8bit under offload"
 
 
+def check_fp16(engine: dict[str, Any]) -> Iterator[str]:
+    """Check what fp16 depends on."""
+    if not has_fp16(engine):
+        return
+    stage, fp16 = engine["zero_optimization"]["stage"], engine["fp16"]
+    if type(stage) is int and stage == 0:
+        yield "fp16.enabled needs ZeRO stage 1 or 2, as DeepSpeed does not scale the loss at stage 0: use 2"
+    lowest, power = fp16["min_loss_scale"], fp16["initial_scale_power"]
+    if type(lowest) is type(power) is int and 0 <= power <= 32 and lowest > 2**power:
+        yield f"fp16.min_loss_scale is {lowest}, but fp16.initial_scale_power {power} begins below it, at {2**power}"
+
+
 def has_our_optimizer(engine: dict[str, Any]) -> bool:
     return get_value(engine, "optimizer.type") == "AdamW8bit"
 
 
 def has_bf16_masters(engine: dict[str, Any]) -> bool:
     return get_value(engine, "bf16.bf16_master_weights_and_grads") is True
+
+
+def has_fp16(engine: dict[str, Any]) -> bool:
+    return get_value(engine, "fp16.enabled") is True
 
 
 def offloads(engine: dict[str, Any]) -> bool:

@@ -15,9 +15,11 @@ from typing import Any
 
 from grpo_ds.errors import UsageError, one_error
 from grpo_ds.settings.ds_checks import (
+    check_fp16,
     check_optimizer,
     check_zero,
     has_bf16_masters,
+    has_fp16,
     has_our_optimizer,
     leftover_autos,
     offloads,
@@ -27,6 +29,7 @@ from grpo_ds.settings.ds_checks import (
 )
 from grpo_ds.settings.ds_json import AUTO, get_value, has_section, kind, read_json, set_value
 from grpo_ds.settings.ds_keys import PARAMS_BY_TYPE
+from grpo_ds.system.hardware import Precision
 
 SMALL_BUCKET = 25_000_000  # elements: 50 MB of GPU memory in bf16; DeepSpeed's default takes 1 GB
 
@@ -47,6 +50,7 @@ class DsSizes:
     micro_batch_size: int  # completions that a rank trains on in one step: questions x generations
     world_size: int
     bf16: bool = True  # this machine computes in bf16; many CPUs only emulate it, up to 80 times slower than fp32
+    fp16: bool = False  # its card has no bf16, only fp16
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +77,22 @@ class DsConfig:
     rounding: str  # "residual" or "stochastic"; has no effect on fp32 masters
     share_staging: bool  # the bf16 staging buffer uses the gradients' memory, which is free by then
     zero_stage: int  # 0, 1 or 2
-    bf16: bool  # weights in bf16 (fp32 if the JSON says "enabled": false)
+    precision: Precision  # of weights, activations and gradients; masters are fp32, except with bf16_masters
     learning_rate: float
     weight_decay: float
     max_grad_norm: float
     warmup_steps: int
     has_scheduler: bool  # DeepSpeed steps the JSON's schedule; the trainer must not add its own
+
+    @property
+    def bf16(self) -> bool:
+        """Weights in bf16."""
+        return self.precision == "bf16"
+
+    @property
+    def half(self) -> bool:
+        """Weights in 16 bits."""
+        return self.precision != "fp32"
 
 
 def resolve_ds_config(path: str | Path, *, fill: DsSizes, explicit: frozenset[str] = frozenset()) -> DsConfig:
@@ -94,12 +108,15 @@ def resolve_ds_config(path: str | Path, *, fill: DsSizes, explicit: frozenset[st
         *unknown_keys(engine),
         *refused_values(engine),
         *fill_fixed(engine, fill),
+        *precision_conflicts(engine, fill),
+        *fill_autos(engine, precision_values(engine, fill), explicit),
         *fill_autos(engine, shared_values(fill), explicit),
         *fill_autos(engine, schedule_values(engine, fill), explicit),
         *fill_autos(engine, adamw8bit_values() if has_our_optimizer(engine) else [], explicit),
         *fill_peak(engine),
         *check_zero(engine),
         *check_optimizer(engine),
+        *check_fp16(engine),
         *leftover_autos(engine),
     ]
     if problems:
@@ -118,6 +135,7 @@ def is_number(value: Any) -> bool:
 # Allowed values: (in words, test).
 SWITCH = ("true or false", lambda value: isinstance(value, bool))
 AMOUNT = ("a number from 0 up", lambda value: is_number(value) and value >= 0)
+POWER = ("an integer from 0 to 32", lambda value: is_number(value) and value in range(33))
 COUNT = ("an integer from 1 up", lambda value: is_number(value) and value >= 1 and value == int(value))
 ROUNDING = ("residual or stochastic", lambda value: value in ("residual", "stochastic"))
 BETAS = (
@@ -147,7 +165,6 @@ def shared_values(fill: DsSizes) -> list[AutoValue]:
         AutoValue("optimizer.params.betas", [0.9, 0.999], BETAS),
         AutoValue("optimizer.params.eps", 1e-8, AMOUNT),
         AutoValue("gradient_clipping", fill.max_grad_norm, AMOUNT, "max_grad_norm"),
-        AutoValue("bf16.enabled", fill.bf16, SWITCH),
         AutoValue("wall_clock_breakdown", False, SWITCH),
         # On one GPU there is no communication to overlap: the second bucket would only take memory.
         AutoValue("zero_optimization.overlap_comm", False, SWITCH),
@@ -155,6 +172,41 @@ def shared_values(fill: DsSizes) -> list[AutoValue]:
         AutoValue("zero_optimization.allgather_bucket_size", SMALL_BUCKET, COUNT),
         # DeepSpeed's default since 0.19.5, true, page-locks every buffer in RAM.
         AutoValue("zero_optimization.offload_optimizer.pin_memory", False, SWITCH),
+    ]
+
+
+def precision_conflicts(engine: dict[str, Any], fill: DsSizes) -> Iterator[str]:
+    """Report bf16 and fp16 together, and bf16 on a card that has none; open the section of fp16 on such a card."""
+    bf16, fp16 = get_value(engine, "bf16.enabled"), get_value(engine, "fp16.enabled")
+    if bf16 is True and fp16 is True:
+        yield "bf16.enabled and fp16.enabled are both true, but weights have one precision: remove one"
+    elif has_bf16_masters(engine) and (fill.fp16 or fp16 is True):
+        where = "fp16.enabled is true" if fp16 is True else "this card has none"
+        yield f"bf16.bf16_master_weights_and_grads needs bf16, but {where}: take --ds ds_configs/zero2.json"
+    elif bf16 is True and fill.fp16:
+        yield 'bf16.enabled is true, but this card has no bf16: write "auto", which means fp16 here'
+    if fill.fp16 and bf16 is not True:
+        engine.setdefault("fp16", {})
+
+
+def precision_values(engine: dict[str, Any], fill: DsSizes) -> list[AutoValue]:
+    """The two switches; with fp16 also the numbers of its loss scale, which are DeepSpeed's defaults but for one."""
+    bf16, fp16 = get_value(engine, "bf16.enabled"), get_value(engine, "fp16.enabled")
+    by_machine = fp16 in (None, AUTO) and fill.fp16 and bf16 is not True
+    is_fp16 = fp16 is True or by_machine
+    scale = [
+        AutoValue("fp16.loss_scale", 0, AMOUNT),  # 0: it moves; another number stays
+        AutoValue("fp16.initial_scale_power", 16, POWER),
+        AutoValue("fp16.loss_scale_window", 1000, COUNT),
+        # DeepSpeed's 2 would let the first overflow pass without lowering the scale, at the price of a rollout.
+        AutoValue("fp16.hysteresis", 1, COUNT),
+        AutoValue("fp16.consecutive_hysteresis", False, SWITCH),
+        AutoValue("fp16.min_loss_scale", 1, COUNT),
+    ]
+    return [
+        AutoValue("bf16.enabled", fill.bf16 and not is_fp16, SWITCH),
+        AutoValue("fp16.enabled", by_machine, SWITCH),
+        *(value for value in scale if is_fp16 or get_value(engine, value.path) == AUTO),
     ]
 
 
@@ -237,7 +289,7 @@ def split(engine: dict[str, Any], fill: DsSizes) -> DsConfig:
         rounding=rounding,
         share_staging=share_staging,
         zero_stage=engine["zero_optimization"]["stage"],
-        bf16=engine["bf16"]["enabled"],
+        precision="fp16" if has_fp16(engine) else "bf16" if engine["bf16"]["enabled"] else "fp32",
         learning_rate=optimizer.params["lr"],
         weight_decay=optimizer.params["weight_decay"],
         max_grad_norm=engine["gradient_clipping"],

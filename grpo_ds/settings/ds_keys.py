@@ -77,7 +77,8 @@ FP32_NAMES = ("fp32", "float32", "float", "torch.float32")
 # Real keys of DeepSpeed with a value that cannot work here: path, test of the value, the reason and what to do.
 REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("bfloat16", lambda value: True, 'is DeepSpeed\'s old name: write "bf16"'),
-    ("fp16.enabled", bool, 'overflows in Qwen and needs loss scaling; everything here is bf16: write "bf16" instead'),
+    ("fp16.fp16_master_weights_and_grads", bool, "loses the steps that fp16 is too coarse for: remove it"),
+    ("fp16.auto_cast", bool, "has no effect, as the inputs are token ids: remove it"),
     (
         "data_types.grad_accum_dtype",
         lambda value: value in FP32_NAMES,

@@ -1,4 +1,4 @@
-"""Hardware and software of this machine: versions, GPU memory, RAM, bf16 on the CPU. Does not import torch."""
+"""Hardware and software of this machine: versions, GPU memory, RAM, precision. Does not import torch."""
 
 import os
 import re
@@ -7,9 +7,14 @@ import subprocess
 from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import Literal
 
 from grpo_ds.errors import PreflightError, UsageError, one_error
 
+# fp16: 16 bits on a card without bf16, with a loss scale. fp32: a CPU that only emulates bf16.
+Precision = Literal["bf16", "fp16", "fp32"]
+# Compute capabilities: V100; T4 and RTX 20xx; A100 and RTX 30xx.
+OLDEST_CARD, INT8_CARD, BF16_CARD = (7, 0), (7, 5), (8, 0)
 OLDEST_TORCH = (2, 10)  # before it a crafted file could run code even under weights_only (CVE-2026-24747)
 # Packages whose older versions do not fail but train wrongly.
 WHY_NEWER = {
@@ -71,14 +76,18 @@ def version_problems(wanted: Iterable[str]) -> Iterator[str]:
 
 def gpu_memory_gib() -> float | None:
     """GPU memory of the smallest visible NVIDIA card in GiB, or None; from nvidia-smi, because torch takes seconds."""
+    sizes = [float(line) / 1024 for line in _of_each_card("memory.total") if line.replace(".", "").isdigit()]
+    return min(sizes, default=None)
+
+
+def _of_each_card(field: str) -> list[str]:
+    """nvidia-smi's answers for this field, one for each visible card; [] without a card."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shutil.which("nvidia-smi") is None or visible in ("", "-1"):
-        return None
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        return []
+    query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     query += [f"--id={visible}"] if visible else []
-    answer = subprocess.run(query, capture_output=True, text=True, check=False)
-    sizes = [float(line) / 1024 for line in answer.stdout.split() if line.replace(".", "").isdigit()]
-    return min(sizes, default=None)
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
 
 
 def ram_gib() -> float:
@@ -108,7 +117,27 @@ def cgroup_limit(membership: Path = Path("/proc/self/cgroup"), mount: Path = Pat
     return min(limits, default=None)
 
 
-# --- CPU -----------------------------------------------------------------------------------------------------
+# --- precision -----------------------------------------------------------------------------------------------
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """Lowest compute capability of the visible cards, such as (7, 5); None if there is no card or it is not told."""
+    answers = [re.fullmatch(r"(\d+)\.(\d+)", line) for line in _of_each_card("compute_cap")]
+    return min(((int(found[1]), int(found[2])) for found in answers if found), default=None)
+
+
+def native_precision(*, on_gpu: bool) -> Precision:
+    """Precision that this machine computes in without emulating it. Raises UsageError for a card that is too old."""
+    if not on_gpu:
+        return "bf16" if cpu_has_bf16() else "fp32"
+    capability = compute_capability() or BF16_CARD
+    if capability < OLDEST_CARD:
+        raise UsageError(
+            f"This card has compute capability {capability[0]}.{capability[1]}; the oldest that can train here is "
+            "7.0 (V100, T4, RTX 20xx).\nOlder cards have no tensor cores, and their fp16 is mostly slower than fp32. "
+            "Use a newer card, or\ntrain on the CPU: set CUDA_VISIBLE_DEVICES to nothing, with --model smollm2-135m."
+        )
+    return "bf16" if capability >= BF16_CARD else "fp16"
 
 
 def cpu_has_bf16() -> bool:

@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo_ds.core.packing import PackedRows
-from grpo_ds.errors import CheckpointError
+from grpo_ds.errors import CheckpointError, UsageError
 from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.optim.adamw8bit import build_optimizer
 from grpo_ds.settings.ds_config import DsConfig
 from grpo_ds.system.determinism import deterministic_kernels
+from grpo_ds.training.loss_scale import LossScale
 from grpo_ds.training.zero_staging import allow_accumulation, clear_unwritten_gradients, replace_staging_and_optimizer
 
 # DeepSpeed compiles small extensions on first use with ninja, which pip installs beside the interpreter. This line
@@ -31,10 +32,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_full_grad
@@ -45,14 +47,14 @@ from deepspeed.utils.tensor_fragment import fragment_address
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 Item = TypeVar("Item")
-DEEPSPEED_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]  # allowed in its checkpoints
+DEEPSPEED_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]  # allowed in its checkpoints
 
 
 class Engine:
     """The policy and its optimizer under DeepSpeed.
 
     A step has one `backward`, DeepSpeed's fast path, in which each gradient leaves the GPU once, or several: then the
-    gradients of the earlier ones accumulate in RAM in bf16.
+    gradients of the earlier ones accumulate in RAM in 16 bits.
     """
 
     def __init__(self, policy: LogprobModel, config: DsConfig, *, seed: int = 0, deterministic: bool = True) -> None:
@@ -60,6 +62,11 @@ class Engine:
 
         deterministic: on a card, the same gradients from the same rows; a CPU always gives the same.
         """
+        if config.precision == "fp16" and not get_accelerator().is_fp16_supported():
+            raise UsageError(
+                "fp16.enabled is true, but DeepSpeed does not compute in fp16 on this CPU.\n"
+                'Write "auto" instead: bf16 or fp32, whichever this CPU computes in.'
+            )
         parameters = [p for p in policy.parameters() if p.requires_grad]
         logging.getLogger("DeepSpeed").addFilter(_not_of_our_optimizer)
         self._engine, *_ = deepspeed.initialize(
@@ -68,6 +75,7 @@ class Engine:
             optimizer=_client_optimizer(parameters, config),
             config=config.engine,
         )
+        self.loss_scale = LossScale(self._engine.optimizer, fp16=config.precision == "fp16")
         self._shares_staging = config.share_staging and not config.bf16_masters
         self._offload = config.offload
         if config.offload:
@@ -98,10 +106,16 @@ class Engine:
         if self._shares_staging:
             clear_unwritten_gradients(self._engine.optimizer)
         self._engine.step()
+        self.loss_scale.count_step(overflow=False)
         return float(self._engine.get_global_grad_norm() or 0.0)
 
+    def skip_overflow(self) -> None:
+        """Drop the gradients of a step in which one is too large for fp16, and lower the loss scale."""
+        self.abandon()
+        self.loss_scale.count_step(overflow=True)
+
     def gradient_norms(self) -> dict[str, float]:
-        """Norm of this rank's part of each parameter's gradient. Call between the last backward and step().
+        """Norm of this rank's part of each parameter's gradient, times the loss scale. Call before step().
 
         A norm that is not finite belongs to a gradient that step() must not use. DeepSpeed finds out too late, inside
         its step, and not in every layout.
@@ -112,7 +126,7 @@ class Engine:
 
     def gradient(self, parameter: Tensor) -> Tensor:
         """Full gradient reduced over ranks, as step() will use it. Call after the last backward, on every rank."""
-        return safe_get_full_grad(parameter)
+        return safe_get_full_grad(parameter).float() / self.loss_scale.value
 
     def rehearse(self, micro_batches: Iterable[PackedRows]) -> None:
         """Take a step with gradients of 0 at a learning rate of 0: it uses the memory of a step and changes nothing."""
@@ -123,7 +137,8 @@ class Engine:
             group["lr"] = 0.0
         for rows, last in flag_last(micro_batches):
             self.backward(0 * self(rows).sum(), last=last)
-        self.step()
+        with self.loss_scale.unchanged():
+            self.step()
         for state in getattr(inner, "optimizer", inner).state.values():
             state["step"] *= 0  # a tensor in some optimizers
         for group, rate in zip(inner.param_groups, rates, strict=True):

@@ -7,9 +7,11 @@ import torch
 from grpo_ds.models.policy import load_policy, load_tokenizer
 from grpo_ds.models.shapes import longer_than_made_for, shape_of
 from grpo_ds.settings.config import AskConfig
+from grpo_ds.system.hardware import Precision
 from grpo_ds.system.ranks import World
 from grpo_ds.task.grading import Evaluation, graded
 from grpo_ds.task.questions import Question
+from grpo_ds.training.precision import DTYPES, check_card
 from grpo_ds.training.prompt_style import PromptStyle, prompt_style
 from grpo_ds.training.sampling import Sampler
 
@@ -42,7 +44,9 @@ def evaluate(
     return graded(texts, questions, style.answer_format)
 
 
-def load_for_asking(config: AskConfig, *, bf16: bool, say: Callable[[str], None]) -> tuple[Sampler, PromptStyle]:
+def load_for_asking(
+    config: AskConfig, *, precision: Precision, say: Callable[[str], None]
+) -> tuple[Sampler, PromptStyle]:
     """Load a model to answer questions without an engine, on the GPU if there is one.
 
     say: prints a line, for warnings about the chat template.
@@ -55,8 +59,8 @@ def load_for_asking(config: AskConfig, *, bf16: bool, say: Callable[[str], None]
     tokenizer, style = load_tokenizer(config.model, trust_remote_code=trust), prompt_style(config)
     for line in style.check(tokenizer):
         say(line)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    model = load_policy(config.model, dtype=dtype, checkpointing=False, trust_remote_code=trust)
+    check_card(precision)
+    model = load_policy(config.model, dtype=DTYPES[precision], checkpointing=False, trust_remote_code=trust)
     model.to(device).eval()  # type: ignore[arg-type]  # transformers hides the signature of .to
     stop = config.answer_format.stop
     sampler = Sampler(model, tokenizer, max_completion_length=config.max_completion_length, stop=stop)

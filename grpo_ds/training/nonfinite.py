@@ -29,6 +29,8 @@ REMEDIES = {
     "old log-prob": "Try a lower --learning_rate, or --mu 1.",
     "log-prob": "The policy itself returns NaN or infinity: start again with a lower --learning_rate.",
     "loss": "Try a lower --learning_rate, a smaller --beta, or --kl_estimator k2.",
+    "gradient at the smallest loss scale": "fp16 is too narrow for this model or loss: try smaller rewards, a smaller "
+    '--beta, or fp32: "fp16": {"enabled": false}, "bf16": {"enabled": false} in the DeepSpeed JSON.',
     "gradient": "Try a lower --learning_rate, a smaller --beta, or smaller rewards.",
 }
 
@@ -46,10 +48,11 @@ def find_bad(
     Example: ["reward (completion 1 of question 17)", "loss"]. If there are none, ranks only add eight numbers.
     """
     norms = engine.gradient_norms()
+    gradient = "gradient at the smallest loss scale" if engine.loss_scale.is_stuck else "gradient"
     places = {
         **_bad_completions(rollout, old_logprobs, logprobs),
         "loss": [] if isfinite(loss) else [""],
-        "gradient": [name for name, norm in norms.items() if not isfinite(norm)],
+        gradient: [name for name, norm in norms.items() if not isfinite(norm)],
     }
     # Squared in fp32, as DeepSpeed sums it over the ranks: the square of a finite norm may be infinite.
     squared = sum(norm * norm for norm in norms.values())
@@ -58,7 +61,12 @@ def find_bad(
         return []
     ranks = world.gather(places)
     everywhere = {kind: [place for rank in ranks for place in rank[kind]] for kind in places}
-    return [_named(kind, found) for kind, found in everywhere.items() if found] or ["gradient (its norm overflows)"]
+    return [_named(kind, found) for kind, found in everywhere.items() if found] or [f"{gradient} (its norm overflows)"]
+
+
+def is_overflow(engine: Engine, bad: Sequence[str]) -> bool:
+    """True if only gradients are not finite and a lower loss scale may mend that. bad: from `find_bad`."""
+    return engine.loss_scale.can_fall and bool(bad) and bad[0].startswith("gradient")
 
 
 def refuse_bad_weights(model: torch.nn.Module) -> None:

@@ -37,7 +37,13 @@ GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 
 # Mean difference of a log-prob. smollm2-135m has 3e-6 in fp32, 0.05 in bf16; a wrong mask changes every token.
 LOGPROB_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 LLM_INT8_TOLERANCE = 2.0  # it rounds differently in training and sampling mode: smollm2-135m by 0.5
+# Loss scales tried for fp16: the gradients of so few tokens are larger than those of a run.
+LOSS_SCALES = (2.0**12, 2.0**6, 1.0)
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # the only settings of a neutral generation config
+FP16_OVERFLOW = (
+    "fp16 cannot hold this model's activations: its log-probs are not finite. Take another model, or fp32: "
+    '"fp16": {"enabled": false}, "bf16": {"enabled": false} in the DeepSpeed JSON.'
+)
 REMEDY = "Nothing was trained or written. Install the versions of constraints.txt; --preflight false skips the checks."
 
 
@@ -133,6 +139,8 @@ def logprob_problems(engine: Engine, batch: ProbeBatch) -> list[str]:
     in_8_bits, problems = getattr(policy.model, "is_loaded_in_8bit", False), []
     tolerance = LLM_INT8_TOLERANCE if in_8_bits else LOGPROB_TOLERANCE[policy.model.dtype]
     sampled = _logprobs(policy.eval(), batch.parts, done)
+    if policy.model.dtype == torch.float16 and not sampled[done.mask].isfinite().all():
+        return [FP16_OVERFLOW]
     if policy.packs:
         with _padded(policy):
             alone = _logprobs(policy, micro_batches(rows_of(policy, batch.prompts), done), done)
@@ -160,18 +168,23 @@ def gradient_problems(engine: Engine, batch: ProbeBatch, world: World, *, object
         old = logprobs.detach()
         return grpo_loss(logprobs, old, old, advantages[part], batch.weights[part], objective).loss
 
+    for scale in LOSS_SCALES if engine.loss_scale.fp16 else (1.0,):
+        with engine.loss_scale.unchanged(scale):
+            for (rows, part), last in flag_last(batch.parts):
+                engine.backward(loss_of(engine(rows), part), last=last)
+            found = {name: engine.gradient(parameter) for name, parameter in chosen.items()}
+        engine.abandon()
+        if all(gradient.isfinite().all() for gradient in found.values()):  # of all ranks together, so on every rank
+            break
     plain = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in chosen.items()}
     engine.policy.train()
     for rows, part in batch.parts:
-        loss = loss_of(engine.policy(rows), part)
+        loss = loss_of(engine.policy(rows), part) * scale
         parts = torch.autograd.grad(loss, list(chosen.values()), allow_unused=True)
         for total, gradient in zip(plain.values(), parts, strict=True):
-            total += 0 if gradient is None else gradient
-    for (rows, part), last in flag_last(batch.parts):
-        engine.backward(loss_of(engine(rows), part), last=last)
+            total += 0 if gradient is None else gradient.float() / scale
     wanted = {name: world.sum(gradient) for name, gradient in plain.items()}
-    off = {name: float((engine.gradient(chosen[name]) - wanted[name]).norm()) for name in chosen}
-    engine.abandon()
+    off = {name: float((found[name] - wanted[name]).norm()) for name in chosen}
     norms = {name: float(gradient.norm()) for name, gradient in wanted.items()}
     largest, tolerance = max(norms.values()), GRADIENT_TOLERANCE[engine.model.dtype]
     if not largest > 0:

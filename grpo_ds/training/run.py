@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
 from grpo_ds.errors import BY_CTRL_C, CheckpointError, GrpoError, NumbersError
@@ -30,6 +29,7 @@ from grpo_ds.task.grading import graded
 from grpo_ds.task.questions import Question
 from grpo_ds.training.checkpoint import save_checkpoint, write_beside
 from grpo_ds.training.nonfinite import refuse_bad_weights
+from grpo_ds.training.precision import DTYPES
 from grpo_ds.training.rehearsal import rehearse
 from grpo_ds.training.reports import Outcome, Reports
 from grpo_ds.training.trainer import Trainer
@@ -287,7 +287,7 @@ class Run:
         save_model(trainer.engine.model, folder)
         save_tokenizer(trainer.tokenizer, folder)
         if config.merge_adapter:
-            dtype, trust = torch.bfloat16 if trainer.ds.bf16 else torch.float32, config.trust_remote_code
+            dtype, trust = DTYPES[trainer.ds.precision], config.trust_remote_code
             save_merged(folder, folder / MERGED, dtype=dtype, trust_remote_code=trust)
             save_tokenizer(trainer.tokenizer, folder / MERGED)
             write_beside(trainer, folder / MERGED)

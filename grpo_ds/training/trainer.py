@@ -24,7 +24,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from grpo_ds.core.tally import Tally
@@ -52,6 +51,7 @@ from grpo_ds.training.flat_rewards import flat_rewards
 from grpo_ds.training.guard import Guard
 from grpo_ds.training.metrics import step_metrics
 from grpo_ds.training.nonfinite import NonfiniteSteps
+from grpo_ds.training.precision import DTYPES, check_card
 from grpo_ds.training.preflight import preflight
 from grpo_ds.training.prompt_style import PromptStyle, prompt_style
 from grpo_ds.training.rollout import Groups, PartialStep, Rollout, make_rollout
@@ -84,6 +84,7 @@ class Trainer:
         freed memory to the system after every phase, so that each is measured alone. style: the prompts' style;
         None: the one that config asks for.
         """
+        check_card(ds.precision)
         if config.full_determinism:
             fix_workspaces()
         self.config, self.ds, self.world, self.console = config, ds, world, console
@@ -99,9 +100,10 @@ class Trainer:
         style = style or prompt_style(config)
         for line in style.check(self.tokenizer):  # before the model is loaded
             console.line(line)
-        dtype = torch.bfloat16 if ds.bf16 else torch.float32
         source = replace(config, model=weights_of(config, origin))  # an adapter is in the engine's state
-        policy = self.guard.run("load", trainable_policy, source, dtype=dtype, known_ids=len(self.tokenizer))
+        policy = self.guard.run(
+            "load", trainable_policy, source, dtype=DTYPES[ds.precision], known_ids=len(self.tokenizer)
+        )
         self.engine = self.guard.run(
             "initialise",
             Engine,
@@ -178,7 +180,15 @@ class Trainer:
         )
 
     def check_numbers(self, step: int, partial: PartialStep, updated: Updated) -> None:
-        """Report a skipped update. Raises NumbersError if --max_bad_steps is exceeded."""
+        """Report a skipped update. Raises NumbersError if --max_bad_steps is exceeded.
+
+        An overflow of fp16 is not a bad step, nor is it a good one that would end a row of them.
+        """
+        if updated.overflow:
+            scale = self.engine.loss_scale.value
+            return self.console.line(
+                f"Step {step + 1} is skipped: its gradient overflows fp16. Loss scale now {scale:g}."
+            )
         old, new = partial.old_logprobs, updated.logprobs
         self.bad_steps.record_step(updated.bad, step, partial.rollout, old=old, policy=new)
 

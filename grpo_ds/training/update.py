@@ -18,7 +18,7 @@ from grpo_ds.core.tally import Tally
 from grpo_ds.memory.phases import Profiler
 from grpo_ds.system.ranks import World
 from grpo_ds.training.engine import Engine, flag_last
-from grpo_ds.training.nonfinite import find_bad
+from grpo_ds.training.nonfinite import find_bad, is_overflow
 from grpo_ds.training.rollout import Rollout
 
 TOKEN_METRICS = ("kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
@@ -35,6 +35,7 @@ class Updated:
     tally: Tally  # this rank's sums, not yet added over ranks
     logprobs: Float[Tensor, "B C"]  # of the policy before the step
     bad: list[str]  # numbers that are not finite on some rank, cause first; if any, no step was taken
+    overflow: bool = False  # fp16: no step was taken, as a gradient times the loss scale is too large
 
 
 def update(
@@ -83,18 +84,22 @@ def update(
         tally.add("clip_ratio/low_mean", terms.low.sum(), tokens)
         tally.add("clip_ratio/high_mean", terms.high.sum(), tokens)
         tally.add("clip_ratio/region_mean", terms.clipped.sum(), tokens)
-    bad: list[str] = []
+    bad, overflow, scale = [], False, engine.loss_scale.value
     with profiler.phase("step"):
         # Without a backward there is no gradient, and momentum and weight decay must not change the weights.
         if backwards:
             # Checked only now: a rank that stopped earlier would leave the others waiting in a backward.
             bad = find_bad(engine, rollout, old_logprobs, logprobs, step_loss, world)
-            if bad:
+            if overflow := is_overflow(engine, bad):
+                engine.skip_overflow()
+            elif bad:
                 engine.abandon()
         tally.add("grad_norm", float("nan") if bad else engine.step() if backwards else 0.0)
-    tally.add("bad_steps", bool(bad))
+    tally.add("bad_steps", bool(bad) and not overflow)
+    if engine.loss_scale.fp16:
+        tally.add_all({"overflow_steps": [overflow], "loss_scale": [scale]})
     tally.add("loss", step_loss * world.size)  # each rank holds a share of the sum
-    return Updated(tally, logprobs, bad)
+    return Updated(tally, logprobs, [] if overflow else bad, overflow)
 
 
 def contributing(rollout: Rollout, objective: Objective) -> list[int]:

@@ -236,7 +236,9 @@ def quizzed(tiny_folder, tmp_path_factory):
 
 def test_questions_of_a_file_get_the_answers_they_get_one_by_one(tiny_folder, file, capsys, monkeypatch):
     monkeypatch.setattr(ask, "gpu_memory_gib", lambda: None)
-    monkeypatch.setattr(ask, "cpu_has_bf16", lambda: False)  # in fp32 no two tokens are equally likely
+    monkeypatch.setattr(
+        "grpo_ds.system.hardware.cpu_has_bf16", lambda: False
+    )  # in fp32 no two tokens are equally likely
     model = ["--model", str(tiny_folder), "--max_completion_length", "6", "--json"]
     ask.main([*model, "--file", file(RECORDS)])
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

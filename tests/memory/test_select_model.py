@@ -55,6 +55,22 @@ def test_one_model_is_shown_phase_by_phase(select):
     assert "qwen2.5-7b" not in shown
 
 
+def test_a_card_without_bf16_is_planned_in_fp16(select, monkeypatch):
+    """The same bytes as in bf16, except while a bf16 file is converted, and no JSON with bf16 masters."""
+    words = ("--gpu_gib", 16, "--ram_gib", 64, "--model", "qwen2.5-1.5b", "--json")
+
+    def planned():
+        found = json.loads(select(*words))["candidates"]
+        return {(c["ds"], c["reference"]): c["phases"] for c in found}
+
+    bf16 = planned()
+    monkeypatch.setattr("grpo_ds.system.hardware.compute_capability", lambda: (7, 5))
+    fp16 = planned()
+    assert {ds for ds, _ in bf16} - {ds for ds, _ in fp16} == {"ds_configs/zero2_lowram.json"}
+    for key, phases in fp16.items():
+        assert {name: phase for name, phase in phases.items() if phase != bf16[key][name]}.keys() == {"load"}
+
+
 def test_what_does_not_fit_is_answered_with_changes(select):
     shown = select("--gpu_gib", 16, "--ram_gib", 18, "--model", "qwen2.5-1.5b", "--ds", "ds_configs/zero2.json")
     assert "Nothing fits yet" in shown and "costs:" in shown

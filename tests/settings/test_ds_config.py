@@ -5,6 +5,7 @@ import inspect
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,54 @@ def test_left_out_means_auto_and_an_empty_object_is_a_plain_bf16_run(resolve):
     assert deepspeed_config(config.engine).gradient_clipping == 1.0
 
 
+AUTO_SCALE = {
+    "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 1,
+    "consecutive_hysteresis": False, "min_loss_scale": 1,
+}  # fmt: skip
+OFF, ON, AUTO = {"enabled": False}, {"enabled": True}, {"enabled": "auto"}
+PRECISIONS = [  # sections bf16 and fp16 of the JSON, the precision on a machine with bf16, on a card without
+    ({}, None, "bf16", "fp16"),
+    (AUTO, None, "bf16", "fp16"),
+    (AUTO, AUTO, "bf16", "fp16"),
+    (None, {}, "bf16", "fp16"),
+    (OFF, None, "fp32", "fp16"),  # what is left out is auto
+    (OFF, OFF, "fp32", "fp32"),
+    (AUTO, OFF, "bf16", "fp32"),
+    (AUTO, ON, "fp16", "fp16"),
+    (OFF, ON, "fp16", "fp16"),
+    (ON, None, "bf16", None),
+    (ON, AUTO, "bf16", None),
+]
+
+
+@pytest.mark.parametrize(("bf16", "fp16", "here", "on_a_card_without_bf16"), PRECISIONS)
+def test_the_json_and_the_machine_decide_the_precision(resolve, bf16, fp16, here, on_a_card_without_bf16):
+    json_file = zero2({name: section for name, section in (("bf16", bf16), ("fp16", fp16)) if section is not None})
+    for fill, wanted in ((SIZES, here), (replace(SIZES, bf16=False, fp16=True), on_a_card_without_bf16)):
+        if wanted is None:
+            assert "this card has no bf16" in message_of(resolve, json_file, fill=fill)
+            continue
+        config = resolve(json_file, fill=fill)
+        assert (config.precision, config.half, config.bf16_masters) == (wanted, wanted != "fp32", False)
+        accepted = deepspeed_config(config.engine)
+        assert accepted.bfloat16_config.enabled == (wanted == "bf16")
+        assert accepted.float16_config.enabled == (wanted == "fp16")
+        if wanted == "fp16":
+            assert config.engine["fp16"] == {"enabled": True, **AUTO_SCALE}
+
+
+def test_a_json_without_fp16_stays_without_it(resolve):
+    """Checkpoints keep a hash of the JSON: those of runs in bf16 and fp32 stay what they were."""
+    assert "fp16" not in resolve(zero2()).engine
+    assert resolve(zero2({"fp16": OFF})).engine["fp16"] == OFF
+    assert resolve(zero2({"fp16": {**OFF, "loss_scale": "auto"}})).engine["fp16"] == {**OFF, "loss_scale": 0}
+
+
+def test_bf16_masters_are_refused_on_a_card_without_bf16_with_the_json_to_take():
+    with pytest.raises(UsageError, match=r"this card has none: take --ds ds_configs/zero2\.json"):
+        resolve_ds_config(SHIPPED / "zero2_lowram.json", fill=replace(SIZES, bf16=False, fp16=True))
+
+
 def test_pin_memory_left_out_is_false_though_deepspeed_would_pin(resolve):
     config = resolve({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
     assert config.engine["zero_optimization"]["offload_optimizer"]["pin_memory"] is False
@@ -192,7 +241,18 @@ BAD_VALUES = [
     ({"zero_optimization.stage": True}, ["zero_optimization.stage is true"]),
     ({"zero_optimization.stage": 0}, ["offload_optimizer needs ZeRO stage 1 or 2"]),
     ({"zero_optimization": True}, ["zero_optimization is true, but must be an object"]),
-    ({"fp16.enabled": True}, ["fp16.enabled", 'write "bf16"']),
+    ({"fp16.enabled": True, "bf16.enabled": True}, ["both true", "remove one"]),
+    ({"fp16.enabled": True, "bf16.bf16_master_weights_and_grads": True}, ["fp16.enabled is true", "zero2.json"]),
+    ({"fp16": {"enabled": True, "loss_scale": "dynamic"}}, ['fp16.loss_scale is the text "dynamic"', "from 0 up"]),
+    ({"fp16": {"enabled": True, "initial_scale_power": 33}}, ["fp16.initial_scale_power", "from 0 to 32"]),
+    ({"fp16": {"enabled": True, "loss_scale_window": 0}}, ["fp16.loss_scale_window", "from 1 up"]),
+    ({"fp16": {"enabled": True, "hysteresis": True}}, ["fp16.hysteresis is true"]),
+    ({"fp16": {"enabled": True, "min_loss_scale": 0}}, ["fp16.min_loss_scale", "from 1 up"]),
+    ({"fp16": {"enabled": True, "initial_scale_power": 3, "min_loss_scale": 9}}, ["min_loss_scale is 9", "at 8"]),
+    ({"fp16": {"enabled": True, "loss_scale_windw": 9}}, ["did you mean loss_scale_window?"]),
+    ({"fp16.fp16_master_weights_and_grads": True}, ["fp16_master_weights_and_grads", "remove it"]),
+    ({"fp16.auto_cast": True}, ["auto_cast", "token ids"]),
+    ({"fp16.enabled": True, "zero_optimization": {"stage": 0}}, ["fp16.enabled needs ZeRO stage 1 or 2"]),
     ({"data_types.grad_accum_dtype": "fp32"}, ["grad_accum_dtype", "4 bytes of GPU memory per parameter"]),
     ({"zero_optimization.offload_param": {"device": "cpu"}}, ["offload_param", "stage 3 only"]),
     ({"zero_optimization.offload_optimizer.device": "nvme"}, ["nvme", "stage 3", "write cpu"]),
@@ -218,7 +278,7 @@ BAD_VALUES = [
     ({"zero_force_ds_cpu_optimizer": True}, ["zero_force_ds_cpu_optimizer must be false"]),
     # "auto" that nothing fills, and values of the wrong kind
     ({"steps_per_print": "auto"}, ['steps_per_print is "auto"']),
-    ({"fp16.enabled": "auto"}, ['fp16.enabled is "auto"']),
+    ({"fp16.enabled": "yes"}, ["fp16.enabled", "write true or false"]),
     ({"zero_optimization.stage": "auto"}, ["zero_optimization.stage", "write 2"]),
     ({"bf16": "auto"}, ['bf16 is the text "auto"', "object"]),  # raw DeepSpeed: silently off
     ({"bf16.enabled": "true"}, ["bf16.enabled", "write true or false"]),
@@ -240,7 +300,7 @@ def test_a_wrong_value_is_named_with_its_remedy(resolve, changes, words):
 
 
 def test_everything_wrong_is_in_one_error_of_six_lines(resolve):
-    changes = {"gradient_cliping": 1, "zero_optimization.stage": 3, "fp16.enabled": True, "optimizer.params.lr": "x"}
+    changes = {"gradient_cliping": 1, "zero_optimization.stage": 3, "fp16.enabled": 1, "optimizer.params.lr": "x"}
     message = message_of(resolve, zero2(changes))
     for word in ("gradient_cliping", "stage 3", "fp16", "optimizer.params.lr"):
         assert word in message

@@ -1,10 +1,19 @@
-"""RAM within a container's limit, and the versions of packages that training relies on."""
+"""RAM within a container's limit, the card's precision, and the versions of packages that training relies on."""
+
+import os
 
 import pytest
 
-from grpo_ds.errors import PreflightError
+from grpo_ds.errors import MAX_LINES, PreflightError, UsageError
 from grpo_ds.system import hardware
-from grpo_ds.system.hardware import cgroup_limit, check_versions, ram_gib, requirements, version_problems
+from grpo_ds.system.hardware import (
+    cgroup_limit,
+    check_versions,
+    native_precision,
+    ram_gib,
+    requirements,
+    version_problems,
+)
 
 GIB = 2**30
 
@@ -48,6 +57,47 @@ def test_ram_is_never_more_than_the_limit(monkeypatch):
     assert ram_gib() == 0.5 < unlimited
     monkeypatch.setattr("grpo_ds.system.hardware.cgroup_limit", lambda: 2**62)  # v1 without a limit
     assert 0.5 < ram_gib() < 2**20
+
+
+# --- cards ---------------------------------------------------------------------------------------------------
+
+
+def cards(monkeypatch, tmp_path, *capabilities):
+    """Pretend that nvidia-smi names these cards, of 16 GiB each."""
+    smi = tmp_path / "nvidia-smi"
+    lines = "\\n".join(capabilities)
+    sizes = "\\n".join("16384" for _ in capabilities)
+    smi.write_text(f'#!/bin/sh\ncase "$*" in *compute_cap*) printf "{lines}\\n";; *) printf "{sizes}\\n";; esac\n')
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "precision"),
+    [
+        (["8.9"], "bf16"),  # RTX 40xx
+        (["8.0"], "bf16"),  # A100
+        (["7.5"], "fp16"),  # T4, RTX 20xx
+        (["7.0"], "fp16"),  # V100
+        (["9.0", "7.5"], "fp16"),  # all ranks compute alike, so the oldest card decides
+        (["12.0"], "bf16"),  # not compared as text
+        (["[N/A]"], "bf16"),  # training/precision.py asks torch as well
+    ],
+)
+def test_a_card_computes_in_the_16_bits_that_it_has(monkeypatch, tmp_path, capabilities, precision):
+    cards(monkeypatch, tmp_path, *capabilities)
+    assert hardware.gpu_memory_gib() == 16
+    assert native_precision(on_gpu=True) == precision
+
+
+def test_an_old_card_is_refused_with_what_to_do(monkeypatch, tmp_path):
+    cards(monkeypatch, tmp_path, "6.1")
+    with pytest.raises(UsageError, match=r"capability 6\.1; the oldest .* is 7\.0") as error:
+        native_precision(on_gpu=True)
+    assert len(str(error.value).splitlines()) <= MAX_LINES and "CUDA_VISIBLE_DEVICES" in str(error.value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert hardware.compute_capability() is None and native_precision(on_gpu=False) in ("bf16", "fp32")
 
 
 # --- versions ------------------------------------------------------------------------------------------------

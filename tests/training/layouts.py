@@ -12,6 +12,7 @@ from grpo_ds.settings.ds_config import DsSizes, resolve_ds_config
 from grpo_ds.system.ranks import start
 from grpo_ds.task.questions import Question
 from grpo_ds.training.engine import Engine
+from grpo_ds.training.precision import DTYPES
 from grpo_ds.training.update import update
 from tests.training.engine_steps import OBJECTIVE, QUESTIONS, fixed_rollout
 
@@ -31,16 +32,22 @@ LAYOUTS = {  # name -> (zero_optimization, bf16, settings of AdamW8bit)
 SCHEDULE = {"type": "WarmupLR", "params": {"warmup_num_steps": 5, "warmup_type": "linear", "warmup_min_lr": 5e-4}}
 
 
-def make_engine(model, folder, layout, *, rank=0, ranks=1):
-    """An engine on the model saved in `model`, with a schedule, which shows whether a step was counted."""
+def make_engine(model, folder, layout, *, rank=0, ranks=1, fp16=None, clipping="auto"):
+    """An engine on the model saved in `model`, with a schedule, which shows whether a step was counted.
+
+    fp16: settings of the loss scale; None: the precision is the layout's.
+    """
     start()
     zero, bf16, params = copy.deepcopy(LAYOUTS[layout])
     optimizer = {"type": "AdamW8bit", "params": {"lr": 1e-3, **params}}
     ds = {"zero_optimization": zero, "bf16": bf16, "optimizer": optimizer, "scheduler": SCHEDULE}
+    ds |= {"gradient_clipping": clipping}
+    if fp16 is not None:
+        ds |= {"fp16": {"enabled": True, **fp16}, "bf16": {}}
     file = folder / f"ds{rank}.json"
     file.write_text(json.dumps(ds), encoding="utf-8")
     resolved = resolve_ds_config(file, fill=DsSizes(1e-3, 0.0, 1.0, 0, 5, 12 // ranks, ranks))
-    policy = load_policy(str(model), dtype=torch.bfloat16 if resolved.bf16 else torch.float32, checkpointing=True)
+    policy = load_policy(str(model), dtype=DTYPES[resolved.precision], checkpointing=True)
     return Engine(LogprobModel(policy, vocab_size=259, temperature=1.0, chunk_mib=1), resolved)
 
 
