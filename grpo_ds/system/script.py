@@ -12,11 +12,13 @@ from grpo_ds.terminal import escape_control_chars
 # libgomp's own 300,000 (milliseconds) burn a core that a busy neighbour has left, and the thread that everybody waits
 # for cannot run there. With 1,000 a step alone became 10 % slower (benchmarks/busy.py, docs/performance.md).
 SPINS = 3000
+BY_ACCELERATE, BY_TORCHRUN = "ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"  # set by the launcher, always
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Call `main(argv)`. If it raises a GrpoError, rank 0 prints the message and the process exits with its code."""
     sleep_soon()
+    divide_cores()
     protect()
     try:
         _call(main)
@@ -45,3 +47,27 @@ def sleep_soon() -> None:
     """Let waiting threads sleep soon, unless the environment says how they wait. Works before torch is loaded."""
     if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)
+
+
+def divide_cores() -> None:
+    """Give each rank its share of this machine's cores, unless the user chose a number. Works before torch is loaded.
+
+    accelerate writes OMP_NUM_THREADS=1 for every process, torchrun for several: the optimizer in RAM would use one
+    core. A 1 that the user has set under these launchers looks the same.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))  # on this machine
+    threads = os.environ.get("OMP_NUM_THREADS")
+    by_launcher = BY_ACCELERATE in os.environ or (BY_TORCHRUN in os.environ and ranks > 1)
+    if threads is not None and not (threads == "1" and by_launcher):
+        return
+    os.environ.pop("OMP_NUM_THREADS", None)  # torch then takes all cores
+    if ranks > 1:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, _cores() // ranks))
+
+
+def _cores() -> int:
+    """Cores that this process may use; two hardware threads of one core count once, as in torch."""
+    from psutil import cpu_count  # 20 ms that --help should not wait for
+
+    allowed = len(os.sched_getaffinity(0))
+    return min(allowed, cpu_count(logical=False) or allowed)
