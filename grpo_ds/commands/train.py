@@ -162,7 +162,10 @@ def make_run(
     console = Console(speaks=world.is_first)
     for line in lines:
         console.line(line)
-    console.plan(settled.plan, settled.gpu_gib, settled.ram_gib)
+    free = world.free_gpu_gib()
+    console.plan(settled.plan, free, settled.ram_gib)
+    if free is not None and settled.plan.peak("gpu") > free * GIB:
+        console.line(f"Warning: by this plan the run does not fit: CUDA has {free:.1f} GiB of the card free.")
     # The clocks of ranks differ, and another rank may be changing the file system.
     folder, origin = world.gather(folder)[0], settled.resume_from
     if any(other != origin for other in world.gather(origin)):

@@ -39,7 +39,9 @@ def phase_table(plan: Plan, gpu_gib: float | None, ram_gib: float) -> Table:
 def plan_line(job: Job, plan: Plan, gpu_gib: float | None, ram_gib: float) -> str:
     """Peaks and their phases, and, if the run does not fit this machine, changes that make it fit."""
     ram, gpu = plan.binding("ram"), plan.binding("gpu")
-    card = f"{gpu.needed_in('gpu') / GIB:.1f} of {gpu_gib:.1f} GiB of GPU memory ({gpu.name}), " if gpu_gib else ""
+    card = (
+        f"{gpu.needed_in('gpu') / GIB:.1f} of about {gpu_gib:.1f} GiB of GPU memory ({gpu.name}), " if gpu_gib else ""
+    )
     line = f"Memory plan: {card}{ram.needed_in('ram') / GIB:.1f} of {ram_gib:.1f} GiB of RAM ({ram.name})"
     if fits(plan, gpu_gib or 0.0, ram_gib):
         return line

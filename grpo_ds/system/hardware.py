@@ -75,19 +75,31 @@ def version_problems(wanted: Iterable[str]) -> Iterator[str]:
 
 
 def gpu_memory_gib() -> float | None:
-    """GPU memory of the smallest visible NVIDIA card in GiB, or None; from nvidia-smi, because torch takes seconds."""
-    sizes = [float(line) / 1024 for line in _of_each_card("memory.total") if line.replace(".", "").isdigit()]
+    """GPU memory in GiB that a process could get now on the fullest visible NVIDIA card; None without a card.
+
+    Estimated from nvidia-smi, because torch takes seconds: `memory.free` is the total less what the driver keeps for
+    itself (0.3 to 0.6 GiB that CUDA never gives) and what other programs use. Of several ranks one may be ahead, and
+    what it holds is not another program's: then the total less what the driver keeps.
+    """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    answers = _of_each_card("memory.free,memory.used")
+    cards = [[float(number) for number in line.split(",") if _is_number(number)] for line in answers]
+    sizes = [max(1.0, free + (0 if alone else sum(used))) / 1024 for free, *used in filter(None, cards)]
     return min(sizes, default=None)
 
 
-def _of_each_card(field: str) -> list[str]:
-    """nvidia-smi's answers for this field, one for each visible card; [] without a card."""
+def _of_each_card(fields: str) -> list[str]:
+    """nvidia-smi's answers for these fields, a line for each visible card; [] without a card."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shutil.which("nvidia-smi") is None or visible in ("", "-1"):
         return []
-    query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     query += [f"--id={visible}"] if visible else []
-    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+
+
+def _is_number(text: str) -> bool:
+    return text.strip().replace(".", "").isdigit()
 
 
 def ram_gib() -> float:

@@ -34,6 +34,10 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    def free_gpu_gib(self) -> float | None:
+        """GPU memory that CUDA has left for this process, in GiB; None on a CPU."""
+        return torch.cuda.mem_get_info(self.device)[0] / 2**30 if self.device.type == "cuda" else None
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Elementwise sum over ranks, returned on every rank, on the tensor's own device."""
         if self.size == 1:

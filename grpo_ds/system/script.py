@@ -9,9 +9,12 @@ from grpo_ds.system.busy_machine import watch_cores
 from grpo_ds.system.streams import output_is_optional, protect
 from grpo_ds.terminal import escape_control_chars
 
+BY_ACCELERATE, BY_TORCHRUN = "ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"  # set by the launcher, always
+
 
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Call `main(argv)`. If it raises a GrpoError, rank 0 prints the message and the process exits with its code."""
+    divide_cores()
     protect()
     watch_cores()  # opens files, which must not get the numbers of closed streams
     try:
@@ -35,3 +38,27 @@ def _call(main: Callable[[list[str]], None]) -> None:
         if end.code:
             raise
     print(end="", flush=True)  # here a full disk is an error; --help, too, has printed
+
+
+def divide_cores() -> None:
+    """Give each rank its share of this machine's cores, unless the user chose a number. Works before torch is loaded.
+
+    accelerate writes OMP_NUM_THREADS=1 for every process, torchrun for several: the optimizer in RAM would use one
+    core. A 1 that the user has set under these launchers looks the same.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))  # on this machine
+    threads = os.environ.get("OMP_NUM_THREADS")
+    by_launcher = BY_ACCELERATE in os.environ or (BY_TORCHRUN in os.environ and ranks > 1)
+    if threads is not None and not (threads == "1" and by_launcher):
+        return
+    os.environ.pop("OMP_NUM_THREADS", None)  # torch then takes all cores
+    if ranks > 1:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, _cores() // ranks))
+
+
+def _cores() -> int:
+    """Cores that this process may use; two hardware threads of one core count once, as in torch."""
+    from psutil import cpu_count  # 20 ms that --help should not wait for
+
+    allowed = len(os.sched_getaffinity(0))
+    return min(allowed, cpu_count(logical=False) or allowed)

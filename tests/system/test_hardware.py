@@ -3,17 +3,20 @@
 import os
 
 import pytest
+import torch
 
 from grpo_ds.errors import MAX_LINES, PreflightError, UsageError
 from grpo_ds.system import hardware
 from grpo_ds.system.hardware import (
     cgroup_limit,
     check_versions,
+    gpu_memory_gib,
     native_precision,
     ram_gib,
     requirements,
     version_problems,
 )
+from grpo_ds.system.ranks import World
 
 GIB = 2**30
 
@@ -140,3 +143,31 @@ def test_packages_that_are_missing_or_belong_to_an_extra_are_skipped(monkeypatch
 
     monkeypatch.setattr(hardware, "requires", missing)
     assert requirements() == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "ranks", "expected"),
+    [  # memory.free, memory.used of each card, MiB; a card of 24,564 MiB, of which the driver keeps 340
+        ("24224, 0", 1, 24224),
+        ("20128, 4096", 1, 20128),  # another program has 4 GiB
+        ("20128, 4096", 2, 24224),  # perhaps this run's first rank
+        ("24224, 0\n12000, 100", 1, 12000),  # the fullest of the cards
+        ("0, 24224", 1, 1),  # a full card is a card
+        ("[N/A], [N/A]", 1, None),
+        ("", 1, None),
+    ],
+)
+def test_memory_of_a_card_is_what_a_process_can_get(answer, ranks, expected, tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\ncase $1 in *memory.free,memory.used) printf '%b' '{answer}';; *) exit 2;; esac\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    assert gpu_memory_gib() == (expected and expected / 1024)
+
+
+def test_a_run_compares_its_plan_with_what_cuda_has_left(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB, 24 * GIB))
+    assert World(0, 1, torch.device("cuda", 0)).free_gpu_gib() == 5.0
+    assert World(0, 1, torch.device("cpu")).free_gpu_gib() is None
