@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from grpo_ds.errors import BY_CTRL_C, GrpoError
 from grpo_ds.system.busy_machine import watch_cores
@@ -58,7 +59,5 @@ def divide_cores() -> None:
 
 def _cores() -> int:
     """Cores that this process may use; two hardware threads of one core count once, as in torch."""
-    from psutil import cpu_count  # 20 ms that --help should not wait for
-
-    allowed = len(os.sched_getaffinity(0))
-    return min(allowed, cpu_count(logical=False) or allowed)
+    files = {n: Path(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") for n in os.sched_getaffinity(0)}
+    return len({file.read_text(encoding="utf-8") if file.is_file() else str(n) for n, file in files.items()})
