@@ -20,7 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from card_parts import ROOT, Line, Record, run_stage
+from card_parts import ON_CPU, ROOT, Line, Record, run_stage
 from card_stages import STAGES, without_weights
 
 FAILED, NO_CARD, LEFT = 1, 69, 75  # the last two are sysexits' "unavailable" and "try again"
@@ -74,7 +74,7 @@ def named(stages: list[int]) -> str:
 def run(number: int, arguments: argparse.Namespace, machine: dict[str, str]) -> int:
     """Run one stage; return its exit code."""
     on_cpu = arguments.device == "cpu"
-    record = Record(arguments.out / f"stage{number}.jsonl", "CPU" if on_cpu else machine["card"], machine["torch"])
+    record = Record(arguments.out / f"stage{number}.jsonl", ON_CPU if on_cpu else machine["card"], machine["torch"])
     parts = [part for part in STAGES[number].parts if arguments.only in part.name]
     print(f"{named([number])} on {record.card}, into {record.file}", flush=True)
     with without_weights():

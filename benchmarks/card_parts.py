@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
+ON_CPU = "CPU"  # the name of the card in records made without one
 SPREAD = 1.2  # a part that took this many times less before is expected to end in time
 SHOWN = 3000  # characters of a failed part's output that its line keeps
 
@@ -36,7 +37,7 @@ class Part:
     name: str
     seconds: float  # an upper estimate, before it has ever run
     command: tuple[str, ...]  # arguments of python, run in the repository's root; ends with 0 if all is right
-    needs: str = ""  # a package; without it the part is skipped
+    needs: tuple[str, ...] = ()  # packages; without one of them the part is skipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +98,8 @@ def run_stage(
             done.append(last)
             print(f"{part.name}: passed on {last.date}", flush=True)
             continue
-        if part.needs and importlib.util.find_spec(part.needs) is None:
-            done.append(record.add(part.name, "skipped", why=f"{part.needs} is not installed"))
+        if lacks := [name for name in part.needs if importlib.util.find_spec(name) is None]:
+            done.append(record.add(part.name, "skipped", why=f"{', '.join(lacks)}: not installed"))
         elif (expected := expected_seconds(part, last)) > rest:
             why = f"about {expected:.0f} s are needed and {max(0, rest):.0f} s are left of {budget_s:.0f}"
             done.append(replace(Line(part.name, "left", 0.0, {}, why, record.card, record.torch, "")))

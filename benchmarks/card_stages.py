@@ -11,6 +11,7 @@ from fit import RUNS_ON_A_CARD
 
 WEIGHTS = ROOT / "build" / "card-weights"  # random weights that the parts of a stage share
 KEPT = ("--weights", str(WEIGHTS))
+TRL = ("trl", "datasets", "pyarrow", "pandas")  # with what it imports
 COMPILING = 60  # seconds of the first run: our optimizer and DeepSpeed's
 
 
@@ -39,7 +40,7 @@ def checks() -> Iterator[Part]:
     quiet = ("-q", "-s", "-p", "no:cacheprovider", "--no-header", "--tb=short")
     for name, seconds in CHECKS.items():
         title = name.removeprefix("test_").replace("_", " ")
-        yield Part(title, seconds, ("-m", "pytest", *quiet, f"tests/test_gpu.py::{name}"), needs="pytest")
+        yield Part(title, seconds, ("-m", "pytest", *quiet, f"tests/test_gpu.py::{name}"), needs=("pytest",))
 
 
 def fits() -> Iterator[Part]:
@@ -65,7 +66,7 @@ def logprobs() -> Iterator[Part]:
 def steps() -> Iterator[Part]:
     sizes = ("--dtype", "bfloat16", "--questions", "2", "--completion", "300", "--json", "{json}")
     for model, seconds in {"qwen2.5-0.5b": 240, "qwen2.5-1.5b": 420}.items():
-        yield Part(f"{model} beside TRL", seconds, ("benchmarks/step.py", "--preset", model, *sizes, *KEPT), "trl")
+        yield Part(f"{model} beside TRL", seconds, ("benchmarks/step.py", "--preset", model, *sizes, *KEPT), TRL)
 
 
 STAGES = {

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from card_parts import ROOT, Line, read_lines
+from card_parts import ON_CPU, ROOT, Line, read_lines
 from card_stages import STAGES
 from fit import as_table, write_between
 
@@ -22,10 +22,11 @@ def write_docs(out: Path, root: Path = ROOT) -> None:
 
 
 def section(stage: int, out: Path) -> str:
-    """Return the tables of a stage, one for each card; "" without records."""
+    """Return the tables of a stage, one for each card; "" without records of a card."""
     cards: dict[str, dict[str, Line]] = {}
     for line in read_lines(out / f"stage{stage}.jsonl"):
-        cards.setdefault(line.card, {})[line.part] = line
+        if line.card != ON_CPU:
+            cards.setdefault(line.card, {})[line.part] = line
     return "\n\n".join(f"{heading(stage, card, lines)}\n\n{table(stage, lines)}" for card, lines in cards.items())
 
 

@@ -35,7 +35,7 @@ from fit import RUNS_ON_A_CARD, parse_arguments  # noqa: E402
 CARD = "Trivial Card"
 
 
-def trivial(name: str, code: str, seconds: float = 5.0, needs: str = "") -> Part:
+def trivial(name: str, code: str, seconds: float = 5.0, needs: tuple[str, ...] = ()) -> Part:
     return Part(name, seconds, ("-c", code), needs)
 
 
@@ -44,7 +44,7 @@ PARTS = [
     trivial("says", SAYS),
     trivial("writes", "import sys; open('{json}', 'w').write('{\\n\"figure\": 4\\n}')"),
     trivial("fails", "print('{\"figure\": 5}'); raise SystemExit('it is wrong')"),
-    trivial("lacks", SAYS, needs="a_package_that_is_not_there"),
+    trivial("lacks", SAYS, needs=("json", "a_package_that_is_not_there")),
     trivial("takes long", SAYS, seconds=1000.0),
     trivial("is short", SAYS),
 ]
@@ -61,7 +61,7 @@ def test_every_part_leaves_a_line_and_a_part_too_long_for_the_budget_is_not_begu
         "is short": "passed",
     }  # fmt: skip
     assert [lines[name].figures for name in ("says", "writes", "fails")] == [{"figure": n} for n in (3, 4, 5)]
-    assert "it is wrong" in lines["fails"].why and lines["lacks"].why == "a_package_that_is_not_there is not installed"
+    assert "it is wrong" in lines["fails"].why and lines["lacks"].why == "a_package_that_is_not_there: not installed"
     written = [line.part for line in read_lines(tmp_path / "stage.jsonl")]
     assert written == ["says", "writes", "fails", "lacks", "is short"]
     assert card.exit_code(list(lines.values())) == card.FAILED
@@ -294,14 +294,16 @@ def test_the_documents_get_a_table_of_each_stage_with_card_and_date(tmp_path):
         )
         record.add(first.name, "failed", 1.0, {}, "an older line")
         record.add(first.name, "passed", 10.0, figures)
-        record.add(second.name, "skipped", why="trl is not installed")
+        Record(record.file, "CPU").add(first.name, "passed", 1.0, figures)
+        record.add(second.name, "skipped", why="trl: not installed")
     card_tables.write_docs(tmp_path, root=tmp_path)
     for document, stages in card_tables.PLACES.items():
         text = (tmp_path / document).read_text()
         for stage in stages:
             assert CELLS[stage] in text and f"card.py --stage {stage}`)." in text
+        assert "Measured on CPU" not in text  # such a record says nothing about a card
         assert f"**Measured on {CARD}**, {time.strftime('%Y-%m-%d')}" in text and "an older line" not in text
-        assert f"{card_stages.STAGES[stages[0]].parts[1].name}: skipped (trl is not installed)" in text
+        assert f"{card_stages.STAGES[stages[0]].parts[1].name}: skipped (trl: not installed)" in text
         before = (ROOT / document).read_text().partition("<!-- card: begin -->")[0]
         assert text.startswith(before) and "<!-- card: end -->" in text
 
