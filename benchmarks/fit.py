@@ -28,6 +28,7 @@ GIB = 2**30
 FULL = ("--prompt", "512", "--completion", "300")
 SHORT = ("--prompt", "48", "--completion", "8")
 OFF = ("--checkpointing", "false")
+LOW_RAM = ("--ds", "ds_configs/zero2_lowram.json")
 
 
 def card_run(model: str, cap_gib: int, groups: str, *flags: str) -> tuple[str, ...]:
@@ -37,15 +38,16 @@ def card_run(model: str, cap_gib: int, groups: str, *flags: str) -> tuple[str, .
     return ("--model", f"qwen2.5-{model}", "--cap_gib", str(cap_gib), *sizes, *FULL, *flags)
 
 
-# Name -> flags; by the plan each fits its cap. The most telling first: without checkpointing all activations are kept.
+# Name -> flags; by the plan each fits its cap and 32 GB of RAM. The most telling first: without checkpointing all
+# activations are kept.
 RUNS_ON_A_CARD = {
     "1.5B in 24 GB, no checkpointing": card_run("1.5b", 24, "2x4", *OFF),
-    "3B in 16 GB": card_run("3b", 16, "4x8"),
+    "3B in 16 GB": card_run("3b", 16, "4x8", *LOW_RAM),
     "1.5B in 12 GB": card_run("1.5b", 12, "4x8"),
-    "3B in 24 GB, no checkpointing": card_run("3b", 24, "2x2", *OFF),
+    "3B in 24 GB, no checkpointing": card_run("3b", 24, "2x2", *OFF, *LOW_RAM),
     "3B in 12 GB, LoRA": card_run("3b", 12, "2x4", "--lora_r", "16"),
     "1.5B in 16 GB, no checkpointing": card_run("1.5b", 16, "2x2", *OFF),
-    "3B in 24 GB, low RAM": card_run("3b", 24, "4x8", "--ds", "ds_configs/zero2_lowram.json"),
+    "3B in 24 GB, bf16 reference": card_run("3b", 24, "4x8", "--reference", "bf16", *LOW_RAM),
     "1.5B in 16 GB, bf16 reference": card_run("1.5b", 16, "4x8", "--reference", "bf16"),
     "0.5B in 12 GB, no checkpointing": card_run("0.5b", 12, "2x4", *OFF),
 }
