@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 PEERS := $(abspath $(VENV)/peers)
 ARGS ?=
 FAULTS := tests/faults tests/run_folder tests/settings tests/system
+PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -37,8 +38,8 @@ $(PEERS)/.installed: peers.txt $(VENV)/.installed
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target $(PEERS) -r peers.txt
 	touch $@
 
-test-gpu: install ## run the tests that need a GPU, on this machine's card
-	$(BIN)/python -m pytest -q -m gpu $(ARGS)
+test-gpu: ## run the tests that need a GPU, on this machine's card; installs nothing
+	$(PYTHON) -m pytest -q -m gpu $(ARGS)
 
 wheel: install ## build the wheel, with everything that training needs, into dist/
 	$(BIN)/pip wheel -q --disable-pip-version-check --no-deps -w dist .
@@ -47,16 +48,15 @@ bench: install ## the benchmarks of the optimizer and of RAM, on the CPU
 	$(BIN)/python benchmarks/optimizer.py $(ARGS)
 	$(BIN)/python benchmarks/ram.py
 
-bench-gpu: install ## on this machine's card: what fits 12, 16 and 24 GB (into docs/memory.md); log-probs, sampling and steps beside TRL's
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[benchmark]'
-	$(BIN)/python benchmarks/fit.py --docs docs/memory.md
-	$(BIN)/python benchmarks/logprobs.py --device cuda
-	$(BIN)/python benchmarks/sampling.py --preset qwen2.5-1.5b --completion 300
-	$(BIN)/python benchmarks/sampling.py --preset qwen2.5-3b --completion 300
-	$(BIN)/python benchmarks/step.py --preset qwen2.5-1.5b --dtype bfloat16 --questions 2 --completion 300
+# Neither installs anything: an offline machine has its own python and what `make card-pack` made.
+card: ## on this machine's card: runs, kernels, memory, speed; stages of nine minutes (ARGS="--stage 1"), tables into docs/
+	$(PYTHON) benchmarks/card.py $(ARGS); status=$$?; $(PYTHON) benchmarks/card.py --docs; exit $$status
+
+card-pack: install ## what `make card` needs on a machine without a network, at most 60 MiB, into dist/card-pack/
+	$(BIN)/python benchmarks/card_pack.py $(ARGS)
 
 check: install ## lint, format, types
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-.PHONY: help install train test test-faults test-peers test-gpu wheel bench bench-gpu check
+.PHONY: help install train test test-faults test-peers test-gpu wheel bench card card-pack check

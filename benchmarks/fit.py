@@ -1,12 +1,13 @@
 """Check the memory plan: real trainers with random weights under memory caps, each phase's peak beside its plan.
 
-A run rehearses the worst case (longest prompts and completions), takes two steps and saves. With a card, each run of
-RUNS_ON_A_CARD has a separate process, in which torch may use the cap minus CUDA's own memory. Without a card, one run
-of 0.5B in fp32 checks RAM, in which the plan then puts everything.
+A run rehearses the worst case (longest prompts and completions), takes two steps and saves. On a card torch may use
+the cap minus CUDA's own memory; `benchmarks/card.py --stage 3` does RUNS_ON_A_CARD, each in a separate process. Without
+a card the plan puts everything into RAM; RUNS_WITHOUT_A_CARD check it there, with 0.5B.
 
-    python benchmarks/fit.py [--docs docs/memory.md]       all runs; the table goes between the file's fit markers
+    python benchmarks/fit.py [--docs docs/memory.md]       without a card; the table goes between the file's fit markers
     python benchmarks/fit.py --model qwen2.5-0.5b [--ds JSON] [--cap_gib 12] [--prompt 48] [--completion 8]
-        [--questions 2] [--generations 2] [--pack_tokens 0] [--reference int8] [--layers N]       one run
+        [--questions 2] [--generations 2] [--pack_tokens 0] [--reference int8] [--checkpointing false] [--lora_r 16]
+        [--layers N] [--weights DIR]       one run
 """
 
 import argparse
@@ -21,39 +22,52 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from random_weights import random_model
+
 GIB = 2**30
-FULL = ["--prompt", "512", "--completion", "300", "--generations", "4"]  # with 2 questions
-SHORT = ["--prompt", "48", "--completion", "8", "--generations", "2"]
-RUNS_ON_A_CARD = [
-    ["--model", "qwen2.5-0.5b", "--cap_gib", "12", *FULL],
-    ["--model", "qwen2.5-1.5b", "--cap_gib", "12", *FULL],
-    ["--model", "qwen2.5-1.5b", "--cap_gib", "16", "--reference", "bf16", *FULL],
-    ["--model", "qwen2.5-3b", "--cap_gib", "16", "--ds", "ds_configs/zero2_lowram.json", *FULL],
-    ["--model", "qwen2.5-3b", "--cap_gib", "24", *FULL],
-]
-RUNS_WITHOUT_A_CARD = [["--model", "qwen2.5-0.5b", *SHORT]]
-MARKERS = "<!-- fit: begin -->", "<!-- fit: end -->"
+FULL = ("--prompt", "512", "--completion", "300")
+SHORT = ("--prompt", "48", "--completion", "8")
+OFF = ("--checkpointing", "false")
+LOW_RAM = ("--ds", "ds_configs/zero2_lowram.json")
+
+
+def card_run(model: str, cap_gib: int, groups: str, *flags: str) -> tuple[str, ...]:
+    """Flags of a run. groups: "2x4" for 2 questions with 4 completions each."""
+    questions, generations = groups.split("x")
+    sizes = ("--questions", questions, "--generations", generations)
+    return ("--model", f"qwen2.5-{model}", "--cap_gib", str(cap_gib), *sizes, *FULL, *flags)
+
+
+# Name -> flags; by the plan each fits its cap and 32 GB of RAM. The most telling first: without checkpointing all
+# activations are kept.
+RUNS_ON_A_CARD = {
+    "1.5B in 24 GB, no checkpointing": card_run("1.5b", 24, "2x4", *OFF),
+    "3B in 16 GB": card_run("3b", 16, "4x8", *LOW_RAM),
+    "1.5B in 12 GB": card_run("1.5b", 12, "4x8"),
+    "3B in 24 GB, no checkpointing": card_run("3b", 24, "2x2", *OFF, *LOW_RAM),
+    "3B in 12 GB, LoRA": card_run("3b", 12, "2x4", "--lora_r", "16"),
+    "1.5B in 16 GB, no checkpointing": card_run("1.5b", 16, "2x2", *OFF),
+    "3B in 24 GB, bf16 reference": card_run("3b", 24, "4x8", "--reference", "bf16", *LOW_RAM),
+    "1.5B in 16 GB, bf16 reference": card_run("1.5b", 16, "4x8", "--reference", "bf16"),
+    "0.5B in 12 GB, no checkpointing": card_run("0.5b", 12, "2x4", *OFF),
+}
+RUNS_WITHOUT_A_CARD = [("--model", "qwen2.5-0.5b", *SHORT), ("--model", "qwen2.5-0.5b", *SHORT, *OFF)]
 
 
 def main() -> None:
     arguments = parse_arguments()
     if arguments.model:
         return print(json.dumps(one_run(arguments)))
-    from grpo_ds.system.hardware import gpu_memory_gib
-
-    runs = RUNS_ON_A_CARD if gpu_memory_gib() else RUNS_WITHOUT_A_CARD
     results = []
-    for flags in runs:
+    for flags in RUNS_WITHOUT_A_CARD:
         done = subprocess.run([sys.executable, __file__, *flags], stdout=subprocess.PIPE, text=True)
         last = (done.stdout.splitlines() or [""])[-1]
         results.append(json.loads(last) if done.returncode == 0 else {"flags": flags, "error": last or done.returncode})
         print(last, file=sys.stderr)
-    table = as_table(results)
+    table = f"{heading()}\n\n{as_table(results)}"
     print(table)
     if arguments.docs:
-        text = Path(arguments.docs).read_text(encoding="utf-8")
-        (before, _), (_, after) = text.split(MARKERS[0]), text.split(MARKERS[1])
-        Path(arguments.docs).write_text(f"{before}{MARKERS[0]}\n{table}\n{MARKERS[1]}{after}", encoding="utf-8")
+        write_between(Path(arguments.docs), "fit", table)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -63,6 +77,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--ds", default="ds_configs/zero2.json")
     parser.add_argument("--reference", default="int8")
+    parser.add_argument("--checkpointing", choices=("true", "false"), default="true", help="gradient checkpointing")
+    parser.add_argument("--lora_r", type=int, default=0, help="train an adapter of this rank")
+    parser.add_argument("--weights", type=Path, help="folder that keeps the random weights for the next run")
     parser.add_argument("--cap_gib", type=float, help="memory of a smaller card")
     for name, default in {"prompt": 48, "completion": 8, "generations": 2, "questions": 2, "pack_tokens": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -77,8 +94,8 @@ def one_run(arguments: argparse.Namespace) -> dict[str, Any]:
     from grpo_ds.settings.ds_config import resolve_ds_config
     from grpo_ds.system.hardware import cpu_has_bf16, gpu_memory_gib
 
-    with tempfile.TemporaryDirectory() as folder:
-        random_model(arguments, Path(folder))
+    with tempfile.TemporaryDirectory() as own:
+        folder = str(random_model(arguments.model, arguments.weights or Path(own), layers=arguments.layers))
         config = TrainConfig(
             model=folder,
             batch_size=arguments.questions,
@@ -86,8 +103,9 @@ def one_run(arguments: argparse.Namespace) -> dict[str, Any]:
             max_prompt_length=arguments.prompt,
             max_completion_length=arguments.completion,
             pack_tokens=arguments.pack_tokens,
-            gradient_checkpointing=True,
+            gradient_checkpointing=arguments.checkpointing == "true",
             reference=arguments.reference,
+            lora_r=arguments.lora_r,
         )
         card = gpu_memory_gib()
         ds = resolve_ds_config(arguments.ds, fill=config.ds_sizes(bf16=card is not None or cpu_has_bf16()))
@@ -104,6 +122,8 @@ def one_run(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": arguments.model,
         "ds": arguments.ds,
         "reference": arguments.reference,
+        "checkpointing": arguments.checkpointing == "true",
+        "lora_r": arguments.lora_r,
         "cap_gib": arguments.cap_gib,
         "tokens": f"{arguments.questions} x {arguments.generations} x ({arguments.prompt} + {arguments.completion})",
         "seconds": time.monotonic() - started,
@@ -112,30 +132,6 @@ def one_run(arguments: argparse.Namespace) -> dict[str, Any]:
             for kind in kinds
         },
     }
-
-
-def random_model(arguments: argparse.Namespace, folder: Path) -> None:
-    """Save a bf16 checkpoint of the preset's shape with random weights and the embedded model's tokenizer.
-
-    It is made in a separate process, so that its memory is free afterwards.
-    """
-    if os.fork():
-        _, status = os.wait()
-        if status:
-            sys.exit("the model could not be made")
-        return
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    from grpo_ds.models.embedded import embedded_folder
-    from grpo_ds.models.shapes import PRESET_CONFIGS
-
-    shape = dict(PRESET_CONFIGS[arguments.model])
-    shape["num_hidden_layers"] = arguments.layers or shape["num_hidden_layers"]
-    config = AutoConfig.for_model(**shape)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(embedded_folder()).save_pretrained(folder)
-    os._exit(0)
 
 
 def train(config: Any, ds: Any, plan: Any) -> dict[str, Any]:
@@ -168,27 +164,31 @@ def train(config: Any, ds: Any, plan: Any) -> dict[str, Any]:
     return trainer.profiler.uses()
 
 
-def as_table(results: list[dict[str, Any]]) -> str:
-    """Return Markdown: planned / measured GiB of each phase, and the relative plan error."""
+def heading() -> str:
     import torch
 
+    machine = f"{os.cpu_count()} CPU cores ({platform.processor() or platform.machine()}), torch {torch.__version__}"
+    return f"`python benchmarks/fit.py` on {time.strftime('%Y-%m-%d')}: no card, {machine}."
+
+
+def as_table(results: list[dict[str, Any]]) -> str:
+    """Return Markdown: planned / measured GiB of each phase, and the relative plan error."""
     from grpo_ds.memory.plan import MEMORY_NAMES
 
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no card"
-    lines = [f"`python benchmarks/fit.py` on {time.strftime('%Y-%m-%d')}: {card}, {os.cpu_count()} CPU cores "]
-    lines[0] += f"({platform.processor() or platform.machine()}), torch {torch.__version__}. "
-    lines[0] += "Planned / measured GiB (plan error)."
     phases = ["load", "initialise", "sample", "reference", "update", "step", "save"]
-    lines += ["", "| run | cap | memory | " + " | ".join(phases) + " |", "|---" * (3 + len(phases)) + "|"]
+    lines = ["Planned / measured GiB (plan error).", ""]
+    lines += ["| run | checkpointing | cap | memory | " + " | ".join(phases) + " |", "|---" * (4 + len(phases)) + "|"]
     for result in results:
         if "error" in result:
-            lines.append(f"| {' '.join(result['flags'])} | | | failed: {result['error']} |")
+            lines.append(f"| {' '.join(result['flags'])} | | | | failed: {result['error']} |")
             continue
-        run = f"{result['model']}, `{Path(result['ds']).name}`, {result['reference']}, {result['tokens']}"
+        adapter = f", LoRA {result['lora_r']}" if result["lora_r"] else ""
+        run = f"{result['model']}{adapter}, `{Path(result['ds']).name}`, {result['reference']}, {result['tokens']} | "
+        run += f"{'on' if result['checkpointing'] else 'off'} | {result['cap_gib'] or ''}"
         for kind, peaks in result["peaks"].items():
             cells = [peak_cell(*peaks[phase]) if phase in peaks else "" for phase in phases]
-            lines.append(f"| {run} | {result['cap_gib'] or ''} | {MEMORY_NAMES[kind]} | " + " | ".join(cells) + " |")
-            run = ""
+            lines.append(f"| {run} | {MEMORY_NAMES[kind]} | " + " | ".join(cells) + " |")
+            run = " | | "
     return "\n".join(lines)
 
 
@@ -197,6 +197,14 @@ def peak_cell(planned: int, measured: int) -> str:
 
     error = relative_plan_error(measured, planned)
     return f"{planned / GIB:.2f} / {measured / GIB:.2f}" + ("" if error is None else f" ({error:+.0%})")
+
+
+def write_between(file: Path, name: str, table: str) -> None:
+    """Replace what stands between the markers `name` of a document."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    text = file.read_text(encoding="utf-8")
+    (before, _), (_, after) = text.split(begin), text.split(end)
+    file.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

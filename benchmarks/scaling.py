@@ -142,7 +142,7 @@ def print_table(rows: list[tuple[Shape, dict[str, float], dict[str, float]]]) ->
         "reference",
         "update",
         "total",
-        "peak GiB",
+        "peak RAM, GiB",
         "G (P + C) tokens",
     )
     for header in headers:
@@ -155,7 +155,7 @@ def print_table(rows: list[tuple[Shape, dict[str, float], dict[str, float]]]) ->
             *map(str, sizes),
             *phases,
             f"{took['total']:.1f}",
-            f"{took['peak']:.2f}",
+            f"{took['ram_gib']:.2f}",
             f"{shape.repeated} ({shape.repeated / shape.packed:.1f} x)",
         )
     Console(width=140).print(table)

@@ -25,7 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fit import random_model
+from random_weights import random_model
+from uneven_reward import spread
 
 SIDES = ("ours", "TRL")
 PHASES = ("sample", "reference", "update", "total")  # update includes the optimizer's step
@@ -37,9 +38,8 @@ def main() -> None:
     if arguments.side:
         return ours(arguments) if arguments.side == "ours" else trl(arguments)
     if arguments.preset:
-        folder = tempfile.mkdtemp()
-        random_model(argparse.Namespace(model=arguments.preset, layers=None), Path(folder))
-        sys.argv += ["--model", folder]
+        parent = arguments.weights or Path(tempfile.mkdtemp())
+        sys.argv += ["--model", str(random_model(arguments.preset, parent))]
     command = [sys.executable, __file__, *sys.argv[1:], "--side"]
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
@@ -62,7 +62,9 @@ def main() -> None:
         worker.kill()
     print_table(results, arguments)
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps({"arguments": vars(arguments), **results}, indent=2) + "\n")
+        Path(arguments.json).write_text(
+            json.dumps({"arguments": vars(arguments), **results}, indent=2, default=str) + "\n"
+        )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -73,6 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--preset", choices=("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b"))
+    parser.add_argument("--weights", type=Path, help="folder that keeps the preset's random weights for the next run")
     parser.add_argument("--data", help="take the prompts from the contexts of these questions; default: single words")
     parser.add_argument("--checkpointing", choices=("auto", "true", "false"), default="auto", help="of our side")
     parser.add_argument("--beta", type=float, default=0.04)
@@ -99,12 +102,22 @@ def wait_for_go() -> None:
         sys.exit(0)
 
 
-def peak_gib() -> float:
+def peaks() -> dict[str, float]:
+    """Return this process's peaks in GiB: of RAM, and of GPU memory (0 without a card)."""
     import torch
 
     from grpo_ds.memory.phases import resident_memory
 
-    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident_memory()[0]) / GIB
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {"ram_gib": resident_memory()[0] / GIB, "gpu_gib": gpu / GIB}
+
+
+def start_alone() -> None:
+    """Set the rendezvous variables of one rank: without them DeepSpeed looks for MPI."""
+    from grpo_ds.system.ranks import _free_port
+
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update(alone, MASTER_PORT=str(_free_port()))
 
 
 def prompts(tokenizer: Any, arguments: argparse.Namespace) -> list[str]:
@@ -133,11 +146,6 @@ def cut_to(tokenizer: Any, ids: list[int], length: int) -> str:
         if len(tokenizer(text)["input_ids"]) == length:
             return text
     raise SystemExit(f"no text of {length} tokens found")
-
-
-def spread(texts: list[str]) -> list[float]:
-    """Return rewards that differ within a group but depend only on the text."""
-    return [sum(map(ord, text)) % 97 / 97 for text in texts]
 
 
 def ours(arguments: argparse.Namespace) -> None:
@@ -187,8 +195,9 @@ def ours(arguments: argparse.Namespace) -> None:
         total = time.perf_counter() - started
         seconds = {phase: metrics[f"seconds/{phase}"] for phase in ("sample", "reference", "update", "step")}
         seconds["update"] += seconds.pop("step")
-        peak = metrics.get("memory/gpu_peak_gib", metrics["memory/ram_gib"])
-        report({**seconds, "total": total, "peak": peak, "length": metrics["completions/mean_length"]})
+        # Our profiler restarts torch's and the system's peaks at every phase, so its own are asked.
+        peak = {f"{kind}_gib": trainer.profiler.peak(kind) / GIB for kind in ("ram", "gpu")}
+        report({**seconds, "total": total, **peak, "length": metrics["completions/mean_length"]})
 
 
 # Our ds_configs/zero2.json, with the keys that transformers fills.
@@ -235,6 +244,8 @@ def trl(arguments: argparse.Namespace) -> None:
 
     from grpo_ds.models.policy import model_source
 
+    if torch.cuda.is_available():  # only there TRL runs under DeepSpeed
+        start_alone()
     source = model_source(arguments.model)
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, arguments.dtype))
@@ -251,7 +262,7 @@ def trl(arguments: argparse.Namespace) -> None:
             total = time.perf_counter() - clock.pop("began")
             sample, scored = clock["_generate"], clock["_generate_and_score_completions"]
             seconds = {"sample": sample, "reference": scored - sample, "update": total - scored, "total": total}
-            report({**seconds, "peak": peak_gib(), "length": float(arguments.completion)})
+            report({**seconds, **peaks(), "length": float(arguments.completion)})
 
     clock: dict[str, float] = {}
     trainer = GRPOTrainer(
@@ -299,8 +310,10 @@ def print_table(results: dict[str, list[dict[str, float]]], arguments: argparse.
         for side in SIDES
     ]
     table.add_row("tokens/s", *(f"{rate:.1f}" for rate in tokens), f"{tokens[1] / tokens[0]:.2f}", "")
-    peaks = [max(step["peak"] for step in results[side]) for side in SIDES]
-    table.add_row("peak GiB", *(f"{peak:.2f}" for peak in peaks), f"{peaks[1] / peaks[0]:.2f}", "")
+    for kind in ("gpu", "ram"):
+        one, two = (max(step[f"{kind}_gib"] for step in results[side]) for side in SIDES)
+        if one:
+            table.add_row(f"peak {kind.upper()}, GiB", f"{one:.2f}", f"{two:.2f}", f"{two / one:.2f}", "")
     Console(width=110).print(table)
 
 

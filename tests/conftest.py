@@ -1,4 +1,4 @@
-"""A tiny Qwen2 with a byte-level tokenizer: the real classes, small enough for two cores."""
+"""Fixtures: the tiny model of tiny.py, and a process that begins as a new one does."""
 
 import doctest
 import importlib.util
@@ -20,14 +20,11 @@ import pytest
 from jaxtyping import install_import_hook
 
 import tests.shapes  # noqa: F401  jaxtyping finds the checker by its path
+from tests.tiny import CHATML, make_tokenizer, save_tiny, tiny_config
 
 # Shapes in signatures are checked in tests only.
 install_import_hook(["grpo_ds.core", "grpo_ds.models.quantized"], "tests.shapes.check")
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 # A template that prints the date, as Llama 3's, SmolLM3's and gpt-oss's do.
 DATED = "Today is {{ strftime_now('%d %B %Y, %H:%M') }}.\n" + CHATML
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "pubmedqa"
@@ -39,37 +36,6 @@ def signals_of_a_new_process():
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
-
-
-def make_tokenizer():
-    """Byte-level tokenizer: one token for each byte, ChatML, and a pad token that is not EOS, as in Qwen."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-    )
-    tokenizer.chat_template = CHATML
-    return tokenizer
-
-
-def tiny_config(**changes):
-    """Qwen2 of two layers, width 64, grouped-query attention, tied head, 13 padding rows in the vocabulary."""
-    from transformers import Qwen2Config
-
-    settings = dict(
-        vocab_size=272, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
-        eos_token_id=256, pad_token_id=257, bos_token_id=None,
-    )  # fmt: skip
-    return Qwen2Config(**{**settings, **changes})
 
 
 def pytest_collection_modifyitems(items):
@@ -147,14 +113,7 @@ def tiny_model():
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """The tiny model and its tokenizer as an ordinary transformers folder."""
-    import torch
-    from transformers import Qwen2ForCausalLM
-
-    folder = tmp_path_factory.mktemp("tiny_qwen2")
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(tiny_config()).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("tiny_qwen2"))
 
 
 # --- faults, counted: `make test-faults` prints them as a table at its end -------------------------------
