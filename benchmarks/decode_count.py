@@ -32,7 +32,7 @@ from grpo_ds.training import sampling
 ALLOCATIONS = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided")
 FREE = (*ALLOCATIONS, "_unsafe_view", "lift_fresh", "detach", "_local_scalar_dense", "device")
 PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}  # index of the first factor
-GATHERS = ("embedding", "index_select", "index")  # read as much as they write
+GATHERS = ("embedding", "index_select", "index", "searchsorted")  # read about as much as they write
 BANDWIDTHS = {"RTX 4060 Ti": 288e9, "RTX 3090": 936e9, "RTX 4090": 1008e9}  # bytes/s, as NVIDIA states them
 LAUNCH, GAP = 5e-6, 1e-6  # seconds of the host to launch a kernel; of the card between two kernels
 MODELS = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b")

@@ -108,16 +108,10 @@ class FusedLayers:
 
     def _mask(self) -> Float[Tensor, "Q 1 P+W"]:
         """-inf where a prompt is padded and where a column is not written yet."""
-        cache = self.cache
-        q, _, _, p, _ = cache.shape
-        columns = torch.arange(self.width, device=cache.column.device)
-        own = self.eye.new_zeros(self.width).masked_fill_(columns > cache.column, -torch.inf).expand(q, -1)
-        padding = self.eye.new_zeros(q, p) if cache.padding is None else cache.padding.view(q, p)
-        return torch.cat([padding, own], dim=1)[:, None]
-
-    @property
-    def width(self) -> int:
-        return min(-(-self.cache.width // ALIGNED) * ALIGNED, self.cache.columns)
+        (q, _, _, p, _), unwritten = self.cache.shape, self.cache.unwritten
+        assert unwritten is not None
+        padding = self.eye.new_zeros(q, p) if self.cache.padding is None else self.cache.padding.view(q, p)
+        return torch.cat([padding, unwritten.expand(q, -1)], dim=1)[:, None]
 
     def _attention(self, index: int, attention: Any, x: Tensor, hidden: Tensor) -> None:
         """Add a layer's attention to `hidden`."""
@@ -150,14 +144,14 @@ class FusedLayers:
         (q, k, g, p, d), n = self.cache.shape, self.n
         keys, _ = (of.flatten(0, 1) for of in self.cache.prompts[index])
         own_keys, _ = self._own(index)
-        scores = queries.new_empty(q * k, g * n, p + self.width)
+        scores = queries.new_empty(q * k, g * n, p + self.cache.width)
         _scaled_product(queries.view(q * k, g * n, d), keys.mT, scaling, scores[..., :p])
         _scaled_product(queries.view(q * k * g, n, d), own_keys.mT, scaling, scores.view(q * k * g, n, -1)[..., p:])
         scores.view(q, k * g * n, -1).add_(self.mask)
         return scores
 
     def _own(self, index: int) -> tuple[Float[Tensor, "Q*K*G W D"], Float[Tensor, "Q*K*G W D"]]:
-        keys, values = (of.flatten(0, 2)[:, : self.width] for of in self.cache.own(index))
+        keys, values = (of.flatten(0, 2)[:, : self.cache.width] for of in self.cache.own(index))
         return keys, values
 
     def _mlp(self, index: int, mlp: Any, x: Tensor, hidden: Tensor) -> None:

@@ -72,6 +72,11 @@ class SharedPromptCache:
             self.padding = self.padding if self.padding is None else _to_front(self.padding, prompts)
         self.group_size = group_size
 
+    def hide_unwritten(self) -> None:
+        """Let a forward pass attend to none of its `width` columns that are not written yet."""
+        places = torch.arange(self.width, device=self.column.device)
+        self.unwritten = self.pools[0].new_zeros(self.width).masked_fill_(places > self.column, -torch.inf)
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Float[Tensor, "B 1 H D"]:
         """Add one token per row, [B H 1 D] and [B K 1 D], and attend to the prompt and to the row's own tokens."""
         q, k, g, p, d = self.shape

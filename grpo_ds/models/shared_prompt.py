@@ -43,8 +43,9 @@ class SharedPrompts:
         """
         use_our_attention(model)
         self.model, self.cuda_graphs = model, cuda_graphs
-        lengths, align = [len(prompt) - 1 for prompt in prompts], ALIGNED if fused else 1
-        width = _round_up(max(lengths), align)
+        self.align = ALIGNED if fused else 1
+        lengths = [len(prompt) - 1 for prompt in prompts]
+        width = _round_up(max(lengths), self.align)
         # Padded on the right: causal attention then hides the padding from all real tokens, without a mask.
         ids = torch.tensor([[*prompt[:-1], *[0] * (width - len(prompt) + 1)] for prompt in prompts])
         cache = DynamicCache(config=model.config)
@@ -58,7 +59,7 @@ class SharedPrompts:
             cache,
             lengths,
             group_size=group_size,
-            columns=_round_up(columns, align),
+            columns=_round_up(columns, self.align),
             queries=queries_per_key(model) if fused else 0,
         )
         self.keywords = attending(self.cache.attend, model.device)
@@ -75,7 +76,9 @@ class SharedPrompts:
         if self.cuda_graphs:
             logits = self._fixed(tokens, positions)
         else:
-            cache.width = cache.written + 1
+            cache.width = _round_up(cache.written + 1, self.align)
+            if self.fused:
+                cache.hide_unwritten()
             logits = self._forward(tokens, positions)
         cache.written += 1
         return logits
@@ -117,10 +120,7 @@ class SharedPrompts:
         return self.logits
 
     def _fixed_step(self, rows: int) -> None:
-        cache = self.cache
-        places = torch.arange(cache.width, device=cache.column.device)
-        mask = torch.zeros(cache.width, dtype=cache.prompts[0][0].dtype, device=places.device)
-        cache.unwritten = mask.masked_fill_(places > cache.column, -torch.inf)
+        self.cache.hide_unwritten()
         self.logits = self._forward(self.inputs[0, :rows], self.inputs[1, :rows])
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from grpo_ds.models.fused_layers import _gate_and_up
 from grpo_ds.training.sampling import (
     STOP,
     Completions,
@@ -16,6 +17,7 @@ from grpo_ds.training.sampling import (
     seed_at,
     unfinished,
 )
+from tests.training.layouts import make_engine
 
 
 @pytest.fixture
@@ -132,6 +134,11 @@ def test_a_card_samples_what_a_cpu_samples(sampler, cuda_graphs, request):
     assert sampler.fused and len(set(here.lengths().tolist())) > 4
     assert torch.equal(here.ids, there.ids) and torch.equal(here.mask, there.mask)
     assert torch.equal(here.ended, there.ended)
+
+
+def test_in_zeros_buffer_gate_and_up_are_one_product(tiny_folder, tmp_path):
+    mlps = [layer.mlp for layer in make_engine(tiny_folder, tmp_path, "offload, bf16").model.base_model.layers]
+    assert all(torch.equal(_gate_and_up(mlp)[-1], mlp.up_proj.weight[-1]) for mlp in mlps)
 
 
 def test_on_a_card_ended_rows_are_seen_after_at_most_seven_tokens(sampler, as_on_a_card):
