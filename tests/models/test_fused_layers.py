@@ -1,16 +1,22 @@
 """Decoding in few kernels: the same logits as the model's own, in buffers that never move."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.decode_count import Shape, of_layers
+from benchmarks.decode_count import Shape, of_layers, on_meta
+from grpo_ds.memory.activations import CUBLAS_WORKSPACE, GRAPH_OF_A_LAYER, ActivationMemory
 from grpo_ds.models import shared_prompt
 from grpo_ds.models.fused_layers import _gate_and_up, can_capture, can_fuse
 from grpo_ds.models.lora import add_adapter
-from grpo_ds.models.shapes import PRESET_CONFIGS
+from grpo_ds.models.shapes import PRESET_CONFIGS, shape_of
 from grpo_ds.models.shared_prompt import SharedPrompts, can_share_prompts
+from grpo_ds.settings.config import TrainConfig
 from grpo_ds.training.sampling import LOOK
 
 SIZE = dict(  # large weights, so that one key too few or too many shows
@@ -184,3 +190,46 @@ def test_a_token_takes_at_most_20_kernels_a_layer_and_rarely_waits_for_the_card(
 def test_kernels_of_other_models(kind, kernels):
     config = {"model_type": kind, **SIZE, **KINDS[kind]}
     assert of_layers(config, SHAPE, ours=True)[0].kernels == kernels
+
+
+class Live(TorchDispatchMode):
+    """Largest number of bytes that tensors made under it take at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.now, self.peak = set(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for storage in (x.untyped_storage() for x in tree_leaves(out) if torch.is_tensor(x) and not func.is_view):
+            if storage._cdata not in self.seen and func._schema.name.split("::")[1][-1] != "_":
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+        return out
+
+    def freed(self, key, size):
+        self.seen.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize(("name", "questions", "generations"), [("qwen2.5-0.5b", 1, 8), ("qwen2.5-3b", 4, 8)])
+def test_the_plan_has_room_for_the_tensors_of_a_graph(name, questions, generations):
+    """Simulated on shapes: the tensors of the second token, while the logits of the first are alive."""
+    sizes = {"batch_size": questions, "num_generations": generations}
+    config = TrainConfig(**sizes, max_prompt_length=448, max_completion_length=320)
+    shape = shape_of(name)
+    planned = ActivationMemory(shape, config, 2, True)._graphs(questions, questions * generations)
+    queries = 2 * questions * generations * shape.heads * shape.head_dim * shape.layers  # in the cache
+    model = on_meta(PRESET_CONFIGS[name], 2)
+    prompts = [[1] * (449 - q) for q in range(questions)]
+    rows = torch.zeros(questions * generations, dtype=torch.long, device="meta")
+    decode = SharedPrompts(model, prompts, group_size=generations, columns=320, fused=True, cuda_graphs=True)
+    decode.cache.written = 319
+    with torch.no_grad(), Live() as live:
+        decode._fixed(rows, rows)
+        decode.cache.written = 319
+        decode._fixed(rows, rows)
+    tensors = planned - queries - CUBLAS_WORKSPACE - GRAPH_OF_A_LAYER * shape.layers
+    assert live.peak <= tensors <= 1.5 * live.peak
