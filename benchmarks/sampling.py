@@ -1,7 +1,7 @@
 """Compare sampling with transformers' generate(): the same model, prompts and length, in turn; ratios of medians.
 
 generate() gets the prompt repeated for every row, as is usual. On a card ours also runs with CUDA graphs.
-Prompts and weights may be random, as only time is measured.
+Prompts and weights may be random, as only time is measured. Both sides draw from all ids of the model.
 
     python benchmarks/sampling.py [--questions 1] [--prompt 384] [--generations 8] [--completion 64] [--rounds 3]
         [--dtype float32] [--model smollm2-135m | --preset qwen2.5-1.5b]
@@ -14,11 +14,12 @@ import time
 from typing import Any
 
 import torch
+from decode_count import Words
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from grpo_ds.models.policy import load_policy, load_tokenizer
+from grpo_ds.models.policy import load_policy
 from grpo_ds.models.shapes import PRESET_CONFIGS
 from grpo_ds.training.sampling import Sampler
 
@@ -39,7 +40,8 @@ def main() -> None:
     else:
         model = load_policy(arguments.model, dtype=dtype, checkpointing=False)
     model.to("cuda" if cuda else "cpu").eval()
-    sampler = Sampler(model, load_tokenizer(arguments.model), max_completion_length=arguments.completion)
+    words: Any = Words(model.config.vocab_size)
+    sampler = Sampler(model, words, max_completion_length=arguments.completion)
     sampler.full_length = True
     shape = arguments.questions, arguments.prompt
     prompts = torch.randint(1000, 40000, shape, generator=torch.Generator().manual_seed(0)).to(model.device)

@@ -14,6 +14,8 @@ from grpo_ds.models.shapes import ModelShape
 from grpo_ds.settings.config import TrainConfig
 
 MIB = 2**20
+CUBLAS_WORKSPACE = 33 * MIB  # torch's for one stream: 8 MiB, 32 on an H100; and up to 1 of cuBLASLt
+GRAPH_OF_A_LAYER = 2**18  # of the driver, for 20 kernels: an estimate, 13 KiB a kernel, not measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,4 +123,25 @@ class ActivationMemory:
         prefill = self.layer_forward(prompts * config.max_prompt_length) + a_token * prompts * config.max_prompt_length
         packed = 0 if self.on_gpu or self.w < 4 else shape.parameters * self.w
         cache = shape.layers * a_token * cached
-        return {"KV cache": cache, "activations": max(logits, prefill), "packed weights": packed}
+        kept = {"KV cache": cache, "activations": max(logits, prefill), "packed weights": packed}
+        return {**kept, "CUDA graphs": self._graphs(prompts, rows)}
+
+    def _graphs(self, prompts: int, rows: int) -> int:
+        """Memory of models/cuda_graph.py: tensors of one token, cuBLAS's workspace, and the driver's own of a graph.
+
+        Of the tensors the heaviest are alive together: gate and up and their product, or scores of all keys as they
+        are and as weights; logits of this token and, while the next graph is captured, of the last one; a rotation
+        matrix for each block of queries or keys; and the queries that every layer stores before its cache.
+        """
+        config, shape = self.config, self.shape
+        if not (self.on_gpu and config.cuda_graphs):
+            return 0
+        scores = 2 * shape.heads * (config.max_prompt_length + config.max_completion_length)
+        layer = rows * (max(scores, 4 * shape.mlp) + 6 * self.hidden)
+        queries = rows * shape.heads * shape.head_dim * shape.layers
+        rotation = 3 * prompts * (shape.heads // shape.kv_heads + 1) * shape.head_dim**2
+        return (
+            self.w * (layer + queries + rotation + 2 * rows * shape.vocab)
+            + CUBLAS_WORKSPACE
+            + GRAPH_OF_A_LAYER * shape.layers
+        )

@@ -69,6 +69,15 @@ AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+def ordinary_ids(model: PreTrainedModel, count: int) -> list[int]:
+    """Return ids for a probe, from the middle of the vocabulary.
+
+    The first ids are special tokens in many models, with activations so large that 16 bits round them coarsely.
+    """
+    middle = model.get_input_embeddings().weight.shape[0] // 2
+    return list(range(middle, middle + count))
+
+
 def sliding_window(config: Any) -> float:
     """Maximum number of tokens that a layer attends to; infinite without a sliding window."""
     window = getattr(config, "sliding_window", None)

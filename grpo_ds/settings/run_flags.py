@@ -75,7 +75,7 @@ class MemoryFlags(SamplingFlags):
     )
     pack_tokens: int = flag(0, "tokens per backward; 0: the complete step in one backward, which is fastest")
     logprob_chunk_mib: float = flag(64.0, "MiB that a block of logits and its temporaries may take")
-    cuda_graphs: bool = flag(False, "on a GPU, launch all kernels of a sampled token at once")
+    cuda_graphs: bool = flag(True, "on a GPU, launch all kernels of a sampled token at once")
     plan: bool = flag(False, "print the memory this run would take, phase by phase, and stop")
     dry_run_worst_case: bool = flag(False, "first try a step of the longest prompts and completions; changes nothing")
     oom_retry: bool = flag(False, "on one rank, repeat a phase that runs out of memory in smaller parts; same results")

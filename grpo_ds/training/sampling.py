@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_ds.models.attention import sliding_window
+from grpo_ds.models.fused_layers import can_capture, can_fuse
 from grpo_ds.models.packed_linear import packed_linears
 from grpo_ds.models.repeated_prompt import RepeatedPrompts
 from grpo_ds.models.shared_prompt import SharedPrompts, can_share_prompts
@@ -30,6 +31,8 @@ from grpo_ds.models.shared_prompt import SharedPrompts, can_share_prompts
 STOP = "</answer>"
 SPARE = 3  # tokens decoded beyond the length of `stop`, which is ASCII: a token has at least one byte
 SHRINK = 0.75  # share of rows left at which a batch is made smaller, which copies the cache of these rows
+SHRINK_GRAPH = 0.5  # the same with CUDA graphs, where it also captures a new one
+LOOK = 8  # tokens between two looks at ended rows, on a card: each look waits for the card
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +72,19 @@ class Sampler:
         *,
         max_completion_length: int,
         stop: str = STOP,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool = True,
         poll: Callable[[], None] = lambda: None,
     ) -> None:
         """max_completion_length: tokens. stop: text that ends a completion. poll: called before every token; may raise.
 
-        cuda_graphs: launch all kernels of a token at once, on a GPU.
+        cuda_graphs: on a GPU, launch all kernels of a token at once, if the model is of a kind known to work so.
         """
         self.model, self.tokenizer, self.stop = model, tokenizer, stop
         self.max_completion_length = max_completion_length
         self.cuda_graphs, self.poll = cuda_graphs, poll
         self.rows_at_once: int | None = None  # None: all; a smaller number takes less memory
         self.shares: bool | None = None  # keeps a prompt once for its group; None: not known before the first call
+        self.fused = False  # decodes with few kernels a layer
         self.full_length = False  # True: no row ends early, for rehearsals and benchmarks
         self.eos_ids = _eos_ids(model, tokenizer)
         tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
@@ -139,32 +143,46 @@ class Sampler:
         rows = batch = [PartialCompletion() for _ in draws]  # rows that have ended leave the batch
         tokens = torch.tensor([prompt[-1] for prompt in prompts], device=draws.device).repeat_interleave(group_size)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=draws.device).repeat_interleave(group_size)
-        decode = self._decoder(prompts, group_size)
-        for t in range(self.max_completion_length):
-            self.poll()
-            logits = decode(tokens, lengths - 1 + t)
-            tokens = draw(logits[:, : len(self.tokenizer)], draws[:, t], temperature)
-            for row, token in zip(batch, tokens.tolist(), strict=True):
-                if not row.ended:
-                    row.ids.append(token)
-                    row.ended = self._ends(row.ids)
+        decode, look = self._decoder(prompts, group_size), LOOK if on_card(self.model) else 1
+        shrink = SHRINK_GRAPH if self._graphs() else SHRINK
+        for first in range(0, self.max_completion_length, look):
+            block = []
+            for t in range(first, min(first + look, self.max_completion_length)):
+                self.poll()
+                logits = decode(tokens, lengths - 1 + t)
+                tokens = draw(logits[:, : len(self.tokenizer)], draws[:, t], temperature)
+                block.append(tokens)
+            for ids in torch.stack(block).cpu().tolist():
+                self._append(batch, ids)
             if all(row.ended for row in batch):
                 break
             stay, width = unfinished([row.ended for row in batch], decode.group_size)
-            if len(stay) <= SHRINK * len(batch):
+            if len(stay) <= shrink * len(batch):
                 batch, chosen = [batch[b] for b in stay], torch.tensor(stay, device=draws.device)
                 decode.keep(chosen, group_size=width)
                 tokens, lengths, draws = tokens[chosen], lengths[chosen], draws[chosen]
         return rows
+
+    def _append(self, batch: Sequence[PartialCompletion], ids: Sequence[int]) -> None:
+        """Add a token to each row that has not ended; the others were decoded on in vain."""
+        for row, token in zip(batch, ids, strict=True):
+            if not row.ended:
+                row.ids.append(token)
+                row.ended = self._ends(row.ids)
 
     def _decoder(self, prompts: Sequence[Sequence[int]], group_size: int) -> SharedPrompts | RepeatedPrompts:
         """Prefill these prompts; return the function that decodes the tokens after them."""
         columns = self.max_completion_length
         if self.shares is None:
             self.shares = can_share_prompts(self.model)
+            self.fused = on_card(self.model) and can_fuse(self.model) and can_share_prompts(self.model, fused=True)
         if not self.shares or max(map(len, prompts)) + columns > sliding_window(self.model.config):
             return RepeatedPrompts(self.model, prompts, group_size=group_size)
-        return SharedPrompts(self.model, prompts, group_size=group_size, columns=columns, cuda_graphs=self.cuda_graphs)
+        options = {"fused": self.fused, "cuda_graphs": self._graphs()}
+        return SharedPrompts(self.model, prompts, group_size=group_size, columns=columns, **options)
+
+    def _graphs(self) -> bool:
+        return self.cuda_graphs and on_card(self.model) and can_capture(self.model)
 
     def _ends(self, ids: list[int]) -> bool:
         """Return True if the newest token of a completion ends it.
@@ -188,6 +206,11 @@ class Sampler:
             torch.tensor([[t < len(row.ids) for t in range(width)] for row in rows], device=device),
             torch.tensor([row.ended for row in rows], device=device),
         )
+
+
+def on_card(model: PreTrainedModel) -> bool:
+    """Return True where launching kernels and waiting for them takes time: on a GPU."""
+    return model.device.type == "cuda"
 
 
 def draw(logits: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"], temperature: float) -> Int[Tensor, " B"]:

@@ -1,9 +1,12 @@
 """Sampling: ends of completions, their masks, and tokens that are never drawn."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from grpo_ds.models.fused_layers import _gate_and_up
 from grpo_ds.training.sampling import (
     STOP,
     Completions,
@@ -14,6 +17,7 @@ from grpo_ds.training.sampling import (
     seed_at,
     unfinished,
 )
+from tests.training.layouts import make_engine
 
 
 @pytest.fixture
@@ -109,15 +113,41 @@ def test_the_prompts_own_tags_do_not_end_a_row(sampler, tokenizer):
     assert behind_tags.lengths().max() == free.lengths().max() == sampler.max_completion_length
 
 
-def test_columns_not_yet_written_are_not_seen(sampler, tiny_model, monkeypatch):
-    """A CUDA graph has fixed sizes: unused columns are hidden, and one row needs several graphs."""
+@pytest.fixture
+def as_on_a_card(sampler, monkeypatch):
+    """Run on the CPU what a card runs: fused layers, fixed sizes, a look at ended rows after every few tokens."""
+    monkeypatch.setattr("grpo_ds.training.sampling.on_card", lambda model: True)
+    monkeypatch.setattr("grpo_ds.training.sampling.packed_linears", nullcontext)  # for CPUs alone
     monkeypatch.setattr("grpo_ds.models.shared_prompt.WIDTH", 5)
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_card_samples_what_a_cpu_samples(sampler, cuda_graphs, request):
+    """Unused columns are hidden, and what is decoded behind a row's end is cut off."""
     sampler.eos_ids = list(range(0, 259, 12))
+    sampler.max_completion_length = 21  # not a multiple of the tokens between two looks
     prompts = [[1, 2, 3], list(range(30)), [7, 5]]
-    grown = sampler(prompts, group_size=4, temperature=1.0, seed=2)
-    sampler.cuda_graphs = True
-    fixed = sampler(prompts, group_size=4, temperature=1.0, seed=2)
-    assert torch.equal(grown.ids, fixed.ids) and torch.equal(grown.mask, fixed.mask)
+    here = sampler(prompts, group_size=4, temperature=1.0, seed=2)
+    request.getfixturevalue("as_on_a_card")
+    sampler.cuda_graphs, sampler.shares = cuda_graphs, None
+    there = sampler(prompts, group_size=4, temperature=1.0, seed=2)
+    assert sampler.fused and len(set(here.lengths().tolist())) > 4
+    assert torch.equal(here.ids, there.ids) and torch.equal(here.mask, there.mask)
+    assert torch.equal(here.ended, there.ended)
+
+
+def test_in_zeros_buffer_gate_and_up_are_one_product(tiny_folder, tmp_path):
+    mlps = [layer.mlp for layer in make_engine(tiny_folder, tmp_path, "offload, bf16").model.base_model.layers]
+    assert all(torch.equal(_gate_and_up(mlp)[-1], mlp.up_proj.weight[-1]) for mlp in mlps)
+
+
+def test_on_a_card_ended_rows_are_seen_after_at_most_seven_tokens(sampler, as_on_a_card):
+    polls = []
+    sampler.poll = lambda: polls.append(1)
+    sampler.eos_ids = list(range(0, 259, 4))
+    sampler.max_completion_length = 64
+    longest = int(sampler([[1, 2, 3], [4, 5]], group_size=4, temperature=1.0).lengths().max())
+    assert longest < 64 and longest <= len(polls) < longest + 8  # polled before every token
 
 
 @pytest.mark.parametrize(
