@@ -74,7 +74,7 @@ def ordinary_ids(model: PreTrainedModel, count: int) -> list[int]:
 
     The first ids are special tokens in many models, with activations so large that 16 bits round them coarsely.
     """
-    middle = model.get_input_embeddings().weight.shape[0] // 2
+    middle: int = model.config.get_text_config().vocab_size // 2
     return list(range(middle, middle + count))
 
 
