@@ -28,8 +28,10 @@ MAPPED = "mapped file"  # resident while it is read; the system drops its pages 
 PROCESS = int(0.55 * GIB)
 # Not measured, as there was no card: memory that a CUDA build of torch and the driver add in RAM ...
 CUDA_IN_RAM = int(1.0 * GIB)
-# ... and context, kernels and cuBLAS workspaces in GPU memory, which torch's allocator does not count.
+# ... and the context with its kernels in GPU memory, which torch's allocator does not count.
 CUDA_CONTEXT = int(0.5 * GIB)
+# cuBLAS's workspace for products in a fixed order (CUBLAS_WORKSPACE_CONFIG=:4096:8), for two threads: forward, backward.
+CUBLAS_WORKSPACES = 2 * 8 * 4096 * 1024
 
 MOMENTS_8BIT = 2 + 8 / 256  # two codes, and two fp32 scales for 256 values
 MOMENTS_FP32 = 8
@@ -160,6 +162,7 @@ class _RunMemory:
             gpu["accumulation buffer"] = self.largest * self.w * (self.activations.backwards > 1)
         else:
             gpu += self.optimizer(stepped=stepped)
+        gpu["cuBLAS workspaces"] = CUBLAS_WORKSPACES * self.on_gpu
         reference = Bytes({"reference": self.reference_bytes() if self.config.beta else 0})
         return (gpu, ram + reference) if self.config.reference_kind == "bf16-cpu" else (gpu + reference, ram)
 
@@ -211,24 +214,24 @@ class _RunMemory:
         return moments
 
     def evaluate(self) -> list[Moment]:
-        return [self._during(self.activations.answering())]
+        return [self._during({**moment, **self.dequantised}) for moment in self.activations.answering()]
 
     def sample(self) -> list[Moment]:
-        return [self._during({**self.activations.sampling(), **self.dequantised})]
+        return [self._during({**moment, **self.dequantised}) for moment in self.activations.sampling()]
 
     def reference(self) -> list[Moment]:
         """Making the reference, layer by layer, and computing log-probs with it."""
-        kind, forward = self.config.reference_kind, self.activations.forward()
+        kind, forward = self.config.reference_kind, self.activations.forward(sum(self.dequantised.values()))
         if not self.config.beta:
             return [self.resident()]
         if kind == "bf16-cpu":  # copied on the card first
             return [self._during({"reference in transfer": self.weights * self.on_gpu}), self._during({}, forward)]
         if kind != "int8":
-            return [self._during({**forward, **self.dequantised})]
+            return [self._during(forward)]
         gpu, ram = self.resident(stepped=self.config.num_iterations > 1)
         gpu["reference"] *= not self.shape.tied  # the largest matrix is quantised first, an untied head last
         making = gpu + Bytes({"quantising the largest matrix": self.largest * QUANTIZE_BYTES[self.w]})
-        return [(making, ram), self._during({**forward, "one dequantised layer": self.shape.widest * self.w})]
+        return [(making, ram), self._during(self.activations.forward(self.shape.widest * self.w))]
 
     def update(self) -> list[Moment]:
         """Forward and backward: the head's backward, then the layers', and at the end the embedding's."""
@@ -242,7 +245,7 @@ class _RunMemory:
             layer = activations.layer_backward() + 2 * activations.tokens * self.shape.mlp * w
             layer += sum(self.dequantised.values())
         else:
-            layer = activations.layer_backward() + self.shape.widest * (w + leaving)
+            layer = activations.layer_backward()
         return [
             self._during({**stored, "largest gradients": head, "log-probs": activations.logprobs()}),
             # A tied head's gradient is kept until it is added to the embedding's gradient.
