@@ -7,9 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from grpo_ds.core.logprobs import token_logprobs
+from grpo_ds.core.packing import pack_groups
+from grpo_ds.models.attention import PackedAttention
+from grpo_ds.models.logprob_model import LogprobModel
+from grpo_ds.system.determinism import deterministic_kernels
 from grpo_ds.training.sampling import Sampler
+from tests.core.test_packing import make_groups
+from tests.models.test_attention import Calls, drawn, packed
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [
@@ -29,6 +36,28 @@ def test_bf16_logprobs_on_the_tensor_cores_equal_float64():
     got = torch.autograd.grad(ours.sum(), (hidden, head))
     for a, b in zip(got, torch.autograd.grad(exact.sum(), (hidden, head)), strict=True):
         assert (a - b).norm() / b.norm() < 0.01  # both gradients are stored in bf16, which has 8 bits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_no_attention_of_ours_takes_the_math_kernel(dtype):
+    rows = packed("groups of one size").to(torch.device("cuda"))
+    with Calls() as calls:
+        PackedAttention(rows, dtype)(0, *drawn(rows, 4, 2, dtype=dtype), 0.3)
+    for call in calls.seen:
+        options = {"attn_mask": call["mask"], "is_causal": call["causal"], "enable_gqa": call["gqa"]}
+        assert torch._fused_sdp_choice(*call["parts"], **options) != SDPBackend.MATH.value
+
+
+def test_the_same_rows_give_the_same_gradients_on_a_card(tiny_model):
+    prompts, ids, mask = make_groups([400, 300], [[200] * 8] * 2)
+    rows = pack_groups(prompts, ids, mask, pad_id=257).to(torch.device("cuda"))
+    policy, seen = LogprobModel(tiny_model.cuda().bfloat16(), vocab_size=259, temperature=1.0, chunk_mib=1), []
+    for _ in range(5):
+        policy.zero_grad()
+        with deterministic_kernels():
+            policy(rows).sum().backward()
+        seen.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+    assert all(torch.equal(gradient, seen[0]) for gradient in seen)
 
 
 KINDS = [f"--reference {kind}" for kind in ("int8", "llm.int8", "bf16-cpu")]

@@ -148,11 +148,14 @@ def make_run(
     """
     from grpo_ds.report.console import Console
     from grpo_ds.system import ranks
+    from grpo_ds.system.determinism import fix_workspaces
     from grpo_ds.training.checkpoint import load_checkpoint
     from grpo_ds.training.run import Run
     from grpo_ds.training.trainer import Trainer
 
     config = settled.config
+    if config.full_determinism:
+        fix_workspaces()
     world = ranks.start(needs_gpu=settled.choice.needs_gpu)
     console = Console(speaks=world.is_first)
     for line in lines:

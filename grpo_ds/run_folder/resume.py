@@ -33,7 +33,7 @@ MAY_CHANGE = {
         "log_completions",
     ),
     *("generation_batch_size", "pack_tokens", "logprob_chunk_mib", "gradient_checkpointing", "cuda_graphs"),
-    *("reward_timeout", "on_reward_error", "trust_remote_code", "preflight", "max_bad_steps"),
+    *("reward_timeout", "on_reward_error", "trust_remote_code", "preflight", "max_bad_steps", "full_determinism"),
 }
 # Flags that may name another place, if the checkpoint has this hash.
 COMPARED = {"model": BASE, "reward_funcs": REWARDS}

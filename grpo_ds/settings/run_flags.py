@@ -152,6 +152,9 @@ class SafetyFlags(Flags):
 
     preflight: bool = flag(True, "before the first step, check gradients, log-probs and versions; takes seconds")
     max_bad_steps: int = flag(3, "steps in a row that may be skipped for a number that is not finite; one more stops")
+    full_determinism: bool = flag(
+        True, "on a GPU, backward passes add in a fixed order; slower, and bit-exact to resume"
+    )
 
     def problems(self) -> list[str]:
         return [*failed((self.max_bad_steps < 0, "max_bad_steps must be 0 or more")), *super().problems()]

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from grpo_ds.errors import CheckpointError
 from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.optim.adamw8bit import build_optimizer
 from grpo_ds.settings.ds_config import DsConfig
+from grpo_ds.system.determinism import deterministic_kernels
 from grpo_ds.training.zero_staging import allow_accumulation, clear_unwritten_gradients, replace_staging_and_optimizer
 
 # DeepSpeed compiles small extensions on first use with ninja, which pip installs beside the interpreter. This line
@@ -53,8 +55,11 @@ class Engine:
     gradients of the earlier ones accumulate in RAM in bf16.
     """
 
-    def __init__(self, policy: LogprobModel, config: DsConfig, *, seed: int = 0) -> None:
-        """seed: of stochastic rounding, if the JSON asks for it; different on each rank."""
+    def __init__(self, policy: LogprobModel, config: DsConfig, *, seed: int = 0, deterministic: bool = True) -> None:
+        """seed: of stochastic rounding, if the JSON asks for it; different on each rank.
+
+        deterministic: on a card, the same gradients from the same rows; a CPU always gives the same.
+        """
         parameters = [p for p in policy.parameters() if p.requires_grad]
         logging.getLogger("DeepSpeed").addFilter(_not_of_our_optimizer)
         self._engine, *_ = deepspeed.initialize(
@@ -69,11 +74,13 @@ class Engine:
             replace_staging_and_optimizer(self._engine, config, seed=seed, version=deepspeed.__version__)
         self._engine.checkpoint_engine = _SafeFiles()
         self.policy = policy
+        self._kernels = deterministic_kernels if deterministic else nullcontext
 
     def __call__(self, rows: PackedRows) -> Tensor:
         """[B, C] log-probs, in training mode (gradient checkpointing on)."""
         self._engine.train()
-        return self._engine(rows)
+        with self._kernels():
+            return self._engine(rows)
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Add the gradients of a loss that is already normalised over micro-batches and ranks of the step.
@@ -83,7 +90,8 @@ class Engine:
         if not last and self._offload:
             allow_accumulation(self._engine.optimizer)
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss, scale_wrt_gas=False)
+        with self._kernels():
+            self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> float:
         """Clip the gradients, update the weights, and return the gradient norm before clipping."""

@@ -99,7 +99,14 @@ class Trainer:
         dtype = torch.bfloat16 if ds.bf16 else torch.float32
         source = replace(config, model=weights_of(config, origin))  # an adapter is in the engine's state
         policy = self.guard.run("load", trainable_policy, source, dtype=dtype, known_ids=len(self.tokenizer))
-        self.engine = self.guard.run("initialise", Engine, policy, ds, seed=seed_at(config.seed, 0, world.rank))
+        self.engine = self.guard.run(
+            "initialise",
+            Engine,
+            policy,
+            ds,
+            seed=seed_at(config.seed, 0, world.rank),
+            deterministic=config.full_determinism,
+        )
         self.choose_rows()
         self.sampler = Sampler(
             policy.model,
