@@ -86,8 +86,9 @@ class ActivationMemory:
         Per token: four MLP-wide tensors; in each of two norms two in w and one in fp32; queries, keys, values and the
         attention's result.
         """
-        shape = self.shape
-        a_token = 4 * self.w * shape.mlp + 2 * (2 * self.w + 4) * shape.hidden + 2 * self.w * (self.queries + self.keys)
+        shape, w = self.shape, self.w
+        in_a_norm = 4 + (w if self.config.lora_r else 2 * w)  # the second is for the gradient of the norm's weight
+        a_token = 4 * w * shape.mlp + 2 * in_a_norm * shape.hidden + 2 * w * (self.queries + self.keys)
         return self.tokens * a_token + self._attention()
 
     def _attention(self) -> int:
@@ -113,35 +114,43 @@ class ActivationMemory:
     def layer_forward(self, tokens: int, dequantised: int = 0) -> int:
         """One layer without gradients: gate, up and their product, and four tensors of the residual stream.
 
-        dequantised: bytes of a weight that is converted for its product; it is gone when gate and up are multiplied.
+        An adapter adds its output to that of `up`, out of place, and needs one more. dequantised: bytes of a weight
+        that is converted for its product; it is gone when gate and up are multiplied.
         """
-        shape = self.shape
-        return tokens * self.w * (2 * shape.mlp + 4 * shape.hidden) + max(tokens * self.w * shape.mlp, dequantised)
+        shape, more = self.shape, 2 if self.config.lora_r else 1
+        wide = tokens * self.w * shape.mlp
+        return 2 * wide + tokens * self.w * 4 * shape.hidden + max(more * wide, dequantised)
 
-    def logprobs(self) -> int:
-        """The chunk of core/logprobs.py and its [tokens, hidden] tensors in fp32 and w."""
+    def logprobs(self, *, backward: bool = False) -> int:
+        """The chunk of core/logprobs.py and its [tokens, hidden] tensors.
+
+        A card's backward has one of the chunk's two tiles in w; hidden states and their gradient exist in fp32 twice.
+        """
         targets = self.in_completions * self.config.max_completion_length
-        return int(self.config.logprob_chunk_mib * MIB) + targets * self.shape.hidden * (4 + 4 + 2 * self.w)
+        chunk, fp32 = self.config.logprob_chunk_mib * MIB, 0
+        if backward:
+            chunk, fp32 = chunk * ((4 + self.w) / 8 if self.on_gpu else 1), 2 * 4
+        return int(chunk) + targets * self.shape.hidden * (2 * self.w + fp32)
 
     def forward(self, dequantised: int = 0) -> dict[str, int]:
         """Forward pass of the reference over the packed rows, without gradients."""
         head = self.logprobs() + self.tokens * self.shape.hidden * self.w
         return {"activations": max(self.layer_forward(self.tokens, dequantised), head), **self.masks()}
 
-    def sampling(self) -> list[dict[str, int]]:
+    def sampling(self, dequantised: int = 0) -> list[dict[str, int]]:
         """Sampling a step's completions, as many groups at once as --generation_batch_size allows."""
         config = self.config
         at_once = config.generation_batch_size or config.batch_size * config.num_generations
         prompts = max(1, min(at_once // config.num_generations, config.batch_size))
         # Logits in w; then probabilities in fp32, the same and their sum in fp64.
-        return self._decoding(prompts, prompts * config.num_generations, a_logit=self.w + 4 + 8 + 8)
+        return self._decoding(prompts, prompts * config.num_generations, a_logit=self.w + 4 + 8 + 8, dequantised=dequantised)
 
-    def answering(self) -> list[dict[str, int]]:
+    def answering(self, dequantised: int = 0) -> list[dict[str, int]]:
         """Sampling the likeliest answer to each held-out question."""
         rows = self.config.generation_batch_size or 1
-        return self._decoding(rows, rows, a_logit=self.w)
+        return self._decoding(rows, rows, a_logit=self.w, dequantised=dequantised)
 
-    def _decoding(self, prompts: int, rows: int, *, a_logit: int) -> list[dict[str, int]]:
+    def _decoding(self, prompts: int, rows: int, *, a_logit: int, dequantised: int) -> list[dict[str, int]]:
         """The moments of the last layer's prefill and of the last token. a_logit: bytes of a logit and what follows it.
 
         The cache holds each prompt once, and all columns of each row, which are allocated after prefill. On a CPU in
@@ -151,7 +160,7 @@ class ActivationMemory:
         packed = 0 if self.on_gpu or self.w < 4 else shape.parameters * self.w
         a_token = 2 * self.keys * self.w * shape.layers
         tokens = prompts * config.max_prompt_length
-        prefill = {"KV cache": tokens * a_token, "activations": self.layer_forward(tokens)}
+        prefill = {"KV cache": tokens * a_token, "activations": self.layer_forward(tokens, dequantised)}
         cache = (tokens + rows * config.max_completion_length) * a_token
-        last = {"KV cache": cache, "activations": rows * shape.vocab * a_logit}
+        last = {"KV cache": cache, "activations": max(rows * shape.vocab * a_logit, dequantised)}
         return [moment | {"packed weights": packed} for moment in (prefill, last)]

@@ -122,13 +122,13 @@ class _RunMemory:
         self.master = 2 if ds.bf16_masters else 4  # bytes of a master weight, and of the gradient it gets
         self.weights = shape.parameters * self.w
         self.trained, self.largest = shape.parameters, shape.largest  # elements: all, and of the largest gradient
-        self.dequantised: dict[str, int] = {}  # a quantised layer while it multiplies
+        self.dequantised = 0  # bytes of a quantised layer while it multiplies
         if config.lora_r:
             self.trained = shape.lora_parameters(config.lora_r, config.lora_targets)
             self.largest = config.lora_r * max(max(rows, columns) for _, rows, columns, _ in shape.linears)
             self.weights = shape.base_bytes(config.base_bits, self.w) + self.trained * self.w
             if config.base_bits < 16:
-                self.dequantised = {"one dequantised layer": shape.widest * self.w}
+                self.dequantised = shape.widest * self.w
         self.activations = ActivationMemory(shape, config, self.w, self.on_gpu)
         self.zero = ds.engine["zero_optimization"]
         self.pins = self.on_gpu and ds.offload and self.zero["offload_optimizer"]["pin_memory"]
@@ -159,7 +159,7 @@ class _RunMemory:
         if self.ds.offload:
             ram = ram + self.optimizer(stepped=stepped)
             # ZeRO: temp_grad_buffer_for_gpu_offload; engine.py frees it if a step has one backward.
-            gpu["accumulation buffer"] = self.largest * self.w * (self.activations.backwards > 1)
+            gpu["accumulation buffer"] = self.largest * self.w * (stepped and self.activations.backwards > 1)
         else:
             gpu += self.optimizer(stepped=stepped)
         gpu["cuBLAS workspaces"] = CUBLAS_WORKSPACES * self.on_gpu
@@ -186,7 +186,8 @@ class _RunMemory:
     def load(self) -> list[Moment]:
         """from_pretrained maps a bf16 file: bf16 weights are its pages, not read yet; fp32 weights are converted."""
         if self.config.base_bits < 16:  # quantised tensor by tensor, on the card if there is one
-            return [(Bytes({"weights": self.weights, **self.dequantised}), self.process)]
+            gpu = Bytes({"weights": self.weights, "one dequantised layer": self.dequantised})
+            return [(gpu, self.process)]
         converted = {"weights": self.weights, MAPPED: self.shape.parameters * 2} if self.w == 4 else {}
         return [(Bytes(), self.process + Bytes(converted))]
 
@@ -214,14 +215,14 @@ class _RunMemory:
         return moments
 
     def evaluate(self) -> list[Moment]:
-        return [self._during({**moment, **self.dequantised}) for moment in self.activations.answering()]
+        return [self._during(moment) for moment in self.activations.answering(self.dequantised)]
 
     def sample(self) -> list[Moment]:
-        return [self._during({**moment, **self.dequantised}) for moment in self.activations.sampling()]
+        return [self._during(moment) for moment in self.activations.sampling(self.dequantised)]
 
     def reference(self) -> list[Moment]:
         """Making the reference, layer by layer, and computing log-probs with it."""
-        kind, forward = self.config.reference_kind, self.activations.forward(sum(self.dequantised.values()))
+        kind, forward = self.config.reference_kind, self.activations.forward(self.dequantised)
         if not self.config.beta:
             return [self.resident()]
         if kind == "bf16-cpu":  # copied on the card first
@@ -234,20 +235,16 @@ class _RunMemory:
         return [(making, ram), self._during(self.activations.forward(self.shape.widest * self.w))]
 
     def update(self) -> list[Moment]:
-        """Forward and backward: the head's backward, then the layers', and at the end the embedding's."""
+        """Forward and backward: the head forward and backward, then the layers', and at the end the embedding's."""
         activations, w = self.activations, self.w
         kept = {"gradient bucket": self.zero["reduce_bucket_size"] * w * (2 if self.zero["overlap_comm"] else 1)}
         if not self.ds.offload or self.ds.zero_stage < 2:  # gradients stay; several backwards add into a second set
             kept["gradients"] = self.trained * w * (2 if activations.backwards > 1 else 1)
         stored = kept | {"activations kept for backward": activations.checkpoints()} | activations.masks()
-        head, leaving = self.largest * w, self._beside_gradient()
-        if self.config.lora_r:  # a layer's output, the adapter's output, and that output scaled; small gradients
-            layer = activations.layer_backward() + 2 * activations.tokens * self.shape.mlp * w
-            layer += sum(self.dequantised.values())
-        else:
-            layer = activations.layer_backward()
+        head, leaving, layer = self.largest * w, self._beside_gradient(), activations.layer_backward()
         return [
-            self._during({**stored, "largest gradients": head, "log-probs": activations.logprobs()}),
+            self._during({**stored, "log-probs": activations.logprobs()}),
+            self._during({**stored, "largest gradients": head, "log-probs": activations.logprobs(backward=True)}),
             # A tied head's gradient is kept until it is added to the embedding's gradient.
             self._during({**stored, "largest gradients": head * self.shape.tied, "a layer's activations": layer}),
             self._during({**kept, "largest gradients": head + self.largest * leaving}),

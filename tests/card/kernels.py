@@ -16,7 +16,7 @@ FP32 = 4
 MULTIPROCESSORS = 128  # of an RTX 4090, which has the most of its series
 
 
-def choice(query: Tensor, key: Tensor, mask: Tensor | None, *, causal: bool, gqa: bool) -> str:
+def choice(query: Tensor, key: Tensor, mask: Tensor | None, *, causal: bool) -> str:
     """Return the kernel: flash takes no mask and 16 bits only, memory-efficient no shared keys, math anything."""
     half = query.dtype in (torch.float16, torch.bfloat16)
     if half and mask is None and query.shape[-1] <= 256 and (not causal or query.shape[2] == key.shape[2]):
@@ -38,7 +38,7 @@ def attention(
 ) -> Tensor:
     """scaled_dot_product_attention by the kernel of `choice`."""
     assert not dropout_p, "dropout would add a mask"
-    kernel = choice(query, key, attn_mask, causal=is_causal, gqa=enable_gqa)
+    kernel = choice(query, key, attn_mask, causal=is_causal)
     if kernel == "flash":
         return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, False, scale=scale)[0]
     if kernel == "math":

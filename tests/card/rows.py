@@ -1,4 +1,4 @@
-"""The runs that are compared: README's table of cards, the recipes of configs/, and the choices of `--model auto`."""
+"""The runs that are compared: README's table of cards, every recipe, and the choices of `--model auto`."""
 
 import re
 from collections.abc import Iterator
@@ -65,7 +65,7 @@ def sizes(job: Job) -> tuple[Any, ...]:
 
 
 def rows() -> list[Row]:
-    return [*readme_rows(), *recipe_rows(), *auto_rows()]
+    return [*readme_rows(), *recipe_rows(), *page_rows(), *auto_rows()]
 
 
 def readme_rows(text: str | None = None) -> Iterator[Row]:
@@ -89,6 +89,13 @@ def recipe_rows() -> Iterator[Row]:
             ram = re.search(r"(\d+) GB of RAM", text)
             assert ram, f"{file} says for which RAM it is"
             yield Row("configs", f"--config configs/{file.name}", int(card[1]), int(ram[1]))
+
+
+def page_rows() -> Iterator[Row]:
+    """Read the first table of docs/recipes.md."""
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for card, ram, flags in re.findall(r"^\| (\d+), (\d+) \| [^|]+ \| `([^`]+)`", text, re.M):
+        yield Row("docs/recipes.md", flags, int(card), int(ram))
 
 
 def auto_rows() -> Iterator[Row]:

@@ -99,6 +99,7 @@ class _Run:
     def __init__(self, job: Job, recorder: Recorder) -> None:
         self.job, self.config, self.recorder = job, job.config, recorder
         self.reference_model: Any = None
+        self.workspaces: list[Any] = []  # cuBLAS's
         with recorder.pause():
             self.model = model_of(job)
 
@@ -106,16 +107,12 @@ class _Run:
 
     def initialise(self) -> None:
         """Move the model to the card, tensor by tensor, and hand it to ZeRO."""
-        seen = set()
         for tensor in (*self.model.parameters(), *self.model.buffers()):
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                tensor.data = torch.empty_like(tensor.data)
+            tensor.data = torch.empty(tensor.shape, dtype=tensor.dtype, device=CARD)
         config = self.config
         options = {"vocab_size": min(KNOWN_IDS, self.job.shape.vocab), "temperature": config.temperature}
         self.policy = LogprobModel(self.model, chunk_mib=config.logprob_chunk_mib, **options)
         self.zero = Zero([p for p in self.policy.parameters() if p.requires_grad], self.job.ds)
-        self.workspaces = [self.recorder.hold(CUBLAS_WORKSPACE)]
 
     def evaluate(self) -> None:
         rows = self.config.generation_batch_size or 1
@@ -139,8 +136,7 @@ class _Run:
                 self.reference_model(rows)
 
     def update(self) -> None:
-        if len(self.workspaces) < 2:
-            self.workspaces.append(self.recorder.hold(CUBLAS_WORKSPACE))
+        self.use_cublas(threads=2)
         self.policy.train()
         for number, rows in enumerate(self.rows):
             self.zero.last = number == len(self.rows) - 1
@@ -157,12 +153,17 @@ class _Run:
     def step(self) -> None:
         self.zero.step()
 
+    def use_cublas(self, *, threads: int) -> None:
+        while len(self.workspaces) < threads:
+            self.workspaces.append(self.recorder.hold(CUBLAS_WORKSPACE))
+
     # --- parts ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def decode(self, *, prompts: int, group_size: int, temperature: float) -> None:
         """Prefill, and some of the tokens from the first to the last."""
         config, rows = self.config, prompts * group_size
+        self.use_cublas(threads=1)
         self.model.eval()
         decoder = SharedPrompts(
             self.model,
