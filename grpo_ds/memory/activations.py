@@ -143,7 +143,9 @@ class ActivationMemory:
         at_once = config.generation_batch_size or config.batch_size * config.num_generations
         prompts = max(1, min(at_once // config.num_generations, config.batch_size))
         # Logits in w; then probabilities in fp32, the same and their sum in fp64.
-        return self._decoding(prompts, prompts * config.num_generations, a_logit=self.w + 4 + 8 + 8, dequantised=dequantised)
+        return self._decoding(
+            prompts, prompts * config.num_generations, a_logit=self.w + 4 + 8 + 8, dequantised=dequantised
+        )
 
     def answering(self, dequantised: int = 0) -> list[dict[str, int]]:
         """Sampling the likeliest answer to each held-out question."""

@@ -30,7 +30,7 @@ PROCESS = int(0.55 * GIB)
 CUDA_IN_RAM = int(1.0 * GIB)
 # ... and the context with its kernels in GPU memory, which torch's allocator does not count.
 CUDA_CONTEXT = int(0.5 * GIB)
-# cuBLAS's workspace for products in a fixed order (CUBLAS_WORKSPACE_CONFIG=:4096:8), for two threads: forward, backward.
+# cuBLAS's workspaces for products in a fixed order (CUBLAS_WORKSPACE_CONFIG=:4096:8), for the threads of two passes.
 CUBLAS_WORKSPACES = 2 * 8 * 4096 * 1024
 
 MOMENTS_8BIT = 2 + 8 / 256  # two codes, and two fp32 scales for 256 values
@@ -237,16 +237,19 @@ class _RunMemory:
     def update(self) -> list[Moment]:
         """Forward and backward: the head forward and backward, then the layers', and at the end the embedding's."""
         activations, w = self.activations, self.w
-        kept = {"gradient bucket": self.zero["reduce_bucket_size"] * w * (2 if self.zero["overlap_comm"] else 1)}
-        if not self.ds.offload or self.ds.zero_stage < 2:  # gradients stay; several backwards add into a second set
-            kept["gradients"] = self.trained * w * (2 if activations.backwards > 1 else 1)
-        stored = kept | {"activations kept for backward": activations.checkpoints()} | activations.masks()
+        gradients = self.trained * w * (not self.ds.offload or self.ds.zero_stage < 2)  # that stay on the card ...
+        earlier = gradients * (activations.backwards > 1)  # ... and are added to those of earlier backwards
+        bucket = self.zero["reduce_bucket_size"] * w * (2 if self.zero["overlap_comm"] else 1)
+        kept = {"gradient bucket": bucket, "gradients": gradients + earlier}  # from the first layer's backward on
+        stored = {"activations kept for backward": activations.checkpoints()} | activations.masks()
         head, leaving, layer = self.largest * w, self._beside_gradient(), activations.layer_backward()
+        in_head = {**stored, "gradients": earlier, "log-probs": activations.logprobs(backward=True)}
+        in_layers = {**stored, **kept, "a layer's activations": layer}
         return [
-            self._during({**stored, "log-probs": activations.logprobs()}),
-            self._during({**stored, "largest gradients": head, "log-probs": activations.logprobs(backward=True)}),
+            self._during({**stored, "gradients": earlier, "log-probs": activations.logprobs()}),
+            self._during({**in_head, "largest gradients": head}),
             # A tied head's gradient is kept until it is added to the embedding's gradient.
-            self._during({**stored, "largest gradients": head * self.shape.tied, "a layer's activations": layer}),
+            self._during({**in_layers, "largest gradients": head * self.shape.tied}),
             self._during({**kept, "largest gradients": head + self.largest * leaving}),
         ]
 

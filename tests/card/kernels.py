@@ -63,7 +63,7 @@ def _blocks(count: int, size: int) -> int:
     return -(-count // size) * size
 
 
-def efficient_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> list[int]:
+def efficient_backward(gradient: Tensor, query: Tensor, *_: Any, **options: Any) -> list[int]:
     """Bytes: an fp32 sum of the query's gradient in tiles of 64 rows, delta, and a copy of a strided gradient."""
     batch, heads, rows, width = query.shape
     tile_width = 64 if width <= 64 else 128
@@ -72,7 +72,7 @@ def efficient_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tens
     return [sums, batch * heads * rows * FP32, *([copied] if copied else [])]
 
 
-def flash_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> list[int]:
+def flash_backward(gradient: Tensor, query: Tensor, key: Tensor, *_: Any, **options: Any) -> list[int]:
     """Bytes: an fp32 sum of the query's gradient, its softmax's row sums, and for shared keys one gradient a head.
 
     In a fixed order there is a sum for each of the blocks that run at the same time.

@@ -86,6 +86,8 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if (largest := LARGEST.get(func)) and (result := largest(*args, **kwargs)) is not NotImplemented:
             return self.record(result)
+        if func is aten.add.Tensor and _sums_gradients(*args):
+            func = aten.add_.Tensor
         frees = [self.hold(size) for size in WORKSPACES[func](*args, **kwargs)] if func in WORKSPACES else []
         result = self.record(func(*args, **kwargs))
         for free in frees:
@@ -108,6 +110,20 @@ class Recorder(TorchDispatchMode):
     def _gone(self, address: int, free: Callable[[], None]) -> None:
         del self._seen[address]
         free()
+
+
+def _sums_gradients(first: Any, second: Any, **options: Any) -> bool:
+    """Whether autograd adds a gradient to one that nothing else uses: in place, but not under a dispatch mode."""
+    in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
+    if not (in_backward and isinstance(second, Tensor) and first.shape == second.shape and first.device == CARD):
+        return False
+    users = first._use_count(), torch._C._storage_Use_Count(first.untyped_storage()._cdata)
+    return users == OF_ONE_GRADIENT
+
+
+# Users of a gradient that only autograd holds, and of its storage, as the dispatch mode sees them: with the call itself
+# and the Python objects of both. A test counts them (tests/card/test_plan.py).
+OF_ONE_GRADIENT = 4, 2
 
 
 def _all_rows(tensor: Tensor, indices: list[Tensor | None]) -> Any:

@@ -1,5 +1,8 @@
 """The model of torch's allocator: its rules, one example each, worked out by hand."""
 
+import itertools
+import random
+
 import pytest
 
 from tests.card.allocator import (
@@ -97,8 +100,6 @@ def test_the_smallest_card_is_the_limit_between_running_and_not(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_never_overlap_and_all_of_them_are_accounted_for(kind):
     """Against the plainest oracle: the sum of the sizes, and intervals compared pair by pair."""
-    import random
-
     draw, allocator, live = random.Random(0), kind(limit=3000 * MIB), {}
     for number in range(3000):
         if live and draw.random() < 0.48:
@@ -111,7 +112,7 @@ def test_blocks_never_overlap_and_all_of_them_are_accounted_for(kind):
             except CardFull:
                 del live[number]
     blocks = sorted((block.address, block.size) for block in allocator.blocks.values())
-    assert all(a + size <= b for (a, size), (b, _) in zip(blocks, blocks[1:], strict=False))
+    assert all(a + size <= b for (a, size), (b, _) in itertools.pairwise(blocks))
     assert allocator.allocated == sum(size for _, size in blocks) >= sum(live.values())
     free = sum(size for keys in allocator.free_blocks.values() for size, _ in keys)
     assert allocator.reserved == allocator.allocated + free <= allocator.limit

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from grpo_ds.core.packing import pack_groups
 from grpo_ds.models.attention import PackedAttention
 from tests.card.kernels import choice, efficient_backward, flash_backward
 from tests.card.recorder import CARD, as_on_a_card
@@ -77,12 +78,15 @@ def test_a_mask_whose_rows_are_not_aligned_is_copied():
 
 
 def test_packed_attention_takes_no_math_kernel(monkeypatch):
-    from grpo_ds.core.packing import pack_groups
-
     seen = []
     rows = pack_groups([torch.ones(6).long()], torch.ones(4, 3).long(), torch.ones(4, 3, dtype=torch.bool), pad_id=0)
     attend = PackedAttention(rows, BF16)
-    monkeypatch.setattr("tests.card.kernels.choice", lambda *parts, **options: seen.append(choice(*parts, **options)) or seen[-1])
+
+    def noted(*parts, **options):
+        seen.append(choice(*parts, **options))
+        return seen[-1]
+
+    monkeypatch.setattr("tests.card.kernels.choice", noted)
     with as_on_a_card():
         for of in (attend, attend.completions, attend.back):
             for name, value in vars(of).items():
