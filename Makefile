@@ -39,6 +39,9 @@ $(PEERS)/.installed: peers.txt $(VENV)/.installed
 test-gpu: install ## run the tests that need a GPU, on this machine's card
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)
 
+card-sim: install ## simulate the GPU memory of every run in README, configs and docs/recipes.md; compare it with the plan
+	$(BIN)/python -m tests.card.table --docs docs/memory.md $(ARGS)
+
 wheel: install ## build the wheel, with everything that training needs, into dist/
 	$(BIN)/pip wheel -q --disable-pip-version-check --no-deps -w dist .
 
@@ -58,4 +61,4 @@ check: install ## lint, format, types
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-.PHONY: help install train test test-faults test-peers test-gpu wheel bench bench-gpu check
+.PHONY: help install train test test-faults test-peers test-gpu card-sim wheel bench bench-gpu check

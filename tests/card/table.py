@@ -94,9 +94,9 @@ def main(words: Sequence[str] | None = None) -> int:
 def as_table(chosen: Sequence[Row], jobs: Sequence[Job], compared: Sequence[Compared]) -> str:
     """Return Markdown; runs that need the same are one line."""
     lines = [
-        f"`make card-sim` on {time.strftime('%Y-%m-%d')}: **simulated**, no card. Planned / simulated GiB of GPU memory",
-        "in each phase; then what torch's allocator needs for the whole run, with expandable segments (which",
-        "`train.py` sets) and without. The CUDA context comes on top.",
+        f"`make card-sim` on {time.strftime('%Y-%m-%d')}: **simulated**, no card, an RTX 30/40's kernels. GiB of",
+        "GPU memory, planned / simulated, in each phase; then what torch's allocator needs for the whole run, with",
+        "expandable segments (which `train.py` sets) and without. The CUDA context comes on top.",
         "",
         "| run | cards | checkpointing, sampled at once | " + " | ".join(PHASES) + " | needs | without |",
         "|---" * (len(PHASES) + 5) + "|",

@@ -39,11 +39,11 @@ def test_every_phase_is_planned_as_it_is_simulated(monkeypatch, flags):
 
 
 def test_bounds_are_two_percent_under_and_five_over():
-    def problems(planned, needed=10 * GIB):
-        return Compared({"step": planned * GIB // 100, "load": 1}, {"step": 10 * GIB}, needed, needed).problems()
+    def problems(planned, needed=1000 * GIB):
+        return Compared({"step": planned * GIB, "load": 1}, {"step": 1000 * GIB}, needed, needed).problems()
 
     assert not problems(980) and not problems(1050) and problems(979) and problems(1051)
-    assert not problems(1000, reserved(10 * GIB)) and problems(1000, reserved(10 * GIB) + 1)
+    assert not problems(1000, reserved(1000 * GIB)) and problems(1000, reserved(1000 * GIB) + 1)
 
 
 def test_tensors_are_counted_from_their_first_to_their_last_use():
