@@ -164,5 +164,6 @@ class ActivationMemory:
         tokens = prompts * config.max_prompt_length
         prefill = {"KV cache": tokens * a_token, "activations": self.layer_forward(tokens, dequantised)}
         cache = (tokens + rows * config.max_completion_length) * a_token
+        # The memory pool of --cuda_graphs belongs in this moment; it is not planned yet.
         last = {"KV cache": cache, "activations": max(rows * shape.vocab * a_logit, dequantised)}
         return [moment | {"packed weights": packed} for moment in (prefill, last)]

@@ -50,9 +50,6 @@ class Zero:
         else:
             torch.zeros_like(self.masters)  # initialize_optimizer_states
 
-    def forward(self) -> None:
-        """Before the forward pass: grad_accum of the last step is dropped."""
-
     def process_gradients(self, parameter: nn.Parameter) -> None:
         self.setup_buckets()
         size, gradient = self.zero["reduce_bucket_size"], parameter.grad
