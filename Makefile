@@ -41,6 +41,9 @@ $(PEERS)/.installed: peers.txt $(VENV)/.installed
 test-gpu: ## run the tests that need a GPU, on this machine's card; installs nothing
 	$(PYTHON) -m pytest -q -m gpu $(ARGS)
 
+card-sim: install ## simulate the GPU memory of every run in README, configs and docs/recipes.md; compare it with the plan
+	$(BIN)/python -m tests.card.table --docs docs/memory.md $(ARGS)
+
 wheel: install ## build the wheel, with everything that training needs, into dist/
 	$(BIN)/pip wheel -q --disable-pip-version-check --no-deps -w dist .
 
@@ -59,4 +62,4 @@ check: install ## lint, format, types
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-.PHONY: help install train test test-faults test-peers test-gpu wheel bench card card-pack check
+.PHONY: help install train test test-faults test-peers test-gpu card-sim wheel bench card card-pack check

@@ -28,8 +28,10 @@ MAPPED = "mapped file"  # resident while it is read; the system drops its pages 
 PROCESS = int(0.55 * GIB)
 # Not measured, as there was no card: memory that a CUDA build of torch and the driver add in RAM ...
 CUDA_IN_RAM = int(1.0 * GIB)
-# ... and context, kernels and cuBLAS workspaces in GPU memory, which torch's allocator does not count.
+# ... and the context with its kernels in GPU memory, which torch's allocator does not count.
 CUDA_CONTEXT = int(0.5 * GIB)
+# cuBLAS's workspaces for products in a fixed order (CUBLAS_WORKSPACE_CONFIG=:4096:8), for the threads of two passes.
+CUBLAS_WORKSPACES = 2 * 8 * 4096 * 1024
 
 MOMENTS_8BIT = 2 + 8 / 256  # two codes, and two fp32 scales for 256 values
 MOMENTS_FP32 = 8
@@ -120,13 +122,13 @@ class _RunMemory:
         self.master = 2 if ds.bf16_masters else 4  # bytes of a master weight, and of the gradient it gets
         self.weights = shape.parameters * self.w
         self.trained, self.largest = shape.parameters, shape.largest  # elements: all, and of the largest gradient
-        self.dequantised: dict[str, int] = {}  # a quantised layer while it multiplies
+        self.dequantised = 0  # bytes of a quantised layer while it multiplies
         if config.lora_r:
             self.trained = shape.lora_parameters(config.lora_r, config.lora_targets)
             self.largest = config.lora_r * max(max(rows, columns) for _, rows, columns, _ in shape.linears)
             self.weights = shape.base_bytes(config.base_bits, self.w) + self.trained * self.w
             if config.base_bits < 16:
-                self.dequantised = {"one dequantised layer": shape.widest * self.w}
+                self.dequantised = shape.widest * self.w
         self.activations = ActivationMemory(shape, config, self.w, self.on_gpu)
         self.zero = ds.engine["zero_optimization"]
         self.pins = self.on_gpu and ds.offload and self.zero["offload_optimizer"]["pin_memory"]
@@ -157,9 +159,11 @@ class _RunMemory:
         if self.ds.offload:
             ram = ram + self.optimizer(stepped=stepped)
             # ZeRO: temp_grad_buffer_for_gpu_offload; engine.py frees it if a step has one backward.
-            gpu["accumulation buffer"] = self.largest * self.w * (self.activations.backwards > 1)
+            gpu["accumulation buffer"] = self.largest * self.w * (stepped and self.activations.backwards > 1)
         else:
             gpu += self.optimizer(stepped=stepped)
+        gpu["cuBLAS workspaces"] = CUBLAS_WORKSPACES * self.on_gpu
+        gpu["CUDA graphs"] = self.activations.graphs()
         reference = Bytes({"reference": self.reference_bytes() if self.config.beta else 0})
         return (gpu, ram + reference) if self.config.reference_kind == "bf16-cpu" else (gpu + reference, ram)
 
@@ -183,7 +187,8 @@ class _RunMemory:
     def load(self) -> list[Moment]:
         """from_pretrained maps a bf16 file: bf16 weights are its pages, not read yet; others are converted."""
         if self.config.base_bits < 16:  # quantised tensor by tensor, on the card if there is one
-            return [(Bytes({"weights": self.weights, **self.dequantised}), self.process)]
+            gpu = Bytes({"weights": self.weights, "one dequantised layer": self.dequantised})
+            return [(gpu, self.process)]
         converted = {"weights": self.weights, MAPPED: self.shape.parameters * 2} if not self.ds.bf16 else {}
         return [(Bytes(), self.process + Bytes(converted))]
 
@@ -211,42 +216,41 @@ class _RunMemory:
         return moments
 
     def evaluate(self) -> list[Moment]:
-        return [self._during(self.activations.answering())]
+        return [self._during(moment) for moment in self.activations.answering(self.dequantised)]
 
     def sample(self) -> list[Moment]:
-        return [self._during({**self.activations.sampling(), **self.dequantised})]
+        return [self._during(moment) for moment in self.activations.sampling(self.dequantised)]
 
     def reference(self) -> list[Moment]:
         """Making the reference, layer by layer, and computing log-probs with it."""
-        kind, forward = self.config.reference_kind, self.activations.forward()
+        kind, forward = self.config.reference_kind, self.activations.forward(self.dequantised)
         if not self.config.beta:
             return [self.resident()]
         if kind == "bf16-cpu":  # copied on the card first
             return [self._during({"reference in transfer": self.weights * self.on_gpu}), self._during({}, forward)]
         if kind != "int8":
-            return [self._during({**forward, **self.dequantised})]
+            return [self._during(forward)]
         gpu, ram = self.resident(stepped=self.config.num_iterations > 1)
         gpu["reference"] *= not self.shape.tied  # the largest matrix is quantised first, an untied head last
         making = gpu + Bytes({"quantising the largest matrix": self.largest * QUANTIZE_BYTES[self.w]})
-        return [(making, ram), self._during({**forward, "one dequantised layer": self.shape.widest * self.w})]
+        return [(making, ram), self._during(self.activations.forward(self.shape.widest * self.w))]
 
     def update(self) -> list[Moment]:
-        """Forward and backward: the head's backward, then the layers', and at the end the embedding's."""
+        """Forward and backward: the head forward and backward, then the layers', and at the end the embedding's."""
         activations, w = self.activations, self.w
-        kept = {"gradient bucket": self.zero["reduce_bucket_size"] * w * (2 if self.zero["overlap_comm"] else 1)}
-        if not self.ds.offload or self.ds.zero_stage < 2:  # gradients stay; several backwards add into a second set
-            kept["gradients"] = self.trained * w * (2 if activations.backwards > 1 else 1)
-        stored = kept | {"activations kept for backward": activations.checkpoints()} | activations.masks()
-        head, leaving = self.largest * w, self._beside_gradient()
-        if self.config.lora_r:  # a layer's output, the adapter's output, and that output scaled; small gradients
-            layer = activations.layer_backward() + 2 * activations.tokens * self.shape.mlp * w
-            layer += sum(self.dequantised.values())
-        else:
-            layer = activations.layer_backward() + self.shape.widest * (w + leaving)
+        gradients = self.trained * w * (not self.ds.offload or self.ds.zero_stage < 2)  # that stay on the card ...
+        earlier = gradients * (activations.backwards > 1)  # ... and are added to those of earlier backwards
+        bucket = self.zero["reduce_bucket_size"] * w * (2 if self.zero["overlap_comm"] else 1)
+        kept = {"gradient bucket": bucket, "gradients": gradients + earlier}  # from the first layer's backward on
+        stored = {"activations kept for backward": activations.checkpoints()} | activations.masks()
+        head, leaving, layer = self.largest * w, self._beside_gradient(), activations.layer_backward()
+        in_head = {**stored, "gradients": earlier, "log-probs": activations.logprobs(backward=True)}
+        in_layers = {**stored, **kept, "a layer's activations": layer}
         return [
-            self._during({**stored, "largest gradients": head, "log-probs": activations.logprobs()}),
+            self._during({**stored, "gradients": earlier, "log-probs": activations.logprobs()}),
+            self._during({**in_head, "largest gradients": head}),
             # A tied head's gradient is kept until it is added to the embedding's gradient.
-            self._during({**stored, "largest gradients": head * self.shape.tied, "a layer's activations": layer}),
+            self._during({**in_layers, "largest gradients": head * self.shape.tied}),
             self._during({**kept, "largest gradients": head + self.largest * leaving}),
         ]
 

@@ -15,13 +15,20 @@ from grpo_ds.settings.ds_config import SMALL_BUCKET, DsConfig, OptimizerSpec
 from grpo_ds.system import invocation
 
 RAM_RESERVE = 2 * GIB  # the system, the launcher's two processes (0.45 GiB, measured) and page cache for the files
-FRAGMENTATION = 0.03  # share of the card: torch's allocator cannot use every gap between blocks; a guess, not measured
+# Bytes that torch's allocator needs beside the allocated ones: pages that are partly used, and gaps. The most that
+# tests/card simulates with expandable segments; without them it would be up to 15 %.
+PAGES, FRAGMENTATION = int(0.1 * GIB), 0.015
 
 
 def usable(gpu_gib: float, ram_gib: float) -> tuple[int, int]:
     """Return the bytes of GPU memory and of RAM that a plan may fill."""
-    gpu, ram = (gpu_gib * GIB - CUDA_CONTEXT) / (1 + FRAGMENTATION), ram_gib * GIB - RAM_RESERVE
-    return max(0, int(gpu)), max(0, int(ram))
+    gpu = (gpu_gib * GIB - CUDA_CONTEXT - PAGES) / (1 + FRAGMENTATION)
+    return max(0, int(gpu)), max(0, int(ram_gib * GIB - RAM_RESERVE))
+
+
+def reserved(allocated: int) -> int:
+    """Return the bytes that torch's allocator takes from a card for so many allocated ones."""
+    return int(allocated * (1 + FRAGMENTATION)) + PAGES
 
 
 def fits(plan: Plan, gpu_gib: float, ram_gib: float) -> bool:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_ds.errors import GrpoError, UsageError
+from grpo_ds.system.allocator import use_expandable_segments
 
 Result = TypeVar("Result")
 
@@ -104,6 +105,7 @@ def start(*, needs_gpu: bool = False) -> World:
         os.environ["MASTER_PORT"] = str(_free_port())
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if has_gpu else torch.device("cpu")
     if has_gpu:
+        use_expandable_segments()
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if has_gpu else "gloo")

@@ -1,4 +1,7 @@
-"""The plan: the ladder of bytes per parameter, phases that only grow with the work, changes that make a run fit."""
+"""The plan: the ladder of bytes per parameter, phases that only grow with the work, changes that make a run fit.
+
+Its bytes of GPU memory are compared with a simulated card: tests/card/test_plan.py.
+"""
 
 import itertools
 import json
@@ -8,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from grpo_ds.memory.plan import GIB, PHASES, PhasePlan, Plan, make_plan, relative_plan_error
-from grpo_ds.memory.select import FRAGMENTATION, RAM_RESERVE, Job, applied, fits, fitted, remedies
+from grpo_ds.memory.select import RAM_RESERVE, Job, applied, fits, fitted, remedies, reserved
 from grpo_ds.models.shapes import PRESET_CONFIGS, shape_of
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import TrainConfig
@@ -78,13 +81,6 @@ def test_the_ladder_of_ram_bytes_per_parameter(ds_from, name, changes, pack_toke
     assert sum(ram.get(part, 0) for part in OPTIMIZER) / SHAPE.parameters == pytest.approx(expected, abs=0.002)
 
 
-def test_without_offload_the_card_holds_masters_and_moments_and_for_a_moment_the_gradients_three_times(ds_from):
-    gpu = phase(make_plan(SHAPE, CONFIG, ds_from("zero2_gpu")), "step").gpu
-    without_reference = sum(gpu.values()) - gpu["reference"]
-    # weights 2 + master 4 + moments 2.03 + gradients 2 + the same flat 2 + in fp32 4
-    assert without_reference / SHAPE.parameters == pytest.approx(16.03, abs=0.002)
-
-
 GROWING = {
     **{"num_generations": (2, 4, 8, 16), "batch_size": (1, 2, 4), "max_prompt_length": (128, 512, 1024)},
     **{"max_completion_length": (64, 300, 1000), "logprob_chunk_mib": (16.0, 64.0, 256.0)},
@@ -123,8 +119,8 @@ def test_on_the_cpu_all_of_it_is_in_ram(ds_from):
     there, here = make_plan(SHAPE, CONFIG, ds), make_plan(SHAPE, CONFIG, ds, device="cpu")
     assert [p.name for p in here.phases] == list(PHASES) and here.peak("gpu") == 0
     update = phase(there, "update")
-    both = update.gpu_bytes + update.ram_bytes - update.ram["CUDA in RAM"] - phase(here, "update").ram_bytes
-    assert both == 0
+    of_cuda = update.ram["CUDA in RAM"] + update.gpu["cuBLAS workspaces"] + update.gpu["CUDA graphs"]
+    assert update.gpu_bytes + update.ram_bytes - of_cuda == phase(here, "update").ram_bytes
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero2_lowram", "zero2_gpu"])
@@ -175,7 +171,6 @@ def test_an_adapter_has_masters_gradients_and_moments_of_its_own_alone(ds_from):
     ram, gpu = phase(plan, "step").ram, phase(plan, "step").gpu
     assert sum(ram.get(part, 0) for part in OPTIMIZER) / trained == pytest.approx(4 + 4 + 2.03, abs=0.002)
     assert gpu["weights"] == 2 * (SHAPE.parameters + trained) and gpu["reference"] == 2 * trained
-    assert phase(plan, "update").gpu["largest gradients"] == 2 * 16 * 8960  # the MLP's width, and no embedding
 
 
 def test_fewer_bits_a_larger_model(ds_from):
@@ -215,7 +210,7 @@ def test_pinned_blocks_are_powers_of_two(ds_from):
 
 def test_margins_count(ds_from):
     plan = make_plan(SHAPE, CONFIG, ds_from())
-    gpu, ram = (plan.peak("gpu") * (1 + FRAGMENTATION)) / GIB + 0.5, (plan.peak("ram") + RAM_RESERVE) / GIB
+    gpu, ram = reserved(plan.peak("gpu")) / GIB + 0.5, (plan.peak("ram") + RAM_RESERVE) / GIB
     assert fits(plan, gpu + 0.01, ram + 0.01)
     assert not fits(plan, gpu - 0.01, ram + 0.01) and not fits(plan, gpu + 0.01, ram - 0.01)
 

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.decode_count import Shape, of_layers, on_meta
-from grpo_ds.memory.activations import CUBLAS_WORKSPACE, GRAPH_OF_A_LAYER, ActivationMemory
+from grpo_ds.memory.activations import GRAPH_OF_A_LAYER, GRAPH_WORKSPACES, ActivationMemory
 from grpo_ds.models import shared_prompt
 from grpo_ds.models.fused_layers import _gate_and_up, can_capture, can_fuse
 from grpo_ds.models.lora import add_adapter
@@ -220,7 +220,7 @@ def test_the_plan_has_room_for_the_tensors_of_a_graph(name, questions, generatio
     sizes = {"batch_size": questions, "num_generations": generations}
     config = TrainConfig(**sizes, max_prompt_length=448, max_completion_length=320)
     shape = shape_of(name)
-    planned = ActivationMemory(shape, config, 2, True)._graphs(questions, questions * generations)
+    planned = ActivationMemory(shape, config, 2, True).graphs()
     queries = 2 * questions * generations * shape.heads * shape.head_dim * shape.layers  # in the cache
     model = on_meta(PRESET_CONFIGS[name], 2)
     prompts = [[1] * (449 - q) for q in range(questions)]
@@ -231,5 +231,5 @@ def test_the_plan_has_room_for_the_tensors_of_a_graph(name, questions, generatio
         decode._fixed(rows, rows)
         decode.cache.written = 319
         decode._fixed(rows, rows)
-    tensors = planned - queries - CUBLAS_WORKSPACE - GRAPH_OF_A_LAYER * shape.layers
+    tensors = planned - queries - GRAPH_WORKSPACES - GRAPH_OF_A_LAYER * shape.layers
     assert live.peak <= tensors <= 1.5 * live.peak
