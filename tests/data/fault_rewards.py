@@ -48,6 +48,11 @@ def disturb():
     ENTERED[-1].__enter__()
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")
+    ENTERED.append(torch.device("meta"))
+    ENTERED[-1].__enter__()
+    ENTERED.append(torch.autocast("cpu", dtype=torch.float16))
+    ENTERED[-1].__enter__()
+    torch.backends.mkldnn.enabled = False
     torch.set_num_threads(3)
     torch.use_deterministic_algorithms(True)
     torch.set_float32_matmul_precision("medium")
