@@ -107,9 +107,9 @@ def _process_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # the folder may be closed to us by now
+        with suppress(OSError):  # the folder may be closed to us by now, or its descriptor closed
             os.fchdir(folder)
-        os.close(folder)
+            os.close(folder)
         os.umask(umask)
         for name in {name for name in os.environ if name.startswith(RELIED_ON)} - environ.keys():
             del os.environ[name]
@@ -131,8 +131,9 @@ def _streams_kept() -> Iterator[None]:
         yield
     finally:
         for descriptor, copy in copies.items():
-            os.dup2(copy, descriptor)
-            os.close(copy)
+            with suppress(OSError):  # it was closed: then the stream itself is left as it is
+                os.dup2(copy, descriptor)
+                os.close(copy)
         for name, stream in streams.items():
             setattr(sys, name, stream)  # a wrapper that replaced it may now end, and close what it wrapped
             for it in (stream, getattr(sys, f"__{name}__")):

@@ -108,6 +108,7 @@ STREAMS = [
     "sys.stdout = io.TextIOWrapper(sys.stdout.detach(), 'utf-8')",
     "sys.stdout = io.TextIOWrapper(sys.stdout.buffer, 'utf-8')",
     "os.close(1)",
+    "os.closerange(3, 256)",
     "os.dup2(os.open(os.devnull, os.O_WRONLY), 1)",
 ]
 PRINTING = """
