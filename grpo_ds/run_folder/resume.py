@@ -57,7 +57,8 @@ def to_resume(asked: str, run: Path | None) -> tuple[Path, list[str]]:
     """Return the checkpoint to resume from, and warnings about damaged ones that were skipped.
 
     asked: "auto" (the newest complete one of `run`), a folder checkpoint-N or a link to it (or the newest complete one
-    before it), or a run's folder. Raises CheckpointError if there is none: a resumed run never starts from the beginning.
+    before it), or a run's folder. Raises CheckpointError if there is none: a resumed run never starts from the
+    beginning.
     """
     named = None if asked == "auto" else _named(asked)
     run = run_of(asked, run)
