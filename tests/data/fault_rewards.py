@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,6 +78,8 @@ def faulty(completions, **_):
     if fault == "is interrupted":
         os.kill(os.getpid(), signal.SIGINT)
         raise RuntimeError("a worker process has ended")
+    if fault == "deletes the folder":
+        shutil.rmtree(os.environ["FAULT_FILE"])
     if fault == "hangs":
         time.sleep(600)
     if fault == "waits":  # until the test deletes the file
