@@ -271,8 +271,7 @@ class Run:
         return self.trainer.world.size == 1 or error.on_every_rank
 
     def save_model(self) -> None:
-        """Write an ordinary transformers folder: the model, or its adapter and, if asked for, the merged
-        model."""
+        """Write a transformers folder: the model, or its adapter and, if asked for, the merged model."""
         refuse_bad_weights(self.trainer.engine.model)
         if self.writes:
             try:
@@ -287,7 +286,8 @@ class Run:
         trainer, config = self.trainer, self.config
         save_model(trainer.engine.model, folder)
         save_tokenizer(trainer.tokenizer, folder)
-        write_beside(trainer, folder)  # again: users' code may have deleted it
+        write_beside(trainer, folder)  # both again: users' code may have deleted them
+        write_environment(folder, ranks=trainer.world.size)
         if config.merge_adapter:
             dtype, trust = DTYPES[trainer.ds.precision], config.trust_remote_code
             save_merged(folder, folder / MERGED, dtype=dtype, trust_remote_code=trust)

@@ -78,7 +78,7 @@ def faulty(completions, **_):
     if fault == "is interrupted":
         os.kill(os.getpid(), signal.SIGINT)
         raise RuntimeError("a worker process has ended")
-    if fault == "deletes the folder":
+    if fault == "deletes the folder" and faulty.calls == int(os.environ["FAULT_AT"]):
         shutil.rmtree(os.environ["FAULT_FILE"])
     if fault == "hangs":
         time.sleep(600)

@@ -40,6 +40,8 @@ def deleted(model: Path, folder: Path, straight: Path) -> None:
     ended = train(flags(model, run), folder / "log", delete)
     assert ended.code == 0, ended.out + ended.err
     assert read_trained_on(run) == read_trained_on(straight) != frozenset()
+    assert (run / "README.md").exists()
+    assert "Traceback" not in ended.err
     assert same(result(run), result(straight))
 
 
