@@ -68,12 +68,11 @@ def settle(argv: list[str], *, about: str = "") -> Settled:
         return config, resolved(config)
 
     if origin:
+        refuse_other_flags(asked, saved, origin)  # before checks, whose remedy could be one of these flags
         choice = Choice(asked.model, f"from {origin.name}", recipe={}, needs_gpu=False)
     else:
         choice = choose_model(asked.model, gpu_gib=gpu, ram_gib=ram, run=run_with_auto)
     config = parsed.config(saved or lora_recipe(choice.recipe, asked), model=choice.model)
-    if origin:
-        refuse_other_flags(config, saved, origin)
     refuse_llm_int8(config)
     shape = usable_shape(config, origin)
     warnings += filter(None, [longer_than_made_for(shape, config.max_prompt_length, config.max_completion_length)])

@@ -92,8 +92,17 @@ def changed_line(changed: Sequence[str]) -> str:
     return f"Warning: since the checkpoint was saved, {_listed(changed)} changed (--resume_changed_inputs)"
 
 
+def shown_input(name: str) -> str:
+    """Return an input's name as a list says it: with its remark in brackets."""
+    first, _, remark = name.partition(", which ")
+    return f"{first} (which {remark})" if remark else first
+
+
 def _listed(names: Sequence[str]) -> str:
-    return " and ".join(names if len(names) <= NAMED else [*names[:NAMED], f"{len(names) - NAMED} other inputs"])
+    """Return a list such as "a, b and c"."""
+    shown = list(map(shown_input, names))
+    shown = shown if len(shown) <= NAMED else [*shown[:NAMED], f"{len(shown) - NAMED} other inputs"]
+    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
 
 
 def question_key(question: Question) -> str:

@@ -98,7 +98,8 @@ def release() -> None:
         with suppress(OSError):
             if _is_open_as(held.descriptor, file):  # not another run's, in a new folder of this name
                 file.unlink()
-        os.close(held.descriptor)
+        with suppress(OSError):  # users' code may have closed it
+            os.close(held.descriptor)
         _remove_empty(held.made)
 
 
@@ -159,7 +160,8 @@ def _is_open_as(descriptor: int, file: Path) -> bool:
 def _forget() -> None:
     """Close the descriptors that a fork has inherited; each would keep the folder locked when its owner is dead."""
     for held in _held.values():
-        os.close(held.descriptor)
+        with suppress(OSError):  # users' code may have closed it
+            os.close(held.descriptor)
     _held.clear()
 
 

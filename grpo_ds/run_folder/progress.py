@@ -18,6 +18,7 @@ from grpo_ds.run_folder.inputs import (
     changed_line,
     other_inputs,
     question_key,
+    shown_input,
 )
 from grpo_ds.task.questions import Question
 
@@ -104,8 +105,10 @@ class Progress:
             self.changed_inputs.append({"step": self.global_step, "inputs": list(inputs)})
 
     def changes(self) -> list[str]:
-        """Return a text for each time that the run was resumed with changed inputs."""
-        return [f"{', '.join(change['inputs'])}, at step {change['step']}" for change in self.changed_inputs]
+        """Return a text for each input that had changed when the run was resumed."""
+        return [
+            f"{shown_input(it)}, at step {change['step']}" for change in self.changed_inputs for it in change["inputs"]
+        ]
 
     def check_late(self, name: str, hashed: str, *, may_change: bool) -> str | None:
         """Note the hash of an input that is known after loading; return a line if it has changed.

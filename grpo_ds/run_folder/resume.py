@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_ds.errors import CheckpointError, one_error
-from grpo_ds.run_folder.checkpoints import damage, found_in, step_of, tidy
+from grpo_ds.run_folder.checkpoints import MANIFEST, damage, folder_of, found_in, step_of, tidy
 from grpo_ds.run_folder.inputs import BASE, REWARDS
 from grpo_ds.run_folder.lock import lock
 from grpo_ds.run_folder.progress import Progress
@@ -56,10 +56,11 @@ def find_checkpoint(config: TrainConfig) -> tuple[Path, list[str]]:
 def to_resume(asked: str, run: Path | None) -> tuple[Path, list[str]]:
     """Return the checkpoint to resume from, and warnings about damaged ones that were skipped.
 
-    asked: "auto" (the newest complete one of `run`), a folder checkpoint-N (or the newest complete one before it), or
-    a run's folder. Raises CheckpointError if there is none: a resumed run never starts from the beginning.
+    asked: "auto" (the newest complete one of `run`), a folder checkpoint-N or a link to it (or the newest complete one
+    before it), or a run's folder. Raises CheckpointError if there is none: a resumed run never starts from the
+    beginning.
     """
-    named = None if asked == "auto" else Path(os.path.expanduser(asked))
+    named = None if asked == "auto" else _named(asked)
     run = run_of(asked, run)
     if run is None:
         raise CheckpointError("--resume_from_checkpoint auto needs the folder of the run: add --output_dir FOLDER.")
@@ -82,8 +83,22 @@ def run_of(asked: str, run: Path | None) -> Path | None:
     """Return the run's folder that --resume_from_checkpoint names; `run` is --output_dir."""
     if asked == "auto":
         return run
-    named = Path(os.path.expanduser(asked))
+    named = _named(asked)
     return named.parent if step_of(named) >= 0 else named
+
+
+def _named(asked: str) -> Path:
+    """Return the folder that --resume_from_checkpoint names. Raises CheckpointError for a renamed checkpoint."""
+    named = Path(os.path.expanduser(asked))
+    if step_of(named) < 0 and step_of(named.resolve()) >= 0:
+        return named.resolve()
+    if step_of(named) < 0 and (named / MANIFEST).is_file():
+        name = folder_of(named.parent, Progress.read(named).global_step).name
+        raise CheckpointError(
+            f"{named} is a checkpoint under another name, and a run is resumed from a folder of the first name only.\n"
+            f"Rename it to {name}, in its own folder or in the run's, and name that."
+        )
+    return named
 
 
 def _others(run: Path) -> str:

@@ -13,9 +13,7 @@ from grpo_ds.system.files import write_whole
 from grpo_ds.system.invocation import restart_words
 
 STATUS_FILE = "run_status.json"
-CHANGED_INPUTS = (
-    "changed_inputs"  # inputs that changed while the run rested (--resume_changed_inputs), a text each time
-)
+CHANGED_INPUTS = "changed_inputs"  # inputs that changed while the run rested (--resume_changed_inputs), a text for each
 
 
 class RunStatus:
@@ -44,6 +42,6 @@ class RunStatus:
 
 
 def resume_command(checkpoint: Path, *, trust_remote_code: bool = False) -> str:
-    """Return the command that resumes from a checkpoint, with the launcher that started this process."""
+    """Return the command that resumes from a checkpoint in any folder, with the launcher that started this process."""
     trust = ["--trust_remote_code"] if trust_remote_code else []  # never read from the checkpoint's flags
     return shlex.join([*restart_words(), "--resume_from_checkpoint", str(checkpoint), *trust])

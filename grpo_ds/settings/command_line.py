@@ -55,7 +55,9 @@ class Parsed(Generic[ConfigType]):
         """
         config = self.unchecked(recipe, **decided)
         if problems := config.problems():
-            raise one_error(UsageError, "These settings cannot work:", problems)
+            resumed = self.given.get("resume_from_checkpoint")
+            where = " in a resumed run; what is not typed comes from its checkpoint" if resumed else ""
+            raise one_error(UsageError, f"These settings cannot work{where}:", problems)
         return config
 
     def unchecked(self, recipe: Mapping[str, Any] | None = None, **decided: Any) -> ConfigType:

@@ -83,8 +83,18 @@ class TrainConfig(
                     f"pack_tokens is {self.pack_tokens}, but a prompt with one completion may have {self.longest}; "
                     "0: the complete step in one batch",
                 ),
+                *self._adapter_checks(),
                 *self._reference_checks(),
             ),
+        ]
+
+    def _adapter_checks(self) -> list[tuple[bool, str]]:
+        """Checks of flags that need an adapter; a resumed run cannot begin to train one."""
+        started = "this run was started without one and trains all parameters, so leave it out"
+        remedy = started if self.resume_from_checkpoint else "add --lora_r 16"
+        return [
+            (getattr(self, name) and not self.lora_r, f"{name} is for an adapter: {remedy}")
+            for name in ("load_in_4bit", "load_in_8bit", "merge_adapter")
         ]
 
     def _reference_checks(self) -> list[tuple[bool, str]]:

@@ -38,10 +38,6 @@ class AdapterFlags(Flags):
                 (self.lora_alpha <= 0, f"lora_alpha is {self.lora_alpha}; it must be more than 0"),
                 (not all(self.lora_targets), "lora_target is all-linear or names without spaces: q_proj,v_proj"),
                 (self.load_in_4bit and self.load_in_8bit, "load_in_4bit and load_in_8bit exclude each other"),
-                *(
-                    (getattr(self, name) and not self.lora_r, f"{name} is for an adapter: add --lora_r 16")
-                    for name in ("load_in_4bit", "load_in_8bit", "merge_adapter")
-                ),
             ),
             *super().problems(),
         ]

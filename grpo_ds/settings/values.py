@@ -44,7 +44,7 @@ def expected(flag: "Field[Any]") -> str:
             f", such as {flag.default}" if flag.default else ""
         )
     else:
-        text = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
+        text = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}[kind]
     return f"{text}, or null" if may_be_null(flag) else text
 
 

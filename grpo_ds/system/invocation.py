@@ -38,12 +38,12 @@ def command(name: str, *, launcher: str = "python") -> str:
     if entry():
         return f"{entry()} {name}"
     script = Path(sys.argv[0])
-    folder = os.path.relpath(script.parent) if script.name in SCRIPTS.values() else "launch"
+    folder = _from_here(script.parent) if script.name in SCRIPTS.values() else "launch"
     return f"{launcher} {shlex.quote(os.path.join(folder, SCRIPTS[name]))}"
 
 
 def restart_words() -> list[str]:
-    """Words that start this command again, with its launcher, without its flags."""
+    """Words that start this command again from any folder, with its launcher, without its flags."""
     ranks = os.environ.get("WORLD_SIZE", "1")
     here = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", ranks))  # on this machine
     if any(word.startswith(LOCAL_RANK) for word in sys.argv):
@@ -53,7 +53,12 @@ def restart_words() -> list[str]:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         nodes = ["--nnodes", str(int(ranks) // int(here))] if here != ranks else []
         return ["torchrun", *nodes, "--nproc_per_node", here, *_launched("-m")]
-    return [*entry().split(), _name()] if entry() else ["python", os.path.relpath(sys.argv[0])]
+    return [*entry().split(), _name()] if entry() else ["python", os.path.abspath(sys.argv[0])]
+
+
+def typed_here(command: str) -> str:
+    """Return a command that works from any folder as it may be typed in this one: with a shorter path to the script."""
+    return command.replace(shlex.quote(os.path.abspath(sys.argv[0])), shlex.quote(_from_here(Path(sys.argv[0]))), 1)
 
 
 def flag_words() -> list[str]:
@@ -64,7 +69,13 @@ def flag_words() -> list[str]:
 
 def _launched(module_flag: str) -> list[str]:
     """Arguments of a launcher: the script or the module."""
-    return [module_flag, "grpo_ds", _name()] if entry() else [os.path.relpath(sys.argv[0])]
+    return [module_flag, "grpo_ds", _name()] if entry() else [os.path.abspath(sys.argv[0])]
+
+
+def _from_here(path: Path) -> str:
+    """Return the path from the working folder if it is inside, else the absolute one."""
+    relative = os.path.relpath(path)
+    return os.path.abspath(path) if relative.split(os.sep)[0] == os.pardir else relative
 
 
 def _name() -> str:

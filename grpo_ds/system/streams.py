@@ -6,6 +6,7 @@ their output: there a write to stdout that fails ends the command. A run is aske
 `output_is_optional` and loses the text alone.
 """
 
+import errno
 import io
 import os
 import signal
@@ -16,6 +17,11 @@ from select import select
 from grpo_ds.errors import UsageError
 
 STDOUT, STDERR = 1, 2
+FULL = "Free some space, or write it elsewhere: > FILE."
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), FULL),
+    errno.EBADF: "It was closed by whatever started this command (>&-); leave it open, or write to a file: > FILE.",
+}
 READER_GONE = 128 + signal.SIGPIPE  # exit code of a command whose reader has ended, as shells show it
 
 
@@ -47,7 +53,7 @@ class Raw(io.FileIO):
         if self.needed:
             raise UsageError(
                 f"Standard output cannot be written: {error.strerror}. What was written is not complete.\n"
-                "Free some space, or write it elsewhere."
+                f"{REMEDIES.get(error.errno or 0, 'Write it elsewhere: > FILE.')}"
             )
         if self.fileno() == STDOUT and first:
             say_at_once(f"Standard output cannot be written ({error.strerror}); the run continues.")

@@ -5,6 +5,7 @@ the assistant's turn itself. What it would lose stands in the user's turn instea
 as prefilled, and a template after which no answer could be read is refused.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,10 +27,11 @@ OPENS_OR_CLOSES = re.compile(
     rf"(?P<control>{CONTROL})|[<\[\u2039\u25c1](?P<end>/?)(?P<name>[^\W\d][^\s{BRACKETS}]*)[^{BRACKETS}]*[>\]\u203a\u25b7]"
 )
 SAYS_END = re.compile(r"(?<![a-z])end(?![a-z])|/", re.IGNORECASE)  # <|END_THINKING|>, <|/think|>, <end_of_turn>
+TEMPLATE_FILE, TEMPLATE_KEY = "chat_template.jinja", "chat_template in tokenizer_config.json"
 LONGEST_REASON = 160  # characters of a template's own error
 NO_SYSTEM_ROLE = "The chat template has no place for a system prompt: the instructions begin the first user turn."
 EDITS_TURNS = "The chat template edits earlier assistant turns: the worked examples are text of the user's turn."
-FIX_TEMPLATE = "Use an instruction-tuned model, or fix chat_template in its tokenizer_config.json."
+FIX_TEMPLATE = "Use an instruction-tuned model, or fix its chat template: {}."
 Messages = list[dict[str, str]]
 
 
@@ -77,7 +79,9 @@ def render_chat(tokenizer: Any, messages: Messages, *, answer_format: AnswerForm
             tag = answer_format.opening * (prefill and not chat.opening(answer_format))
             return replace(chat, after=chat.after + tag)
         lost = lost or f"does not repeat {text} unchanged"
-    raise UsageError(f"The tokenizer's chat template {lost or failed}.\n{FIX_TEMPLATE}")
+    raise UsageError(
+        f"The tokenizer's chat template {lost or failed}.\n{FIX_TEMPLATE.format(template_file(tokenizer))}"
+    )
 
 
 def check_chat_template(tokenizer: Any, messages: Messages, *, answer_format: AnswerFormat) -> tuple[str, ...]:
@@ -90,14 +94,14 @@ def check_chat_template(tokenizer: Any, messages: Messages, *, answer_format: An
         raise UsageError(
             f"The chat template begins an assistant's turn with {left.strip()[:80]!r}, but its generation prompt "
             "does not,\nand a completion with control tokens in front of the answer earns nothing.\n"
-            "Add that text to the generation prompt: chat_template in the model's tokenizer_config.json."
+            f"Add that text to the generation prompt: {template_file(tokenizer)}."
         )
     # What begins every turn, such as <bot>, opens nothing.
     usual = _opened(header) or _opened(_user_header(tokenizer))
     for tag, name in _opened(tail).items():
         known = tag in usual or tag == answer_format.opening or (not header and re.match(CONTROL, tag))
         if not known:
-            raise _unknown_opening(tag, name, answer_format)
+            raise _unknown_opening(tag, name, answer_format, template_file(tokenizer))
     if answer_format.reasoning_pair[1] in tail and not chat.opening(answer_format):
         closed = f"The chat template closes <{own}> before the completion, so the model may not reason in it."
         return (*chat.notes, f"{closed} Try another --reasoning_tag.")
@@ -166,10 +170,17 @@ def _opened(text: str) -> dict[str, str]:
     return opened
 
 
-def _unknown_opening(tag: str, name: str, answer_format: AnswerFormat) -> UsageError:
+def template_file(tokenizer: Any) -> str:
+    """Name the place of the chat template; both, if the tokenizer is not of a local folder."""
+    if not os.path.isdir(folder := str(getattr(tokenizer, "name_or_path", ""))):
+        return f"{TEMPLATE_FILE}, or {TEMPLATE_KEY}"
+    return TEMPLATE_FILE if os.path.isfile(os.path.join(folder, TEMPLATE_FILE)) else TEMPLATE_KEY
+
+
+def _unknown_opening(tag: str, name: str, answer_format: AnswerFormat, file: str) -> UsageError:
     own, usable = answer_format.reasoning_tag, TAG_NAME.fullmatch(name) and tag == f"<{name}>"
     taken = name.lower() in (own.lower(), answer_format.answer_tag.lower())
-    change = "change the generation prompt in chat_template (tokenizer_config.json)."
+    change = f"change the generation prompt: {file}."
     return UsageError(
         f"The chat template opens {tag[:80]} at the end of every prompt, but the reasoning tag is <{own}>:\n"
         f"a completion would continue {tag[:80]}, and an answer behind it earns nothing.\n"

@@ -81,7 +81,7 @@ def _called(function: Any) -> Any:
 def _missing(missing: list[str], names: Collection[str]) -> str:
     """Say which columns a function asks for and the data lack, and which there are."""
     like = get_close_matches(missing[0], list(names), 1)
-    columns = [name for name in names if name not in ARGUMENTS]
+    columns = [name for name in dict.fromkeys(names) if name not in ARGUMENTS]
     shown = ", ".join(columns[:NAMED]) + f" and {len(columns) - NAMED} more" * (len(columns) > NAMED)
     asked = " and ".join(map(repr, missing))
     return f"it asks for {asked}; the data's columns are {shown}{f' (did you mean {like[0]}?)' if like else ''}"

@@ -162,6 +162,8 @@ def _made(entry: _Entry) -> Any:
     if entry.name.endswith("()") and callable(found):
         with _bad_if_raised("calling it"):
             found = found()
+        if not callable(found):
+            raise BadFunction(f"what {entry.name} makes cannot be called; its class needs a method __call__")
     if inspect.isclass(found):
         raise BadFunction(f"it is a class, not an object of it; {_instantiated(found, entry)}")
     if not callable(found):

@@ -23,6 +23,7 @@ from grpo_ds.run_folder.inputs import BASE
 from grpo_ds.run_folder.lock import cannot_be_written
 from grpo_ds.run_folder.progress import Progress, strict
 from grpo_ds.run_folder.status import CHANGED_INPUTS, RunStatus, resume_command
+from grpo_ds.system.invocation import typed_here
 from grpo_ds.system.ranks import stop
 from grpo_ds.system.signals import Interrupted, Stopping, name
 from grpo_ds.task.grading import graded
@@ -228,7 +229,7 @@ class Run:
             raise
         stopped = Interrupted(
             f"{name(signum)}: stopped at step {step} of {self.config.total_steps}, saved in {where['checkpoint']}.\n"
-            f"Resume with: {where['resume']}",
+            f"Resume with: {typed_here(where['resume'])}",
             signum,
         )
         self.status.write("stopped", exit_code=stopped.exit_code, step=step, **where)
@@ -240,7 +241,7 @@ class Run:
         if self._is_sound(error):
             try:
                 where = self._save()
-                further = f"Resume with: {where['resume']}"
+                further = f"Resume with: {typed_here(where['resume'])}"
                 if isinstance(error, NumbersError):  # resuming would give the same numbers again
                     where.pop("resume")
                     further = f"To train further with other settings: --model {shlex.quote(where['checkpoint'])}"
@@ -270,8 +271,7 @@ class Run:
         return self.trainer.world.size == 1 or error.on_every_rank
 
     def save_model(self) -> None:
-        """Write an ordinary transformers folder: the model, or its adapter and, if asked for, the merged
-        model."""
+        """Write a transformers folder: the model, or its adapter and, if asked for, the merged model."""
         refuse_bad_weights(self.trainer.engine.model)
         if self.writes:
             try:
@@ -286,6 +286,8 @@ class Run:
         trainer, config = self.trainer, self.config
         save_model(trainer.engine.model, folder)
         save_tokenizer(trainer.tokenizer, folder)
+        write_beside(trainer, folder)  # both again: users' code may have deleted them
+        write_environment(folder, ranks=trainer.world.size)
         if config.merge_adapter:
             dtype, trust = DTYPES[trainer.ds.precision], config.trust_remote_code
             save_merged(folder, folder / MERGED, dtype=dtype, trust_remote_code=trust)

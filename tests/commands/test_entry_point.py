@@ -18,7 +18,7 @@ from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_json import read_json
 from grpo_ds.settings.shipped import CONFIGS, DS_JSONS, Shipped
-from grpo_ds.system.invocation import SCRIPTS, command
+from grpo_ds.system.invocation import SCRIPTS, command, typed_here
 from tests.conftest import check_example
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,7 +138,18 @@ def test_the_command_to_resume_uses_the_same_entry_point(monkeypatch, argv, envi
         monkeypatch.delenv(name, raising=False)
     for name, value in {"WORLD_SIZE": "2", **environment}.items():
         monkeypatch.setenv(name, value)
-    assert resume_command(Path("run/checkpoint-2")) == f"{words} --resume_from_checkpoint run/checkpoint-2"
+    anywhere = resume_command(Path("run/checkpoint-2"))
+    assert anywhere == f"{words.replace('launch/', f'{ROOT}/launch/')} --resume_from_checkpoint run/checkpoint-2"
+    assert typed_here(anywhere) == f"{words} --resume_from_checkpoint run/checkpoint-2"
+
+
+def test_commands_name_a_script_outside_the_working_folder_by_its_absolute_path(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [os.path.relpath(ROOT / "launch" / "train.py")])
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert command("ask") == f"python {ROOT}/launch/ask.py"
+    resume = resume_command(Path("/run/checkpoint-2"))
+    assert resume == typed_here(resume) == f"python {ROOT}/launch/train.py --resume_from_checkpoint /run/checkpoint-2"
 
 
 @pytest.mark.parametrize(

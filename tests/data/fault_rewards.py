@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,11 @@ def disturb():
     ENTERED[-1].__enter__()
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")
+    ENTERED.append(torch.device("meta"))
+    ENTERED[-1].__enter__()
+    ENTERED.append(torch.autocast("cpu", dtype=torch.float16))
+    ENTERED[-1].__enter__()
+    torch.backends.mkldnn.enabled = False
     torch.set_num_threads(3)
     torch.use_deterministic_algorithms(True)
     torch.set_float32_matmul_precision("medium")
@@ -72,6 +78,8 @@ def faulty(completions, **_):
     if fault == "is interrupted":
         os.kill(os.getpid(), signal.SIGINT)
         raise RuntimeError("a worker process has ended")
+    if fault == "deletes the folder" and faulty.calls == int(os.environ["FAULT_AT"]):
+        shutil.rmtree(os.environ["FAULT_FILE"])
     if fault == "hangs":
         time.sleep(600)
     if fault == "waits":  # until the test deletes the file

@@ -85,8 +85,9 @@ def resumed_all_the_same(begun: Path, folder: Path) -> None:
     run, ended = resume(begun, folder, *CHANGED, "--resume_changed_inputs", "true")
     assert ended.code == 0, ended.err
     assert "Warning: since the checkpoint was saved, the column gold and the reward file helper.py" in ended.out
-    said = "the column gold, the reward file helper.py, at step 2"
-    assert status(run)["changed_inputs"] == [said]
+    inputs = ["the column gold, at step 2", "the reward file helper.py, at step 2"]
+    said = "; ".join(inputs)
+    assert status(run)["changed_inputs"] == inputs
     assert f"its inputs had changed: {said}" in (run / "README.md").read_text()
     assert f"its inputs had changed: {said}" in (run / "report.html").read_text()
     assert "resume_changed_inputs" not in (run / "grpo_config.yaml").read_text()
@@ -97,7 +98,7 @@ def resumed_all_the_same(begun: Path, folder: Path) -> None:
     shutil.rmtree(run / "checkpoint-2")
     assert train(["--resume_from_checkpoint", str(run), "--plan"], folder / "again").code == 0
     assert train(["--resume_from_checkpoint", str(run)], folder / "again").code == 0
-    assert status(run)["changed_inputs"] == [said]
+    assert status(run)["changed_inputs"] == inputs
 
 
 def test_a_run_that_is_resumed_all_the_same_says_so_in_its_log_card_and_report(begun, warm, tmp_path, tried):

@@ -527,7 +527,7 @@ NAMED_SETTINGS = [  # description, the --config file, words of its error
         ["no setting has the tag", "python/object/apply:os.getcwd", "line 1"],
     ),
     ("an alias of nothing", "mu: *other\n", ["undefined alias", "line 1, column 5"]),
-    ("NaN", "learning_rate: .nan\n", ["learning_rate is '.nan'; it must be a number"]),
+    ("NaN", "learning_rate: .nan\n", ["learning_rate is '.nan'; it must be a finite number"]),
     ("infinity", "temperature: .inf\nbeta: -.inf\n", ["temperature is '.inf'", "beta is '-.inf'"]),
     ("steps and a half", "num_steps: 1.5\n", ["num_steps", "1.5"]),
     ("a mapping for a text", "data:\n  file: a.json\n", ["data", "a mapping; it must be a text"]),

@@ -8,6 +8,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+from grpo_ds.run_folder.trained_on import read_trained_on
 from tests.faults.launched import flags, result, same, status, train
 
 
@@ -27,6 +28,28 @@ def test_state_that_a_reward_function_changes_at_import_and_at_every_call_change
 ):
     warm(disturbed, tiny_folder, tmp_path, straight)
     tried("reward function that changes global state", "same metrics and weights, bit by bit")
+
+
+def deleted(model: Path, folder: Path, straight: Path) -> None:
+    run = folder / "run"
+
+    def delete() -> None:
+        set_fault("deletes the folder", 3)
+        os.environ["FAULT_FILE"] = str(run)
+
+    ended = train(flags(model, run), folder / "log", delete)
+    assert ended.code == 0, ended.out + ended.err
+    assert read_trained_on(run) == read_trained_on(straight) != frozenset()
+    assert (run / "README.md").exists()
+    assert "Traceback" not in ended.err
+    assert same(result(run), result(straight))
+
+
+def test_a_model_whose_folder_was_deleted_still_says_what_it_was_trained_on(
+    warm, tiny_folder, tmp_path, straight, tried
+):
+    warm(deleted, tiny_folder, tmp_path, straight)
+    tried("reward function that deletes the run's folder", "model and its record saved")
 
 
 def interrupted(model: Path, folder: Path, straight: Path) -> None:

@@ -1,5 +1,7 @@
 """An adapter: it changes nothing at first, is all that is trained, has its own reference, and can be read by peft."""
 
+import logging
+
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -210,3 +212,13 @@ def test_a_base_in_four_bits_gives_the_same_gradients_after_an_evaluation_pass(f
     assert any(gradient.abs().max() > 0 for gradient in before)
     linears = [module for module in policy.modules() if isinstance(module, Linear4bit)]
     assert linears and not any(module.support_avx512bf16_for_cpu for module in linears)
+
+
+def test_of_bitsandbytes_only_the_line_about_a_package_that_we_do_not_use_is_hidden():
+    said = "Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please make sure you ..."
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    for text, shown in ((said, False), ("Another line: %s", True)):
+        record = logging.LogRecord(
+            logger.name, logging.WARNING, __file__, 1, text, ("No module named 'kernels'",), None
+        )
+        assert bool(logger.filter(record)) == shown

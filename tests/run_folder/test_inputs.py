@@ -141,7 +141,9 @@ def test_a_changed_input_is_named_refused_and_accepted_if_asked(name, tmp_path):
     with pytest.raises(CheckpointError) as error:
         check_inputs(saved, now, tmp_path, may_change=False)
     named = expected if len(expected) <= 6 else [*expected[:6], f"{len(expected) - 6} other inputs"]
-    assert f"since it was saved, {' and '.join(named)} changed" in str(error.value)
+    named = [name.replace(", which decides the loss of bnpo", " (which decides the loss of bnpo)") for name in named]
+    listed = ", ".join(named[:-1]) + " and " * (len(named) > 1) + named[-1]
+    assert f"since it was saved, {listed} changed" in str(error.value)
     assert len(str(error.value).splitlines()) <= MAX_LINES
     if FIXED & {*expected}:
         assert "--resume_changed_inputs" not in str(error.value)

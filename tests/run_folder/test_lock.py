@@ -12,7 +12,7 @@ import pytest
 from grpo_ds.commands.train import lock_first
 from grpo_ds.errors import MAX_LINES, CheckpointError, UsageError
 from grpo_ds.run_folder.checkpoints import tidy
-from grpo_ds.run_folder.lock import LOCK_FILE, FolderTaken, lock, lock_new, locked_by_another, release
+from grpo_ds.run_folder.lock import LOCK_FILE, FolderTaken, _held, lock, lock_new, locked_by_another, release
 
 pytestmark = pytest.mark.faults("two runs and one folder")
 
@@ -70,6 +70,14 @@ def test_a_folder_that_another_process_has_locked_is_refused_with_its_pid(tmp_pa
             take(tmp_path / "run")
         assert len(str(error.value).splitlines()) <= MAX_LINES
     assert locked_by_another(tmp_path / "run")
+
+
+def test_a_lock_whose_descriptor_was_closed_is_released_without_an_error(tmp_path):
+    """As by a reward function that calls os.closerange(3, 256)."""
+    lock(tmp_path / "run")
+    os.close(_held[tmp_path / "run"].descriptor)
+    release()
+    lock(tmp_path / "run")
 
 
 def test_a_child_that_outlives_its_killed_owner_does_not_hold_the_lock(tmp_path, another):

@@ -62,10 +62,10 @@ def test_a_resumed_run_whose_prompts_have_changed_is_refused(tmp_path):
 def test_a_run_that_continues_with_changed_inputs_notes_them_and_compares_with_them_later():
     progress = Progress(max_steps=9, identity={"a": "1", "b": "1", "gone": "1", PROMPTS: "7"}, global_step=3)
     progress.continue_with({"a": "1", "b": "2"})
-    assert progress.changes() == ["b, gone, at step 3"]
+    assert progress.changes() == ["b, at step 3", "gone, at step 3"]
     progress.global_step = 5
     progress.continue_with({"a": "1", "b": "2"})
-    assert len(progress.changes()) == 1 and progress.identity == {"a": "1", "b": "2", PROMPTS: "7"}
+    assert len(progress.changes()) == 2 and progress.identity == {"a": "1", "b": "2", PROMPTS: "7"}
 
 
 def test_another_base_is_never_accepted():

@@ -1,6 +1,8 @@
 """Flags typed when resuming are checked with the checkpoint's other flags, and those that may not change are named."""
 
 import json
+import re
+import shutil
 
 import pytest
 
@@ -8,8 +10,9 @@ from grpo_ds.commands.settle import settle
 from grpo_ds.errors import MAX_LINES, CheckpointError, GrpoError, UsageError
 from grpo_ds.run_folder import checkpoints
 from grpo_ds.run_folder.inputs import BASE, REWARDS
+from grpo_ds.run_folder.lock import LOCK_FILE
 from grpo_ds.run_folder.progress import Progress
-from grpo_ds.run_folder.resume import check_steps
+from grpo_ds.run_folder.resume import MAY_CHANGE, check_steps
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.saved_config import write_config
 
@@ -46,7 +49,10 @@ TYPED = [
     (SHORT, "--pack_tokens 500", None),
     ({"labels": "A,B,C,D"}, "--num_steps 200", None),
     ({"num_steps": 40, "eval_limit": 4}, "--eval_limit 9 --save_steps 7", None),
-    ({}, "--merge_adapter true", (UsageError, ["merge_adapter is for an adapter"])),
+    ({}, "--merge_adapter true", (UsageError, ["merge_adapter is for an adapter", "in a resumed run", "all param"])),
+    ({}, "--load_in_8bit true", (CheckpointError, ["--load_in_8bit is True, but was False"])),
+    ({}, "--sync_ref_model true", (CheckpointError, ["--sync_ref_model is True, but was False"])),
+    ({}, "--lora_r 16 --merge_adapter true", (CheckpointError, ["--lora_r is 16, but was 0"])),
     ({"save_steps": 4}, "--eval_steps 5", (UsageError, ["save_steps is 4", "multiple of eval_steps, 5"])),
     ({"max_prompt_length": 2000}, "--pack_tokens 1500", (UsageError, ["pack_tokens is 1500", "2299"])),
     (SHORT, "--pack_tokens 500 --beta 0.5", (CheckpointError, ["--beta is 0.5, but was 0.04"])),
@@ -66,6 +72,20 @@ def test_typed_flags_are_checked_on_top_of_the_checkpoints(saved, flags, words, 
     with pytest.raises(GrpoError) as error:
         settle(argv)
     assert type(error.value) is refused[0] and all(word in str(error.value) for word in refused[1]), error.value
+    unchangeable = re.findall(r"(?:add|:) --(\w+) ", str(error.value).partition("Leave them out")[0])
+    assert not {*unchangeable} - MAY_CHANGE, error.value  # no remedy that the same run refuses
+
+
+def test_a_link_to_a_checkpoint_is_the_checkpoint(saved, tmp_path):
+    (tmp_path / "best").symlink_to(checkpoint := saved())
+    assert str(settle(["--resume_from_checkpoint", str(tmp_path / "best")]).resume_from) == checkpoint
+
+
+def test_a_checkpoint_under_another_name_is_told_its_name(saved, tmp_path):
+    shutil.move(saved(), best := tmp_path / "run" / "best")
+    with pytest.raises(CheckpointError, match=r"under another name(.|\n)*Rename it to checkpoint-3"):
+        settle(["--resume_from_checkpoint", str(best)])
+    assert not (best / LOCK_FILE).exists()
 
 
 def test_the_shape_of_a_full_model_comes_from_its_checkpoint(saved):

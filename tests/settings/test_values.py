@@ -20,7 +20,7 @@ from grpo_ds.settings.values import is_listed, kind_of, may_be_null
 
 CONFIGS = {flag.name: config for config in (QuestionConfig, SelectConfig) for flag in all_flags(config)}
 FLAGS = {flag.name: flag for config in (QuestionConfig, SelectConfig) for flag in all_flags(config)}
-EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+EXPECTED = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
 PYTHON = re.compile(r"<class|NoneType|Union|Subtypes|Literal|Traceback|\bstr\b|\bint\b")
 
 

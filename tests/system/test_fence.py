@@ -2,6 +2,8 @@
 
 import contextlib
 import decimal
+import gc
+import locale
 import os
 import signal
 import subprocess
@@ -30,6 +32,10 @@ def umask():
     return before
 
 
+def ignored(*_):
+    """Trace nothing."""
+
+
 PROCESS = {  # state -> change, read
     "working folder": (lambda: os.chdir("/"), os.getcwd),
     "umask": (lambda: os.umask(0o123), umask),
@@ -46,6 +52,13 @@ PROCESS = {  # state -> change, read
     ),
     "alarm": (lambda: signal.alarm(60), lambda: signal.getitimer(signal.ITIMER_REAL)),
     "decimals": (lambda: setattr(decimal.getcontext(), "prec", 3), lambda: decimal.getcontext().prec),
+    "recursion": (lambda: sys.setrecursionlimit(sys.getrecursionlimit() + 7), sys.getrecursionlimit),
+    "trace": (lambda: sys.settrace(ignored), sys.gettrace),
+    "profile": (lambda: sys.setprofile(ignored), sys.getprofile),
+    "garbage": (gc.disable, gc.isenabled),
+    "when garbage is collected": (lambda: gc.set_threshold(0), gc.get_threshold),
+    "language": (lambda: locale.setlocale(locale.LC_ALL, "C"), lambda: locale.setlocale(locale.LC_ALL)),
+    "cores": (lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}), lambda: os.sched_getaffinity(0)),
     "stdout": (lambda: setattr(sys, "stdout", None), lambda: sys.stdout),
     "stderr": (lambda: setattr(sys, "stderr", None), lambda: sys.stderr),
 }
@@ -68,7 +81,9 @@ def check_put_back(change, read):
 
 @pytest.mark.parametrize("state", PROCESS)
 def test_state_of_the_process_is_put_back(state, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
+    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
+    if state == "cores" and len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two cores")
     check_put_back(*PROCESS[state])
 
 
@@ -93,6 +108,7 @@ STREAMS = [
     "sys.stdout = io.TextIOWrapper(sys.stdout.detach(), 'utf-8')",
     "sys.stdout = io.TextIOWrapper(sys.stdout.buffer, 'utf-8')",
     "os.close(1)",
+    "os.closerange(3, 256)",
     "os.dup2(os.open(os.devnull, os.O_WRONLY), 1)",
 ]
 PRINTING = """
@@ -112,14 +128,42 @@ def test_stdout_is_open_and_leads_where_it_did():
     assert (ended.stdout.split(), ended.stderr) == ([str(n // 2) for n in range(2 * len(STREAMS))], "")
 
 
+def modes_of(torch):
+    return (
+        torch.overrides._get_current_function_mode_stack(),
+        torch.utils._python_dispatch._get_current_dispatch_mode_stack(),
+    )
+
+
 def settings_of(torch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
     backends = torch.backends
     return {  # setting -> change, read
         "gradients": (lambda: torch.set_grad_enabled(False), torch.is_grad_enabled),
         "inference mode": (lambda: enter(torch.inference_mode()), torch.is_inference_mode_enabled),
         "autocast": (lambda: enter(torch.autocast("cpu")), lambda: torch.is_autocast_enabled("cpu")),
         "dtype": (lambda: torch.set_default_dtype(torch.float64), torch.get_default_dtype),
+        "type of autocast": (
+            lambda: enter(torch.autocast("cpu", dtype=torch.float16)),
+            lambda: torch.get_autocast_dtype("cpu"),
+        ),
         "device": (lambda: torch.set_default_device("meta"), torch.get_default_device),
+        "device that is entered": (lambda: enter(torch.device("meta")), lambda: torch.ones(1).device),
+        "both": (
+            lambda: (torch.set_default_device("meta"), enter(torch.device("meta")), enter(torch.device("cpu"))),
+            lambda: (modes_of(torch), torch.ones(1).device),
+        ),
+        "function mode": (lambda: enter(TorchFunctionMode()), lambda: modes_of(torch)),
+        "dispatch mode": (lambda: (enter(TorchDispatchMode()), enter(FakeTensorMode())), lambda: modes_of(torch)),
+        "oneDNN": (lambda: setattr(backends.mkldnn, "enabled", False), lambda: backends.mkldnn.enabled),
+        "cuDNN": (lambda: setattr(backends.cudnn, "deterministic", True), lambda: backends.cudnn.deterministic),
+        "unset memory": (
+            lambda: setattr(torch.utils.deterministic, "fill_uninitialized_memory", False),
+            lambda: torch.utils.deterministic.fill_uninitialized_memory,
+        ),
         "threads": (lambda: torch.set_num_threads(torch.get_num_threads() + 1), torch.get_num_threads),
         "determinism": (lambda: torch.use_deterministic_algorithms(True), torch.get_deterministic_debug_mode),
         "anomalies": (lambda: torch.autograd.set_detect_anomaly(True), torch.is_anomaly_enabled),
@@ -137,6 +181,8 @@ def test_settings_of_torch_are_put_back():
 
     for change, read in settings_of(torch).values():
         check_put_back(change, read)
+        assert torch.ones(1).device.type == "cpu" and modes_of(torch) == ([], [])
+    torch.set_default_device(None)  # would leave a mode that is not there any more
     assert (torch.ones(2, requires_grad=True) * 2).sum().requires_grad and torch.get_float32_matmul_precision()
 
 
@@ -156,6 +202,7 @@ def load():
     import torch
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")
+    torch.device("meta").__enter__()
     torch.set_grad_enabled(False)
     torch.use_deterministic_algorithms(True)
     torch.set_float32_matmul_precision("high")

@@ -70,10 +70,12 @@ def test_a_command_whose_output_is_lost_ends_with_a_code(words, options):
         code, out, err = shell(words, HEAD, *options)
         assert (code, out, err) == (128 + signal.SIGPIPE, "a line of output 0\n", "")
         assert shell(words, HEAD.replace("|", "2>&1 |"), *options)[0] == 128 + signal.SIGPIPE
-    for redirect, reason in ((FULL, "No space left on device"), (CLOSED, "Bad file descriptor")):
+    remedies = (FULL, "No space left on device", "Free some"), (CLOSED, "Bad file descriptor", "It was closed")
+    for redirect, reason, remedy in remedies:
         code, _, err = shell(words, redirect, *options)
         assert code == 2 and "Traceback" not in err and "ignored" not in err
         assert f"Error: Standard output cannot be written: {reason}." in err and err.count("\n") <= 3
+        assert f"\n{remedy}" in err
     assert [shell(words, redirect, *options)[0] for redirect in EVERYTHING[1:]] == [2, 2]
 
 

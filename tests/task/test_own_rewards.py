@@ -138,7 +138,7 @@ def test_what_is_not_a_function_is_named_before_anything_is_loaded(entry, words)
 
 def test_a_column_that_the_data_lack_is_named_with_those_that_there_are():
     with pytest.raises(BadFunction) as error:
-        own_reward(lambda completions, solutions, **_: [], ["solution", "task"])
+        own_reward(lambda completions, solutions, **_: [], ["question", "label", "solution", "task"])  # each once
     assert str(error.value) == (
         "it asks for 'solutions'; the data's columns are id, question, context, label, solution, task "
         "(did you mean solution?)"

@@ -1,6 +1,7 @@
 """Prompts: the chat as text and token ids, its length limit, and user text that stays text."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +9,13 @@ from hypothesis import strategies as st
 
 from grpo_ds.errors import MAX_LINES, DataError, UsageError
 from grpo_ds.task.answers import AnswerFormat
-from grpo_ds.task.chat import DEFAULT_CHAT_TEMPLATE, check_chat_template, ensure_chat_template, render_chat
+from grpo_ds.task.chat import (
+    DEFAULT_CHAT_TEMPLATE,
+    check_chat_template,
+    ensure_chat_template,
+    render_chat,
+    template_file,
+)
 from grpo_ds.task.prompts import (
     WORKED_EXAMPLES,
     build_messages,
@@ -278,6 +285,16 @@ def test_a_template_after_which_no_answer_can_be_read_is_refused(template, answe
         warnings(template, answer_format, few_shot=0)
     assert [part for part in said if part not in str(error.value)] == [], error.value
     assert len(str(error.value).splitlines()) <= MAX_LINES
+
+
+def test_the_file_of_the_template_is_named(tmp_path):
+    def place(name):
+        return template_file(SimpleNamespace(name_or_path=str(name)))
+
+    assert place("a/hub-model") == "chat_template.jinja, or chat_template in tokenizer_config.json"
+    assert place(tmp_path) == "chat_template in tokenizer_config.json"
+    (tmp_path / "chat_template.jinja").touch()
+    assert place(tmp_path) == "chat_template.jinja"
 
 
 @pytest.mark.parametrize("template", [*CLOSED, GEMMA, refusing("m.role == 'assistant'", "no") + GEMMA, SYSTEM_LAST])

@@ -59,6 +59,7 @@ FILES = [  # source, FUNCTION, what the error must say
     ("def f(prompts, /, **_): pass", "f", ["prompts can only be given by position"]),
     ("def f(*completions): pass", "f", ["takes no argument by name", "**kwargs"]),
     ("class f: pass", "f", ["is a class", "f()"]),
+    ("class f: pass", "f()", ["what f() makes cannot be called", "__call__"]),
 ]
 
 
