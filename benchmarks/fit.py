@@ -92,7 +92,8 @@ def one_run(arguments: argparse.Namespace) -> dict[str, Any]:
     from grpo_ds.models.shapes import shape_of
     from grpo_ds.settings.config import TrainConfig
     from grpo_ds.settings.ds_config import resolve_ds_config
-    from grpo_ds.system.hardware import cpu_has_bf16, gpu_memory_gib
+    from grpo_ds.system.allocator import use_expandable_segments
+    from grpo_ds.system.hardware import gpu_memory_gib, native_precision
 
     with tempfile.TemporaryDirectory() as own:
         folder = str(random_model(arguments.model, arguments.weights or Path(own), layers=arguments.layers))
@@ -108,13 +109,17 @@ def one_run(arguments: argparse.Namespace) -> dict[str, Any]:
             lora_r=arguments.lora_r,
         )
         card = gpu_memory_gib()
-        ds = resolve_ds_config(arguments.ds, fill=config.ds_sizes(bf16=card is not None or cpu_has_bf16()))
+        native = native_precision(on_gpu=card is not None)
+        sizes = config.ds_sizes(bf16=native == "bf16", fp16=native == "fp16")
+        ds = resolve_ds_config(arguments.ds, fill=sizes)
         shape = replace(shape_of(folder), name=arguments.model)
         plan = make_plan(shape, config, ds, device="cuda" if card else "cpu")
         if card and arguments.cap_gib:
             import torch
 
-            torch.cuda.set_per_process_memory_fraction((arguments.cap_gib - CUDA_CONTEXT / GIB) / card)
+            use_expandable_segments()
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction((arguments.cap_gib * GIB - CUDA_CONTEXT) / total)
         started = time.monotonic()
         uses = train(config, ds, plan)
     kinds: tuple[MemoryKind, ...] = ("gpu", "ram") if card else ("ram",)
