@@ -44,4 +44,4 @@ class RunStatus:
 def resume_command(checkpoint: Path, *, trust_remote_code: bool = False) -> str:
     """Return the command that resumes from a checkpoint in any folder, with the launcher that started this process."""
     trust = ["--trust_remote_code"] if trust_remote_code else []  # never read from the checkpoint's flags
-    return shlex.join([*restart_words(), "--resume_from_checkpoint", str(checkpoint), *trust])
+    return shlex.join([*restart_words(anywhere=True), "--resume_from_checkpoint", str(checkpoint), *trust])

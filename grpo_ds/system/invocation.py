@@ -42,18 +42,22 @@ def command(name: str, *, launcher: str = "python") -> str:
     return f"{launcher} {shlex.quote(os.path.join(folder, SCRIPTS[name]))}"
 
 
-def restart_words() -> list[str]:
-    """Words that start this command again from any folder, with its launcher, without its flags."""
+def restart_words(*, anywhere: bool = False) -> list[str]:
+    """Words that start this command again, with its launcher, without its flags.
+
+    anywhere: from any folder, so the script has its absolute path.
+    """
+    script = (os.path.abspath if anywhere else os.path.relpath)(sys.argv[0])
     ranks = os.environ.get("WORLD_SIZE", "1")
     here = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", ranks))  # on this machine
     if any(word.startswith(LOCAL_RANK) for word in sys.argv):
         # On one card deepspeed starts one rank by itself; with --num_gpus it would ignore CUDA_VISIBLE_DEVICES.
         cards = ["--hostfile", "HOSTS"] if here != ranks else ["--num_gpus", ranks] if ranks != "1" else []
-        return ["deepspeed", *cards, *_launched("--module")]
+        return ["deepspeed", *cards, *_launched("--module", script)]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         nodes = ["--nnodes", str(int(ranks) // int(here))] if here != ranks else []
-        return ["torchrun", *nodes, "--nproc_per_node", here, *_launched("-m")]
-    return [*entry().split(), _name()] if entry() else ["python", os.path.abspath(sys.argv[0])]
+        return ["torchrun", *nodes, "--nproc_per_node", here, *_launched("-m", script)]
+    return [*entry().split(), _name()] if entry() else ["python", script]
 
 
 def typed_here(command: str) -> str:
@@ -67,9 +71,9 @@ def flag_words() -> list[str]:
     return words[1:] if entry() else words
 
 
-def _launched(module_flag: str) -> list[str]:
+def _launched(module_flag: str, script: str) -> list[str]:
     """Arguments of a launcher: the script or the module."""
-    return [module_flag, "grpo_ds", _name()] if entry() else [os.path.abspath(sys.argv[0])]
+    return [module_flag, "grpo_ds", _name()] if entry() else [script]
 
 
 def _from_here(path: Path) -> str:
