@@ -106,7 +106,7 @@ class ActivationMemory:
         return widths * self.w + self.tokens * self.shape.heads * 4
 
     def layer_backward(self) -> int:
-        """What the peak of one layer's backward needs beside the kept tensors of the other layers.
+        """Bytes at the peak of one layer's backward, beside the kept tensors of the other layers.
 
         It is in the MLP, where three gradients are alive and one kept tensor is gone.
         """

@@ -159,7 +159,7 @@ class PackedAttention:
 
 
 def _flash_runs(query: Tensor) -> bool:
-    """Whether flash attention takes such a query; on a card no other fast kernel lets heads share keys (torch 2.13)."""
+    """Return True if flash attention takes such a query: a card's one fast kernel for shared keys (torch 2.13)."""
     old_card = torch.cuda.is_available() and torch.cuda.get_device_capability() < FLASH_SINCE
     return not query.is_cuda or (query.dtype != torch.float32 and not old_card)
 

@@ -100,21 +100,10 @@ class Trainer:
         style = style or prompt_style(config)
         for line in style.check(self.tokenizer):  # before the model is loaded
             console.line(line)
-        source = replace(config, model=weights_of(config, origin))  # an adapter is in the engine's state
-        policy = self.guard.run(
-            "load", trainable_policy, source, dtype=DTYPES[ds.precision], known_ids=len(self.tokenizer)
-        )
-        self.engine = self.guard.run(
-            "initialise",
-            Engine,
-            policy,
-            ds,
-            seed=seed_at(config.seed, 0, world.rank),
-            deterministic=config.full_determinism,
-        )
+        self.engine = self.make_engine(weights_of(config, origin))
         self.choose_rows()
         self.sampler = Sampler(
-            policy.model,
+            self.engine.model,
             self.tokenizer,
             max_completion_length=config.max_completion_length,
             stop=config.answer_format.stop,
@@ -129,6 +118,14 @@ class Trainer:
         self.completions: list[dict[str, Any]] = []  # the last step's on this rank, for the logs
         self.limits = Limits.of(config)
         self.apply_limits()
+
+    def make_engine(self, weights: str) -> Engine:
+        """Load the policy from `weights`, a folder or a model's name; an adapter's state comes with the engine's."""
+        config, ds, source = self.config, self.ds, replace(self.config, model=weights)
+        dtype = DTYPES[ds.precision]
+        policy = self.guard.run("load", trainable_policy, source, dtype=dtype, known_ids=len(self.tokenizer))
+        seed, deterministic = seed_at(config.seed, 0, self.world.rank), config.full_determinism
+        return self.guard.run("initialise", Engine, policy, ds, seed=seed, deterministic=deterministic)
 
     # --- the loop ---------------------------------------------------------------------------------------------
 
