@@ -107,7 +107,7 @@ def work(arguments: argparse.Namespace) -> None:
     from grpo_ds.settings.config import TrainConfig
     from grpo_ds.settings.ds_config import resolve_ds_config
     from grpo_ds.system import ranks
-    from grpo_ds.system.hardware import cpu_has_bf16
+    from grpo_ds.system.hardware import native_precision
     from grpo_ds.task.questions import read_questions
     from grpo_ds.training.trainer import Trainer
 
@@ -118,7 +118,7 @@ def work(arguments: argparse.Namespace) -> None:
         max_prompt_length=256,
         max_completion_length=arguments.completion,
     )
-    ds = resolve_ds_config("ds_configs/zero2.json", fill=config.ds_sizes(bf16=cpu_has_bf16()))
+    ds = resolve_ds_config("ds_configs/zero2.json", fill=config.ds_sizes(native=native_precision(on_gpu=False)))
     rewards = {"length": (lambda completions, **_: [len(text) % 7 for text in completions], 1.0)}
     trainer = Trainer(config, ds, ranks.start(), Console(speaks=False), rewards)
     trainer.sampler.full_length = True  # every step has the same work

@@ -110,7 +110,7 @@ def one_run(arguments: argparse.Namespace) -> dict[str, Any]:
         )
         card = gpu_memory_gib()
         native = native_precision(on_gpu=card is not None)
-        sizes = config.ds_sizes(bf16=native == "bf16", fp16=native == "fp16")
+        sizes = config.ds_sizes(native=native)
         ds = resolve_ds_config(arguments.ds, fill=sizes)
         shape = replace(shape_of(folder), name=arguments.model)
         plan = make_plan(shape, config, ds, device="cuda" if card else "cpu")

@@ -155,7 +155,7 @@ def ours(arguments: argparse.Namespace) -> None:
     from grpo_ds.settings.config import TrainConfig
     from grpo_ds.settings.ds_config import resolve_ds_config
     from grpo_ds.system import ranks
-    from grpo_ds.system.hardware import gpu_memory_gib, ram_gib
+    from grpo_ds.system.hardware import Precision, gpu_memory_gib, ram_gib
     from grpo_ds.task.questions import read_questions
     from grpo_ds.training.prompt_style import PromptStyle
     from grpo_ds.training.trainer import Trainer
@@ -169,7 +169,8 @@ def ours(arguments: argparse.Namespace) -> None:
         beta=arguments.beta,
         gradient_checkpointing={"auto": None, "true": True, "false": False}[arguments.checkpointing],
     )
-    ds = resolve_ds_config("ds_configs/zero2.json", fill=config.ds_sizes(bf16=arguments.dtype == "bfloat16"))
+    native: Precision = "bf16" if arguments.dtype == "bfloat16" else "fp32"
+    ds = resolve_ds_config("ds_configs/zero2.json", fill=config.ds_sizes(native=native))
     card = gpu_memory_gib()
     job = fitted(Job(shape_of(config.model), config, ds, "cuda" if card else "cpu"), card or 0, ram_gib())
     config = job.config

@@ -87,20 +87,23 @@ def test_what_one_card_has_passed_another_has_not(tmp_path):
     assert [line.card for line in read_lines(file)] == [CARD, "Another Card"]
 
 
-def is_alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+def has_ended(pid: int) -> bool:
+    """Return True once a killed process has ended: the kernel may need a moment."""
+    end = time.monotonic() + 30
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < end:
+        time.sleep(0.05)
+    return time.monotonic() < end
 
 
 def test_a_part_that_lasts_too_long_is_killed_with_what_it_started_and_then_expected_to_last_longer(tmp_path):
     forks = (
-        f"import os, time; os.fork() or open({str(tmp_path / 'child')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+        f"import os, time; os.fork() or open({str(tmp_path / 'child')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     )
-    file, started = tmp_path / "stage.jsonl", time.monotonic()
-    part = trivial("lasts", forks, seconds=0.5)
-    (line,) = run([part], file, budget_s=2.0)
-    assert line.outcome == "cut" and time.monotonic() - started < 20 and card.exit_code([line]) == card.LEFT
-    assert not is_alive(int((tmp_path / "child").read_text()))
-    (line,) = run([part], file, budget_s=2.0)  # now about 1.2 * 2 s are expected
+    file, part = tmp_path / "stage.jsonl", trivial("lasts", forks, seconds=0.5)
+    (line,) = run([part], file, budget_s=10.0)  # enough to begin on a busy machine
+    assert line.outcome == "cut" and card.exit_code([line]) == card.LEFT
+    assert has_ended(int((tmp_path / "child").read_text()))
+    (line,) = run([part], file, budget_s=10.0)  # now about 1.2 * 10 s are expected
     assert line.outcome == "left"
 
 
@@ -137,7 +140,7 @@ def test_a_stage_that_is_killed_keeps_what_is_done(tmp_path, number):
     if number == signal.SIGKILL:  # nobody was there to end the part
         os.kill(int(child.read_text()), signal.SIGKILL)
     else:
-        assert not is_alive(int(child.read_text()))
+        assert has_ended(int(child.read_text()))
     assert [line.part for line in read_lines(file)] == ["short"]
     with file.open("a") as cut:
         cut.write('{"part": "torn, "outc')  # a line that was cut while it was written
@@ -211,7 +214,7 @@ def test_by_the_plan_a_run_under_a_cap_fits_it_and_32_gb_of_ram(name, monkeypatc
         max_prompt_length=flags.prompt, max_completion_length=flags.completion, lora_r=flags.lora_r,
         gradient_checkpointing=flags.checkpointing == "true", reference=flags.reference,
     )  # fmt: skip
-    ds = resolve_ds_config(ROOT / flags.ds, fill=config.ds_sizes(bf16=True))
+    ds = resolve_ds_config(ROOT / flags.ds, fill=config.ds_sizes(native="bf16"))
     plan = make_plan(shape_of(flags.model), config, ds, device="cuda")
     needs = {kind: max(phase.bytes_in(kind) for phase in plan.phases) / 2**30 for kind in ("gpu", "ram")}
     assert fits(plan, flags.cap_gib, 32), needs
@@ -233,7 +236,7 @@ def test_the_room_on_a_full_card_lies_between_the_need_of_all_rows_and_of_the_fe
         config = TrainConfig(
             model=str(tiny_folder), gradient_checkpointing=False, pack_tokens=pack_tokens, **test_gpu.MANY_ROWS
         )
-        ds = resolve_ds_config(ROOT / "ds_configs/zero2.json", fill=config.ds_sizes(bf16=True))
+        ds = resolve_ds_config(ROOT / "ds_configs/zero2.json", fill=config.ds_sizes(native="bf16"))
         plan = make_plan(shape_of(str(tiny_folder)), config, ds, device="cuda")
         return max(map(without_workspaces, (phase for phase in plan.phases if phase.name in ("update", "reference"))))
 

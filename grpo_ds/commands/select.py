@@ -105,7 +105,7 @@ def all_candidates(one: str, config: SelectConfig, typed: frozenset[str], gpu: f
 def resolved(config: SelectConfig, typed: frozenset[str], *, on_gpu: bool) -> dict[str, DsConfig]:
     """Return the DeepSpeed JSON of --ds, or for a GPU every shipped one, filled from the flags."""
     native = native_precision(on_gpu=on_gpu)
-    sizes = config.ds_sizes(bf16=native == "bf16", fp16=native == "fp16")
+    sizes = config.ds_sizes(native=native)
     files = {config.ds: Path(config.ds)}
     if on_gpu and "ds" not in typed:
         # The optimizer on the GPU first, which needs no step on the CPU; then fp32 masters before bf16 masters.

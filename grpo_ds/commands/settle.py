@@ -60,7 +60,7 @@ def settle(argv: list[str], *, about: str = "") -> Settled:
     native = native_precision(on_gpu=gpu is not None)
 
     def resolved(config: TrainConfig) -> DsConfig:
-        sizes = config.ds_sizes(bf16=native == "bf16", fp16=native == "fp16", world_size=ranks())
+        sizes = config.ds_sizes(native=native, world_size=ranks())
         return resolve_ds_config(config.ds, fill=sizes, explicit=parsed.typed)
 
     def run_with_auto() -> tuple[TrainConfig, DsConfig]:

@@ -31,7 +31,7 @@ class Choice:
 def default_run() -> tuple[TrainConfig, DsConfig]:
     """Return flags and DeepSpeed JSON of a run with every flag at its default."""
     config = TrainConfig()
-    return config, resolve_ds_config(DS_JSONS.folder / Path(config.ds).name, fill=config.ds_sizes(bf16=True))
+    return config, resolve_ds_config(DS_JSONS.folder / Path(config.ds).name, fill=config.ds_sizes(native="bf16"))
 
 
 def choose_model(

@@ -14,6 +14,7 @@ from grpo_ds.settings.ds_config import DsSizes
 from grpo_ds.settings.flags import failed
 from grpo_ds.settings.grpo_flags import LossFlags, OptimizerFlags, ReferenceFlags, RewardFlags, RolloutFlags
 from grpo_ds.settings.run_flags import AdapterFlags, MemoryFlags, OutputFlags, SafetyFlags, SamplingFlags
+from grpo_ds.system.hardware import Precision
 from grpo_ds.task.answers import TAG_NAME, AnswerFormat
 from grpo_ds.task.prompts import worked_examples
 from grpo_ds.task.spelling import label_key
@@ -138,7 +139,7 @@ class TrainConfig(
         """Kind of the reference: a ReferenceKind other than auto, or "adapter", the policy's own base."""
         return "adapter" if self.lora_r else "int8" if self.reference == "auto" else self.reference
 
-    def ds_sizes(self, *, bf16: bool, fp16: bool = False, world_size: int = 1) -> DsSizes:
+    def ds_sizes(self, *, native: Precision, world_size: int = 1) -> DsSizes:
         """Sizes that the DeepSpeed JSON takes from the flags, and what this machine computes in (see DsSizes)."""
         return DsSizes(
             learning_rate=self.learning_rate,
@@ -148,6 +149,5 @@ class TrainConfig(
             total_steps=self.total_steps * self.mu,
             micro_batch_size=self.batch_size * self.num_generations,
             world_size=world_size,
-            bf16=bf16,
-            fp16=fp16,
+            native=native,
         )

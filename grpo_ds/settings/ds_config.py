@@ -49,8 +49,7 @@ class DsSizes:
     total_steps: int  # optimizer steps of the run
     micro_batch_size: int  # completions that a rank trains on in one step: questions x generations
     world_size: int
-    bf16: bool = True  # this machine computes in bf16; many CPUs only emulate it, up to 80 times slower than fp32
-    fp16: bool = False  # its card has no bf16, only fp16
+    native: Precision = "bf16"  # what this machine computes in; many CPUs emulate bf16, 80 times slower than fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,19 +179,19 @@ def precision_conflicts(engine: dict[str, Any], fill: DsSizes) -> Iterator[str]:
     bf16, fp16 = get_value(engine, "bf16.enabled"), get_value(engine, "fp16.enabled")
     if bf16 is True and fp16 is True:
         yield "bf16.enabled and fp16.enabled are both true, but weights have one precision: remove one"
-    elif has_bf16_masters(engine) and (fill.fp16 or fp16 is True):
+    elif has_bf16_masters(engine) and (fill.native == "fp16" or fp16 is True):
         where = "fp16.enabled is true" if fp16 is True else "this card has none"
         yield f"bf16.bf16_master_weights_and_grads needs bf16, but {where}: take --ds ds_configs/zero2.json"
-    elif bf16 is True and fill.fp16:
+    elif bf16 is True and fill.native == "fp16":
         yield 'bf16.enabled is true, but this card has no bf16: write "auto", which means fp16 here'
-    if fill.fp16 and bf16 is not True:
+    if fill.native == "fp16" and bf16 is not True:
         engine.setdefault("fp16", {})
 
 
 def precision_values(engine: dict[str, Any], fill: DsSizes) -> list[AutoValue]:
     """The two switches; with fp16 also the numbers of its loss scale, which are DeepSpeed's defaults but for one."""
     bf16, fp16 = get_value(engine, "bf16.enabled"), get_value(engine, "fp16.enabled")
-    by_machine = fp16 in (None, AUTO) and fill.fp16 and bf16 is not True
+    by_machine = fp16 in (None, AUTO) and fill.native == "fp16" and bf16 is not True
     is_fp16 = fp16 is True or by_machine
     scale = [
         AutoValue("fp16.loss_scale", 0, AMOUNT),  # 0: it moves; another number stays
@@ -204,7 +203,7 @@ def precision_values(engine: dict[str, Any], fill: DsSizes) -> list[AutoValue]:
         AutoValue("fp16.min_loss_scale", 1, COUNT),
     ]
     return [
-        AutoValue("bf16.enabled", fill.bf16 and not is_fp16, SWITCH),
+        AutoValue("bf16.enabled", fill.native == "bf16" and not is_fp16, SWITCH),
         AutoValue("fp16.enabled", by_machine, SWITCH),
         *(value for value in scale if is_fp16 or get_value(engine, value.path) == AUTO),
     ]

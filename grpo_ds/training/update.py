@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from grpo_ds.core.losses import grpo_loss, token_weights
+from grpo_ds.core.losses import LossTerms, grpo_loss, token_weights
 from grpo_ds.core.objective import Objective
 from grpo_ds.core.tally import Tally
 from grpo_ds.memory.phases import Profiler
@@ -78,12 +78,7 @@ def update(
         )
         engine.backward(terms.loss, last=last)
         step_loss += float(terms.loss.detach())
-        tokens = counted[part].sum()
-        tally.add("kl", terms.kl.sum(), tokens)
-        tally.add("entropy", engine.policy.entropies[counted[part]].sum(), tokens)
-        tally.add("clip_ratio/low_mean", terms.low.sum(), tokens)
-        tally.add("clip_ratio/high_mean", terms.high.sum(), tokens)
-        tally.add("clip_ratio/region_mean", terms.clipped.sum(), tokens)
+        add_token_metrics(tally, terms, engine.policy.entropies, counted[part])
     bad, overflow, scale = [], False, engine.loss_scale.value
     with profiler.phase("step"):
         # Without a backward there is no gradient, and momentum and weight decay must not change the weights.
@@ -100,6 +95,15 @@ def update(
         tally.add_all({"overflow_steps": [overflow], "loss_scale": [scale]})
     tally.add("loss", step_loss * world.size)  # each rank holds a share of the sum
     return Updated(tally, logprobs, [] if overflow else bad, overflow)
+
+
+def add_token_metrics(
+    tally: Tally, terms: LossTerms, entropies: Float[Tensor, "B C"], counted: Bool[Tensor, "B C"]
+) -> None:
+    """Add a backward's sums over its counted tokens, one for each of TOKEN_METRICS."""
+    sums = terms.kl, entropies[counted], terms.low, terms.high, terms.clipped
+    for name, values in zip(TOKEN_METRICS, sums, strict=True):
+        tally.add(name, values.sum(), counted.sum())
 
 
 def contributing(rollout: Rollout, objective: Objective) -> list[int]:

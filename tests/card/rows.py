@@ -47,7 +47,7 @@ def job_of(flags: str, card: float, ram: float) -> Job:
     parsed = parse(TrainConfig, flags.split(), about="")
     asked = parsed.unchecked()
     config = parsed.config(lora_recipe(PRESETS[asked.model].recipe, asked))
-    ds = resolve_ds_config(ROOT / config.ds, fill=config.ds_sizes(bf16=True))
+    ds = resolve_ds_config(ROOT / config.ds, fill=config.ds_sizes(native="bf16"))
     return fitted(Job(shape_of(config.model), config, ds), card, ram)
 
 

@@ -216,7 +216,7 @@ def test_train_accepts_a_worked_config(file):
 def test_a_worked_config_fits_the_machine_it_names(name, machine):
     gpu_gib, ram_gib = machine
     config = parse(TrainConfig, ["--config", str(ROOT / "configs" / name)], about="").config()
-    ds = resolve_ds_config(ROOT / config.ds, fill=config.ds_sizes(bf16=gpu_gib > 0))
+    ds = resolve_ds_config(ROOT / config.ds, fill=config.ds_sizes(native="bf16" if gpu_gib else "fp32"))
     job = Job(shape_of(config.model), config, ds, "cuda" if gpu_gib else "cpu")
     assert fits(job.plan(), gpu_gib, ram_gib)
 
@@ -332,7 +332,7 @@ def test_more_tokens_than_learned_positions_are_refused(tmp_path):
 
 def test_with_an_adapter_on_four_bits_a_larger_model_fits():
     config = TrainConfig(lora_r=16, load_in_4bit=True)
-    ds = resolve_ds_config(ROOT / config.ds, fill=config.ds_sizes(bf16=True))
+    ds = resolve_ds_config(ROOT / config.ds, fill=config.ds_sizes(native="bf16"))
     assert choose_model("auto", gpu_gib=16, ram_gib=32, run=lambda: (config, ds)).model == "qwen2.5-7b"
 
 

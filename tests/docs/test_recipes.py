@@ -26,7 +26,7 @@ def plan_of(flags: str, gpu: float, ram: float) -> Plan:
     parsed = parse(TrainConfig, flags.split(), about="")
     asked = parsed.unchecked()
     config = parsed.config(lora_recipe(PRESETS[asked.model].recipe, asked))
-    ds = resolve_ds_config(ROOT / config.ds, fill=config.ds_sizes(bf16=gpu > 0))
+    ds = resolve_ds_config(ROOT / config.ds, fill=config.ds_sizes(native="bf16" if gpu else "fp32"))
     return fitted(Job(shape_of(config.model), config, ds, "cuda" if gpu else "cpu"), gpu, ram).plan()
 
 

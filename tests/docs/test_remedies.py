@@ -283,7 +283,7 @@ STARTS = ("", "--reference bf16", "--sync_ref_model --reference bf16", "--lora_r
 def test_every_memory_remedy_is_accepted_where_it_is_recommended(places, start):
     flags = f"--model qwen2.5-3b {start.format(**places)}"
     settled = settle(shlex.split(flags))
-    ds = resolve_ds_config(settled.config.ds, fill=settled.config.ds_sizes(bf16=True))
+    ds = resolve_ds_config(settled.config.ds, fill=settled.config.ds_sizes(native="bf16"))
     job, tried = Job(settled.job.shape, settled.config, ds, "cuda"), 0
     for remedy in MEMORY_REMEDIES:
         if remedy.change.startswith("--") and applied(job, (remedy,)):

@@ -98,7 +98,7 @@ def test_deepspeeds_own_monitors_send_nothing_away(tmp_path, monitor):
     content = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
     (tmp_path / "ds.json").write_text(json.dumps({**content, monitor: {"enabled": True}}))
     with pytest.raises(UsageError, match=f"(?s){monitor}.enabled.*--report_to"):
-        resolve_ds_config(tmp_path / "ds.json", fill=TrainConfig().ds_sizes(bf16=False))
+        resolve_ds_config(tmp_path / "ds.json", fill=TrainConfig().ds_sizes(native="fp32"))
 
 
 # Secrets.

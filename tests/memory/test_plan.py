@@ -21,7 +21,7 @@ from tests.conftest import check_example
 
 CONFIG = TrainConfig()
 SHAPE = shape_of("qwen2.5-1.5b")
-SIZES = DsSizes(1e-6, 0.0, 1.0, 0, 100, CONFIG.batch_size * CONFIG.num_generations, 1, bf16=True)
+SIZES = DsSizes(1e-6, 0.0, 1.0, 0, 100, CONFIG.batch_size * CONFIG.num_generations, 1, native="bf16")
 OPTIMIZER = ("master weights", "gradients", "staging buffer", "moments", "residual", "accumulated gradients")
 
 
@@ -193,7 +193,7 @@ def test_a_merged_model_passes_through_ram(ds_from):
 def test_the_worked_file_for_a_card_of_12_gb_fits_it(tmp_path):
     file = CONFIGS.find("qwen2.5-3b-lora-12gb.yaml")
     config = parse(TrainConfig, ["--config", str(file)], about="").config()
-    ds = resolve_ds_config(config.ds, fill=config.ds_sizes(bf16=True))
+    ds = resolve_ds_config(config.ds, fill=config.ds_sizes(native="bf16"))
     plan = make_plan(shape_of(config.model), config, ds)
     said = re.search(r"([\d.]+) GiB of GPU memory and ([\d.]+) GiB of RAM", file.read_text())
     assert said and [float(number) for number in said.groups()] == [

@@ -102,7 +102,7 @@ def test_the_first_four_completions_are_shown_as_text_with_what_they_earned():
 
 def test_the_plan_is_a_table_with_the_memory_that_is_available():
     config = TrainConfig(model=EMBEDDED)
-    ds = resolve_ds_config(ROOT / "ds_configs/zero2.json", fill=config.ds_sizes(bf16=False), explicit=frozenset())
+    ds = resolve_ds_config(ROOT / "ds_configs/zero2.json", fill=config.ds_sizes(native="fp32"), explicit=frozenset())
     plan = make_plan(shape_of(EMBEDDED), config, ds, device="cuda")
     made, written = console(terminal=False)
     made.plan(plan, 15.9, 31.3)

@@ -71,7 +71,7 @@ class Run:
         found = read_questions(str(self.folder / "data.json")).questions
         ready_made = {"format": lambda **_: []}
         rewards = find_reward_functions(config.reward_funcs, None, ready_made=ready_made, columns=found[0].columns)
-        ds = resolve_ds_config(self.folder / "ds.json", fill=config.ds_sizes(bf16=False))
+        ds = resolve_ds_config(self.folder / "ds.json", fill=config.ds_sizes(native="fp32"))
         return inputs_of(found[:16], found[16:], config, ds, rewards, self.ranks)
 
 

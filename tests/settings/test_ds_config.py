@@ -130,7 +130,7 @@ PRECISIONS = [  # sections bf16 and fp16 of the JSON, the precision on a machine
 @pytest.mark.parametrize(("bf16", "fp16", "here", "on_a_card_without_bf16"), PRECISIONS)
 def test_the_json_and_the_machine_decide_the_precision(resolve, bf16, fp16, here, on_a_card_without_bf16):
     json_file = zero2({name: section for name, section in (("bf16", bf16), ("fp16", fp16)) if section is not None})
-    for fill, wanted in ((SIZES, here), (replace(SIZES, bf16=False, fp16=True), on_a_card_without_bf16)):
+    for fill, wanted in ((SIZES, here), (replace(SIZES, native="fp16"), on_a_card_without_bf16)):
         if wanted is None:
             assert "this card has no bf16" in message_of(resolve, json_file, fill=fill)
             continue
@@ -152,7 +152,7 @@ def test_a_json_without_fp16_stays_without_it(resolve):
 
 def test_bf16_masters_are_refused_on_a_card_without_bf16_with_the_json_to_take():
     with pytest.raises(UsageError, match=r"this card has none: take --ds ds_configs/zero2\.json"):
-        resolve_ds_config(SHIPPED / "zero2_lowram.json", fill=replace(SIZES, bf16=False, fp16=True))
+        resolve_ds_config(SHIPPED / "zero2_lowram.json", fill=replace(SIZES, native="fp16"))
 
 
 def test_pin_memory_left_out_is_false_though_deepspeed_would_pin(resolve):

@@ -67,7 +67,7 @@ def test_sleepy_threads_sleep_and_compute_the_same():
     command = [sys.executable, "-c", SLEEPS]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
     as_libgomp_says, while_busy = map(int, done.stdout.split())
-    assert while_busy > 200 > 10 * as_libgomp_says  # 1,197 and 0 on two cores, alone or beside two busy processes
+    assert while_busy > 200 + 3 * as_libgomp_says  # 1,197 and 0 on two cores, alone or beside two busy processes
 
 
 @pytest.mark.parametrize("name", sorted(SETTINGS))

@@ -61,7 +61,7 @@ def no_weights(tiny_folder, tmp_path):
 
 def train(folder):
     config = TrainConfig(model=str(folder), max_completion_length=8)
-    ds = resolve_ds_config("ds_configs/zero2.json", fill=config.ds_sizes(bf16=False))
+    ds = resolve_ds_config("ds_configs/zero2.json", fill=config.ds_sizes(native="fp32"))
     Trainer(config, ds, ranks.start(), Console(speaks=False), {})
 
 
@@ -85,7 +85,7 @@ def test_the_warning_of_moved_examples_is_one_line_in_every_command(no_weights, 
     flags = ["--model", str(no_weights), "--reasoning_tag", "think", "--few_shot", "2"]
     console = Console()
     config = TrainConfig(model=str(no_weights), max_completion_length=8, reasoning_tag="think", few_shot=2)
-    ds = resolve_ds_config("ds_configs/zero2.json", fill=config.ds_sizes(bf16=False))
+    ds = resolve_ds_config("ds_configs/zero2.json", fill=config.ds_sizes(native="fp32"))
     for command in (
         lambda: Trainer(config, ds, ranks.start(), console, {}),
         lambda: evaluate.main([*flags, "--data", "sample"]),

@@ -59,7 +59,8 @@ def make_run(model: Path, kind: str, folder: Path, origin: Path | None = None) -
     changes, json_file, bf16 = KINDS[kind]
     config = replace(CONFIG, model=str(model), **changes)
     size = config.batch_size * config.num_generations
-    ds = resolve_ds_config(ROOT / json_file, fill=DsSizes(config.learning_rate, 0.0, 1.0, 0, 8, size, 1, bf16=bf16))
+    sizes = DsSizes(config.learning_rate, 0.0, 1.0, 0, 8, size, 1, native="bf16" if bf16 else "fp32")
+    ds = resolve_ds_config(ROOT / json_file, fill=sizes)
     train, held_out = split_questions(read_questions("sample").questions, eval_fraction=0.2, seed=0)
     rewards = {"uneven": (uneven, 1.0)}
     trainer = Trainer(config, ds, ranks.start(), Console(speaks=False), rewards, origin=origin)

@@ -380,7 +380,7 @@ def tiny_trainer(folder, **changes):
         max_prompt_length=480, learning_rate=5e-3, beta=0.01, eval_limit=2,
     )  # fmt: skip
     config = replace(config, **changes)
-    sizes = DsSizes(config.learning_rate, 0.0, 1.0, 0, 40, 16, 1, bf16=False)
+    sizes = DsSizes(config.learning_rate, 0.0, 1.0, 0, 40, 16, 1, native="fp32")
     ds = resolve_ds_config(ROOT / "ds_configs/zero2.json", fill=sizes)
     train, held_out = split_questions(read_questions("sample").questions, eval_fraction=0.2, seed=0)
     rewards = {"letters": (letters_reward, 1.0)}

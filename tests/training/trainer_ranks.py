@@ -28,7 +28,7 @@ def main(model: str, folder: Path) -> None:
     )  # fmt: skip
     json_file = folder / f"ds{here.rank}.json"
     json_file.write_text(json.dumps(DS), encoding="utf-8")
-    ds = resolve_ds_config(json_file, fill=config.ds_sizes(bf16=False, world_size=here.size))
+    ds = resolve_ds_config(json_file, fill=config.ds_sizes(native="fp32", world_size=here.size))
 
     def reward(completions: list[str], **_: object) -> list[float]:
         """Equal rewards on rank 0, so that it draws as often as allowed; unequal ones elsewhere."""
