@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import wandb
 
 from grpo_ds.errors import UsageError
 from grpo_ds.report import trackers
@@ -108,6 +109,7 @@ def payload(log):
 
 def test_wandb_offline_keeps_metrics_settings_and_tables_in_the_folder(folder, offline):
     progress, said = track(folder, "wandb", steps=[1, 2])
+    wandb.teardown()  # run.finish() does not wait until wandb's own process has closed the log
     (kept,) = folder.glob("wandb/offline-run-*")
     (log,) = kept.glob("run-*.wandb")
     content = payload(log.read_bytes())
