@@ -3,8 +3,6 @@
 The labels are a closed set, so the probabilities of their first tokens at that place are those of the answers.
 """
 
-from collections.abc import Sequence
-
 from transformers import PreTrainedTokenizerBase
 
 from grpo_ds.errors import UsageError
@@ -27,7 +25,7 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase, answer_format: AnswerFormat
     return tuple(id for id in first.values() if id is not None)
 
 
-def answer_place(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, answer_format: AnswerFormat) -> int | None:
+def answer_place(ids: list[int], tokenizer: PreTrainedTokenizerBase, answer_format: AnswerFormat) -> int | None:
     """Return the index of the first token behind the answer tag that is not white space.
 
     None if there is none, or if a token holds the tag's end and more.
