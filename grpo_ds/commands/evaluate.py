@@ -8,7 +8,7 @@ import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from grpo_ds.errors import DataError
 from grpo_ds.memory.choose import choose_model
@@ -89,13 +89,13 @@ def main(argv: list[str]) -> None:
     if warning := small_sample(result.grades.count, result.grades.accuracy_interval):
         console.line(f"Warning: {warning}")
     counts = {"trained_on": asked.trained_on, "left_out_as_trained_on": asked.left_out}
-    report: dict[str, Any] = {**asdict(result.grades), **counts}
+    lax = {}
     if config.grading == "lax":
         prompts = [prompt.text for prompt in style.shown(sampler.tokenizer, asked.questions)]
-        lax = lax_grades(result.texts, prompts, asked.questions, labels=config.label_names)
-        console.line(lax_lines(result.grades, lax))
-        report["lax"] = lax_block(lax)
-    console.line(json.dumps(report, indent=1))
+        found = lax_grades(result.texts, prompts, asked.questions, labels=config.label_names)
+        console.line(lax_lines(result.grades, found))
+        lax = {"lax": lax_block(found)}
+    console.line(json.dumps({**asdict(result.grades), **counts, **lax}, indent=1))
 
 
 def prepare(argv: list[str]) -> tuple[GradingConfig, str, Asked]:

@@ -13,7 +13,7 @@ from grpo_ds.task.spelling import label_key, nfc
 
 PARSERS = {  # name -> what it takes for the answer
     "last_label": "the last label that stands as a word, in any case",
-    "any_label": "the first of --labels whose letters are anywhere in the text",
+    "any_label": "the first label, in the order of --labels, whose letters are anywhere in the text",
     "any_label_with_prompt": "the same, with the prompt in front of the text",
 }
 
