@@ -159,7 +159,7 @@ def make_run(
 
     config = settled.config
     world = ranks.start(needs_gpu=settled.choice.needs_gpu)
-    console = Console(speaks=world.is_first)
+    console = Console(speaks=world.is_first, ranks=world.size)
     for line in lines:
         console.line(line)
     free = world.free_gpu_gib()

@@ -1,9 +1,10 @@
-"""`eval`: which questions it asks a model that was trained here. Decided before a model is loaded."""
+"""`eval`: which questions it asks a model that was trained here, decided before a model is loaded; its two streams."""
 
 import json
 
 import pytest
 
+from grpo_ds.commands import evaluate
 from grpo_ds.commands.evaluate import prepare
 from grpo_ds.commands.settle import split_for_training
 from grpo_ds.errors import MAX_LINES, DataError, UsageError
@@ -125,3 +126,14 @@ def test_training_further_on_known_questions_alone_names_two_remedies():
     with pytest.raises(DataError, match=r"(?s)none can be held out.*run/trained_on\.txt") as caught:
         split_for_training(TrainConfig(model="run"), SAMPLE, known)
     assert len(str(caught.value).splitlines()) <= MAX_LINES
+
+
+def test_progress_of_an_evaluation_is_not_among_its_results(tiny_folder, capsys, monkeypatch):
+    monkeypatch.setattr("grpo_ds.report.long_work.SILENCE", 0)  # a line after every token
+    flags = ["--eval_limit", "3", "--max_prompt_length", "700", "--max_completion_length", "4"]
+    evaluate.main(["--model", str(tiny_folder), "--data", "sample", *flags])
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if line.startswith("Evaluation: ")]
+    assert lines[0] == "Evaluation: 0 of 3 questions" and lines[-1].startswith("Evaluation: 3 of 3 questions, ")
+    assert "Evaluation:" not in printed.out
+    assert json.loads(printed.out[printed.out.index("{") :])["count"] == 3
