@@ -254,6 +254,7 @@ def first_lines(settled: Settled, questions: QuestionSet, train: int, held_out: 
         f"learning rate {ds.learning_rate:g}, beta {config.beta:g}, seed {config.seed}",
         plan_line(settled.job, settled.plan, settled.gpu_gib, settled.ram_gib),
         *checkpoint_lines(settled, folder),
+        f"Output folder: {folder}",
     ]
 
 
