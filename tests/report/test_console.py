@@ -86,9 +86,27 @@ def test_long_work_prints_lines_in_a_file_and_none_at_a_terminal():
     work(made)
     begun, going = written.getvalue().splitlines()
     assert begun == "Evaluation: 0 of 3 questions" and going.startswith("Evaluation: 1 of 3 questions, ")
-    for terminal in every_line_is_due(terminal=True), every_line_is_due(terminal=True):
-        work(terminal[0])  # a bar
-        assert "1/3" in terminal[1].getvalue() and "questions" not in terminal[1].getvalue()
+    made, written = every_line_is_due(terminal=True)
+    work(made)  # a bar
+    assert "1/3" in written.getvalue() and "questions" not in written.getvalue()
+
+
+def test_within_the_live_view_progress_is_its_last_line_and_no_other():
+    made, written = every_line_is_due(terminal=True)
+    trained(made)
+    text = written.getvalue()
+    assert text.count("After step 1: ") == text.count("now: After step 1: ") > 0
+
+
+def test_any_line_of_the_run_lets_progress_wait_another_half_minute():
+    time = [0.0]
+    made, written = console(terminal=False, now=lambda: time[0])
+    with made.progress("Evaluation", 9) as advance:
+        for time[0], line in ((29, True), (58, False), (59, False)):
+            if line:
+                made.line("Warning")
+            advance(1, 1)
+    assert written.getvalue() == "Warning\nEvaluation: 3 of 9 questions, 0 tokens/s, about 2 min left\n"
 
 
 def test_progress_stays_out_of_the_stream_of_results(capsys):
