@@ -78,13 +78,13 @@ def main(argv: list[str]) -> None:
     from grpo_ds.system.ranks import World
     from grpo_ds.training.evaluate import evaluate, load_for_asking
 
-    console = Console()
+    console = Console(prints_results=True)
     console.line(f"Model: {config.model} ({why})\nData: {asked.described()}")
     precision = native_precision(on_gpu=gpu_memory_gib() is not None)
     sampler, style = load_for_asking(config, precision=precision, say=console.line)
     sampler.rows_at_once = config.generation_batch_size or ROWS_AT_ONCE
     alone = World(rank=0, size=1, device=sampler.model.device)
-    with console.progress("Answering", len(asked.questions)) as advance:
+    with console.progress("Evaluation", len(asked.questions)) as advance:
         result = evaluate(sampler, style, asked.questions, alone, advance=advance)
     if warning := small_sample(result.grades.count, result.grades.accuracy_interval):
         console.line(f"Warning: {warning}")

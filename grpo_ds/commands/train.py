@@ -159,7 +159,7 @@ def make_run(
 
     config = settled.config
     world = ranks.start(needs_gpu=settled.choice.needs_gpu)
-    console = Console(speaks=world.is_first)
+    console = Console(speaks=world.is_first, ranks=world.size)
     for line in lines:
         console.line(line)
     free = world.free_gpu_gib()
@@ -254,6 +254,7 @@ def first_lines(settled: Settled, questions: QuestionSet, train: int, held_out: 
         f"learning rate {ds.learning_rate:g}, beta {config.beta:g}, seed {config.seed}",
         plan_line(settled.job, settled.plan, settled.gpu_gib, settled.ram_gib),
         *checkpoint_lines(settled, folder),
+        f"Output folder: {folder}",
     ]
 
 

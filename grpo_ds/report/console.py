@@ -1,5 +1,7 @@
 """Console output of a run, only from rank 0: a live view at a terminal, plain lines elsewhere."""
 
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +16,7 @@ from grpo_ds.memory.phases import Profiler
 from grpo_ds.memory.plan import GIB, MEMORY_NAMES, MemoryKind, Plan
 from grpo_ds.report.held_out import answered_right
 from grpo_ds.report.live import LOSS_NOTE, PHASES, History, LiveView, clock, memory_line
+from grpo_ds.report.long_work import Advance, ProgressLines, Work
 from grpo_ds.report.memory_measured import Comparison, compare, diagnosis
 from grpo_ds.report.memory_plan import phase_table
 from grpo_ds.report.metric_names import MEAN_LENGTH, reward_name
@@ -30,32 +33,56 @@ STALE_NOTE = (
 
 
 class Console:
-    """Lines, progress bars and tables of a run. speaks: False on every rank but 0."""
+    """Lines, progress bars and tables of a run."""
 
-    def __init__(self, *, speaks: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        speaks: bool = True,
+        ranks: int = 1,
+        prints_results: bool = False,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """speaks: False on every rank but 0. ranks: number of ranks that share the work whose progress is shown.
+
+        prints_results: stdout is for the command's results, so progress goes to stderr. now: a clock, in seconds.
+        """
         self._rich = RichConsole(quiet=not speaks, highlight=False, soft_wrap=True)
         self._is_live = speaks and self._rich.is_terminal  # a live view on a silent rank would hide its warnings
         self._view: LiveView | None = None
+        self._ranks, self._prints_results = ranks, prints_results
+        self._lines = ProgressLines(self._progress_line, now)
 
     def line(self, text: str) -> None:
         """Print a line. It is a Text, not a str, so that [red] in a model's name or answer is not markup."""
         self._rich.print(Text(escape_control_chars(text)))
+        self._lines.printed()
 
     @contextmanager
-    def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show a bar with the time left at a terminal, nothing elsewhere; yields `advance(by)`."""
-        if self._view:  # two live displays would draw over each other
-            bars, task = self._view.bars, self._view.bars.add_task(what, total=total, left="")
-            try:
-                yield lambda by: bars.advance(task, by)
-            finally:
-                bars.remove_task(task)
-            return
+    def progress(self, what: str, total: int, unit: str = "questions", *, most_tokens: int = 0) -> Iterator[Advance]:
+        """Show progress: a bar at a terminal, within the live view its last line, elsewhere a line after a silence.
+
+        Yields `advance(done, tokens)`, for this rank's share. most_tokens: of all completions at their length limit.
+        """
+        shown = self._bar(what, total) if self._is_live and not self._view else None
+        with shown or self._lines.follow(Work(what, total, unit, most_tokens)) as advance:
+            yield lambda done, tokens: advance(done * self._ranks, tokens * self._ranks)
+
+    @contextmanager
+    def _bar(self, what: str, total: int) -> Iterator[Advance]:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         left = (TextColumn("left"), TimeRemainingColumn())
-        with Progress(*columns, *left, console=self._rich, transient=True, disable=not self._is_live) as bar:
+        with Progress(*columns, *left, console=self._rich, transient=True) as bar:
             task = bar.add_task(what, total=total)
-            yield lambda by: bar.advance(task, by)
+            yield lambda done, tokens: bar.advance(task, done)
+
+    def _progress_line(self, text: str) -> None:
+        if self._is_live:
+            return  # the live view shows it
+        if self._prints_results:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self.line(text)
 
     @contextmanager
     def training(self, total: int, history: History, doing: Callable[[], str]) -> Iterator[None]:
@@ -64,7 +91,7 @@ class Console:
         if not self._is_live:
             yield
             return
-        self._view = LiveView(total, history, doing)
+        self._view = LiveView(total, history, lambda: self._lines.text() or doing())
         try:
             with Live(self._view, console=self._rich, refresh_per_second=1):
                 yield

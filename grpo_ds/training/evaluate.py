@@ -22,13 +22,13 @@ def evaluate(
     questions: Sequence[Question],
     world: World,
     *,
-    advance: Callable[[int], None] = lambda answered: None,
+    advance: Callable[[int, int], None] = lambda done, tokens: None,
     run: Callable[[str, Callable[[], list[str]]], list[str]] = lambda phase, work: work(),
 ) -> Evaluation:
     """Answer and grade the questions: every rank answers its share and returns the complete evaluation.
 
-    advance: called with the number of questions answered since the last call. run: Guard.run, so that a signal
-    can stop ranks while they answer.
+    advance: called with the numbers of questions that this rank answered and of tokens drawn, since the last call.
+    run: Guard.run, so that a signal can stop ranks while they answer.
     """
 
     def answer() -> list[str]:
@@ -36,8 +36,7 @@ def evaluate(
         if not mine:
             return []
         prompts = style.encode(sampler.tokenizer, mine)
-        report = lambda answered: advance(answered * world.size)  # noqa: E731
-        return style.texts(sampler.tokenizer, sampler(prompts, group_size=1, temperature=0.0, advance=report))
+        return style.texts(sampler.tokenizer, sampler(prompts, group_size=1, temperature=0.0, advance=advance))
 
     shares = world.gather(run("evaluate", answer))
     texts = [shares[i % world.size][i // world.size] for i in range(len(questions))]

@@ -102,11 +102,11 @@ class Sampler:
         group_size: int,
         temperature: float,
         seed: int = 0,
-        advance: Callable[[int], None] = lambda sampled: None,
+        advance: Callable[[int, int], None] = lambda done, tokens: None,
     ) -> Completions:
         """Return group_size completions for each prompt, the rows of a group side by side; temperature 0 is greedy.
 
-        advance: called after each batch with the number of prompts that it finished.
+        advance: called after every token with the numbers of completions that ended and of tokens drawn by it.
         """
         draws = _uniforms(seed, len(prompts) * group_size, self.max_completion_length).to(self.model.device)
         draws = draws.view(len(prompts), group_size, -1)
@@ -115,9 +115,10 @@ class Sampler:
         groups: dict[int, list[PartialCompletion]] = {}
         with self._ready():
             for some in (by_length[first : first + at_once] for first in range(0, len(prompts), at_once)):
-                rows = self._sample([prompts[q] for q in some], group_size, draws[some].flatten(0, 1), temperature)
+                rows = self._sample(
+                    [prompts[q] for q in some], group_size, draws[some].flatten(0, 1), temperature, advance
+                )
                 groups |= {q: rows[i * group_size : (i + 1) * group_size] for i, q in enumerate(some)}
-                advance(len(some))
         return self.pad_rows([row for q in range(len(prompts)) for row in groups[q]])
 
     @contextmanager
@@ -141,7 +142,12 @@ class Sampler:
             self.model.train(was_training)
 
     def _sample(
-        self, prompts: Sequence[Sequence[int]], group_size: int, draws: Float[Tensor, "B C"], temperature: float
+        self,
+        prompts: Sequence[Sequence[int]],
+        group_size: int,
+        draws: Float[Tensor, "B C"],
+        temperature: float,
+        advance: Callable[[int, int], None],
     ) -> list[PartialCompletion]:
         """Sample the completions of one batch of prompts."""
         rows = batch = [PartialCompletion() for _ in draws]  # rows that have ended leave the batch
@@ -158,7 +164,7 @@ class Sampler:
                 block.append(tokens)
                 labels.append((logits[:, self.label_ids].float() / (temperature or 1.0)).log_softmax(dim=-1))
             for ids, logprobs in zip(torch.stack(block).tolist(), torch.stack(labels).tolist(), strict=True):
-                self._append(batch, ids, logprobs)
+                advance(*self._append(batch, ids, logprobs))
             if all(row.ended for row in batch):
                 break
             stay, width = unfinished([row.ended for row in batch], decode.group_size)
@@ -166,17 +172,22 @@ class Sampler:
                 batch, chosen = [batch[b] for b in stay], torch.tensor(stay, device=draws.device)
                 decode.keep(chosen, group_size=width)
                 tokens, lengths, draws = tokens[chosen], lengths[chosen], draws[chosen]
+        advance(sum(not row.ended for row in rows), 0)  # cut at the length limit
         return rows
 
     def _append(
         self, batch: Sequence[PartialCompletion], ids: Sequence[int], label_logprobs: Sequence[list[float]]
-    ) -> None:
-        """Add a token to each row that has not ended; the others were decoded on in vain."""
-        for row, token, logprobs in zip(batch, ids, label_logprobs, strict=True):
-            if not row.ended:
-                row.ids.append(token)
-                row.label_logprobs.append(logprobs)
-                row.ended = self._ends(row.ids)
+    ) -> tuple[int, int]:
+        """Add a token to each row that has not ended; the others were decoded on in vain.
+
+        Returns the number of rows that it ended, and of tokens added.
+        """
+        going = [it for it in zip(batch, ids, label_logprobs, strict=True) if not it[0].ended]
+        for row, token, logprobs in going:
+            row.ids.append(token)
+            row.label_logprobs.append(logprobs)
+            row.ended = self._ends(row.ids)
+        return sum(row.ended for row, *_ in going), len(going)
 
     def _decoder(self, prompts: Sequence[Sequence[int]], group_size: int) -> SharedPrompts | RepeatedPrompts:
         """Prefill these prompts; return the function that decodes the tokens after them."""

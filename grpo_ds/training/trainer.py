@@ -113,9 +113,7 @@ class Trainer:
             cuda_graphs=config.cuda_graphs,
             poll=self.guard.poll,
         )
-        self.collector = Collector(
-            config, world, self.sampler, style, reward_functions, lambda: self.progress, warn=console.line
-        )
+        self.collector = Collector(config, world, self.sampler, style, reward_functions, lambda: self.progress, console)
         self.reference: Reference | None = None
         self.partial_step: PartialStep | None = None  # a rollout whose mu updates are not all done
         self.completions: list[dict[str, Any]] = []  # the last step's on this rank, for the logs
@@ -170,15 +168,18 @@ class Trainer:
 
     def update(self, partial: PartialStep) -> Updated:
         """Take one optimizer step on a rollout, or none if a number is not finite."""
-        return update(
-            self.engine,
-            partial.rollout,
-            self.profiler,
-            old_logprobs=partial.old_logprobs,
-            pack_tokens=self.limits.tokens,
-            world=self.world,
-            objective=self.config.objective,
-        )
+        what = f"Step {self.progress.global_step + 1} of {self.config.total_steps}, update"
+        with self.console.progress(what, len(partial.rollout.texts) * self.world.size, "completions") as advance:
+            return update(
+                self.engine,
+                partial.rollout,
+                self.profiler,
+                old_logprobs=partial.old_logprobs,
+                pack_tokens=self.limits.tokens,
+                world=self.world,
+                objective=self.config.objective,
+                advance=advance,
+            )
 
     def check_numbers(self, step: int, partial: PartialStep, updated: Updated) -> None:
         """Report a skipped update. Raises NumbersError if --max_bad_steps is exceeded.
@@ -298,7 +299,7 @@ class Trainer:
 
     def evaluate(self, when: str, questions: Sequence[Question]) -> Evaluation:
         """Answer and grade the held-out questions. when: a heading such as "Before training"."""
-        with self.console.progress(when, len(questions)) as advance:
+        with self.console.progress(f"Evaluation {when[0].lower()}{when[1:]}", len(questions)) as advance:
             style, run = self.collector.style, self.guard.run
             result = evaluate(self.sampler, style, questions, self.world, advance=advance, run=run)
         self.console.grades(when, result.grades)

@@ -150,6 +150,24 @@ def test_on_a_card_ended_rows_are_seen_after_at_most_seven_tokens(sampler, as_on
     assert longest < 64 and longest <= len(polls) < longest + 8  # polled before every token
 
 
+@pytest.mark.parametrize("where", ["cpu", "card"])
+@pytest.mark.parametrize("at_once", [None, 3])
+def test_every_token_and_every_completion_is_reported_once(sampler, request, where, at_once):
+    if where == "card":
+        request.getfixturevalue("as_on_a_card")
+    sampler.eos_ids, sampler.rows_at_once = list(range(0, 259, 20)), at_once
+    reports = []
+    completions = sampler(
+        [[1, 2, 3], [4, 5], [6, 7]], group_size=3, temperature=1.0, advance=lambda *r: reports.append(r)
+    )
+    assert completions.ended.any() and not completions.ended.all()  # both kinds are counted
+    assert sum(done for done, _ in reports) == 9
+    drawn = [tokens for _, tokens in reports if tokens]
+    if at_once is None:
+        assert drawn == completions.mask.sum(dim=0).tolist()
+    assert sum(drawn) == int(completions.mask.sum())
+
+
 @pytest.mark.parametrize(
     ("ended", "group_size", "stay", "width"),
     [

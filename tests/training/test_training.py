@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -373,7 +374,7 @@ def letters_reward(completions, **_):
     return [sum(c.isascii() and c.islower() for c in text) / 8 for text in completions]
 
 
-def tiny_trainer(folder, **changes):
+def tiny_trainer(folder, console=None, **changes):
     """A trainer in this process, and its questions."""
     config = TrainConfig(
         model=str(folder), num_generations=8, batch_size=2, num_steps=40, max_completion_length=8,
@@ -384,7 +385,31 @@ def tiny_trainer(folder, **changes):
     ds = resolve_ds_config(ROOT / "ds_configs/zero2.json", fill=sizes)
     train, held_out = split_questions(read_questions("sample").questions, eval_fraction=0.2, seed=0)
     rewards = {"letters": (letters_reward, 1.0)}
-    return Trainer(config, ds, ranks.start(), Console(speaks=False), rewards), train, held_out[:2]
+    console = console or Console(speaks=False)
+    return Trainer(config, ds, ranks.start(), console, rewards), train, held_out[:2]
+
+
+def test_every_long_part_of_a_run_says_how_far_it_is(tiny_folder, tmp_path, capsys):
+    """In a file. The clock of this console makes a minute pass between two reads."""
+    console = Console(now=map(float, count(0, 60)).__next__)
+    trainer, train, held_out = tiny_trainer(
+        tiny_folder, console, num_steps=1, dry_run_worst_case=True, dynamic_sampling=1, pack_tokens=500
+    )
+    trainer.collector.score.keywords["functions"]["letters"] = (lambda completions, **_: [1.0] * len(completions), 1.0)
+    Run(trainer, train, held_out, tmp_path / "run").run()
+    printed = capsys.readouterr().out
+    for begins in (
+        "Evaluation before training: 0 of 2 questions\n",
+        "KL floor, sampling: 0 of 2 completions, 0 of at most 16 tokens\n",
+        "Worst case, sampling: 0 of 16 completions\n",
+        "Step 1 of 1, sampling: 0 of 16 completions, 0 of at most 128 tokens\n",
+        "Step 1 of 1, redraw 1: 0 of 16 completions, 0 of at most 128 tokens\n",  # all rewards are equal
+        "Step 1 of 1, update: 0 of 16 completions\n",
+        "Evaluation after training: 0 of 2 questions\n",
+    ):
+        what = begins.partition(":")[0]
+        assert printed.count(begins) == 1
+        assert re.search(rf"^{what}: \d+ of (\d+) .*\n(.*\n)*{what}: \1 of \1 ", printed, re.M), what
 
 
 def test_a_tiny_model_learns(tiny_folder, tmp_path):
