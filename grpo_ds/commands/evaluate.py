@@ -6,7 +6,7 @@ A model trained here is asked every question of --data that it was not trained o
 
 import json
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from grpo_ds.errors import DataError
@@ -65,11 +65,11 @@ def main(argv: list[str]) -> None:
     sampler.rows_at_once = config.generation_batch_size or ROWS_AT_ONCE
     alone = World(rank=0, size=1, device=sampler.model.device)
     with console.progress("Answering", len(asked.questions)) as advance:
-        result = evaluate(sampler, style, asked.questions, alone, advance=advance)
+        result = evaluate(sampler, style, asked.questions, alone, samples=config.eval_samples, advance=advance)
     if warning := small_sample(result.grades.count, result.grades.accuracy_interval):
         console.line(f"Warning: {warning}")
     counts = {"trained_on": asked.trained_on, "left_out_as_trained_on": asked.left_out}
-    console.line(json.dumps({**asdict(result.grades), **counts}, indent=1))
+    console.line(json.dumps({**result.figures(), **counts}, indent=1))
 
 
 def prepare(argv: list[str]) -> tuple[EvaluateConfig, str, Asked]:

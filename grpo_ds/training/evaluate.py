@@ -1,19 +1,38 @@
-"""Answer the held-out questions greedily and grade the answers."""
+"""Answer the held-out questions greedily, read off how probable each label was, and grade both.
 
-from collections.abc import Callable, Sequence
+The probabilities behind the model's own reasoning come with its greedy answer; those behind an empty reasoning take a
+few tokens more of each prompt that is in the cache already. Neither changes the answers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
+from grpo_ds.errors import UsageError
 from grpo_ds.models.policy import load_policy, load_tokenizer
 from grpo_ds.models.shapes import longer_than_made_for, shape_of
 from grpo_ds.settings.config import AskConfig
 from grpo_ds.system.hardware import Precision
 from grpo_ds.system.ranks import World
 from grpo_ds.task.grading import Evaluation, graded
+from grpo_ds.task.label_probs import LabelProbs
 from grpo_ds.task.questions import Question
+from grpo_ds.training.label_tokens import label_tokens
 from grpo_ds.training.precision import DTYPES, check_card
 from grpo_ds.training.prompt_style import PromptStyle, prompt_style
-from grpo_ds.training.sampling import Sampler
+from grpo_ds.training.sampling import Completions, Sampler
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A question's greedy completion, the probabilities of its labels, and further sampled answers."""
+
+    text: str
+    probs: LabelProbs | None  # None: no token tells the labels apart
+    sampled: list[str | None]
 
 
 def evaluate(
@@ -22,26 +41,77 @@ def evaluate(
     questions: Sequence[Question],
     world: World,
     *,
+    samples: int = 0,
     advance: Callable[[int], None] = lambda answered: None,
-    run: Callable[[str, Callable[[], list[str]]], list[str]] = lambda phase, work: work(),
+    run: Callable[[str, Callable[[], list[Answered]]], list[Answered]] = lambda phase, work: work(),
 ) -> Evaluation:
     """Answer and grade the questions: every rank answers its share and returns the complete evaluation.
 
-    advance: called with the number of questions answered since the last call. run: Guard.run, so that a signal
-    can stop ranks while they answer.
+    samples: answers to sample for each question, at temperature 1. advance: called with the number of questions
+    answered since the last call. run: Guard.run, so that a signal can stop ranks while they answer.
     """
 
-    def answer() -> list[str]:
+    def answer() -> list[Answered]:
         mine = questions[world.rank :: world.size]
-        if not mine:
-            return []
-        prompts = style.encode(sampler.tokenizer, mine)
         report = lambda answered: advance(answered * world.size)  # noqa: E731
-        return style.texts(sampler.tokenizer, sampler(prompts, group_size=1, temperature=0.0, advance=report))
+        return _answer(sampler, style, mine, samples=samples, seed=world.rank, advance=report) if mine else []
 
-    shares = world.gather(run("evaluate", answer))
-    texts = [shares[i % world.size][i // world.size] for i in range(len(questions))]
-    return graded(texts, questions, style.answer_format)
+    shares = [iter(share) for share in world.gather(run("evaluate", answer))]
+    answered = [next(shares[i % world.size]) for i in range(len(questions))]
+    probs = [it.probs for it in answered if it.probs]
+    return graded(
+        [it.text for it in answered],
+        questions,
+        style.answer_format,
+        probs or None,
+        [it.sampled for it in answered] if samples else None,
+    )
+
+
+def _answer(
+    sampler: Sampler,
+    style: PromptStyle,
+    questions: Sequence[Question],
+    *,
+    samples: int,
+    seed: int,
+    advance: Callable[[int], None],
+) -> list[Answered]:
+    tokenizer, prompts = sampler.tokenizer, style.encode(sampler.tokenizer, questions)
+    with _labels_recorded(sampler, style):
+        forced = [style.empty_reasoning(tokenizer)] if sampler.label_ids else []
+        greedy = sampler(prompts, group_size=1, temperature=0.0, forced=forced, advance=advance)
+    sampled: list[list[str | None]] = [[] for _ in questions]
+    if samples:
+        drawn = sampler(prompts, group_size=samples, temperature=1.0, seed=seed)
+        answers = iter([style.answer_format.parse(text).answer for text in style.texts(tokenizer, drawn)])
+        sampled = [list(islice(answers, samples)) for _ in questions]
+    texts, probs = style.texts(tokenizer, greedy), _probs(style, sampler, greedy)
+    return [Answered(*of) for of in zip(texts, probs, sampled, strict=True)]
+
+
+@contextmanager
+def _labels_recorded(sampler: Sampler, style: PromptStyle) -> Iterator[None]:
+    """Let the sampler record the labels' log-probs, unless no token tells the labels apart."""
+    before = sampler.label_ids
+    try:
+        sampler.label_ids = list(label_tokens(sampler.tokenizer, style.answer_format))
+    except UsageError:
+        sampler.label_ids = []
+    try:
+        yield
+    finally:
+        sampler.label_ids = before
+
+
+def _probs(style: PromptStyle, sampler: Sampler, greedy: Completions) -> Sequence[LabelProbs | None]:
+    """Return each question's label probabilities behind the model's own reasoning and behind an empty one."""
+    own, empty = greedy.label_logprobs, greedy.forced_logprobs
+    if own is None or empty is None or not (own.isfinite().all() and empty.isfinite().all()):
+        return [None] * len(greedy.ids)
+    places = style.answer_places(sampler.tokenizer, greedy)
+    reasoned = [None if place is None else (*own[b, place].exp().tolist(),) for b, place in enumerate(places)]
+    return [LabelProbs(p, (*q,)) for p, q in zip(reasoned, empty[:, 0].exp().tolist(), strict=True)]
 
 
 def load_for_asking(

@@ -26,7 +26,7 @@ from grpo_ds.run_folder.status import CHANGED_INPUTS, RunStatus, resume_command
 from grpo_ds.system.invocation import typed_here
 from grpo_ds.system.ranks import stop
 from grpo_ds.system.signals import Interrupted, Stopping, name
-from grpo_ds.task.grading import graded
+from grpo_ds.task.grading import confidence_metrics
 from grpo_ds.task.questions import Question
 from grpo_ds.training.checkpoint import save_checkpoint, write_beside
 from grpo_ds.training.nonfinite import refuse_bad_weights
@@ -112,14 +112,13 @@ class Run:
         self.status.write("evaluating", step=progress.global_step, **({CHANGED_INPUTS: changes} if changes else {}))
         answered, form = self._answered_before(), self.config.answer_format
         compared = list(answered)
-        before = graded(list(answered.values()), compared, form)
+        before = progress.evaluation_before(answered, form)
         self.reports.held_out(compared, {"before": before})
         rewards = self.train()
         self.status.write("evaluating", step=progress.global_step)
-        after = trainer.evaluate("After training", self.held_out)
+        after = trainer.evaluate("After training", self.held_out, samples=self.config.eval_samples)
         if len(compared) < len(self.held_out):
-            texts = dict(zip(self.held_out, after.texts, strict=True))
-            after = graded([texts[question] for question in compared], compared, form)
+            after = after.of([self.held_out.index(question) for question in compared], self.held_out, form)
         outcome = Outcome(rewards, compared, before, after)
         self.save_model()
         self.reports.held_out(compared, {"before": before, "after": after})
@@ -138,7 +137,8 @@ class Run:
         progress = self.progress
         if not (answered := progress.answered_before(self.held_out)):
             when = f"Before step {progress.global_step + 1}" if progress.global_step else "Before training"
-            progress.keep_before(self.held_out, self.trainer.evaluate(when, self.held_out).texts)
+            before = self.trainer.evaluate(when, self.held_out, samples=self.config.eval_samples)
+            progress.keep_before(self.held_out, before)
             answered = progress.answered_before(self.held_out)
         if len(answered) < len(self.held_out):
             self.console.line(
@@ -197,7 +197,8 @@ class Run:
         due = self.config.eval_steps and step and step % self.config.eval_steps == 0 and step < self.config.total_steps
         if not due or any(line["step"] == step and EVAL_ACCURACY in line for line in progress.log_history):
             return
-        grades = self.trainer.evaluate(f"After step {step}", self.held_out).grades
+        evaluation = self.trainer.evaluate(f"After step {step}", self.held_out)
+        grades = evaluation.grades
         if self.config.saves_at(step) and (progress.best_metric is None or grades.accuracy > progress.best_metric):
             progress.set_best(grades.accuracy, step)
         self.log(
@@ -205,6 +206,7 @@ class Run:
                 EVAL_ACCURACY: grades.accuracy,
                 "eval/macro_f1": grades.macro_f1,
                 "eval/well_formed": grades.well_formed,
+                **confidence_metrics(evaluation),
             }
         )
 

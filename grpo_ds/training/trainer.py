@@ -292,12 +292,12 @@ class Trainer:
         )
         self.console.line("Preflight passed: gradients, log-probs, first ratio, EOS and sampling are correct.")
 
-    def evaluate(self, when: str, questions: Sequence[Question]) -> Evaluation:
-        """Answer and grade the held-out questions. when: a heading such as "Before training"."""
+    def evaluate(self, when: str, questions: Sequence[Question], *, samples: int = 0) -> Evaluation:
+        """Answer and grade the held-out questions. when: a heading such as "Before training"; samples: for votes."""
         with self.console.progress(when, len(questions)) as advance:
             style, run = self.collector.style, self.guard.run
-            result = evaluate(self.sampler, style, questions, self.world, advance=advance, run=run)
-        self.console.grades(when, result.grades)
+            result = evaluate(self.sampler, style, questions, self.world, samples=samples, advance=advance, run=run)
+        self.console.grades(when, result)
         return result
 
     def use_folder(self, folder: Path) -> None:
