@@ -5,10 +5,28 @@ The labels are a closed set, so the probabilities of their first tokens at that 
 
 from collections.abc import Sequence
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
+from grpo_ds.core.expected_reward import LabelProbs
+from grpo_ds.core.pick import NOWHERE
 from grpo_ds.errors import UsageError
+from grpo_ds.settings.config import TrainConfig
 from grpo_ds.task.answers import AnswerFormat
+from grpo_ds.training.sampling import Completions
+
+
+def label_ids_for(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the labels' tokens; () if they cannot be told apart and --answer_reward expected does not need them.
+
+    Raises UsageError if it does.
+    """
+    try:
+        return label_tokens(tokenizer, config.answer_format)
+    except UsageError:
+        if config.answer_reward == "expected":
+            raise
+        return ()
 
 
 def label_tokens(tokenizer: PreTrainedTokenizerBase, answer_format: AnswerFormat) -> tuple[int, ...]:
@@ -27,7 +45,7 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase, answer_format: AnswerFormat
     return tuple(id for id in first.values() if id is not None)
 
 
-def answer_place(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, answer_format: AnswerFormat) -> int | None:
+def answer_place(ids: list[int], tokenizer: PreTrainedTokenizerBase, answer_format: AnswerFormat) -> int | None:
     """Return the index of the first token behind the answer tag that is not white space.
 
     None if there is none, or if a token holds the tag's end and more.
@@ -39,6 +57,37 @@ def answer_place(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, answer_
     if low > len(ids) or not str(tokenizer.decode(ids[:low])).endswith(tag):
         return None
     return next((t for t in range(low, len(ids)) if not str(tokenizer.decode(ids[t])).isspace()), None)
+
+
+def label_probs(
+    completions: Completions,
+    texts: Sequence[str],
+    right: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    answer_format: AnswerFormat,
+    label_ids: Sequence[int],
+) -> LabelProbs | None:
+    """Return the labels' probabilities where each completion answers; None if none were recorded.
+
+    A completion has a place if it is well-formed and its answer begins with the first token of a label.
+
+    texts: of the B completions, as rewards read them. right: the right label of each.
+    """
+    if completions.label_logprobs is None:
+        return None
+    device, places = completions.ids.device, []
+    for ids, mask, text in zip(completions.ids.tolist(), completions.mask, texts, strict=True):
+        well_formed = answer_format.parse(text).well_formed
+        place = answer_place(ids[: int(mask.sum())], tokenizer, answer_format) if well_formed else None
+        places.append(place if place is not None and ids[place] in label_ids else NOWHERE)
+    at = torch.tensor(places, device=device)
+    logprobs = completions.label_logprobs[torch.arange(len(at), device=device), at.clamp(min=0)]  # [B, n]
+    return LabelProbs(
+        at,
+        torch.tensor(label_ids, device=device),
+        logprobs.exp() * (at != NOWHERE)[:, None],
+        torch.tensor([answer_format.labels.index(label) for label in right], device=device),
+    )
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase, answer_format: AnswerFormat, label: str) -> int | None:

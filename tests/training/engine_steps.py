@@ -54,6 +54,7 @@ def fixed_rollout(questions: slice, *, flat: int = 0, truncated: tuple[int, ...]
         completions=Completions(ids[rows], mask, ended),
         texts=[""] * len(mask),
         rewards=Rewards(rewards[rows].tolist(), {}),
+        labels=None,
         advantages=group_advantages(rewards, group_size=GROUP)[rows],
         counted=mask & ended[:, None],
         ref_logprobs=ref_logprobs[rows],

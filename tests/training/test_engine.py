@@ -73,7 +73,7 @@ def test_the_engine_takes_the_step_that_plain_autograd_says(run_steps, tiny_fold
     done = rollout.completions
     logprobs = alone(model, rollout.prompts, done.ids, done.mask, 259)
     weights = token_weights(done.mask, loss_type="grpo", sequences=12, tokens=0, max_completion_length=0)
-    terms = grpo_loss(logprobs, logprobs.detach(), rollout.ref_logprobs, rollout.advantages, weights, OBJECTIVE)
+    terms = grpo_loss(logprobs, logprobs.detach(), rollout.ref_logprobs, rollout.all_advantages(), weights, OBJECTIVE)
     terms.loss.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     first = run_steps()["history"][0]
@@ -150,7 +150,7 @@ def test_groups_of_equal_rewards_are_left_out_without_a_kl_and_count_all_the_sam
     logprobs = alone(model, rollout.prompts, done.ids, done.mask, 259)
     weights = token_weights(done.mask, loss_type="grpo", sequences=12, tokens=0, max_completion_length=0)
     without_kl = replace(OBJECTIVE, beta=0.0)
-    terms = grpo_loss(logprobs, logprobs.detach(), logprobs, rollout.advantages, weights, without_kl)
+    terms = grpo_loss(logprobs, logprobs.detach(), logprobs, rollout.all_advantages(), weights, without_kl)
     terms.loss.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     assert run_steps(ranks=ranks, flat=3)["history"][0]["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
