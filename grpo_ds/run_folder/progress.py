@@ -20,9 +20,9 @@ from grpo_ds.run_folder.inputs import (
     question_key,
     shown_input,
 )
+from grpo_ds.task.answer_probs import AnswerProbs
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.grading import Evaluation, graded
-from grpo_ds.task.label_probs import LabelProbs
 from grpo_ds.task.questions import Question
 
 STATE_FILE = "trainer_state.json"
@@ -99,7 +99,7 @@ class Progress:
     def evaluation_before(self, answered: Mapping[Question, str], answer_format: AnswerFormat) -> Evaluation:
         """Grade the answers of `answered_before`, with what else is known of each of them."""
         more = [self.before_more.get(question_key(question), {}) for question in answered]
-        probs = [LabelProbs(p and (*p,), (*q,)) for p, q in (it["probs"] for it in more if "probs" in it)]
+        probs = [AnswerProbs(p and (*p,), (*q,)) for p, q in (it["probs"] for it in more if "probs" in it)]
         sampled = [it["sampled"] for it in more if "sampled" in it]
         return graded(
             [*answered.values()],

@@ -12,11 +12,12 @@ from math import comb, sqrt
 from typing import Any
 
 from grpo_ds.errors import DataError
+from grpo_ds.task.answer_probs import AnswerProbs, Confidence, confidence
 from grpo_ds.task.answers import AnswerFormat
-from grpo_ds.task.label_probs import Confidence, LabelProbs, confidence
 from grpo_ds.task.questions import Question
 
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+EVAL_ACCURACY = "eval/accuracy"
 COLLAPSED_SHARE = 0.95
 FEWEST_TO_COLLAPSE = 5  # parsed answers; four equal ones can be chance
 FEWEST_TO_COMPARE = 20  # questions; fewer have an interval of 40 points or more around a half
@@ -68,7 +69,7 @@ class Evaluation:
     texts: list[str]
     answers: list[str | None]
     grades: Grades
-    probs: list[LabelProbs] | None = None  # None: no token tells the labels apart, or an older version answered
+    probs: list[AnswerProbs] | None = None  # None: no token tells the labels apart, or an older version answered
     confidence: Confidence | None = None  # figures of probs
     sampled: list[list[str | None]] | None = None  # further answers to each question: --eval_samples
     votes: Votes | None = None  # figures of them
@@ -92,7 +93,7 @@ def graded(
     texts: list[str],
     questions: Sequence[Question],
     answer_format: AnswerFormat,
-    probs: list[LabelProbs] | None = None,
+    probs: list[AnswerProbs] | None = None,
     sampled: list[list[str | None]] | None = None,
 ) -> Evaluation:
     """Parse and grade one completion for each question, with its label probabilities and sampled answers if known."""
@@ -108,14 +109,20 @@ def graded(
     )
 
 
-def confidence_metrics(evaluation: Evaluation) -> dict[str, float]:
-    """Return the figures of the label probabilities that are logged at every --eval_steps."""
-    if (known := evaluation.confidence) is None:
-        return {}
-    gain = {} if known.reasoning_gain is None else {"eval/reasoning_gain": known.reasoning_gain}
-    lean = {f"eval/lean/{label}": p for label, p in known.lean.items()}
-    figures = {"eval/mean_p_right": known.mean_p_right, "eval/calibration_error": known.calibration_error}
-    return {**figures, **gain, **lean}
+def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
+    """Return the figures that are logged at every --eval_steps, in a line of metrics.jsonl of their own."""
+    grades, known = evaluation.grades, evaluation.confidence
+    metrics = {
+        EVAL_ACCURACY: grades.accuracy,
+        "eval/macro_f1": grades.macro_f1,
+        "eval/well_formed": grades.well_formed,
+    }
+    if known:
+        metrics |= {"eval/mean_p_right": known.mean_p_right, "eval/calibration_error": known.calibration_error}
+        metrics |= {f"eval/lean/{label}": p for label, p in known.lean.items()}
+        if known.reasoning_gain is not None:
+            metrics["eval/reasoning_gain"] = known.reasoning_gain
+    return metrics
 
 
 def count_votes(sampled: Sequence[Sequence[str | None]], questions: Sequence[Question]) -> Votes:

@@ -17,8 +17,8 @@ from grpo_ds.models.shapes import longer_than_made_for, shape_of
 from grpo_ds.settings.config import AskConfig
 from grpo_ds.system.hardware import Precision
 from grpo_ds.system.ranks import World
+from grpo_ds.task.answer_probs import AnswerProbs
 from grpo_ds.task.grading import Evaluation, graded
-from grpo_ds.task.label_probs import LabelProbs
 from grpo_ds.task.questions import Question
 from grpo_ds.training.label_tokens import label_tokens
 from grpo_ds.training.precision import DTYPES, check_card
@@ -31,7 +31,7 @@ class Answered:
     """A question's greedy completion, the probabilities of its labels, and further sampled answers."""
 
     text: str
-    probs: LabelProbs | None  # None: no token tells the labels apart
+    probs: AnswerProbs | None  # None: no token tells the labels apart
     sampled: list[str | None]
 
 
@@ -104,14 +104,14 @@ def _labels_recorded(sampler: Sampler, style: PromptStyle) -> Iterator[None]:
         sampler.label_ids = before
 
 
-def _probs(style: PromptStyle, sampler: Sampler, greedy: Completions) -> Sequence[LabelProbs | None]:
+def _probs(style: PromptStyle, sampler: Sampler, greedy: Completions) -> Sequence[AnswerProbs | None]:
     """Return each question's label probabilities behind the model's own reasoning and behind an empty one."""
     own, empty = greedy.label_logprobs, greedy.forced_logprobs
     if own is None or empty is None or not (own.isfinite().all() and empty.isfinite().all()):
         return [None] * len(greedy.ids)
     places = style.answer_places(sampler.tokenizer, greedy)
     reasoned = [None if place is None else (*own[b, place].exp().tolist(),) for b, place in enumerate(places)]
-    return [LabelProbs(p, (*q,)) for p, q in zip(reasoned, empty[:, 0].exp().tolist(), strict=True)]
+    return [AnswerProbs(p, (*q,)) for p, q in zip(reasoned, empty[:, 0].exp().tolist(), strict=True)]
 
 
 def load_for_asking(

@@ -26,7 +26,7 @@ from grpo_ds.run_folder.status import CHANGED_INPUTS, RunStatus, resume_command
 from grpo_ds.system.invocation import typed_here
 from grpo_ds.system.ranks import stop
 from grpo_ds.system.signals import Interrupted, Stopping, name
-from grpo_ds.task.grading import confidence_metrics
+from grpo_ds.task.grading import EVAL_ACCURACY, evaluation_metrics
 from grpo_ds.task.questions import Question
 from grpo_ds.training.checkpoint import save_checkpoint, write_beside
 from grpo_ds.training.nonfinite import refuse_bad_weights
@@ -35,7 +35,6 @@ from grpo_ds.training.rehearsal import rehearse
 from grpo_ds.training.reports import Outcome, Reports
 from grpo_ds.training.trainer import Trainer
 
-EVAL_ACCURACY = "eval/accuracy"  # in a separate line of metrics.jsonl
 MERGED = "merged"  # subfolder: in one folder, transformers would load the adapter on top of the merged model
 
 
@@ -137,8 +136,8 @@ class Run:
         progress = self.progress
         if not (answered := progress.answered_before(self.held_out)):
             when = f"Before step {progress.global_step + 1}" if progress.global_step else "Before training"
-            before = self.trainer.evaluate(when, self.held_out, samples=self.config.eval_samples)
-            progress.keep_before(self.held_out, before)
+            samples = self.config.eval_samples
+            progress.keep_before(self.held_out, self.trainer.evaluate(when, self.held_out, samples=samples))
             answered = progress.answered_before(self.held_out)
         if len(answered) < len(self.held_out):
             self.console.line(
@@ -198,17 +197,10 @@ class Run:
         if not due or any(line["step"] == step and EVAL_ACCURACY in line for line in progress.log_history):
             return
         evaluation = self.trainer.evaluate(f"After step {step}", self.held_out)
-        grades = evaluation.grades
-        if self.config.saves_at(step) and (progress.best_metric is None or grades.accuracy > progress.best_metric):
-            progress.set_best(grades.accuracy, step)
-        self.log(
-            {
-                EVAL_ACCURACY: grades.accuracy,
-                "eval/macro_f1": grades.macro_f1,
-                "eval/well_formed": grades.well_formed,
-                **confidence_metrics(evaluation),
-            }
-        )
+        accuracy, best = evaluation.grades.accuracy, progress.best_metric
+        if self.config.saves_at(step) and (best is None or accuracy > best):
+            progress.set_best(accuracy, step)
+        self.log(evaluation_metrics(evaluation))
 
     def save_checkpoint(self) -> None:
         """Save a checkpoint. If it cannot be written, the run continues: stopping would lose more."""

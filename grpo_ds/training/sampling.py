@@ -28,6 +28,7 @@ from grpo_ds.models.packed_linear import packed_linears
 from grpo_ds.models.repeated_prompt import RepeatedPrompts
 from grpo_ds.models.shared_prompt import SharedPrompts, can_share_prompts
 
+Prompts, Decoder = Sequence[Sequence[int]], SharedPrompts | RepeatedPrompts
 STOP = "</answer>"
 SPARE = 3  # tokens decoded beyond the length of `stop`, which is ASCII: a token has at least one byte
 SHRINK = 0.75  # share of rows left at which a batch is made smaller, which copies the cache of these rows
@@ -109,7 +110,7 @@ class Sampler:
     ) -> Completions:
         """Return group_size completions for each prompt, the rows of a group side by side; temperature 0 is greedy.
 
-        forced: F token sequences, behind each of which label log-probs are recorded, as if it had been sampled.
+        forced: F token sequences; behind each of them label log-probs are recorded too.
         advance: called after each batch with the number of prompts that it finished.
         """
         draws = _uniforms(seed, len(prompts) * group_size, self.max_completion_length).to(self.model.device)
@@ -146,12 +147,7 @@ class Sampler:
             self.model.train(was_training)
 
     def _sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        group_size: int,
-        draws: Float[Tensor, "B C"],
-        temperature: float,
-        forced: Sequence[Sequence[int]] = (),
+        self, prompts: Prompts, group_size: int, draws: Float[Tensor, "B C"], temperature: float, forced: Prompts = ()
     ) -> list[PartialCompletion]:
         """Sample the completions of one batch of prompts."""
         rows = batch = [PartialCompletion() for _ in draws]  # rows that have ended leave the batch
@@ -183,9 +179,7 @@ class Sampler:
                 tokens, lengths, draws = tokens[chosen], lengths[chosen], draws[chosen]
         return rows
 
-    def _follow(
-        self, decode: SharedPrompts | RepeatedPrompts, last: Tensor, lengths: Tensor, ids: Sequence[int]
-    ) -> Float[Tensor, "B V"]:
+    def _follow(self, decode: Decoder, last: Tensor, lengths: Tensor, ids: Sequence[int]) -> Float[Tensor, "B V"]:
         """Return the logits behind prompt and `ids`, and forget these; last: the last token of each prompt."""
         for t, tokens in enumerate([last, *(torch.full_like(last, id) for id in ids)]):
             self.poll()
@@ -193,7 +187,7 @@ class Sampler:
         decode.restart()
         return logits
 
-    def _label_logprobs(self, logits: Float[Tensor, "B V"], temperature: float) -> Float[Tensor, "B n"]:
+    def _label_logprobs(self, logits: Tensor, temperature: float) -> Float[Tensor, "B n"]:
         return (logits[:, self.label_ids].float() / (temperature or 1.0)).log_softmax(dim=-1)
 
     def _append(
@@ -206,9 +200,7 @@ class Sampler:
                 row.label_logprobs.append(logprobs)
                 row.ended = self._ends(row.ids)
 
-    def _decoder(
-        self, prompts: Sequence[Sequence[int]], group_size: int, columns: int
-    ) -> SharedPrompts | RepeatedPrompts:
+    def _decoder(self, prompts: Sequence[Sequence[int]], group_size: int, columns: int) -> Decoder:
         """Prefill these prompts; return the function that decodes up to `columns` tokens after them."""
         if self.shares is None:
             self.shares = can_share_prompts(self.model)

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_ds.task import grading, label_probs, statistics
+from grpo_ds.task import answer_probs, grading, statistics
+from grpo_ds.task.answer_probs import AnswerProbs, Confidence, compare_p_right, confidence, reasoning_gains
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.grading import Evaluation, count_votes, graded
-from grpo_ds.task.label_probs import Confidence, LabelProbs, compare_p_right, confidence, reasoning_gains
 from grpo_ds.task.questions import Question
 from grpo_ds.task.statistics import DRAWS, bootstrap_interval, calibration_error, sign_flip_p
 from tests.conftest import check_example
@@ -18,10 +18,10 @@ from tests.conftest import check_example
 LABELS = ("yes", "no", "maybe")
 QUESTIONS = [Question(str(i), f"q{i}", "", label) for i, label in enumerate(["yes", "no", "no", "maybe"])]
 PROBS = [
-    LabelProbs((0.7, 0.2, 0.1), (0.5, 0.3, 0.2)),  # yes
-    LabelProbs(None, (0.6, 0.3, 0.1)),  # no, out of form
-    LabelProbs((0.1, 0.9, 0.0), (0.2, 0.6, 0.2)),  # no
-    LabelProbs((0.5, 0.1, 0.4), (0.1, 0.0, 0.9)),  # maybe
+    AnswerProbs((0.7, 0.2, 0.1), (0.5, 0.3, 0.2)),  # yes
+    AnswerProbs(None, (0.6, 0.3, 0.1)),  # no, out of form
+    AnswerProbs((0.1, 0.9, 0.0), (0.2, 0.6, 0.2)),  # no
+    AnswerProbs((0.5, 0.1, 0.4), (0.1, 0.0, 0.9)),  # maybe
 ]
 DRAW = random.Random(7)
 SKEWED = [DRAW.betavariate(1, 3) for _ in range(60)]
@@ -43,16 +43,16 @@ def test_figures_by_hand():
 
 
 def test_a_model_out_of_form_has_a_mean_and_no_gain():
-    found = confidence([LabelProbs(None, it.empty) for it in PROBS], QUESTIONS, labels=LABELS)
+    found = confidence([AnswerProbs(None, it.empty) for it in PROBS], QUESTIONS, labels=LABELS)
     assert found.mean_p_right == found.mean_p_right_empty and found.reasoned == 0
     assert found.reasoning_gain is None and found.reasoning_gain_interval is None
     assert reasoning_gains(PROBS, QUESTIONS, labels=LABELS)[1] is None
 
 
 def test_learning_the_form_alone_changes_no_p_right():
-    before, after = ([LabelProbs(own, p) for own in (None, p)] for p in ((0.8, 0.2), (0.8, 0.2)))
+    before, after = ([AnswerProbs(own, p) for own in (None, p)] for p in ((0.8, 0.2), (0.8, 0.2)))
     asked = QUESTIONS[:2]
-    sides = [label_probs.p_right(side, asked, labels=("yes", "no")) for side in (before, after)]
+    sides = [answer_probs.p_right(side, asked, labels=("yes", "no")) for side in (before, after)]
     assert compare_p_right(*sides) == {
         "p_right_change": 0.0, "p_right_change_interval": (0.0, 0.0), "p_right_p_value": 1.0
     }  # fmt: skip
@@ -162,6 +162,6 @@ def test_figures_that_are_not_known_are_not_there():
     assert figures["accuracy"] == 0 and not {"mean_p_right", "vote_accuracy"} & figures.keys()
 
 
-@pytest.mark.parametrize("of", [LabelProbs, Confidence, Evaluation])
+@pytest.mark.parametrize("of", [AnswerProbs, Confidence, Evaluation])
 def test_examples(of):
     check_example(of)

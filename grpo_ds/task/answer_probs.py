@@ -12,11 +12,11 @@ from grpo_ds.task.statistics import bootstrap_interval, calibration_error, mean,
 
 
 @dataclass(frozen=True, slots=True)
-class LabelProbs:
+class AnswerProbs:
     """Probabilities of the labels as the answer to one question, in the order of the labels; they sum to 1.
 
     Example: the model reasons its way to "yes", which it would not say at once.
-        >>> LabelProbs(reasoned=(0.9, 0.1), empty=(0.4, 0.6)).answer
+        >>> AnswerProbs(reasoned=(0.9, 0.1), empty=(0.4, 0.6)).answer
         (0.9, 0.1)
     """
 
@@ -38,7 +38,7 @@ class Confidence:
 
     Example: one question of each class; the second is answered out of form.
         >>> questions = [Question("1", "Is it?", "", "yes"), Question("2", "Was it?", "", "no")]
-        >>> probs = [LabelProbs((0.9, 0.1), (0.5, 0.5)), LabelProbs(None, (0.75, 0.25))]
+        >>> probs = [AnswerProbs((0.9, 0.1), (0.5, 0.5)), AnswerProbs(None, (0.75, 0.25))]
         >>> found = confidence(probs, questions, labels=("yes", "no"))
         >>> found.mean_p_right, found.lean, found.reasoning_gain
         (0.575, {'yes': 0.825, 'no': 0.175}, 0.4)
@@ -55,7 +55,7 @@ class Confidence:
     calibration_error: float  # of the most likely label's probability
 
 
-def confidence(probs: Sequence[LabelProbs], questions: Sequence[Question], *, labels: Sequence[str]) -> Confidence:
+def confidence(probs: Sequence[AnswerProbs], questions: Sequence[Question], *, labels: Sequence[str]) -> Confidence:
     """Compute the figures of probs[i] for questions[i]."""
     answers, actual = [it.answer for it in probs], [question.label for question in questions]
     right, gains = p_right(probs, questions, labels=labels), _known(reasoning_gains(probs, questions, labels=labels))
@@ -75,13 +75,13 @@ def confidence(probs: Sequence[LabelProbs], questions: Sequence[Question], *, la
     )
 
 
-def p_right(probs: Sequence[LabelProbs], questions: Sequence[Question], *, labels: Sequence[str]) -> list[float]:
+def p_right(probs: Sequence[AnswerProbs], questions: Sequence[Question], *, labels: Sequence[str]) -> list[float]:
     """Return the probability of each question's right label."""
     return [it.answer[labels.index(question.label)] for it, question in zip(probs, questions, strict=True)]
 
 
 def reasoning_gains(
-    probs: Sequence[LabelProbs], questions: Sequence[Question], *, labels: Sequence[str]
+    probs: Sequence[AnswerProbs], questions: Sequence[Question], *, labels: Sequence[str]
 ) -> list[float | None]:
     """Return what each question's own reasoning adds to p(right); None where it is out of form."""
     places = [labels.index(question.label) for question in questions]
