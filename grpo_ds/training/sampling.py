@@ -28,7 +28,8 @@ from grpo_ds.models.packed_linear import packed_linears
 from grpo_ds.models.repeated_prompt import RepeatedPrompts
 from grpo_ds.models.shared_prompt import SharedPrompts, can_share_prompts
 
-Prompts, Decoder = Sequence[Sequence[int]], SharedPrompts | RepeatedPrompts
+Prompts = Sequence[Sequence[int]]  # token ids
+Decoder = SharedPrompts | RepeatedPrompts
 STOP = "</answer>"
 SPARE = 3  # tokens decoded beyond the length of `stop`, which is ASCII: a token has at least one byte
 SHRINK = 0.75  # share of rows left at which a batch is made smaller, which copies the cache of these rows
