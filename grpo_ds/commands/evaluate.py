@@ -65,7 +65,8 @@ def main(argv: list[str]) -> None:
     sampler.rows_at_once = config.generation_batch_size or ROWS_AT_ONCE
     alone = World(rank=0, size=1, device=sampler.model.device)
     with console.progress("Answering", len(asked.questions)) as advance:
-        result = evaluate(sampler, style, asked.questions, alone, samples=config.eval_samples, advance=advance)
+        samples, misled = config.eval_samples, config.eval_misled
+        result = evaluate(sampler, style, asked.questions, alone, samples=samples, misled=misled, advance=advance)
     if warning := small_sample(result.grades.count, result.grades.accuracy_interval):
         console.line(f"Warning: {warning}")
     counts = {"trained_on": asked.trained_on, "left_out_as_trained_on": asked.left_out}

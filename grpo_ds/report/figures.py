@@ -32,6 +32,7 @@ def confidence_rows(sides: Sequence[Figures]) -> list[Row]:
         ("reasoned", "reasoning in form", "{:.1%}".format),
         ("lean", f"lean{_classes(sides)}", _shares),
         ("calibration_error", "calibration error", "{:.3f}".format),
+        ("misled_accuracy", "accuracy if misled", "{:.1%}".format),
         ("vote_accuracy", f"accuracy of {_samples(sides)} votes", "{:.1%}".format),
     ]
     known = [row for row in rows if any(side.get(row[0]) is not None for side in sides)]

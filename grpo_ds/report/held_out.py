@@ -61,6 +61,8 @@ def _more(evaluation: Evaluation, i: int) -> dict[str, Any]:
         more["p"] = dict(zip(labels, probs.answer, strict=True))
         more["p_empty"] = dict(zip(labels, probs.empty, strict=True))
         more["reasoned"] = probs.reasoned is not None
+        if probs.misled:
+            more["p_misled"] = dict(zip(labels, probs.misled, strict=True))
     if evaluation.sampled:
         more["sampled"] = evaluation.sampled[i]
     return more

@@ -63,7 +63,7 @@ class Progress:
     reference_step: int | None = None  # last step at which the reference was made again or confirmed
     kl_floor: float | None = None  # KL of the reference to the policy that it was made from
     before: dict[str, str] | list[str] | None = None  # held-out answers before training, by question_key
-    # Their label probabilities and sampled answers, by question_key: {"probs": [reasoned, empty], "sampled": [...]}
+    # Label probabilities and sampled answers of the same: {"probs": [reasoned, empty, misled], "sampled": [...]}
     before_more: dict[str, dict[str, Any]] = field(default_factory=dict)
     best_metric: float | None = None  # best accuracy of the evaluations during training
     best_global_step: int | None = None
@@ -90,7 +90,7 @@ class Progress:
         probs, sampled = evaluation.probs, evaluation.sampled
         self.before_more = {
             key: {
-                **({"probs": [probs[i].reasoned, probs[i].empty]} if probs else {}),
+                **({"probs": [probs[i].reasoned, probs[i].empty, probs[i].misled]} if probs else {}),
                 **({"sampled": sampled[i]} if sampled else {}),
             }
             for i, key in enumerate(keys)
@@ -99,7 +99,7 @@ class Progress:
     def evaluation_before(self, answered: Mapping[Question, str], answer_format: AnswerFormat) -> Evaluation:
         """Grade the answers of `answered_before`, with what else is known of each of them."""
         more = [self.before_more.get(question_key(question), {}) for question in answered]
-        probs = [AnswerProbs(p and (*p,), (*q,)) for p, q in (it["probs"] for it in more if "probs" in it)]
+        probs = [AnswerProbs(*(p and (*p,) for p in it["probs"])) for it in more if "probs" in it]
         sampled = [it["sampled"] for it in more if "sampled" in it]
         return graded(
             [*answered.values()],

@@ -136,6 +136,9 @@ class DataFlags(Flags):
     eval_samples: int = flag(
         0, "answers sampled per held-out question, for the accuracy of their majority; 0: greedy alone"
     )
+    eval_misled: bool = flag(
+        False, "also evaluate behind a reasoning that claims a wrong label: does the answer follow the reasoning?"
+    )
     seed: int = flag(0, "decides the split, the order of questions and every random draw")
 
     def problems(self) -> list[str]:

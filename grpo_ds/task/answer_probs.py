@@ -22,6 +22,7 @@ class AnswerProbs:
 
     reasoned: tuple[float, ...] | None  # after the model's own greedy reasoning; None: that is not in form
     empty: tuple[float, ...]  # after an empty reasoning
+    misled: tuple[float, ...] | None = None  # after a reasoning that claims a wrong label; None: not asked for
 
     @property
     def answer(self) -> tuple[float, ...]:
@@ -53,13 +54,14 @@ class Confidence:
     lean: dict[str, float]  # mean probability
     class_shares: dict[str, float]  # share of questions with this label, to compare the lean with
     calibration_error: float  # of the most likely label's probability
+    misled_accuracy: float | None  # share of questions whose right label is the most likely one even if misled
 
 
 def confidence(probs: Sequence[AnswerProbs], questions: Sequence[Question], *, labels: Sequence[str]) -> Confidence:
     """Compute the figures of probs[i] for questions[i]."""
     answers, actual = [it.answer for it in probs], [question.label for question in questions]
     right, gains = p_right(probs, questions, labels=labels), _known(reasoning_gains(probs, questions, labels=labels))
-    said = [labels[p.index(max(p))] for p in answers]
+    said, misled = [_likely(p, labels) for p in answers], [it.misled for it in probs if it.misled]
     return Confidence(
         mean_p_right=mean(right),
         mean_p_right_interval=bootstrap_interval(right),
@@ -71,6 +73,9 @@ def confidence(probs: Sequence[AnswerProbs], questions: Sequence[Question], *, l
         class_shares={label: actual.count(label) / len(actual) for label in labels},
         calibration_error=calibration_error(
             [max(p) for p in answers], [a == b for a, b in zip(said, actual, strict=True)]
+        ),
+        misled_accuracy=(
+            mean([_likely(p, labels) == label for p, label in zip(misled, actual, strict=True)]) if misled else None
         ),
     )
 
@@ -96,6 +101,15 @@ def compare_p_right(before: Sequence[float], after: Sequence[float]) -> dict[str
         "p_right_change_interval": bootstrap_interval(changes),
         "p_right_p_value": sign_flip_p(changes),
     }
+
+
+def wrong_label(right: str, labels: Sequence[str]) -> int:
+    """Return the index of the wrong label that a misleading reasoning claims: the one behind the right label."""
+    return (labels.index(right) + 1) % len(labels)
+
+
+def _likely(probs: Sequence[float], labels: Sequence[str]) -> str:
+    return labels[probs.index(max(probs))]
 
 
 def _known(values: Sequence[float | None]) -> list[float]:

@@ -17,13 +17,15 @@ from grpo_ds.models.shapes import longer_than_made_for, shape_of
 from grpo_ds.settings.config import AskConfig
 from grpo_ds.system.hardware import Precision
 from grpo_ds.system.ranks import World
-from grpo_ds.task.answer_probs import AnswerProbs
+from grpo_ds.task.answer_probs import AnswerProbs, wrong_label
 from grpo_ds.task.grading import Evaluation, graded
 from grpo_ds.task.questions import Question
 from grpo_ds.training.label_tokens import label_tokens
 from grpo_ds.training.precision import DTYPES, check_card
 from grpo_ds.training.prompt_style import PromptStyle, prompt_style
 from grpo_ds.training.sampling import Completions, Sampler
+
+CLAIM = "The answer is {}."  # reasoning that says no more than a label
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +44,23 @@ def evaluate(
     world: World,
     *,
     samples: int = 0,
+    misled: bool = False,
     advance: Callable[[int], None] = lambda answered: None,
     run: Callable[[str, Callable[[], list[Answered]]], list[Answered]] = lambda phase, work: work(),
 ) -> Evaluation:
     """Answer and grade the questions: every rank answers its share and returns the complete evaluation.
 
-    samples: answers to sample for each question, at temperature 1. advance: called with the number of questions
-    answered since the last call. run: Guard.run, so that a signal can stop ranks while they answer.
+    samples: answers to sample for each question, at temperature 1. misled: also behind a reasoning that claims a
+    wrong label. advance: called with the number of questions answered since the last call. run: Guard.run, so that a
+    signal can stop ranks while they answer.
     """
 
     def answer() -> list[Answered]:
         mine = questions[world.rank :: world.size]
         report = lambda answered: advance(answered * world.size)  # noqa: E731
-        return _answer(sampler, style, mine, samples=samples, seed=world.rank, advance=report) if mine else []
+        if not mine:
+            return []
+        return _answer(sampler, style, mine, samples=samples, misled=misled, seed=world.rank, advance=report)
 
     shares = [iter(share) for share in world.gather(run("evaluate", answer))]
     answered = [next(shares[i % world.size]) for i in range(len(questions))]
@@ -74,19 +80,21 @@ def _answer(
     questions: Sequence[Question],
     *,
     samples: int,
+    misled: bool,
     seed: int,
     advance: Callable[[int], None],
 ) -> list[Answered]:
     tokenizer, prompts = sampler.tokenizer, style.encode(sampler.tokenizer, questions)
     with _labels_recorded(sampler, style):
-        forced = [style.empty_reasoning(tokenizer)] if sampler.label_ids else []
+        claims = [CLAIM.format(label) for label in style.answer_format.labels] if misled else []
+        forced = [style.up_to_answer(tokenizer, it) for it in ("", *claims)] if sampler.label_ids else []
         greedy = sampler(prompts, group_size=1, temperature=0.0, forced=forced, advance=advance)
     sampled: list[list[str | None]] = [[] for _ in questions]
     if samples:
         drawn = sampler(prompts, group_size=samples, temperature=1.0, seed=seed)
         answers = iter([style.answer_format.parse(text).answer for text in style.texts(tokenizer, drawn)])
         sampled = [list(islice(answers, samples)) for _ in questions]
-    texts, probs = style.texts(tokenizer, greedy), _probs(style, sampler, greedy)
+    texts, probs = style.texts(tokenizer, greedy), _probs(style, sampler, greedy, questions)
     return [Answered(*of) for of in zip(texts, probs, sampled, strict=True)]
 
 
@@ -104,14 +112,20 @@ def _labels_recorded(sampler: Sampler, style: PromptStyle) -> Iterator[None]:
         sampler.label_ids = before
 
 
-def _probs(style: PromptStyle, sampler: Sampler, greedy: Completions) -> Sequence[AnswerProbs | None]:
-    """Return each question's label probabilities behind the model's own reasoning and behind an empty one."""
-    own, empty = greedy.label_logprobs, greedy.forced_logprobs
-    if own is None or empty is None or not (own.isfinite().all() and empty.isfinite().all()):
-        return [None] * len(greedy.ids)
-    places = style.answer_places(sampler.tokenizer, greedy)
-    reasoned = [None if place is None else (*own[b, place].exp().tolist(),) for b, place in enumerate(places)]
-    return [AnswerProbs(p, (*q,)) for p, q in zip(reasoned, empty[:, 0].exp().tolist(), strict=True)]
+def _probs(
+    style: PromptStyle, sampler: Sampler, greedy: Completions, questions: Sequence[Question]
+) -> Sequence[AnswerProbs | None]:
+    """Return each question's label probabilities behind the model's own reasoning and behind the forced ones."""
+    own, forced = greedy.label_logprobs, greedy.forced_logprobs
+    if own is None or forced is None or not (own.isfinite().all() and forced.isfinite().all()):
+        return [None] * len(questions)
+    found, labels = [], style.answer_format.labels
+    for b, place in enumerate(style.answer_places(sampler.tokenizer, greedy)):
+        empty, *claimed = ((*row,) for row in forced[b].exp().tolist())
+        reasoned = None if place is None else (*own[b, place].exp().tolist(),)
+        misled = claimed[wrong_label(questions[b].label, labels)] if claimed else None
+        found.append(AnswerProbs(reasoned, empty, misled))
+    return found
 
 
 def load_for_asking(

@@ -73,11 +73,11 @@ class PromptStyle:
         rows = zip(completions.ids, completions.mask, strict=True)
         return [opening + _decode(tokenizer, ids[mask]) for ids, mask in rows]
 
-    def empty_reasoning(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Token ids between a prompt and an answer without reasoning: the tags alone, or those not yet opened."""
+    def up_to_answer(self, tokenizer: PreTrainedTokenizerBase, reasoning: str) -> list[int]:
+        """Token ids between a prompt and an answer behind this reasoning; "" for the tags alone."""
         form, opened = self.answer_format, _opening(tokenizer, self)
-        tags = ("" if opened else form.opening) + form.reasoning_pair[1] + form.answer_pair[0]
-        return tokenizer.encode(tags, add_special_tokens=False)
+        text = ("" if opened else form.opening) + reasoning + form.reasoning_pair[1] + form.answer_pair[0]
+        return tokenizer.encode(text, add_special_tokens=False)
 
     def answer_places(self, tokenizer: PreTrainedTokenizerBase, completions: Completions) -> list[int | None]:
         """Return the index of each completion's first answer token; None unless it keeps to the form up to there."""

@@ -115,7 +115,7 @@ class Run:
         self.reports.held_out(compared, {"before": before})
         rewards = self.train()
         self.status.write("evaluating", step=progress.global_step)
-        after = trainer.evaluate("After training", self.held_out, samples=self.config.eval_samples)
+        after = trainer.evaluate("After training", self.held_out)
         if len(compared) < len(self.held_out):
             after = after.of([self.held_out.index(question) for question in compared], self.held_out, form)
         outcome = Outcome(rewards, compared, before, after)
@@ -136,8 +136,7 @@ class Run:
         progress = self.progress
         if not (answered := progress.answered_before(self.held_out)):
             when = f"Before step {progress.global_step + 1}" if progress.global_step else "Before training"
-            samples = self.config.eval_samples
-            progress.keep_before(self.held_out, self.trainer.evaluate(when, self.held_out, samples=samples))
+            progress.keep_before(self.held_out, self.trainer.evaluate(when, self.held_out))
             answered = progress.answered_before(self.held_out)
         if len(answered) < len(self.held_out):
             self.console.line(
@@ -196,7 +195,7 @@ class Run:
         due = self.config.eval_steps and step and step % self.config.eval_steps == 0 and step < self.config.total_steps
         if not due or any(line["step"] == step and EVAL_ACCURACY in line for line in progress.log_history):
             return
-        evaluation = self.trainer.evaluate(f"After step {step}", self.held_out)
+        evaluation = self.trainer.evaluate(f"After step {step}", self.held_out, briefly=True)
         accuracy, best = evaluation.grades.accuracy, progress.best_metric
         if self.config.saves_at(step) and (best is None or accuracy > best):
             progress.set_best(accuracy, step)

@@ -296,11 +296,22 @@ class Trainer:
         )
         self.console.line("Preflight passed: gradients, log-probs, first ratio, EOS and sampling are correct.")
 
-    def evaluate(self, when: str, questions: Sequence[Question], *, samples: int = 0) -> Evaluation:
-        """Answer and grade the held-out questions. when: a heading such as "Before training"; samples: for votes."""
+    def evaluate(self, when: str, questions: Sequence[Question], *, briefly: bool = False) -> Evaluation:
+        """Answer and grade the held-out questions. when: a heading such as "Before training".
+
+        briefly: without --eval_samples and --eval_misled.
+        """
         with self.console.progress(when, len(questions)) as advance:
-            style, run = self.collector.style, self.guard.run
-            result = evaluate(self.sampler, style, questions, self.world, samples=samples, advance=advance, run=run)
+            result = evaluate(
+                self.sampler,
+                self.collector.style,
+                questions,
+                self.world,
+                samples=0 if briefly else self.config.eval_samples,
+                misled=self.config.eval_misled and not briefly,
+                advance=advance,
+                run=self.guard.run,
+            )
         self.console.grades(when, result)
         return result
 

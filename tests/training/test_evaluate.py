@@ -89,9 +89,23 @@ def test_a_completion_in_form_up_to_its_answer_has_the_probability_there(
         assert probs.reasoned == pytest.approx(oracle(tiny_model, tokenizer, STYLE, QUESTIONS[0], up_to), abs=1e-5)
 
 
+def test_misled_it_is_asked_behind_the_claim_of_a_wrong_label(sampler, tiny_model, tokenizer):
+    style = replace(STYLE, answer_format=AnswerFormat(("yes", "no", "maybe")))
+    found = evaluated(sampler, style, misled=True)
+    for probs, question, wrong in zip(found.probs, QUESTIONS, ("no", "maybe", "no"), strict=True):
+        text = f"<reasoning>The answer is {wrong}.</reasoning><answer>"
+        assert probs.misled == pytest.approx(oracle(tiny_model, tokenizer, style, question, text), abs=1e-5)
+        text = "<reasoning></reasoning><answer>"
+        assert probs.empty == pytest.approx(oracle(tiny_model, tokenizer, style, question, text), abs=1e-5)
+    said = [("yes", "no", "maybe")[max(range(3), key=probs.misled.__getitem__)] for probs in found.probs]
+    right = [answer == question.label for answer, question in zip(said, QUESTIONS, strict=True)]
+    assert found.confidence.misled_accuracy == pytest.approx(sum(right) / 3)
+    assert evaluated(sampler, style).confidence.misled_accuracy is None
+
+
 def test_the_greedy_answers_are_those_of_sampling_alone(sampler, tokenizer):
     plain = sampler(STYLE.encode(tokenizer, QUESTIONS), group_size=1, temperature=0.0)
-    assert evaluated(sampler, samples=3).texts == STYLE.texts(tokenizer, plain)
+    assert evaluated(sampler, samples=3, misled=True).texts == STYLE.texts(tokenizer, plain)
     assert sampler.label_ids == []
 
 
@@ -142,7 +156,7 @@ def test_two_ranks_return_the_evaluation_of_one(sampler):
 
 
 def test_a_checkpoint_keeps_all_that_was_known_before(sampler, tmp_path):
-    before = evaluated(sampler, samples=2)
+    before = evaluated(sampler, samples=2, misled=True)
     progress = Progress(max_steps=9)
     progress.keep_before(QUESTIONS, before)
     progress.write(tmp_path)
