@@ -115,6 +115,10 @@ def test_the_test_of_many_differences_is_scipys():
         assert sign_flip_p(differences) > 0
 
 
+def test_no_change_is_impossible_by_chance():
+    assert sign_flip_p([0.1] * 89) == 1 / (DRAWS + 1)  # no random flip reaches it, but one of all flips does
+
+
 def test_nothing_that_changes_is_no_sign_of_change():
     assert sign_flip_p([0.0] * 40) == sign_flip_p([0.0]) == 1.0
 
