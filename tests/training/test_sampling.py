@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo_ds.models.fused_layers import _gate_and_up
+from grpo_ds.models.shared_prompt import SharedPrompts
 from grpo_ds.training.sampling import (
     STOP,
     Completions,
@@ -261,8 +262,29 @@ def test_label_logprobs_behind_forced_tokens_leave_no_trace(kind, tokenizer, col
         )
 
 
+class Replayed:
+    """A CUDA graph on a CPU: each replay writes into the tensor that the capture made."""
+
+    def __init__(self, decoder, step):
+        self.decoder, self.step = decoder, step
+        step()
+        self.out = decoder.logits
+
+    def replay(self):
+        known = self.decoder.logits
+        self.step()
+        self.out.copy_(self.decoder.logits)
+        self.decoder.logits = known
+
+
 @pytest.mark.parametrize("cuda_graphs", [False, True])
-def test_forced_tokens_change_nothing_on_a_card(sampler, as_on_a_card, cuda_graphs):
+def test_forced_tokens_change_nothing_on_a_card(sampler, as_on_a_card, cuda_graphs, monkeypatch):
+    def begin(decoder, *arguments, **options):
+        make(decoder, *arguments, **options)
+        decoder.capture = (lambda step: Replayed(decoder, step)) if cuda_graphs else None
+
+    make = SharedPrompts.__init__
+    monkeypatch.setattr(SharedPrompts, "__init__", begin)
     sampler.cuda_graphs, sampler.label_ids, prompts = cuda_graphs, [121, 110], [[1, 2, 3], list(range(30))]
     plain, found = (sampler(prompts, group_size=4, temperature=1.0, forced=it) for it in ((), [[7, 8, 9] * 3]))
     assert sampler.fused and torch.equal(found.ids, plain.ids)
