@@ -14,14 +14,15 @@ from rich.text import Text
 
 from grpo_ds.memory.phases import Profiler
 from grpo_ds.memory.plan import GIB, MEMORY_NAMES, MemoryKind, Plan
-from grpo_ds.report.held_out import answered_right
+from grpo_ds.report.figures import change_line, confidence_rows, grade_rows
+from grpo_ds.report.held_out import answered_right, compared
 from grpo_ds.report.live import LOSS_NOTE, PHASES, History, LiveView, clock, memory_line
 from grpo_ds.report.long_work import Advance, ProgressLines, Work
 from grpo_ds.report.memory_measured import Comparison, compare, diagnosis
 from grpo_ds.report.memory_plan import phase_table
 from grpo_ds.report.metric_names import MEAN_LENGTH, reward_name
 from grpo_ds.system.invocation import command
-from grpo_ds.task.grading import FEWEST_TO_COMPARE, Evaluation, Grades, mcnemar, small_sample
+from grpo_ds.task.grading import FEWEST_TO_COMPARE, Evaluation, mcnemar, small_sample
 from grpo_ds.task.questions import Question
 from grpo_ds.terminal import escape_control_chars
 
@@ -136,12 +137,14 @@ class Console:
             f", so the logged KL starts {'there, not at 0' if floor else 'at 0'}."
         )
 
-    def grades(self, when: str, grades: Grades) -> None:
+    def grades(self, when: str, evaluation: Evaluation) -> None:
         """Print the grades of an evaluation in a line. when: a heading such as "Before training"."""
+        grades, known = evaluation.grades, evaluation.confidence
+        p_right = f"p(right) {known.mean_p_right:.3f}, " if known else ""
         low, high = grades.accuracy_interval
         few = f"; 95 % interval {low:.0%} to {high:.0%}: too few" if grades.count < FEWEST_TO_COMPARE else ""
         self.line(
-            f"{when}: accuracy {grades.accuracy:.1%}, macro-F1 {grades.macro_f1:.3f}, well-formed "
+            f"{when}: accuracy {grades.accuracy:.1%}, {p_right}macro-F1 {grades.macro_f1:.3f}, well-formed "
             f"{grades.well_formed:.1%} of {grades.count} (majority baseline: {grades.majority_baseline:.1%}{few})"
         )
 
@@ -173,13 +176,16 @@ class Console:
         table = Table(title=f"Held-out questions ({before.grades.count}, greedy)", title_justify="left")
         for column in ("", "before", "after"):
             table.add_column(column, justify="left" if not column else "right")
-        for name, show in _grade_rows(before.grades):
-            table.add_row(Text(escape_control_chars(name)), show(before.grades), show(after.grades))
+        figures = before.figures(), after.figures()
+        for name, show in [*grade_rows(figures), *confidence_rows(figures)]:
+            table.add_row(Text(escape_control_chars(name)), *(escape_control_chars(show(side)) for side in figures))
         self._rich.print(table)
         self.line(
             f"Majority baseline (always the most common label): {before.grades.majority_baseline:.1%}.  "
             f"McNemar p = {mcnemar(answered_right(before, questions), answered_right(after, questions)):.3f}"
         )
+        if change := compared(questions, before, after):
+            self.line(change_line(change))
         if warning := small_sample(after.grades.count, after.grades.accuracy_interval):
             self.line(f"Warning: {warning}")
         if after.grades.collapsed:
@@ -189,14 +195,3 @@ class Console:
 def _memory_cells(row: Comparison) -> list[str]:
     planned = "" if row.planned is None else f"{row.planned / GIB:.2f}"
     return [f"{row.measured / GIB:.2f}", planned, "" if row.error is None else f"{row.error:+.1%}"]
-
-
-def _grade_rows(grades: Grades) -> list[tuple[str, Callable[[Grades], str]]]:
-    recalls = [(f"recall {label}", lambda g, label=label: f"{g.recall[label]:.1%}") for label in grades.recall]
-    return [
-        ("accuracy", lambda g: f"{g.accuracy:.1%}"),
-        ("  95 % interval", lambda g: "{:.1%} to {:.1%}".format(*g.accuracy_interval)),
-        ("macro-F1", lambda g: f"{g.macro_f1:.3f}"),
-        *recalls,
-        ("well-formed", lambda g: f"{g.well_formed:.1%}"),
-    ]

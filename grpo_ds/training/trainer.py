@@ -297,12 +297,23 @@ class Trainer:
         )
         self.console.line("Preflight passed: gradients, log-probs, first ratio, EOS and sampling are correct.")
 
-    def evaluate(self, when: str, questions: Sequence[Question]) -> Evaluation:
-        """Answer and grade the held-out questions. when: a heading such as "Before training"."""
+    def evaluate(self, when: str, questions: Sequence[Question], *, briefly: bool = False) -> Evaluation:
+        """Answer and grade the held-out questions. when: a heading such as "Before training".
+
+        briefly: without --eval_samples and --eval_misled.
+        """
         with self.console.progress(f"Evaluation {when[0].lower()}{when[1:]}", len(questions)) as advance:
-            style, run = self.collector.style, self.guard.run
-            result = evaluate(self.sampler, style, questions, self.world, advance=advance, run=run)
-        self.console.grades(when, result.grades)
+            result = evaluate(
+                self.sampler,
+                self.collector.style,
+                questions,
+                self.world,
+                samples=0 if briefly else self.config.eval_samples,
+                misled=self.config.eval_misled and not briefly,
+                advance=advance,
+                run=self.guard.run,
+            )
+        self.console.grades(when, result)
         return result
 
     def use_folder(self, folder: Path) -> None:

@@ -125,6 +125,25 @@ def test_the_run_ends_with_its_report(launched):
     assert all(part in page for part in ("Held-out questions", "Memory over time", "KL per token", "Settings"))
 
 
+def test_p_right_stands_in_summary_answers_page_card_console_and_trackers(launched):
+    folder, output = launched
+    summary, held_out = (json.loads((folder / name).read_text()) for name in ("summary.json", "held_out.json"))
+    for when in ("before", "after"):
+        of = [question[when]["p"] for question in held_out["questions"]]
+        right = [p[question["label"]] for p, question in zip(of, held_out["questions"], strict=True)]
+        figures = summary[when]
+        assert figures["mean_p_right"] == pytest.approx(sum(right) / len(right))
+        assert figures["lean"] == pytest.approx({label: sum(p[label] for p in of) / len(of) for label in of[0]})
+        assert sum(figures["class_shares"].values()) == 1 and figures["reasoning_gain"] is None  # nothing is in form
+        for file in ("report.html", "README.md"):
+            assert f"{figures['mean_p_right']:.3f}" in (folder / file).read_text()
+        assert output.count(f"p(right) {figures['mean_p_right']:.3f}")
+    low, high = summary["p_right_change_interval"]
+    assert low <= summary["p_right_change"] <= high and 0 < summary["p_right_p_value"] <= 1
+    assert "Change of mean p(right)" in output and "paired test" in (folder / "README.md").read_text()
+    assert list(folder.glob("wandb/*/run-*.wandb")) and list(folder.glob("runs/events*"))
+
+
 def test_metrics_hold_a_line_a_step(launched):
     folder, _ = launched
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
