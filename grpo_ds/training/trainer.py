@@ -295,7 +295,8 @@ class Trainer:
 
     def evaluate(self, when: str, questions: Sequence[Question]) -> Evaluation:
         """Answer and grade the held-out questions. when: a heading such as "Before training"."""
-        with self.console.progress(f"Evaluation {when[0].lower()}{when[1:]}", len(questions)) as advance:
+        what = f"Evaluation {when[0].lower()}{when[1:]}"
+        with self.console.progress(what, len(questions), announce=True) as advance:
             style, run = self.collector.style, self.guard.run
             result = evaluate(self.sampler, style, questions, self.world, advance=advance, run=run)
         self.console.grades(when, result.grades)
