@@ -16,14 +16,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from grpo_ds.memory.plan import MEMORY_NAMES
 from grpo_ds.models.presets import EMBEDDED, PRESETS
 from grpo_ds.models.shapes import ADAPTER_FILE
+from grpo_ds.report import verdict
 from grpo_ds.report.markdown import fenced, plain, table
-from grpo_ds.report.run_files import memory_by_phase, read_json, read_settings
+from grpo_ds.report.run_files import memory_by_phase, read_json, read_run, read_settings
 from grpo_ds.run_folder.files import CARD_FILE, ENVIRONMENT_FILE, HELD_OUT_FILE, SUMMARY_FILE
 from grpo_ds.run_folder.status import CHANGED_INPUTS, STATUS_FILE
 from grpo_ds.settings.config import EvaluateConfig
 from grpo_ds.settings.saved_config import prompt_recipe
 from grpo_ds.system.files import write_whole
-from grpo_ds.task.grading import small_sample
 from grpo_ds.task.prompts import default_system_prompt
 from grpo_ds.task.records import NO_CONTEXT
 from grpo_ds.task.rewards import READY_MADE
@@ -76,8 +76,7 @@ def card(folder: Path) -> str:
         data={"name": _data_name(config), "labels": _either(config["labels"]), "table": _data(config, summary)},
         before=before,
         after=after,
-        mcnemar=held_out["mcnemar"],
-        small_sample=small_sample(after["count"], after["accuracy_interval"]),
+        verdict=verdict.of(read_run(folder)),
         grades=table(("", "before", "after"), _grade_rows(before, after)),
         snippet=_snippet(folder, is_adapter=is_adapter),
         settings=table(("setting", "value"), _settings(config)),
