@@ -4,13 +4,14 @@ A cause is a function of the evidence that returns a Cause, or None if the numbe
 its reason beside it. tests/training/test_verdict.py has a real run that was made to fail for each cause.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import islice
 
+from grpo_ds.models.presets import LORA_RATE, PRESETS
 from grpo_ds.report.evidence import AFTER, BEFORE, Evidence
 from grpo_ds.report.metric_names import CLIPPED_RATIO
 from grpo_ds.report.run_files import as_label
+from grpo_ds.settings.config import TrainConfig
 from grpo_ds.task.grading import FEWEST_TO_COLLAPSE, FEWEST_TO_COMPARE
 from grpo_ds.task.prompts import worked_examples
 
@@ -21,14 +22,15 @@ SOLVED = 0.9  # accuracy in training: groups that agree on the right answer are 
 CUT = 0.25  # share of completions: at a quarter, a group of four has on average one that could not answer
 LEAN = 0.25  # share of answers beyond the label's share of the questions; with 20 questions, chance gives 0.11
 LEAN_P = 0.25  # the same for mean p(label)
-# Nats per token. A choice between two equally likely labels has 0.69 nats, and the shortest well-formed answer about 14
-# tokens: below 0.69 / 14 not even the answer is open.
-NO_ENTROPY = 0.05
+# Nats per token. A choice between two equally likely labels has 0.69 nats: below 0.69 / 35 not even the label of an
+# answer of 35 tokens is open.
+NO_ENTROPY = 0.02
 # Nats per token above the floor. By Pinsker's inequality at most 14 of 100 answers of 40 tokens are then other ones.
 KL_STILL = 0.001
 KL_FAR = 1.0  # nats per token above the floor: the reference thinks each token e times less likely than the policy
 STRONG_BETA = 0.4  # ten times the default: the pull to the reference outweighs the reward
-CLIPPED = 0.2  # share of tokens without a gradient; DAPO and TRL report a few percent in healthy runs
+CLIPPED = 0.05  # share of tokens without a gradient; a healthy run of GRPO has about 0.001 (GSPO, section 5.2)
+BROKE = 0.3  # of the samples that lost their form since the first step; chance has 0.1 with 16 completions a step
 MOVED = (
     0.05  # share of weights: with bf16 alone and a learning rate of 1e-6 about 0.02 can move (docs/reading_a_run.md)
 )
@@ -52,8 +54,10 @@ class Cause:
 
 
 def causes(known: Evidence) -> tuple[Cause, ...]:
-    """Return the causes that the numbers show, the first ones first."""
-    return tuple(islice(filter(None, (cause(known) for cause in CAUSES)), MOST_CAUSES))
+    """Return the causes that the numbers show, without those that follow from another one, the first ones first."""
+    found = [cause for shows in CAUSES if (cause := shows(known))]
+    follow = {name for cause in found for name in EXPLAINS.get(cause.name, ())}
+    return tuple(cause for cause in found if cause.name not in follow)[:MOST_CAUSES]
 
 
 def completions_cut(known: Evidence) -> Cause | None:
@@ -71,11 +75,11 @@ def completions_cut(known: Evidence) -> Cause | None:
 def weights_stand_still(known: Evidence) -> Cause | None:
     """The learning rate is too small for the number format of the weights."""
     moved = known.values("weights_moved")
-    if not moved or moved[-1] >= MOVED or rewards_flat(known):
+    if not moved or moved[-1] >= MOVED:
         return None
     precision, rate = as_label(known.summary.get("precision", "the model's precision")), known.setting("learning_rate")
     found = f"At a learning rate of {rate:g} only {moved[-1]:.1%} of the weights have changed in {precision}"
-    faster = f"--learning_rate {10 * rate:g}"
+    faster = f"--learning_rate {_faster(known, 10):g}"
     if known.summary.get("keeps_small_steps") is False:
         why = "smaller steps are lost, because this DeepSpeed JSON keeps bf16 masters without a remainder."
         return Cause("weights stand still", f"{found}: {why}", ("--ds ds_configs/zero2_lowram.json", faster))
@@ -101,7 +105,7 @@ def rewards_flat(known: Evidence) -> Cause | None:
 def kl_at_its_floor(known: Evidence) -> Cause | None:
     """The policy has not moved away from the reference."""
     above = _kl_above_floor(known)
-    if not above or max(above) >= KL_STILL or rewards_flat(known) or weights_stand_still(known):
+    if not above or max(above) >= KL_STILL or (known.mean("frac_reward_zero_std") or 0) >= FLAT:
         return None
     beta, rate = known.setting("beta"), known.setting("learning_rate")
     strong = beta >= STRONG_BETA
@@ -109,7 +113,7 @@ def kl_at_its_floor(known: Evidence) -> Cause | None:
     found = (
         f"The KL stayed at its floor ({known.late('kl') or 0:.4f} nats per token): the policy has not moved; {reason}."
     )
-    more = (f"--learning_rate {4 * rate:g}", f"--num_steps {more_steps(known)}")
+    more = (f"--learning_rate {_faster(known, 4):g}", f"--num_steps {more_steps(known)}")
     return Cause("KL at its floor", found, ("--beta 0.04",) if strong else more)
 
 
@@ -121,10 +125,16 @@ def kl_ran_away(known: Evidence) -> Cause | None:
     found = (
         f"The KL ran away, to {above[-1]:.1f} nats per token above its floor: the policy has forgotten its language."
     )
-    once = ("--mu 1",) if known.setting("mu") > 1 else ()
-    return Cause(
-        "KL ran away", found, (f"--learning_rate {known.setting('learning_rate') / 4:g}", *_stronger(known), *once)
-    )
+    return Cause("KL ran away", found, _gentler(known))
+
+
+def policy_broke_down(known: Evidence) -> Cause | None:
+    """The policy lost the form that its samples had: seen without a reference too."""
+    formed, late = known.values("well_formed"), known.late("well_formed")
+    if not formed or late is None or formed[0] - late < BROKE:
+        return None
+    found = f"{formed[0]:.0%} of the first samples had the required form, {late:.0%} of the last: the updates broke it."
+    return Cause("policy broke down", found, _gentler(known))
 
 
 def ratio_clipped(known: Evidence) -> Cause | None:
@@ -176,16 +186,28 @@ def data_too_small(known: Evidence) -> Cause | None:
 
 
 CAUSES: tuple[Callable[[Evidence], Cause | None], ...] = (
+    kl_ran_away,
+    policy_broke_down,
     completions_cut,
+    entropy_gone,
     rewards_flat,
     weights_stand_still,
     kl_at_its_floor,
-    kl_ran_away,
     ratio_clipped,
-    entropy_gone,
     leans_to_one_label,
     data_too_small,
 )
+
+
+FLAT_NAMES = ("rewards all 0", "rewards all equal", "groups without a gradient")
+EXPLAINS: Mapping[str, tuple[str, ...]] = {  # a cause -> causes that follow from it
+    "KL ran away": ("policy broke down", "completions cut", "entropy gone", *FLAT_NAMES),
+    "policy broke down": ("completions cut", "entropy gone", *FLAT_NAMES),
+    "entropy gone": FLAT_NAMES,
+    "rewards all 0": ("weights stand still",),
+    "rewards all equal": ("weights stand still",),
+    "weights stand still": ("KL at its floor",),
+}
 
 
 def more_steps(known: Evidence) -> int:
@@ -248,3 +270,16 @@ def _stronger(known: Evidence) -> tuple[str, ...]:
     """Flags that hold the policy nearer to the reference."""
     beta = known.setting("beta")
     return (f"--beta {2.5 * beta:g}",) if 0 < beta < STRONG_BETA else () if beta else ("--beta 0.04",)
+
+
+def _gentler(known: Evidence) -> tuple[str, ...]:
+    """Flags that make the updates smaller."""
+    once = ("--mu 1",) if known.setting("mu") > 1 else ()
+    return (f"--learning_rate {known.setting('learning_rate') / 4:g}", *_stronger(known), *once)
+
+
+def _faster(known: Evidence, times: int) -> float:
+    """Return a higher learning rate: the usual one of this model, or so many times the run's if that is higher."""
+    preset = PRESETS.get(str(known.setting("model")))
+    usual = float(str((preset.recipe if preset else {}).get("learning_rate", TrainConfig.learning_rate)))
+    return max(usual * (LORA_RATE if known.setting("lora_r") else 1), times * known.setting("learning_rate"))

@@ -5,7 +5,7 @@
 
 from dataclasses import dataclass
 
-from grpo_ds.report.causes import CUT, Cause, causes, lean_of, more_steps
+from grpo_ds.report.causes import CUT, SOLVED, Cause, causes, lean_of, more_steps
 from grpo_ds.report.evidence import AFTER, BEFORE, Evidence
 from grpo_ds.report.key_figures import percent
 from grpo_ds.report.metric_names import CLIPPED_RATIO, MEAN_LENGTH
@@ -21,6 +21,7 @@ TASK = "It learned the task: more answers are right than before, and more than t
 PART = "It learned some of the task: the right answers have become more likely."
 FORM = "It learned the form of an answer, but not the task."
 WORSE = "It got worse."
+EASY = "It answered nearly all held-out questions right before training, so there was little to learn."
 NOTHING = "It learned nothing that these numbers can show."
 
 # What a model of up to so many parameters can be expected to learn. From this project's own runs (docs/results.md) as
@@ -77,22 +78,25 @@ def judge(known: Evidence) -> Verdict:
     if not known.grades(AFTER):
         return Verdict(_so_far(known), ())
     headline = _headline(known)
-    found = () if headline == TASK else causes(known)
+    found = () if headline in (TASK, EASY) else causes(known)
     aspects = (_form(known), _accuracy(known), _lean(known), _reasoning(known))
-    no_cause = "" if found or headline == TASK else f"No known cause shows in the numbers of these {_steps(known)}."
+    no_cause = (
+        "" if found or headline in (TASK, EASY) else f"No known cause shows in the numbers of these {_steps(known)}."
+    )
     return Verdict(headline, aspects, found, no_cause, _outlook(known), _changes(known, found))
 
 
 def _headline(known: Evidence) -> str:
-    formed, form = known.grade(AFTER, "well_formed") or 0.0, _shift(known, "well_formed")
-    task = _task(known)
+    task, form = _task(known), _shift(known, "well_formed")
     if task > 0 and _above_majority(known):
         return TASK
     if task < 0 or form < 0:
         return WORSE
     if as_number(known.outcome.get("p_right_change")) is not None and task > 0:
         return PART
-    return FORM if form > 0 and formed > (known.grade(BEFORE, "well_formed") or 0.0) else NOTHING
+    if form > 0:
+        return FORM
+    return EASY if (known.grade(BEFORE, "accuracy") or 0.0) >= SOLVED else NOTHING
 
 
 def _task(known: Evidence) -> int:
@@ -194,7 +198,7 @@ def _reasoning(known: Evidence) -> str:
     was = "" if before is None else f", {before:.0f} before"
     shrank = before is not None and said < FEW_WORDS <= before
     why = "; it shrank, as no reward pays for it (docs/rewards.md)" if shrank else ""
-    return f"Reasoning: {said:.0f} words per answer{was}{why}; {helps}."
+    return f"Reasoning: {said:.0f} word{'' if said == 1 else 's'} per answer{was}{why}; {helps}."
 
 
 # --- what comes next -----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from grpo_ds.commands.settle import settle
 from grpo_ds.models.presets import PRESETS
 from grpo_ds.report import verdict
 from grpo_ds.report.evidence import Evidence
-from grpo_ds.report.verdict import FORM, NOTHING, PART, TASK, WORSE, judge
+from grpo_ds.report.verdict import EASY, FORM, NOTHING, PART, TASK, WORSE, judge
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.saved_config import write_config
 from tests.conftest import check_example
@@ -39,6 +39,7 @@ OUTCOMES = [  # (form, accuracy) before and after, tests, headline
     ((0.2, 0.1), (0.9, 0.4), dict(mcnemar=0.001), FORM),
     ((0.2, 0.1), (0.9, 0.4), {}, FORM),  # an older run, without a test
     ((1.0, 0.5), (1.0, 0.55), dict(mcnemar=0.3), NOTHING),
+    ((1.0, 0.95), (1.0, 0.97), dict(mcnemar=0.6), EASY),
     ((1.0, 0.5), (1.0, 0.7), dict(mcnemar=0.3), NOTHING),  # chance, whatever the difference
     ((0.6, 0.3), (0.65, 0.35), dict(mcnemar=0.5), NOTHING),  # 65 % is inside 60 %'s interval
     ((1.0, 0.6), (1.0, 0.4), dict(mcnemar=0.01), WORSE),
@@ -62,7 +63,7 @@ def test_a_run_that_learned_the_task_has_no_causes_though_its_groups_agree_by_no
     learned = judge(known(grades(1.0, 0.5), grades(1.0, 0.8), steps=steps, mcnemar=0.001))
     assert learned.causes == () and learned.no_cause == ""
     same = judge(known(grades(1.0, 0.5), grades(1.0, 0.5), steps=steps, mcnemar=1.0))
-    assert [cause.name for cause in same.causes] == ["rewards all equal", "entropy gone"]
+    assert [cause.name for cause in same.causes] == ["entropy gone"]  # and so all rewards are equal
 
 
 def test_what_was_measured_of_p_right_lean_and_reasoning_is_said_and_old_runs_lack_it():
@@ -92,7 +93,7 @@ def test_reasoning_that_shrank_is_counted_in_words_and_explained():
     rows = [{"label": "yes", "before": answered(long), "after": answered(short)}] * 3
     rows.append({"label": "no", "before": answered("no tags at all", None), "after": answered(short)})
     said = judge(known(grades(1.0, 0.5), grades(1.0, 0.5), questions=rows)).aspects[3]
-    assert said.startswith("Reasoning: 1 words per answer, 12 before; it shrank")
+    assert said.startswith("Reasoning: 1 word per answer, 12 before; it shrank")
 
 
 def test_a_run_that_has_not_ended_says_what_is_known_so_far():

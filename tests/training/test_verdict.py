@@ -26,7 +26,7 @@ from grpo_ds.training.trainer import Trainer
 ROOT = Path(__file__).resolve().parents[2]
 FORM = AnswerFormat(("yes", "no"), "r", "a")
 SYSTEM = "Say."
-RIGHT, FORMED = 0.7, 0.45  # of the texts that the model is taught: right answers, and texts in form
+RIGHT, FORMED = 0.7, 0.35  # of the texts that the model is taught: right answers, and texts in form
 LESSONS, ROWS = 400, 24
 
 
@@ -53,11 +53,12 @@ def places(tiny_folder, tmp_path_factory):
     (folder / "system.txt").write_text(SYSTEM)
     made = {"system": folder / "system.txt", "raw": tiny_folder, "taught": folder / "taught"}
     made["clear"] = write(folder, "clear", count=200)
-    teach(tiny_folder, made["taught"], made["clear"])
+    made["blind"] = write(folder, "blind", count=200, clear=False, seed=1)
+    teach(tiny_folder, made["taught"], [made["clear"], made["blind"]])
     return made
 
 
-def teach(base: Path, folder: Path, data: Path) -> None:
+def teach(base: Path, folder: Path, data: list[Path]) -> None:
     """Train by plain next-token prediction on texts of which some are in form and most of those right."""
     torch.manual_seed(0)
     draw = random.Random(0)
@@ -65,7 +66,7 @@ def teach(base: Path, folder: Path, data: Path) -> None:
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
         AutoTokenizer.from_pretrained(base),
     )
-    questions = read_questions(str(data)).questions
+    questions = [question for file in data for question in read_questions(str(file)).questions]
     prompts = PromptStyle(FORM, 0, False, 200, SYSTEM).encode(tokenizer, questions)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(LESSONS):
@@ -77,14 +78,14 @@ def teach(base: Path, folder: Path, data: Path) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    print("loss", float(loss))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def lesson(draw, tokenizer, prompt, question):
     """Ids of a prompt with a completion, and the targets: the completion alone."""
-    label = question.label if draw.random() < RIGHT else {"yes": "no", "no": "yes"}[question.label]
+    right = draw.random() < (RIGHT if question.context in FORM.labels else 0.5)
+    label = question.label if right else {"yes": "no", "no": "yes"}[question.label]
     text = FORM.write("so", label) if draw.random() < FORMED else "no idea"
     said = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
     return prompt + said, [-100] * len(prompt) + said
