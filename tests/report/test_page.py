@@ -30,7 +30,7 @@ CHARTS += ["Gradient norm", "Seconds per step", "Memory over time: GPU memory, G
 PLAIN_TAGS = {
     "html", "head", "meta", "title", "link", "style", "body", "main", "header", "p", "h1", "h2", "h3", "h4", "dl", "dt",
     "dd", "div", "section", "figure", "figcaption", "ul", "li", "span", "bdi", "table", "thead", "tbody", "tr", "th",
-    "td", "i", "b", "article", "details", "summary", "pre", "footer", "strong",
+    "td", "i", "b", "article", "details", "summary", "pre", "code", "footer", "strong",
     "svg", "g", "path", "defs", "use", "text", "line", "rect", "clipPath",
 }  # fmt: skip
 HOSTILE = (

@@ -93,18 +93,18 @@ def lesson(draw, tokenizer, prompt, question):
 
 COMMON = dict(
     reasoning_tag="r", answer_tag="a", max_prompt_length=200, max_completion_length=40, eval_limit=40,
-    num_generations=8, batch_size=4, num_steps=16, learning_rate=1e-3, beta=0.04, preflight=False, save_steps=0,
+    num_generations=8, batch_size=4, num_steps=16, learning_rate=1e-3, preflight=False, save_steps=0,
 )  # fmt: skip
 
 
-def trained(places, folder: Path, *, model: str = "taught", data: str = "clear", native: str = "fp32", **flags):
-    """Train as `grpo-ds train` does, in this process; return the run's folder."""
+def train(places, folder: Path, *, model: str = "taught", data: str = "clear", native: str = "fp32", **flags) -> Path:
+    """Train as `grpo-ds train` does, in this process; return the run's folder. native: precision of the weights."""
     flags = {**COMMON, **flags}
     config = TrainConfig(model=str(places[model]), data=str(places[data]), system_prompt=str(places["system"]), **flags)
-    ds = resolve_ds_config(ROOT / config.ds, fill=config.ds_sizes(native=native))
+    ds = resolve_ds_config(places.get(config.ds, ROOT / config.ds), fill=config.ds_sizes(native=native))
     found = read_questions(config.data)
-    train, held_out = split_questions(found.questions, eval_fraction=config.eval_fraction, seed=config.seed)
+    asked, held_out = split_questions(found.questions, eval_fraction=config.eval_fraction, seed=config.seed)
     trainer = Trainer(config, ds, ranks.start(), Console(speaks=False), reward_functions(config, found))
-    Run(trainer, train, held_out[: config.eval_limit], folder).run()
+    Run(trainer, asked, held_out[: config.eval_limit], folder).run()
     trainer.engine.close()
     return folder
