@@ -12,7 +12,7 @@ from grpo_ds.report.evidence import AFTER, BEFORE, Evidence
 from grpo_ds.report.metric_names import CLIPPED_RATIO
 from grpo_ds.report.run_files import as_label
 from grpo_ds.settings.config import TrainConfig
-from grpo_ds.task.grading import FEWEST_TO_COLLAPSE, FEWEST_TO_COMPARE
+from grpo_ds.task.grading import FEWEST_TO_COLLAPSE, FEWEST_TO_COMPARE, wilson_interval
 from grpo_ds.task.prompts import worked_examples
 
 MOST_CAUSES = 3  # shown: the first ones explain the later ones more often than the other way round
@@ -20,8 +20,7 @@ FLAT = 0.5  # share of groups without a gradient: above it most of the sampling,
 ALWAYS = 0.99  # share: a run whose groups are all flat, but for a stray one
 SOLVED = 0.9  # accuracy in training: groups that agree on the right answer are the aim, not a fault
 CUT = 0.25  # share of completions: at a quarter, a group of four has on average one that could not answer
-LEAN = 0.25  # share of answers beyond the label's share of the questions; with 20 questions, chance gives 0.11
-LEAN_P = 0.25  # the same for mean p(label)
+LEAN = 0.25  # share of answers beyond the label's share of the questions, or of mean p(label): half-way to one label
 # Nats per token. A choice between two equally likely labels has 0.69 nats: below 0.69 / 35 not even the label of an
 # answer of 35 tokens is open.
 NO_ENTROPY = 0.02
@@ -79,12 +78,11 @@ def weights_stand_still(known: Evidence) -> Cause | None:
         return None
     precision, rate = as_label(known.summary.get("precision", "the model's precision")), known.setting("learning_rate")
     found = f"At a learning rate of {rate:g} only {moved[-1]:.1%} of the weights have changed in {precision}"
-    faster = f"--learning_rate {_faster(known, 10):g}"
     if known.summary.get("keeps_small_steps") is False:
         why = "smaller steps are lost, because this DeepSpeed JSON keeps bf16 masters without a remainder."
-        return Cause("weights stand still", f"{found}: {why}", ("--ds ds_configs/zero2_lowram.json", faster))
+        return Cause("weights stand still", f"{found}: {why}", ("--ds ds_configs/zero2_lowram.json", *_faster(known)))
     why = "the small steps add up in fp32, but few have reached the next number yet."
-    return Cause("weights stand still", f"{found}: {why}", (faster, f"--num_steps {more_steps(known)}"))
+    return Cause("weights stand still", f"{found}: {why}", _faster(known))
 
 
 def rewards_flat(known: Evidence) -> Cause | None:
@@ -113,8 +111,7 @@ def kl_at_its_floor(known: Evidence) -> Cause | None:
     found = (
         f"The KL stayed at its floor ({known.late('kl') or 0:.4f} nats per token): the policy has not moved; {reason}."
     )
-    more = (f"--learning_rate {_faster(known, 4):g}", f"--num_steps {more_steps(known)}")
-    return Cause("KL at its floor", found, ("--beta 0.04",) if strong else more)
+    return Cause("KL at its floor", found, ("--beta 0.04",) if strong else _faster(known))
 
 
 def kl_ran_away(known: Evidence) -> Cause | None:
@@ -225,14 +222,15 @@ def lean_of(known: Evidence, when: str) -> tuple[str, float, float] | None:
     given = sum(answers.values())
     if p and shares:
         label = max(p, key=lambda label: p[label] - shares.get(label, 0))
-        if p[label] - shares.get(label, 0) >= LEAN_P:
+        if p[label] - shares.get(label, 0) >= LEAN:
             return as_label(label), p[label], shares.get(label, 0)
     if not given or not (shares or known.grades(when).get("collapsed")):
         return None
     label = max(answers, key=lambda label: answers[label] / given - shares.get(label, 0))
     share, of_questions = answers[label] / given, shares.get(label, 0)
     collapsed = known.grades(when).get("collapsed") is True and given >= FEWEST_TO_COLLAPSE
-    leans = given >= FEWEST_TO_COMPARE and share - of_questions >= LEAN
+    beyond_chance = wilson_interval(round(share * given), round(given))[0] > of_questions
+    leans = beyond_chance and given >= FEWEST_TO_COLLAPSE and share - of_questions >= LEAN
     return (as_label(label), share, of_questions) if collapsed or leans else None
 
 
@@ -278,8 +276,10 @@ def _gentler(known: Evidence) -> tuple[str, ...]:
     return (f"--learning_rate {known.setting('learning_rate') / 4:g}", *_stronger(known), *once)
 
 
-def _faster(known: Evidence, times: int) -> float:
-    """Return a higher learning rate: the usual one of this model, or so many times the run's if that is higher."""
-    preset = PRESETS.get(str(known.setting("model")))
+def _faster(known: Evidence) -> tuple[str, ...]:
+    """Flags that let the policy move further: the model's usual learning rate, or more steps at it."""
+    preset, rate = PRESETS.get(str(known.setting("model"))), known.setting("learning_rate")
     usual = float(str((preset.recipe if preset else {}).get("learning_rate", TrainConfig.learning_rate)))
-    return max(usual * (LORA_RATE if known.setting("lora_r") else 1), times * known.setting("learning_rate"))
+    usual *= LORA_RATE if known.setting("lora_r") else 1
+    steps = f"--num_steps {more_steps(known)}"
+    return (f"--learning_rate {usual:g}", steps) if rate < usual else (steps, f"--learning_rate {2 * rate:g}")

@@ -11,7 +11,7 @@ from grpo_ds.report.key_figures import percent
 from grpo_ds.report.metric_names import CLIPPED_RATIO, MEAN_LENGTH
 from grpo_ds.report.run_files import RunFiles, as_label, as_number
 from grpo_ds.settings.saved_config import CONFIG_FILE
-from grpo_ds.task.grading import FEWEST_TO_COMPARE, small_sample, wilson_interval
+from grpo_ds.task.grading import small_sample, wilson_interval
 
 SIGNIFICANT = 0.05
 FORMED = 0.9  # share of well-formed answers: the form is known, and a tenth is left to odd questions
@@ -169,7 +169,7 @@ def _p_right(known: Evidence) -> str:
 
 def _lean(known: Evidence) -> str:
     answers = known.by_label(AFTER, "predicted")
-    if not (given := sum(answers.values())):
+    if not sum(answers.values()):
         return "Lean: not known, as no answer was well-formed."
     shares = ", ".join(f"{as_label(label)} {count:.0f}" for label, count in answers.items())
     if lean := lean_of(known, AFTER):
@@ -179,8 +179,7 @@ def _lean(known: Evidence) -> str:
         was = ", as before" if (before := lean_of(known, BEFORE)) and before[0] == label else ""
         compared = f"{share:.0%} of the answers, {of_questions:.0%} of the questions"
         return f"Lean: {most}To “{label}”{was}: {compared} ({shares})."
-    few = " (too few to tell)" if given < FEWEST_TO_COMPARE else ""
-    return f"Lean: none to speak of{few}; answers given: {shares}."
+    return f"Lean: none beyond chance; answers given: {shares}."
 
 
 def _reasoning(known: Evidence) -> str:

@@ -130,7 +130,7 @@ def test_the_command_that_learns_more_repeats_the_run_with_the_flags_that_help(t
         and typed == found.lines("grpo-ds train", str(tmp_path))[-1].partition(": ")[2]
     )
     again = settle(shlex.split(typed)[2:]).config
-    assert (again.num_steps, again.max_completion_length, again.learning_rate) == (60, 600, 2e-5)
+    assert (again.num_steps, again.max_completion_length, again.learning_rate) == (60, 600, 5e-6)
     assert again.few_shot == 1 and not again.balance_classes  # all else as it was
 
 
