@@ -6,14 +6,22 @@ something left to learn: the form, and an answer that stands in the context.
 
 import json
 import random
+import shlex
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from grpo_ds.commands.settle import settle
 from grpo_ds.commands.train import reward_functions
+from grpo_ds.report import verdict
+from grpo_ds.report.causes import causes
 from grpo_ds.report.console import Console
+from grpo_ds.report.evidence import Evidence
+from grpo_ds.report.run_files import read_run
+from grpo_ds.report.verdict import TASK, judge
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import resolve_ds_config
 from grpo_ds.system import ranks
@@ -54,6 +62,10 @@ def places(tiny_folder, tmp_path_factory):
     made = {"system": folder / "system.txt", "raw": tiny_folder, "taught": folder / "taught"}
     made["clear"] = write(folder, "clear", count=200)
     made["blind"] = write(folder, "blind", count=200, clear=False, seed=1)
+    made["leaning"] = write(folder, "leaning", count=200, clear=False, yes=0.7, seed=2)
+    made["few"] = write(folder, "few", count=44, clear=False, seed=3)
+    (folder / "own.py").write_text("def constant(completions, **_):\n    return [1.0] * len(completions)\n")
+    made["constant"] = f"{folder / 'own.py'}:constant"
     teach(tiny_folder, made["taught"], [made["clear"], made["blind"]])
     return made
 
@@ -108,3 +120,73 @@ def train(places, folder: Path, *, model: str = "taught", data: str = "clear", n
     Run(trainer, asked, held_out[: config.eval_limit], folder).run()
     trainer.engine.close()
     return folder
+
+
+@dataclass(frozen=True)
+class Failing:
+    """A run that was made to fail: what its verdict must name, and the flags that made it fail."""
+
+    cause: str
+    flags: dict[str, object] = field(default_factory=dict)
+
+
+BLIND = dict(data="blind")  # the context says nothing, so the answer is a coin toss
+FAILING = {
+    "cut": Failing("completions cut", dict(max_completion_length=4)),
+    "no form": Failing("rewards all 0", dict(model="raw", num_steps=8)),
+    "constant": Failing("rewards all equal", dict(reward_funcs="CONSTANT", num_steps=8)),
+    "two samples": Failing("groups without a gradient", dict(BLIND, num_generations=2, correctness_reward=0.0)),
+    "cold": Failing("entropy gone", dict(temperature=0.02, num_steps=8)),
+    "bf16": Failing("weights stand still", dict(native="bf16", learning_rate=1e-12, num_steps=8)),
+    "slow": Failing("KL at its floor", dict(learning_rate=1e-7, num_steps=8)),
+    "held": Failing("KL at its floor", dict(beta=10.0, learning_rate=1e-4, num_steps=8)),
+    "fast": Failing("KL ran away", dict(learning_rate=3e-2, beta=1e-4, num_steps=8)),
+    "fast, no reference": Failing("policy broke down", dict(learning_rate=3e-2, beta=0.0, num_steps=8)),
+    "many updates": Failing("ratio clipped", dict(learning_rate=2e-3, mu=4, num_steps=8)),
+    "mostly no": Failing("lean to one label", dict(data="leaning", balance_classes=False, num_steps=24)),
+    "four questions": Failing("data too small", dict(data="few", eval_fraction=0.9, num_steps=60, beta=0.0)),
+}
+
+
+@pytest.fixture(scope="module", params=list(FAILING))
+def failed(request, places, tmp_path_factory):
+    """A run of FAILING: the cause that it must show, its folder and what its verdict rests on."""
+    failing = FAILING[request.param]
+    flags = {name: str(places["constant"]) if it == "CONSTANT" else it for name, it in failing.flags.items()}
+    folder = train(places, tmp_path_factory.mktemp("failed") / "run", **flags)
+    return failing.cause, folder, Evidence.of(read_run(folder))
+
+
+def test_a_run_that_was_made_to_fail_shows_its_cause(failed):
+    cause, _, known = failed
+    found = judge(known)
+    assert found.headline != TASK and cause in [it.name for it in found.causes]
+
+
+def test_its_flags_and_the_next_command_are_accepted(failed):
+    _, folder, known = failed
+    found = judge(known)
+    words = shlex.split(found.command("grpo-ds train", str(folder)))[2:]
+    assert settle(words).config.num_steps > known.setting("num_steps")
+    for flag in (flag for cause in found.causes for flag in cause.flags if "FILE" not in flag):
+        settle([*words[:2], *flag.split()])
+
+
+HEALTHY = {"fp32": {}, "bf16": dict(native="bf16"), "short": dict(num_steps=6)}
+
+
+@pytest.fixture(scope="module", params=list(HEALTHY))
+def healthy(request, places, tmp_path_factory):
+    return train(places, tmp_path_factory.mktemp("healthy") / "run", **HEALTHY[request.param])
+
+
+def test_a_run_that_learns_shows_no_cause_even_before_it_has_learned(healthy):
+    assert causes(Evidence.of(read_run(healthy))) == ()
+
+
+def test_a_run_that_learned_the_task_says_so_everywhere(places, tmp_path):
+    folder = train(places, tmp_path / "run", num_steps=24)
+    found = verdict.of(read_run(folder))
+    assert found.headline == TASK and found.causes == () and "it learned the form" in found.aspects[0]
+    page, card = (folder / "report.html").read_text(), (folder / "README.md").read_text()
+    assert found.headline in page and found.headline in card and found.outlook in page
