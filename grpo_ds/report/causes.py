@@ -90,6 +90,8 @@ def rewards_flat(known: Evidence) -> Cause | None:
     share, rewards = known.mean("frac_reward_zero_std"), known.values("reward")
     if share is None or share < FLAT or not rewards or (known.late("accuracy") or 0) >= SOLVED:
         return None
+    if (known.late(CLIPPED_RATIO) or 0) >= ALWAYS:
+        return None  # none ended, so none could earn: completions_cut says so
     if share >= ALWAYS and not any(rewards):
         found = "Every completion of the run earned 0: none had the required form, so no answer was ever paid."
         return Cause("rewards all 0", found, _form_flags(known))

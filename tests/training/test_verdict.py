@@ -63,7 +63,14 @@ def places(tiny_folder, tmp_path_factory):
     made["clear"] = write(folder, "clear", count=200)
     made["blind"] = write(folder, "blind", count=200, clear=False, seed=1)
     made["leaning"] = write(folder, "leaning", count=200, clear=False, yes=0.7, seed=2)
-    made["few"] = write(folder, "few", count=44, clear=False, seed=3)
+    letters = [{"question": f"{chr(97 + i % 22 - 32 * (i // 22)) * 6}?", "context": "-", "ground_truth": ("yes", "no")[i % 2]} for i in range(44)]
+    made["few"] = folder / "few.json"
+    made["few"].write_text(json.dumps(letters))
+    made["fewb"] = made["few"]
+    train4, _ = split_questions(read_questions(str(made["few"])).questions, eval_fraction=0.9, seed=0)
+    ids = {q.text for q in train4}
+    made["fewc"] = folder / "fewc.json"
+    made["fewc"].write_text(json.dumps([{**r, "context": r["ground_truth"] if r["question"] in ids else "-"} for r in letters]))
     (folder / "own.py").write_text("def constant(completions, **_):\n    return [1.0] * len(completions)\n")
     made["constant"] = f"{folder / 'own.py'}:constant"
     teach(tiny_folder, made["taught"], [made["clear"], made["blind"]])
@@ -142,9 +149,11 @@ FAILING = {
     "held": Failing("KL at its floor", dict(beta=10.0, learning_rate=1e-4, num_steps=8)),
     "fast": Failing("KL ran away", dict(learning_rate=3e-2, beta=1e-4, num_steps=8)),
     "fast, no reference": Failing("policy broke down", dict(learning_rate=3e-2, beta=0.0, num_steps=8)),
-    "many updates": Failing("ratio clipped", dict(learning_rate=2e-3, mu=4, num_steps=8)),
+    "many updates": Failing("ratio clipped", dict(learning_rate=4e-3, mu=8, beta=0.2, num_steps=6)),
     "mostly no": Failing("lean to one label", dict(data="leaning", balance_classes=False, num_steps=24)),
-    "four questions": Failing("data too small", dict(data="few", eval_fraction=0.9, num_steps=60, beta=0.0)),
+    "four questions": Failing("data too small", dict(data="few", eval_fraction=0.9, num_steps=40, learning_rate=2e-3)),
+    "few b": Failing("data too small", dict(data="fewb", eval_fraction=0.9, num_steps=40, learning_rate=1e-3, beta=0.0)),
+    "few c": Failing("data too small", dict(data="fewc", eval_fraction=0.9, num_steps=30)),
 }
 
 
