@@ -20,7 +20,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 import tests.shapes  # noqa: F401  jaxtyping finds the checker by its path
-from tests.tiny import CHATML, make_tokenizer, save_tiny, tiny_config
+from tests.tiny import CHATML, make_tokenizer, save_formed, save_tiny, tiny_config
 
 # Shapes in signatures are checked in tests only.
 install_import_hook(["grpo_ds.core", "grpo_ds.models.quantized"], "tests.shapes.check")
@@ -114,6 +114,12 @@ def tiny_model():
 def tiny_folder(tmp_path_factory):
     """The tiny model and its tokenizer as an ordinary transformers folder."""
     return save_tiny(tmp_path_factory.mktemp("tiny_qwen2"))
+
+
+@pytest.fixture(scope="session")
+def formed_folder(tiny_folder, tmp_path_factory):
+    """The tiny model, taught to write completions in form with the flags of tests.tiny.FORM."""
+    return save_formed(tmp_path_factory.mktemp("formed_qwen2"), tiny_folder)
 
 
 # --- faults, counted: `make test-faults` prints them as a table at its end -------------------------------

@@ -48,3 +48,47 @@ def save_tiny(folder: Path) -> Path:
     Qwen2ForCausalLM(tiny_config()).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+FORM = {"reasoning_tag": "r", "answer_tag": "a", "max_completion_length": 24, "max_prompt_length": 400}
+
+
+def save_formed(folder: Path, tiny: Path) -> Path:
+    """Teach the tiny model to write "<r>so</r><a>yes</a>" with several thoughts and both labels; return its folder.
+
+    FORM has the flags with which its completions are in form.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from grpo_ds.settings.config import TrainConfig
+    from grpo_ds.task.questions import read_questions
+    from grpo_ds.training.prompt_style import prompt_style
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
+    style = prompt_style(TrainConfig(model=str(tiny), **FORM))
+    prompts = style.encode(tokenizer, read_questions("sample").questions[:32])
+    optimizer, g = torch.optim.AdamW(model.parameters(), lr=3e-3), torch.Generator().manual_seed(0)
+    for _ in range(120):
+        batch = []
+        for prompt in (prompts[int(i)] for i in torch.randint(32, (4,), generator=g)):
+            thought, label = (
+                words[int(torch.randint(2, (1,), generator=g))] for words in (("so", "it"), ("yes", "no"))
+            )
+            end = tokenizer.encode(style.answer_format.write(thought, label) + tokenizer.eos_token)
+            batch.append((prompt, end))
+        loss = sum(_loss(model, *pair) for pair in batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _loss(model, prompt, end):
+    import torch
+    import torch.nn.functional as F
+
+    logits = model(torch.tensor([[*prompt, *end]])).logits[0, len(prompt) - 1 : -1]
+    return F.cross_entropy(logits, torch.tensor(end))

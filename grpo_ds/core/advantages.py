@@ -5,6 +5,7 @@ B completions in groups of G consecutive rows; the rows of a group answer one qu
 
 from typing import get_args
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -22,24 +23,54 @@ def group_advantages(
 ) -> Float[Tensor, " B"]:
     """Centre each reward on its group and scale it: (reward - mean) / (std + EPS); exactly 0 if all are equal.
 
-    scale: "group" divides by the standard deviation of the group (DeepSeekMath, Shao et al. 2024, section 4.1.2),
-        "batch" by that of `step_rewards` (Liu et al. 2025, "Tricks or Traps"), "none" does not divide (Dr. GRPO,
-        Liu et al. 2025, section 3.2).
-    step_rewards: rewards of this step on all ranks; None: `rewards`.
+    scale, step_rewards: as in `reward_spread`.
     """
+    spread = reward_spread(rewards, group_size=group_size, scale=scale, step_rewards=step_rewards)
+    return centred(rewards, group_size=group_size) / spread
+
+
+def centred(rewards: Float[Tensor, " B"], *, group_size: int) -> Float[Tensor, " B"]:
+    """Subtract from each reward the mean of its group; exactly 0 if all are equal."""
     groups = rewards.view(-1, group_size)  # [Q, G]
     equal = (groups == groups[:, :1]).all(dim=1, keepdim=True)
     # A mean is rounded: without this, equal rewards of 2.4 leave 1e-7, and the division by EPS gives 1e-3.
-    centred = (groups - groups.mean(dim=1, keepdim=True)).masked_fill(equal, 0)
+    return (groups - groups.mean(dim=1, keepdim=True)).masked_fill(equal, 0).flatten()
+
+
+def reward_spread(
+    rewards: Float[Tensor, " B"],
+    *,
+    group_size: int,
+    scale: RewardScale = "group",
+    hidden_variance: Float[Tensor, " B"] | None = None,
+    step_rewards: Float[Tensor, " N"] | None = None,
+    step_hidden_variance: Float[Tensor, " N"] | None = None,
+) -> Float[Tensor, " B"]:
+    """Return the number by which the advantage of each completion is divided.
+
+    scale: "group" divides by the standard deviation of the group (DeepSeekMath, Shao et al. 2024, section 4.1.2),
+        "batch" by that of `step_rewards` (Liu et al. 2025, "Tricks or Traps"), "none" does not divide (Dr. GRPO,
+        Liu et al. 2025, section 3.2).
+    hidden_variance: variance of rewards that are expectations; None: 0. The deviation is then the one that drawn
+        rewards would have: the law of total variance.
+    step_rewards, step_hidden_variance: of this step on all ranks; None: of these completions.
+    """
     if scale == "none":
-        return centred.flatten()
+        return torch.ones_like(rewards)
     if scale == "batch":
-        std = (rewards if step_rewards is None else step_rewards).std()
-    elif scale == "group":
-        std = groups.std(dim=1, keepdim=True)
-    else:
-        raise ValueError(f"scale is {scale!r}; it must be one of {', '.join(get_args(RewardScale))}.")
-    return (centred / (std + EPS)).flatten()
+        if step_rewards is None:
+            step_rewards, step_hidden_variance = rewards, hidden_variance
+        return _std(step_rewards[None], step_hidden_variance).expand_as(rewards) + EPS
+    if scale == "group":
+        return (_std(rewards.view(-1, group_size), hidden_variance) + EPS).repeat_interleave(group_size)
+    raise ValueError(f"scale is {scale!r}; it must be one of {', '.join(get_args(RewardScale))}.")
+
+
+def _std(rewards: Float[Tensor, "Q G"], hidden_variance: Float[Tensor, " N"] | None) -> Float[Tensor, " Q"]:
+    """Standard deviation of each row."""
+    if hidden_variance is None:
+        return rewards.std(dim=1)
+    return (rewards.var(dim=1) + hidden_variance.view_as(rewards).mean(dim=1)).sqrt()
 
 
 def overlong(lengths: Int[Tensor, " B"], *, max_length: int, buffer: int) -> Float[Tensor, " B"]:

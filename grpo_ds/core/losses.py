@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -28,7 +29,7 @@ class LossTerms:
     Example: two tokens of advantage 1 that weigh 1/2 each, with ratios 1.5 (clipped at 1.2) and 1.
         >>> old = torch.tensor([[0.5, 0.5]]).log()
         >>> policy, settings = torch.tensor([[0.75, 0.5]]).log(), Objective(beta=0.0, max_completion_length=2)
-        >>> terms = grpo_loss(policy, old, old, torch.ones(1), torch.full((1, 2), 0.5), settings)
+        >>> terms = grpo_loss(policy, old, old, torch.ones(1, 1), torch.full((1, 2), 0.5), settings)
         >>> terms.loss, terms.high
         (tensor(-1.1000), tensor([[ True, False]]))
     """
@@ -45,7 +46,7 @@ class Surrogate:
     """Surrogate of every token, masked ones included, and masks of the clipped tokens.
 
     Example: ratios 1.5 and 0.5 of a completion with advantage 1; only the first is clipped.
-        >>> surrogate = clipped_surrogate(torch.tensor([[1.5, 0.5]]), torch.ones(1), epsilon=0.2, epsilon_high=0.2)
+        >>> surrogate = clipped_surrogate(torch.tensor([[1.5, 0.5]]), torch.ones(1, 1), epsilon=0.2, epsilon_high=0.2)
         >>> surrogate.values, surrogate.high
         (tensor([[1.2000, 0.5000]]), tensor([[ True, False]]))
     """
@@ -80,17 +81,26 @@ def token_weights(
 
 
 def importance_ratio(
-    policy_logprobs: Float[Tensor, "B C"],
-    old_logprobs: Float[Tensor, "B C"],
+    policy_logprobs: Float[Tensor, "B W"],
+    old_logprobs: Float[Tensor, "B W"],
     counted: Bool[Tensor, "B C"],
     *,
     loss_type: LossType,
-) -> Float[Tensor, "B C"]:
-    """Ratio policy / old of each token; under gspo the sequence's geometric mean, at each token (GSPO eq. 7)."""
+) -> Float[Tensor, "B W"]:
+    """Ratio policy / old of each token; under gspo the sequence's geometric mean, at each token (GSPO eq. 7).
+
+    With labels, the columns after C, advantages differ within a sequence: gspo's ratio then has the value of the
+    sequence's and the gradient of the token's or label's (GSPO-token, GSPO section 4.3).
+    """
     log_ratio = policy_logprobs - old_logprobs
     if loss_type == "gspo":
         lengths = counted.sum(dim=1, keepdim=True).clamp(min=1)
-        log_ratio = (log_ratio.where(counted, 0).sum(dim=1, keepdim=True) / lengths).expand_as(log_ratio)
+        own = log_ratio[:, : counted.shape[1]].where(counted, 0)
+        sequence = own.sum(dim=1, keepdim=True) / lengths
+        if log_ratio.shape == counted.shape:
+            log_ratio = sequence.expand_as(log_ratio)
+        else:
+            log_ratio = sequence.detach() + policy_logprobs - policy_logprobs.detach()
     elif loss_type not in get_args(LossType):
         raise _unknown("loss_type", loss_type, LossType)
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -98,7 +108,7 @@ def importance_ratio(
 
 def clipped_surrogate(
     ratio: Float[Tensor, "B C"],
-    advantages: Float[Tensor, " B"],
+    advantages: Float[Tensor, "B _"],
     *,
     epsilon: float,
     epsilon_high: float,
@@ -109,26 +119,25 @@ def clipped_surrogate(
     A clipped token has no gradient. Without delta, a token of negative advantage whose ratio has grown is not clipped.
 
     ratio: policy / old, of the token or of its sequence.
-    advantages: A, one per completion, for all its tokens.
+    advantages: A of each token, or one column: the same for all tokens of a completion.
     epsilon: the clip's lower bound is 1 - epsilon.
     epsilon_high: the clip's upper bound is 1 + epsilon_high (more than epsilon: DAPO's clip-higher, eq. 10).
     delta: bound of the unclipped ratio, which matters if A < 0: min(min(ratio, delta) A, clip(ratio) A)
         (INTELLECT-2, two-sided clipping). More than 1 + epsilon_high; None: no bound.
     """
-    advantage = advantages[:, None]
     lower_bound, upper_bound = 1 - epsilon, 1 + epsilon_high
-    unclipped = ratio.clamp(max=delta) * advantage if delta else ratio * advantage
+    unclipped = ratio.clamp(max=delta) * advantages if delta else ratio * advantages
     return Surrogate(
-        values=torch.minimum(unclipped, ratio.clamp(lower_bound, upper_bound) * advantage),
-        low=(ratio < lower_bound) & (advantage < 0),
-        high=(ratio > upper_bound) & (advantage > 0),
-        beyond_delta=(ratio > (delta or torch.inf)) & (advantage < 0),
+        values=torch.minimum(unclipped, ratio.clamp(lower_bound, upper_bound) * advantages),
+        low=(ratio < lower_bound) & (advantages < 0),
+        high=(ratio > upper_bound) & (advantages > 0),
+        beyond_delta=(ratio > (delta or torch.inf)) & (advantages < 0),
     )
 
 
 def cispo_surrogate(
     ratio: Float[Tensor, "B C"],
-    advantages: Float[Tensor, " B"],
+    advantages: Float[Tensor, "B _"],
     policy_logprobs: Float[Tensor, "B C"],
     *,
     epsilon_high: float,
@@ -139,20 +148,20 @@ def cispo_surrogate(
     and 5, without a lower bound).
 
     ratio: policy / old of the token.
-    advantages: A, one per completion, for all its tokens.
+    advantages: A, as in `clipped_surrogate`.
     policy_logprobs: log policy, nats.
     epsilon_high: the clip's upper bound is 1 + epsilon_high.
     """
     upper_bound = 1 + epsilon_high
     high = ratio > upper_bound
     never = torch.zeros_like(high)
-    values = ratio.detach().clamp(max=upper_bound) * advantages[:, None] * policy_logprobs
+    values = ratio.detach().clamp(max=upper_bound) * advantages * policy_logprobs
     return Surrogate(values, low=never, high=high, beyond_delta=never)
 
 
 def choose_surrogate(
     ratio: Float[Tensor, "B C"],
-    advantages: Float[Tensor, " B"],
+    advantages: Float[Tensor, "B _"],
     policy_logprobs: Float[Tensor, "B C"],
     objective: Objective,
 ) -> Surrogate:
@@ -196,28 +205,32 @@ def kl_estimate(
 
 
 def grpo_loss(
-    policy_logprobs: Float[Tensor, "B C"],
-    old_logprobs: Float[Tensor, "B C"],
+    policy_logprobs: Float[Tensor, "B W"],
+    old_logprobs: Float[Tensor, "B W"],
     ref_logprobs: Float[Tensor, "B C"],
-    advantages: Float[Tensor, " B"],
-    weights: Float[Tensor, "B C"],
+    advantages: Float[Tensor, "B _"],
+    weights: Float[Tensor, "B W"],
     objective: Objective,
 ) -> LossTerms:
     """Sum over tokens of weights * (beta * KL - surrogate).
 
+    W is C, or C + n with the n labels that an answer might have been (expected_reward.py): they have a surrogate
+    and no KL, and are not in the terms.
+
     policy_logprobs, old_logprobs, ref_logprobs: nats, of the trained policy (with gradient), of the policy that
         sampled, and of the reference (not read if beta is 0).
-    advantages: one per completion, for all its tokens.
+    advantages: of each token, or one column: the same for all tokens of a completion.
     weights: from `token_weights`. A masked token must have weight 0 and finite log-probs (0 works).
     """
-    counted = weights > 0
+    tokens, labels = slice(ref_logprobs.shape[1]), policy_logprobs.shape[1] - ref_logprobs.shape[1]
+    counted = weights[:, tokens] > 0
     ratio = importance_ratio(policy_logprobs, old_logprobs, counted, loss_type=objective.loss_type)
     surrogate = choose_surrogate(ratio, advantages, policy_logprobs, objective)
-    kl = torch.zeros_like(policy_logprobs)
+    kl = torch.zeros_like(ref_logprobs)
     if objective.beta:
-        kl = kl_estimate(policy_logprobs, ref_logprobs, ratio, estimator=objective.kl_estimator)
-    loss = (weights * (objective.beta * kl - surrogate.values)).sum()
-    low, high, beyond = surrogate.low & counted, surrogate.high & counted, surrogate.beyond_delta & counted
+        kl = kl_estimate(policy_logprobs[:, tokens], ref_logprobs, ratio[:, tokens], estimator=objective.kl_estimator)
+    loss = (weights * (objective.beta * F.pad(kl, (0, labels)) - surrogate.values)).sum()
+    low, high, beyond = (it[:, tokens] & counted for it in (surrogate.low, surrogate.high, surrogate.beyond_delta))
     return LossTerms(loss, (kl * counted).detach(), low, high, low | high | beyond)
 
 

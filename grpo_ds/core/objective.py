@@ -9,6 +9,7 @@ from typing import Literal
 LossType = Literal["grpo", "dapo", "dr_grpo", "bnpo", "gspo", "cispo"]
 KlEstimator = Literal["k1", "k2", "k3", "k3_corrected"]
 RewardScale = Literal["group", "batch", "none"]
+AnswerReward = Literal["sampled", "expected"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

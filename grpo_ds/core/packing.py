@@ -7,17 +7,31 @@ because its prediction is not trained.
 
 A group may be split over several rows, each with the prompt.
 
-Q prompts; R rows, L tokens in the longest row; B completions, C tokens in the longest.
+Q prompts; R rows, L tokens in the longest row; B completions, C tokens in the longest; W = C, or C + n labels.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from grpo_ds.core.pick import NOWHERE
+
 PROMPT, PADDING = 0, -1  # segment numbers; completion k of a row is segment k, from 1
+
+
+class Labels(NamedTuple):
+    """Targets beside the tokens of a completion: the labels, at the place where it answers.
+
+    Example: the second of two completions has no answer.
+        >>> labels = Labels(places=torch.tensor([7, NOWHERE]), ids=torch.tensor([9693, 2201]))
+    """
+
+    places: Int[Tensor, " B"]  # index of the answer's first token; NOWHERE: none
+    ids: Int[Tensor, " n"]  # first token of each label
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +53,26 @@ class PackedRows:
     sources: Int[Tensor, "B C"]  # flat index into R * L of the token that predicts the target; 0 if masked
     targets: Int[Tensor, "B C"]
     mask: Bool[Tensor, "B C"]  # True: a token of the completion
+    labels: Labels | None = None
 
     def to(self, device: torch.device) -> "PackedRows":
         """Return the same rows on another device."""
-        return PackedRows(*(getattr(self, field.name).to(device) for field in fields(self)))
+        moved = {field.name: getattr(self, field.name).to(device) for field in fields(self)[:-1]}
+        return replace(self, **moved, labels=self.labels and Labels(*(it.to(device) for it in self.labels)))
+
+    def predicted(self) -> tuple[Int[Tensor, "B W"], Int[Tensor, "B W"], Bool[Tensor, "B W"]]:
+        """Return sources, targets and mask; with labels in n more columns."""
+        if self.labels is None:
+            return self.sources, self.targets, self.mask
+        places, ids = self.labels
+        shape = len(places), len(ids)
+        source = self.sources.gather(1, places.clamp(min=0)[:, None])
+        asked = (places != NOWHERE)[:, None]
+        return (
+            torch.cat([self.sources, source.expand(shape)], dim=1),
+            torch.cat([self.targets, ids.expand(shape)], dim=1),
+            torch.cat([self.mask, asked.expand(shape)], dim=1),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +139,12 @@ def pack(
     completion_mask: Bool[Tensor, "B C"],
     *,
     pad_id: int,
+    labels: Labels | None = None,
 ) -> PackedRows:
     """Lay out these rows as tensors; B of the result counts the completions of the rows, in their order.
 
     completion_mask: True from a completion's first token to its last, without gaps.
+    labels: of all B completions.
     """
     chosen = torch.tensor([b for row in rows for b in row.completions], device=completion_ids.device)
     ids, mask = completion_ids[chosen], completion_mask[chosen]
@@ -140,7 +172,8 @@ def pack(
         input_ids[r, : row.tokens] = torch.cat(inputs)
         position_ids[r, : row.tokens] = torch.tensor(row_positions, device=device)
         segments[r, : row.tokens] = torch.tensor(row_segments, device=device)
-    return PackedRows(input_ids, position_ids, segments, sources, ids, mask)
+    asked = labels and Labels(labels.places[chosen], labels.ids)
+    return PackedRows(input_ids, position_ids, segments, sources, ids, mask, asked)
 
 
 def pack_groups(

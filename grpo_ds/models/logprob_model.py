@@ -30,7 +30,7 @@ LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "ou
 
 
 class LogprobModel(nn.Module):
-    """`model` as a function PackedRows -> [B, C] fp32 log-probs, 0 if masked.
+    """`model` as a function PackedRows -> [B, C] fp32 log-probs, 0 if masked; [B, C + n] for rows with n labels.
 
     vocab_size: number of ids of the tokenizer; the head's padding rows above it are left out.
     In training mode `entropies` holds the last call's entropies: [B, C] in nats, without gradient, 0 if masked.
@@ -46,7 +46,7 @@ class LogprobModel(nn.Module):
         self.packs = True  # False: each row holds one completion, and the plain causal mask is right
         self.options: dict[str, Any] = {"vocab_size": vocab_size, "temperature": temperature, "chunk_mib": chunk_mib}
 
-    def forward(self, rows: PackedRows) -> Float[Tensor, "B C"]:
+    def forward(self, rows: PackedRows) -> Float[Tensor, "B W"]:
         if self.packs:
             attend = PackedAttention(rows, self.model.dtype)
             layout = {"position_ids": rows.position_ids, **attending(attend, rows.input_ids.device)}
@@ -54,16 +54,17 @@ class LogprobModel(nn.Module):
             layout = {"attention_mask": rows.segments != PADDING}
         hidden = self.model.base_model(input_ids=rows.input_ids, use_cache=False, **layout).last_hidden_state
         # Only positions that predict a counted token go through the head.
-        sources, targets = rows.sources[rows.mask], rows.targets[rows.mask]
+        sources, targets, mask = rows.predicted()
+        sources, targets = sources[mask], targets[mask]
         # A prompt's last position predicts the first token of all G completions. The backward of plain indexing adds
         # these gradients in a random order of threads; the backward of an embedding adds them in a fixed order.
         chosen = F.embedding(sources, hidden.flatten(0, 1))
         if not self.training:
-            return _at_mask(token_logprobs(chosen, self.head, targets, **self.options), rows.mask)
+            return _at_mask(token_logprobs(chosen, self.head, targets, **self.options), mask)
         # Kept here, not returned: DeepSpeed would hook the gradient of a second output, but entropies have none.
         logprobs, entropies = token_logprobs(chosen, self.head, targets, **self.options, entropy=True)
-        self.entropies = _at_mask(entropies, rows.mask)
-        return _at_mask(logprobs, rows.mask)
+        self.entropies = _at_mask(entropies, mask)[:, : rows.mask.shape[1]]
+        return _at_mask(logprobs, mask)
 
     @property
     def head(self) -> HeadRows:
@@ -72,7 +73,7 @@ class LogprobModel(nn.Module):
         return head if isinstance(head, Int8Rows) else head.weight
 
 
-def _at_mask(values: Float[Tensor, " N"], mask: Bool[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+def _at_mask(values: Float[Tensor, " N"], mask: Bool[Tensor, "B W"]) -> Float[Tensor, "B W"]:
     """Place `values` where the mask is True, 0 elsewhere."""
     return torch.zeros(mask.shape, device=values.device).masked_scatter(mask, values)
 

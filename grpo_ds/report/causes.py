@@ -262,8 +262,10 @@ def _spread_flags(known: Evidence) -> tuple[str, ...]:
     """Flags that make the rewards of a group differ."""
     if not _pays_form(known):
         return ("--reward_funcs correctness,format",)
+    sampled = known.setting("answer_reward") == "sampled" and known.values("rewards/correctness/mean")
+    expected = ("--answer_reward expected",) if sampled and (known.late("well_formed") or 0) >= FLAT else ()
     redraw = () if known.setting("dynamic_sampling") else ("--dynamic_sampling 2",)
-    return (f"--num_generations {2 * known.setting('num_generations')}", *redraw)
+    return (*expected, f"--num_generations {2 * known.setting('num_generations')}", *redraw)
 
 
 def _stronger(known: Evidence) -> tuple[str, ...]:

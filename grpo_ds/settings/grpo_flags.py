@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from grpo_ds.core.objective import KlEstimator, LossType, RewardScale
+from grpo_ds.core.objective import AnswerReward, KlEstimator, LossType, RewardScale
 from grpo_ds.settings.flags import Flags, failed, flag, list_flag, path_flag
 from grpo_ds.settings.paths import absolute_reward_files
 from grpo_ds.settings.shipped import DS_JSONS
@@ -71,6 +71,9 @@ class RewardFlags(Flags):
     )
     reward_timeout: float = flag(60.0, "seconds that a call of a reward function may take; 0: no limit")
     on_reward_error: OnRewardError = flag("stop", "if a reward function fails; zero: continue without its rewards")
+    answer_reward: AnswerReward = flag(
+        "sampled", "correctness of the answer that was drawn, or its expectation over all labels"
+    )
     correctness_reward: float = flag(2.0, "reward for the correct answer in a well-formed completion")
     format_reward: float = flag(0.2, "reward for each of the two tag pairs that is well-formed")
     overlong_buffer: int = flag(0, "tokens before the length limit in which a completion loses reward; 0: none")

@@ -17,7 +17,8 @@ WeightedFunctions = Mapping[str, tuple[RewardFunction, float]]  # name in metric
 ARGUMENTS = ("completions", "prompts", "completion_ids", "trainer_state", "log_extra", "log_metric")  # TRL's
 OF_SAMPLING = {"prompts", "completion_ids", "trainer_state"}  # made only for a function that takes one
 COLUMNS = ("id", "question", "context", "label")  # of every question; with ARGUMENTS they hide fields of these names
-READY_MADE = ("correctness", "format", "length_penalty", "repetition_penalty")
+CORRECTNESS = "correctness"
+READY_MADE = (CORRECTNESS, "format", "length_penalty", "repetition_penalty")
 OVERLONG = "overlong"  # name of the penalty that --overlong_buffer adds to the rewards
 CHARACTERS_PER_TOKEN = 4  # roughly, for English and a vocabulary of 50,000 or more
 NGRAM = 3  # words
@@ -111,7 +112,7 @@ def ready_made(
     max_completion_length: tokens; the length penalty reaches -1 at about this length.
     """
     return {
-        "correctness": _with_options(correctness, answer_format=answer_format, reward=correctness_reward),
+        CORRECTNESS: _with_options(correctness, answer_format=answer_format, reward=correctness_reward),
         "format": _with_options(tag_pairs, answer_format=answer_format, reward=format_reward),
         "length_penalty": _with_options(length_penalty, full_length=CHARACTERS_PER_TOKEN * max_completion_length),
         "repetition_penalty": repetition_penalty,

@@ -46,6 +46,11 @@ class Rewards:
         total = [reward + value for reward, value in zip(self.total, values, strict=True)]
         return replace(self, total=total, by_name={**self.by_name, name: list(values)})
 
+    def replaced(self, name: str, values: Sequence[float | None]) -> "Rewards":
+        """Put other values, [B], in the place of a reward."""
+        by_name = {**self.by_name, name: list(values)}
+        return replace(self, total=_total(by_name, len(self.total)), by_name=by_name)
+
     def rows(self, order: Sequence[int]) -> "Rewards":
         """Return the rewards of these completions, in this order."""
         by_name = {name: [values[i] for i in order] for name, values in self.by_name.items()}
@@ -115,8 +120,7 @@ def score(
                 indices = fault.indices or _find_faulty(function, columns, state, timeout)
                 raise RewardError(f"{errors[name]}\n{_place(indices, columns)}\n{_remedy(function, fault)}") from None
             by_name[name] = [None] * len(completions)
-    total = [sum(column[i] or 0.0 for column in by_name.values()) for i in range(len(completions))]
-    return Rewards(total, by_name, errors, extra, metrics)
+    return Rewards(_total(by_name, len(completions)), by_name, errors, extra, metrics)
 
 
 def columns_of(completions: Sequence[str], questions: Sequence[Question], sampled: Sampled | None = None) -> Columns:
@@ -131,6 +135,10 @@ def columns_of(completions: Sequence[str], questions: Sequence[Question], sample
         "completions": completions,
         **({"prompts": sampled.prompts, "completion_ids": sampled.completion_ids} if sampled else {}),
     }
+
+
+def _total(by_name: Mapping[str, Sequence[float | None]], count: int) -> list[float]:
+    return [sum(column[i] or 0.0 for column in by_name.values()) for i in range(count)]
 
 
 def _weighted(values: Sequence[float | None], weight: float) -> list[float | None]:

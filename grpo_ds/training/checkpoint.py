@@ -22,6 +22,7 @@ import numpy
 import torch
 from safetensors import SafetensorError
 
+from grpo_ds.core.expected_reward import LabelAdvantages, LabelProbs
 from grpo_ds.core.tally import Tally
 from grpo_ds.errors import CheckpointError
 from grpo_ds.models.chat_texts import save_tokenizer
@@ -176,7 +177,7 @@ RANDOM: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 
 def _as_plain(step: PartialStep) -> State:
     rollout = step.rollout
-    completions, rewards = rollout.completions, rollout.rewards
+    completions, rewards, labels, of_labels = rollout.completions, rollout.rewards, rollout.labels, rollout.of_labels
     return {
         "questions": [asdict(replace(question, columns={})) for question in rollout.questions],  # rewards are done
         "prompts": rollout.prompts,
@@ -188,6 +189,8 @@ def _as_plain(step: PartialStep) -> State:
             *(rewards.errors, rewards.extra, rewards.metrics),
         ],
         "tensors": [rollout.advantages, rollout.counted, rollout.ref_logprobs],
+        "labels": labels and [labels.places, labels.ids, labels.probs, labels.right],
+        "label_advantages": of_labels and [of_labels.labels, of_labels.drawn],
         "redrawn": step.redrawn,
         "updates": step.updates,
         "old_logprobs": step.old_logprobs,
@@ -196,13 +199,19 @@ def _as_plain(step: PartialStep) -> State:
 
 
 def _from_plain(plain: State) -> PartialStep:
+    advantages, counted, ref_logprobs = plain["tensors"]
+    labels, of_labels = plain.get("labels"), plain.get("label_advantages")  # older checkpoints have none
     rollout = Rollout(
         [Question(**question) for question in plain["questions"]],
         plain["prompts"],
         Completions(*plain["completions"]),
         plain["texts"],
         Rewards(*plain["rewards"]),
-        *plain["tensors"],
+        labels and LabelProbs(*labels),
+        advantages,
+        counted,
+        ref_logprobs,
+        of_labels and LabelAdvantages(*of_labels),
     )
     tally = Tally.of_pairs(current_names(plain["tally"]))
     return PartialStep(rollout, plain["redrawn"], plain["updates"], plain["old_logprobs"], tally)

@@ -17,12 +17,14 @@ from torch import Tensor
 from transformers import TrainerState
 
 from grpo_ds.core.advantages import overlong
+from grpo_ds.core.expected_reward import LabelProbs
 from grpo_ds.run_folder.progress import Progress
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.system.ranks import World
 from grpo_ds.task.questions import Question, questions_at
-from grpo_ds.task.rewards import OVERLONG, OwnReward, WeightedFunctions
+from grpo_ds.task.rewards import CORRECTNESS, OVERLONG, OwnReward, WeightedFunctions
 from grpo_ds.task.scoring import Rewards, Sampled, joined, score
+from grpo_ds.training.label_tokens import label_probs
 from grpo_ds.training.prompt_style import PromptStyle
 from grpo_ds.training.rollout import Groups, MicroBatch, micro_batches
 from grpo_ds.training.sampling import Completions, Sampler, seed_at
@@ -50,6 +52,7 @@ class Collector:
         self.score = partial(
             score, functions=reward_functions, timeout=config.reward_timeout, on_error=config.on_reward_error
         )
+        self.expected_reward = expected_reward(config, reward_functions)
         self.needs_sampling = any(isinstance(f, OwnReward) and f.needs_sampling for f, _ in reward_functions.values())
         self.progress, self.warn = progress, warn
         self._warned: set[str] = set()  # names of reward functions
@@ -77,8 +80,19 @@ class Collector:
         )
         texts = self.style.texts(self.sampler.tokenizer, completions)
         ids = lambda: [row[mask].tolist() for row, mask in zip(completions.ids, completions.mask, strict=True)]  # noqa: E731
-        rewards = self.rewards(texts, [question for question in asked for _ in range(config.num_generations)], ids)
-        return Groups(asked, prompts, completions, texts, self.with_overlong_penalty(rewards, completions))
+        repeated = [question for question in asked for _ in range(config.num_generations)]
+        rewards = self.rewards(texts, repeated, ids)
+        labels = self.label_probs(completions, texts, repeated)
+        if labels and self.expected_reward:
+            rewards = with_expected_answers(rewards, labels, self.expected_reward)
+        return Groups(asked, prompts, completions, texts, self.with_overlong_penalty(rewards, completions), labels)
+
+    def label_probs(
+        self, completions: Completions, texts: Sequence[str], questions: Sequence[Question]
+    ) -> LabelProbs | None:
+        """Probabilities of the labels where each completion answers. questions: [B]."""
+        right, tokenizer = [question.label for question in questions], self.sampler.tokenizer
+        return label_probs(completions, texts, right, tokenizer, self.style.answer_format, self.sampler.label_ids)
 
     def rewards(
         self, texts: Sequence[str], questions: Sequence[Question], ids: Callable[[], list[list[int]]], **options: Any
@@ -121,6 +135,20 @@ class Collector:
         return rewards.plus(OVERLONG, (share * config.overlong_penalty).tolist())
 
 
+def expected_reward(config: TrainConfig, functions: WeightedFunctions) -> float:
+    """Reward for a right answer, weight applied, of which --answer_reward expected takes the expectation; else 0."""
+    if config.answer_reward != "expected" or CORRECTNESS not in functions:
+        return 0.0
+    return config.correctness_reward * functions[CORRECTNESS][1]
+
+
+def with_expected_answers(rewards: Rewards, labels: LabelProbs, reward: float) -> Rewards:
+    """Replace the reward of each drawn answer by its expectation, where the labels' probabilities are known."""
+    drawn, q, placed = rewards.by_name[CORRECTNESS], labels.p_right.tolist(), labels.placed.tolist()
+    expected = [reward * p if known else value for value, p, known in zip(drawn, q, placed, strict=True)]
+    return rewards.replaced(CORRECTNESS, expected)
+
+
 def sample_completions(
     sampler: Sampler,
     style: PromptStyle,
@@ -161,6 +189,7 @@ def exchange(groups: Groups, places: Sequence[int], fresh: Groups) -> Groups:
         _pick_rows(groups.completions, fresh.completions, rows),
         _pick(groups.texts, fresh.texts, rows),
         joined([groups.rewards, fresh.rewards]).rows(rows),
+        groups.labels and fresh.labels and groups.labels.exchanged(fresh.labels, rows),
     )
 
 

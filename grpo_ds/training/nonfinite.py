@@ -1,6 +1,6 @@
 """Numbers that are not finite: found before a step uses them, reported and counted; too many stop the run.
 
-B completions of Q questions, C tokens in the longest.
+B completions of Q questions, C tokens in the longest; W = C, or C + n with n labels (core/expected_reward.py).
 """
 
 import json
@@ -38,8 +38,8 @@ REMEDIES = {
 def find_bad(
     engine: Engine,
     rollout: Rollout,
-    old_logprobs: Float[Tensor, "B C"] | None,
-    logprobs: Float[Tensor, "B C"],
+    old_logprobs: Float[Tensor, "B W"] | None,
+    logprobs: Float[Tensor, "B W"],
     loss: float,
     world: World,
 ) -> list[str]:
@@ -130,8 +130,10 @@ def _bad_completions(rollout: Rollout, old_logprobs: Tensor | None, logprobs: Te
     """Places at which counted rewards, advantages and log-probs are not finite, by kind."""
     counted = rollout.counted
 
-    def bad(values: Float[Tensor, "B C"] | None) -> Bool[Tensor, " B"]:
-        return torch.zeros_like(counted[:, 0]) if values is None else (~values.isfinite() & counted).any(dim=1)
+    def bad(values: Float[Tensor, "B W"] | None) -> Bool[Tensor, " B"]:
+        if values is None:
+            return torch.zeros_like(counted[:, 0])
+        return (~values[:, : counted.shape[1]].isfinite() & counted).any(dim=1)
 
     some = counted.any(dim=1)
     rewards = torch.tensor(rollout.rewards.total, dtype=torch.float32, device=some.device)
@@ -169,7 +171,9 @@ def _described(rollout: Rollout, logprobs: Mapping[str, Tensor | None]) -> list[
             "rewards": {name: values[b] for name, values in rollout.rewards.by_name.items()},
             "advantage": float(rollout.advantages[b]),
             "logprobs": {
-                name: _statistics(values[b][rollout.counted[b]]) for name, values in given.items() if values is not None
+                name: _statistics(values[b, : len(rollout.counted[b])][rollout.counted[b]])
+                for name, values in given.items()
+                if values is not None
             },
         }
         for b, text in enumerate(rollout.texts)

@@ -166,7 +166,7 @@ def gradient_problems(engine: Engine, batch: ProbeBatch, world: World, *, object
 
     def loss_of(logprobs: Tensor, part: Tensor) -> Tensor:
         old = logprobs.detach()
-        return grpo_loss(logprobs, old, old, advantages[part], batch.weights[part], objective).loss
+        return grpo_loss(logprobs, old, old, advantages[part, None], batch.weights[part], objective).loss
 
     for scale in LOSS_SCALES if engine.loss_scale.fp16 else (1.0,):
         with engine.loss_scale.unchanged(scale):

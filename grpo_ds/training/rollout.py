@@ -13,13 +13,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from grpo_ds.core.advantages import group_advantages
+from grpo_ds.core.expected_reward import LabelAdvantages, LabelProbs, expected_advantages, reasoning_share, with_labels
 from grpo_ds.core.objective import RewardScale
-from grpo_ds.core.packing import PackedRows, fill_rows, pack
+from grpo_ds.core.packing import Labels, PackedRows, fill_rows, pack
 from grpo_ds.core.tally import Tally
 from grpo_ds.models.reference import Reference
 from grpo_ds.system.ranks import World
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.questions import Question
+from grpo_ds.task.rewards import CORRECTNESS
 from grpo_ds.task.scoring import Rewards
 from grpo_ds.training.sampling import Completions
 
@@ -38,6 +40,7 @@ class Groups:
         completions  Completions(ids [6 C], mask [6 C], ended [6])
         texts        ["<reasoning>...</answer>", ...]  # 6
         rewards      Rewards(total=[2.4, 0.4, 0.0, 2.4, 2.4, 0.4], by_name={"correctness": [...], "format": [...]})
+        labels       LabelProbs(places [6], ids [2], probs [6 2], right [6])
     """
 
     questions: list[Question]  # Q
@@ -45,6 +48,7 @@ class Groups:
     completions: Completions  # B rows
     texts: list[str]  # B
     rewards: Rewards
+    labels: LabelProbs | None  # None: a label has no first token of its own
 
     @property
     def group_size(self) -> int:
@@ -71,6 +75,13 @@ class Rollout(Groups):
     advantages: Float[Tensor, " B"]
     counted: Bool[Tensor, "B C"]  # tokens that train
     ref_logprobs: Float[Tensor, "B C"]
+    of_labels: LabelAdvantages | None = None  # with --answer_reward expected
+
+    def all_advantages(self) -> Float[Tensor, "B _"]:
+        """Advantages of the tokens and labels; one column if they are the same for all tokens of a completion."""
+        if self.of_labels is None or self.labels is None:
+            return self.advantages[:, None]
+        return with_labels(self.advantages, self.of_labels, self.labels.places, self.counted.shape[1])
 
     def count_into(self, tally: Tally, answer_format: AnswerFormat) -> None:
         """Add this rank's part of the logged means, under TRL's names if TRL has them."""
@@ -85,6 +96,19 @@ class Rollout(Groups):
         tally.add("frac_reward_zero_std", len(self.without_spread()), len(self.questions))
         tally.add("completions/mean_length", self.completions.lengths().double().sum(), count)
         tally.add("completions/clipped_ratio", (~self.completions.ended).sum(), count)
+        if self.labels:
+            self._count_labels(tally, self.labels, answer_format.labels)
+
+    def _count_labels(self, tally: Tally, labels: LabelProbs, names: Sequence[str]) -> None:
+        """Add what the labels' probabilities say, over the completions that have them."""
+        placed, q = labels.placed, labels.p_right[labels.placed]
+        tally.add("p_right", q.double().sum(), placed.sum())
+        for name, p in zip(names, labels.probs.double().sum(dim=0), strict=True):
+            tally.add(f"lean/{name}", p, placed.sum())
+        share = reasoning_share(labels, group_size=self.group_size)
+        tally.add("reasoning_share", share.double().sum(), len(share))
+        if self.of_labels:
+            tally.add("expected_answers", placed.sum(), len(placed))
 
     def rewards_by_metric(self) -> dict[str, list[float]]:
         """Values whose standard deviation over all ranks is logged, by the name of that metric."""
@@ -115,7 +139,8 @@ class Rollout(Groups):
 
     def micro_batches(self, pack_tokens: int = 0, *, only: Sequence[int] | None = None) -> list[MicroBatch]:
         """Packed rows of at most `pack_tokens` tokens (0: all in one), and the completions that they hold."""
-        return micro_batches(self.prompts, self.completions, pack_tokens, only=only)
+        labels = Labels(self.labels.places, self.labels.ids) if self.labels and self.of_labels else None
+        return micro_batches(self.prompts, self.completions, pack_tokens, only=only, labels=labels)
 
 
 @dataclass(slots=True)
@@ -141,18 +166,24 @@ class PartialStep:
 
 
 def micro_batches(
-    prompts: Sequence[Tensor], completions: Completions, pack_tokens: int = 0, *, only: Sequence[int] | None = None
+    prompts: Sequence[Tensor],
+    completions: Completions,
+    pack_tokens: int = 0,
+    *,
+    only: Sequence[int] | None = None,
+    labels: Labels | None = None,
 ) -> list[MicroBatch]:
     """Packed rows of at most `pack_tokens` tokens (0: all in one), and the completions that they hold.
 
     only: indices of the completions that take part; None: all.
+    labels: targets beside the tokens, of all completions.
     """
     lengths, chosen = completions.lengths().tolist(), None if only is None else set(only)
     batches = fill_rows([len(prompt) for prompt in prompts], lengths, budget=pack_tokens, only=chosen)
     ids, mask = completions.ids, completions.mask
     return [
         (
-            pack(rows, prompts, ids, mask, pad_id=HIDDEN_ID),
+            pack(rows, prompts, ids, mask, pad_id=HIDDEN_ID, labels=labels),
             torch.tensor([b for row in rows for b in row.completions], device=ids.device),
         )
         for rows in batches
@@ -167,22 +198,37 @@ def make_rollout(
     mask_truncated: bool,
     reference: Reference | None,
     pack_tokens: int,
+    expected_reward: float = 0.0,
 ) -> Rollout:
-    """Add advantages, the tokens that train, and the reference's log-probs; every rank calls it."""
-    completions, total = groups.completions, groups.rewards.total
-    device = completions.ids.device
-    ranks = world.gather(total) if scale_rewards == "batch" else [total]
-    advantages = group_advantages(
-        torch.tensor(total, device=device),
-        group_size=groups.group_size,
-        scale=scale_rewards,
-        step_rewards=torch.tensor([value for rank in ranks for value in rank], device=device),
-    )
+    """Add advantages, the tokens that train, and the reference's log-probs; every rank calls it.
+
+    expected_reward: reward for a right answer, of which `groups.rewards` has the expectation; 0: it was drawn.
+    """
+    completions = groups.completions
+    advantages, of_labels = advantages_of(groups, world, scale_rewards, expected_reward)
     counted = completions.mask & completions.ended[:, None] if mask_truncated else completions.mask
-    ref_logprobs = torch.zeros(completions.mask.shape, device=device)
+    ref_logprobs = torch.zeros(completions.mask.shape, device=counted.device)
     if reference:
         for rows, part in micro_batches(groups.prompts, completions, pack_tokens):
             ref_logprobs[part] = reference(rows)
-    return Rollout(
-        groups.questions, groups.prompts, completions, groups.texts, groups.rewards, advantages, counted, ref_logprobs
-    )
+    fields = groups.questions, groups.prompts, completions, groups.texts, groups.rewards, groups.labels
+    return Rollout(*fields, advantages, counted, ref_logprobs, of_labels)
+
+
+def advantages_of(
+    groups: Groups, world: World, scale: RewardScale, expected_reward: float
+) -> tuple[Float[Tensor, " B"], LabelAdvantages | None]:
+    """Return the advantages of the completions, and those of the labels if rewards are expectations."""
+    device, labels = groups.completions.ids.device, groups.labels
+    rewards = torch.tensor(groups.rewards.total, device=device)
+
+    def on_all_ranks(values: Tensor) -> Tensor:
+        ranks = world.gather(values.tolist()) if scale == "batch" else [values.tolist()]
+        return torch.tensor([value for rank in ranks for value in rank], device=device)
+
+    options: Any = {"group_size": groups.group_size, "scale": scale, "step_rewards": on_all_ranks(rewards)}
+    if labels is None or not expected_reward:
+        return group_advantages(rewards, **options), None
+    answers = torch.tensor([value or 0.0 for value in groups.rewards.by_name[CORRECTNESS]], device=device)
+    options["step_hidden_variance"] = on_all_ranks(expected_reward**2 * labels.variance)
+    return expected_advantages(rewards, answers, labels, reward=expected_reward, **options)

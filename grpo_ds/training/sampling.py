@@ -48,6 +48,7 @@ class Completions:
     ids: Int[Tensor, "B C"]
     mask: Bool[Tensor, "B C"]  # True: the token counts; up to and including EOS or the end of `stop`
     ended: Bool[Tensor, " B"]  # by EOS or `stop`; False: cut at the length limit
+    label_logprobs: Float[Tensor, "B C n"] | None = None  # of n label tokens instead of this one, among themselves
 
     def lengths(self) -> Int[Tensor, " B"]:
         """Tokens of each completion."""
@@ -60,6 +61,7 @@ class PartialCompletion:
 
     ids: list[int] = field(default_factory=list)
     ended: bool = False
+    label_logprobs: list[list[float]] = field(default_factory=list)
 
 
 class Sampler:
@@ -72,15 +74,17 @@ class Sampler:
         *,
         max_completion_length: int,
         stop: str = STOP,
+        label_ids: Sequence[int] = (),
         cuda_graphs: bool = True,
         poll: Callable[[], None] = lambda: None,
     ) -> None:
         """max_completion_length: tokens. stop: text that ends a completion. poll: called before every token; may raise.
 
+        label_ids: tokens whose log-probs are recorded at every token.
         cuda_graphs: on a GPU, launch all kernels of a token at once, if the model is of a kind known to work so.
         """
         self.model, self.tokenizer, self.stop = model, tokenizer, stop
-        self.max_completion_length = max_completion_length
+        self.max_completion_length, self.label_ids = max_completion_length, list(label_ids)
         self.cuda_graphs, self.poll = cuda_graphs, poll
         self.rows_at_once: int | None = None  # None: all; a smaller number takes less memory
         self.shares: bool | None = None  # keeps a prompt once for its group; None: not known before the first call
@@ -146,14 +150,15 @@ class Sampler:
         decode, look = self._decoder(prompts, group_size), LOOK if on_card(self.model) else 1
         shrink = SHRINK_GRAPH if self._graphs() else SHRINK
         for first in range(0, self.max_completion_length, look):
-            block = []
+            block, labels = [], []
             for t in range(first, min(first + look, self.max_completion_length)):
                 self.poll()
                 logits = decode(tokens, lengths - 1 + t)
                 tokens = draw(logits[:, : len(self.tokenizer)], draws[:, t], temperature)
                 block.append(tokens)
-            for ids in torch.stack(block).cpu().tolist():
-                self._append(batch, ids)
+                labels.append((logits[:, self.label_ids].float() / (temperature or 1.0)).log_softmax(dim=-1))
+            for ids, logprobs in zip(torch.stack(block).tolist(), torch.stack(labels).tolist(), strict=True):
+                self._append(batch, ids, logprobs)
             if all(row.ended for row in batch):
                 break
             stay, width = unfinished([row.ended for row in batch], decode.group_size)
@@ -163,11 +168,14 @@ class Sampler:
                 tokens, lengths, draws = tokens[chosen], lengths[chosen], draws[chosen]
         return rows
 
-    def _append(self, batch: Sequence[PartialCompletion], ids: Sequence[int]) -> None:
+    def _append(
+        self, batch: Sequence[PartialCompletion], ids: Sequence[int], label_logprobs: Sequence[list[float]]
+    ) -> None:
         """Add a token to each row that has not ended; the others were decoded on in vain."""
-        for row, token in zip(batch, ids, strict=True):
+        for row, token, logprobs in zip(batch, ids, label_logprobs, strict=True):
             if not row.ended:
                 row.ids.append(token)
+                row.label_logprobs.append(logprobs)
                 row.ended = self._ends(row.ids)
 
     def _decoder(self, prompts: Sequence[Sequence[int]], group_size: int) -> SharedPrompts | RepeatedPrompts:
@@ -205,7 +213,13 @@ class Sampler:
             torch.tensor([row.ids + [pad] * (width - len(row.ids)) for row in rows], device=device),
             torch.tensor([[t < len(row.ids) for t in range(width)] for row in rows], device=device),
             torch.tensor([row.ended for row in rows], device=device),
+            self._pad_label_logprobs(rows, width) if self.label_ids else None,
         )
+
+    def _pad_label_logprobs(self, rows: Sequence[PartialCompletion], width: int) -> Float[Tensor, "B C n"]:
+        spare = [0.0] * len(self.label_ids)
+        padded = [row.label_logprobs + [spare] * (width - len(row.ids)) for row in rows]
+        return torch.tensor(padded, device=self.model.device)
 
 
 def on_card(model: PreTrainedModel) -> bool:

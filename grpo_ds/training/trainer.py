@@ -49,6 +49,7 @@ from grpo_ds.training.engine import Engine
 from grpo_ds.training.evaluate import evaluate
 from grpo_ds.training.flat_rewards import flat_rewards
 from grpo_ds.training.guard import Guard
+from grpo_ds.training.label_tokens import label_ids_for
 from grpo_ds.training.metrics import step_metrics
 from grpo_ds.training.nonfinite import NonfiniteSteps
 from grpo_ds.training.precision import DTYPES, check_card
@@ -101,6 +102,7 @@ class Trainer:
         style = style or prompt_style(config)
         for line in style.check(self.tokenizer):  # before the model is loaded
             console.line(line)
+        label_ids = label_ids_for(config, self.tokenizer)
         self.engine = self.make_engine(weights_of(config, origin))
         self.choose_rows()
         self.sampler = Sampler(
@@ -108,6 +110,7 @@ class Trainer:
             self.tokenizer,
             max_completion_length=config.max_completion_length,
             stop=config.answer_format.stop,
+            label_ids=label_ids,
             cuda_graphs=config.cuda_graphs,
             poll=self.guard.poll,
         )
@@ -164,6 +167,7 @@ class Trainer:
             mask_truncated=self.config.mask_truncated_completions,
             reference=self.reference,
             pack_tokens=self.limits.tokens,
+            expected_reward=self.collector.expected_reward,
         )
 
     def update(self, partial: PartialStep) -> Updated:

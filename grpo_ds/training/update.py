@@ -3,6 +3,8 @@
 The weights of all tokens are fixed before the batch is split into backwards. So splitting (--pack_tokens) and more
 ranks change only memory, not the result (except with bnpo). Completions that add exactly 0 to the gradient are not
 computed; the weights of the others stay the same.
+
+B completions, C tokens in the longest; W = C, or C + n with n labels (core/expected_reward.py).
 """
 
 from collections.abc import Sequence
@@ -12,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from grpo_ds.core.expected_reward import label_weights
 from grpo_ds.core.losses import LossTerms, grpo_loss, token_weights
 from grpo_ds.core.objective import Objective
 from grpo_ds.core.tally import Tally
@@ -33,7 +36,7 @@ class Updated:
     """
 
     tally: Tally  # this rank's sums, not yet added over ranks
-    logprobs: Float[Tensor, "B C"]  # of the policy before the step
+    logprobs: Float[Tensor, "B W"]  # of the policy before the step
     bad: list[str]  # numbers that are not finite on some rank, cause first; if any, no step was taken
     overflow: bool = False  # fp16: no step was taken, as a gradient times the loss scale is too large
 
@@ -43,7 +46,7 @@ def update(
     rollout: Rollout,
     profiler: Profiler,
     *,
-    old_logprobs: Float[Tensor, "B C"] | None,
+    old_logprobs: Float[Tensor, "B W"] | None,
     pack_tokens: int,
     world: World,
     objective: Objective,
@@ -58,24 +61,22 @@ def update(
     counted = rollout.counted
     batches = rollout.micro_batches(pack_tokens, only=contributing(rollout, objective))
     weights = step_weights(counted, [part for _, part in batches], world, objective)
-    logprobs = torch.zeros(counted.shape, device=counted.device)
     backwards = world.largest(len(batches))
     # Ranks exchange gradients in every backward, so a rank with fewer batches adds some of weight 0.
     spare = (batches or rollout.micro_batches(pack_tokens))[:1] * (backwards - len(batches))
+    advantages, labels = rollout.all_advantages(), rollout.labels if rollout.of_labels else None
+    logprobs = torch.zeros(len(counted), counted.shape[1] + len(labels.ids if labels else ()), device=counted.device)
     for number, ((rows, part), last) in enumerate(flag_last([*spare, *batches])):
         policy_logprobs = engine(rows)
         if number < len(spare):
             engine.backward(0 * policy_logprobs.sum(), last=last)
             continue
         logprobs[part] = policy_logprobs.detach()
-        terms = grpo_loss(
-            policy_logprobs,
-            (logprobs if old_logprobs is None else old_logprobs)[part],
-            rollout.ref_logprobs[part],
-            rollout.advantages[part],
-            weights[part],
-            objective,
-        )
+        old = (logprobs if old_logprobs is None else old_logprobs)[part]
+        share = weights[part]
+        if labels:
+            share = torch.cat([share, label_weights(share, old[:, share.shape[1] :], labels.places[part])], dim=1)
+        terms = grpo_loss(policy_logprobs, old, rollout.ref_logprobs[part], advantages[part], share, objective)
         engine.backward(terms.loss, last=last)
         step_loss += float(terms.loss.detach())
         add_token_metrics(tally, terms, engine.policy.entropies, counted[part])
@@ -114,7 +115,7 @@ def contributing(rollout: Rollout, objective: Objective) -> list[int]:
     """
     some = rollout.counted.any(dim=1)
     if not objective.beta and objective.loss_type != "bnpo":
-        some &= rollout.advantages != 0
+        some &= (rollout.all_advantages() != 0).any(dim=1)
     return some.nonzero().flatten().tolist()
 
 

@@ -147,7 +147,7 @@ class _Run:
     def backward(self, rows: PackedRows) -> None:
         logprobs = self.policy(rows)
         like = torch.zeros(logprobs.shape, device=CARD)
-        advantages = torch.zeros(len(logprobs), device=CARD)
+        advantages = torch.zeros(len(logprobs), 1, device=CARD)
         terms = grpo_loss(logprobs, logprobs.detach(), like, advantages, like.clone(), self.config.objective)
         terms.loss.backward()
 

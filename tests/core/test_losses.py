@@ -13,14 +13,14 @@ from tests.conftest import load_unchecked
 
 LOSS_TYPES, LN2 = get_args(LossType), math.log(2)
 RATIOS = torch.tensor([[0.5, 1.1, 1.5], [0.5, 1.1, 1.5]])  # below, within and above 0.8 to 1.2
-SIGNS = torch.tensor([1.0, -1.0])  # advantages
+SIGNS = torch.tensor([[1.0], [-1.0]])  # advantages
 
 
 def batch(seed=0, sequences=8, length=5):
     g = torch.Generator().manual_seed(seed)
     policy, old, ref = (-torch.rand(sequences, length, generator=g) for _ in range(3))
     mask = torch.arange(length) < torch.randint(1, length + 1, (sequences, 1), generator=g)
-    return policy, old, ref, torch.randn(sequences, generator=g), mask
+    return policy, old, ref, torch.randn(sequences, 1, generator=g), mask
 
 
 def objective(loss_type="grpo", beta=0.0, **settings):
@@ -80,7 +80,7 @@ def test_a_step_in_which_nothing_counts_has_a_loss_of_0(loss_type):
 def test_the_surrogate_of_one_token(settings, ratio, advantage, expected, flags, slope):
     policy = torch.tensor([[math.log(ratio) - 1]], requires_grad=True)
     terms = grpo_loss(
-        policy, torch.tensor([[-1.0]]), torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1),
+        policy, torch.tensor([[-1.0]]), torch.zeros(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1),
         objective(**settings),
     )  # fmt: skip
     assert terms.loss.item() == pytest.approx(expected, rel=1e-6)
@@ -149,7 +149,7 @@ def test_gspo_has_one_ratio_a_sequence_by_hand():
     mask = torch.tensor([[True, True, False], [True] * 3])
     old = torch.full((2, 3), -10.0)
     policy = (old + log_ratios).requires_grad_()
-    terms = grpo_loss(policy, old, old, torch.tensor([-1.0, 1.0]), weigh(mask, "gspo"), objective("gspo"))
+    terms = grpo_loss(policy, old, old, torch.tensor([[-1.0], [1.0]]), weigh(mask, "gspo"), objective("gspo"))
     terms.loss.backward()
     assert terms.loss.item() == pytest.approx((math.sqrt(2) - 1.2) / 2, rel=1e-5)
     slope = math.sqrt(2) / 2 / 2
@@ -193,7 +193,7 @@ def test_the_gradient_is_the_textbook_policy_gradient_when_old_equals_new(estima
     weights = weigh(mask)
     chosen = objective(beta=0.1, kl_estimator=estimator)
     grpo_loss(policy, policy.detach(), ref, advantages, weights, chosen).loss.backward()
-    by_hand = weights * (0.1 * slope(ref - policy.detach()) - advantages[:, None])
+    by_hand = weights * (0.1 * slope(ref - policy.detach()) - advantages)
     torch.testing.assert_close(policy.grad, by_hand)
 
 

@@ -45,7 +45,7 @@ def trl_loss(policy, old, ref, advantages, mask, objective, *, accumulation=1, t
     ids = torch.zeros_like(mask, dtype=torch.long)
     inputs = {
         "prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1], "completion_ids": ids, "completion_mask": mask.long(),
-        "advantages": advantages, "old_per_token_logps": old, "ref_per_token_logps": ref,
+        "advantages": advantages.squeeze(1), "old_per_token_logps": old, "ref_per_token_logps": ref,
         "num_items_in_batch": torch.tensor(tokens or int(mask.sum())),
     }  # fmt: skip
     loss = GRPOTrainer._compute_loss(trainer, trainer.model, inputs)

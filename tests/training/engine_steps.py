@@ -1,6 +1,6 @@
 """Run by test_engine.py in processes of their own: optimizer steps on fixed completions, under real DeepSpeed.
 
-usage: engine_steps.py MODEL_FOLDER OUT_FILE STEPS PACK_TOKENS MU REHEARSE FLAT LORA_R
+usage: engine_steps.py MODEL_FOLDER OUT_FILE STEPS PACK_TOKENS MU REHEARSE FLAT LORA_R EXPECTED
 """
 
 import json
@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 
 from grpo_ds.core.advantages import group_advantages
+from grpo_ds.core.expected_reward import LabelAdvantages, LabelProbs, expected_advantages
 from grpo_ds.core.objective import Objective
+from grpo_ds.core.pick import NOWHERE
 from grpo_ds.core.tally import Tally
 from grpo_ds.memory.phases import Profiler
 from grpo_ds.models.logprob_model import LogprobModel
@@ -35,9 +37,11 @@ DS = {
 }
 
 
-def fixed_rollout(questions: slice, *, flat: int = 0, truncated: tuple[int, ...] = ()) -> Rollout:
+def fixed_rollout(
+    questions: slice, *, flat: int = 0, truncated: tuple[int, ...] = (), expected: bool = False
+) -> Rollout:
     """The same four groups in every process; a rank takes its share. The first `flat` groups have equal rewards, and
-    `truncated` rows are not counted."""
+    `truncated` rows are not counted. With `expected`, two labels have probabilities in most completions."""
     g = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, 250, (n,), generator=g) for n in (29, 24, 13, 6)]
     lengths = torch.randint(1, WIDTH + 1, (QUESTIONS * GROUP, 1), generator=g)
@@ -48,19 +52,38 @@ def fixed_rollout(questions: slice, *, flat: int = 0, truncated: tuple[int, ...]
     rows = slice(questions.start * GROUP, questions.stop * GROUP)
     mask = (torch.arange(WIDTH) < lengths)[rows]
     ended = ~torch.isin(torch.arange(QUESTIONS * GROUP), torch.tensor(truncated, dtype=torch.long))[rows]
+    advantages, labels, of_labels = group_advantages(rewards, group_size=GROUP), None, None
+    if expected:
+        labels = fixed_labels(lengths.squeeze(1))
+        options = {"reward": 0.5, "group_size": GROUP, "scale": "group"}
+        advantages, of_labels = expected_advantages(rewards, 0.5 * labels.p_right, labels, **options)
+        labels = LabelProbs(labels.places[rows], labels.ids, labels.probs[rows], labels.right[rows])
+        of_labels = LabelAdvantages(of_labels.labels[rows], of_labels.drawn[rows])
     return Rollout(
         questions=[None] * (questions.stop - questions.start),
         prompts=prompts[questions],
         completions=Completions(ids[rows], mask, ended),
         texts=[""] * len(mask),
         rewards=Rewards(rewards[rows].tolist(), {}),
-        advantages=group_advantages(rewards, group_size=GROUP)[rows],
+        labels=labels,
+        advantages=advantages[rows],
         counted=mask & ended[:, None],
         ref_logprobs=ref_logprobs[rows],
+        of_labels=of_labels,
     )
 
 
-def main(folder: str, out: str, steps: int, pack_tokens: int, mu: int, rehearse: int, flat: int, lora_r: int) -> None:
+def fixed_labels(lengths: torch.Tensor) -> LabelProbs:
+    """Two labels in the middle of every completion but each fourth one."""
+    places = torch.where(torch.arange(len(lengths)) % 4 == 3, NOWHERE, lengths // 2)
+    yes = torch.linspace(0.1, 0.9, len(lengths))
+    probs = torch.stack([yes, 1 - yes], dim=1) * (places != NOWHERE)[:, None]
+    return LabelProbs(places, torch.tensor([3, 7]), probs, torch.arange(len(lengths)) % 2)
+
+
+def main(
+    folder: str, out: str, steps: int, pack_tokens: int, mu: int, rehearse: int, flat: int, lora_r: int, expected: int
+) -> None:
     here = ranks.start()
     share = QUESTIONS // here.size
     json_file = Path(out).with_suffix(f".ds{here.rank}.json")
@@ -72,7 +95,7 @@ def main(folder: str, out: str, steps: int, pack_tokens: int, mu: int, rehearse:
     policy = LogprobModel(model, vocab_size=259, temperature=1.0, chunk_mib=1)
     engine = Engine(policy, resolve_ds_config(json_file, fill=sizes))
     mine = slice(here.rank * share, (here.rank + 1) * share)
-    rollout = fixed_rollout(mine, flat=flat % QUESTIONS)
+    rollout = fixed_rollout(mine, flat=flat % QUESTIONS, expected=bool(expected))
     objective = replace(OBJECTIVE, beta=0.0) if flat % QUESTIONS else OBJECTIVE
     history, profiler = [], Profiler(here.device)
     if rehearse:

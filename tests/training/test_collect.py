@@ -26,6 +26,7 @@ def groups_at(attempt, places, differs_at):
         completions=Completions(ids, mask, torch.full((len(ids),), attempt % 2 == 1)),
         texts=[f"{name}/{row}" for name in names for row in range(SIZE)],
         rewards=Rewards(total, {"half": [value / 2 for value in total]}),
+        labels=None,
     )
 
 

@@ -15,6 +15,7 @@ import torch
 
 from grpo_ds.core.losses import grpo_loss, token_weights
 from grpo_ds.core.objective import LossType
+from grpo_ds.core.pick import NOWHERE
 from tests.core.test_packing import alone
 from tests.training.engine_steps import OBJECTIVE, fixed_rollout
 
@@ -48,8 +49,8 @@ def run_steps(tiny_folder, tmp_path_factory):
     """Run each distinct case once a session."""
     done = {}
 
-    def run(*, ranks=1, steps=1, pack_tokens=0, mu=1, rehearse=0, flat=0, lora_r=0):
-        key = ranks, steps, pack_tokens, mu, rehearse, flat, lora_r
+    def run(*, ranks=1, steps=1, pack_tokens=0, mu=1, rehearse=0, flat=0, lora_r=0, expected=0):
+        key = ranks, steps, pack_tokens, mu, rehearse, flat, lora_r, expected
         if key not in done:
             out = tmp_path_factory.mktemp("steps") / "state.pt"
             run_ranks("engine_steps.py", tiny_folder, out, *key[1:], ranks=ranks)
@@ -73,7 +74,7 @@ def test_the_engine_takes_the_step_that_plain_autograd_says(run_steps, tiny_fold
     done = rollout.completions
     logprobs = alone(model, rollout.prompts, done.ids, done.mask, 259)
     weights = token_weights(done.mask, loss_type="grpo", sequences=12, tokens=0, max_completion_length=0)
-    terms = grpo_loss(logprobs, logprobs.detach(), rollout.ref_logprobs, rollout.advantages, weights, OBJECTIVE)
+    terms = grpo_loss(logprobs, logprobs.detach(), rollout.ref_logprobs, rollout.all_advantages(), weights, OBJECTIVE)
     terms.loss.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     first = run_steps()["history"][0]
@@ -82,9 +83,43 @@ def test_the_engine_takes_the_step_that_plain_autograd_says(run_steps, tiny_fold
     assert 0 < first["entropy"] < math.log(259)
 
 
-@pytest.mark.parametrize("lora_r", [0, 4])  # an adapter's first weights come from the first rank
-def test_two_ranks_take_the_same_step_as_one(run_steps, lora_r):
-    one, two = run_steps(ranks=1, lora_r=lora_r), run_steps(ranks=2, lora_r=lora_r)
+def test_the_engine_takes_the_step_of_an_expected_reward_that_plain_autograd_says(run_steps, tiny_folder):
+    """Each token by its advantage, and at the answer each label by its own, weighted by its probability."""
+    from transformers import Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM.from_pretrained(tiny_folder)
+    rollout = fixed_rollout(slice(0, 4), expected=True)
+    done, labels, extra = rollout.completions, rollout.labels, rollout.of_labels
+    loss = torch.zeros(())
+    for b, length in enumerate(done.mask.sum(dim=1).tolist()):
+        prompt, ids = rollout.prompts[b // 3], done.ids[b, :length]
+        logits = model(torch.cat([prompt, ids])[None]).logits[0, len(prompt) - 1 : -1, :259]
+        logprobs, place = logits.log_softmax(dim=-1), int(labels.places[b])
+        advantages = rollout.advantages[b].repeat(length)
+        if place != NOWHERE:
+            advantages[place] = extra.drawn[b]
+            policy = logprobs[place, labels.ids]
+            terms = policy.softmax(dim=0).detach() * (policy - policy.detach()).exp() * extra.labels[b]
+            loss -= terms.sum() / length / 12
+        policy = logprobs[torch.arange(length), ids]
+        d = rollout.ref_logprobs[b, :length] - policy
+        kl, ratio = d.exp() - d - 1, (policy - policy.detach()).exp()
+        loss += (OBJECTIVE.beta * kl - ratio * advantages).mean() / 12
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    first = run_steps(expected=1)["history"][0]
+    assert first["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+    assert first["loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
+    assert first["grad_norm"] != pytest.approx(run_steps()["history"][0]["grad_norm"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"lora_r": 4}, {"expected": 1}, {"expected": 1, "lora_r": 4}, {"expected": 1, "mu": 2}],
+    ids=str,
+)
+def test_two_ranks_take_the_same_step_as_one(run_steps, settings):  # an adapter's first weights are the first rank's
+    one, two = run_steps(ranks=1, **settings), run_steps(ranks=2, **settings)
     assert one["history"][0] == pytest.approx(two["history"][0], rel=1e-4, abs=1e-6)
     assert_same(one, two, atol=1e-5)
 
@@ -127,8 +162,9 @@ def test_objectives_differ(every_loss):
     assert every_loss[1]["grpo"]["metrics"]["clip_ratio/region_mean"] > 0.1  # else the ratios are not tested
 
 
-def test_a_split_batch_takes_the_same_step_as_a_whole_one(run_steps):
-    one, split = run_steps(), run_steps(pack_tokens=35)
+@pytest.mark.parametrize("expected", [0, 1])
+def test_a_split_batch_takes_the_same_step_as_a_whole_one(run_steps, expected):
+    one, split = run_steps(expected=expected), run_steps(pack_tokens=35, expected=expected)
     assert one["history"][0] == pytest.approx(split["history"][0], rel=1e-4, abs=1e-6)
     assert_same(one, split, atol=1e-5)
 
@@ -150,7 +186,7 @@ def test_groups_of_equal_rewards_are_left_out_without_a_kl_and_count_all_the_sam
     logprobs = alone(model, rollout.prompts, done.ids, done.mask, 259)
     weights = token_weights(done.mask, loss_type="grpo", sequences=12, tokens=0, max_completion_length=0)
     without_kl = replace(OBJECTIVE, beta=0.0)
-    terms = grpo_loss(logprobs, logprobs.detach(), logprobs, rollout.advantages, weights, without_kl)
+    terms = grpo_loss(logprobs, logprobs.detach(), logprobs, rollout.all_advantages(), weights, without_kl)
     terms.loss.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     assert run_steps(ranks=ranks, flat=3)["history"][0]["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
@@ -175,6 +211,12 @@ def test_a_rehearsal_leaves_no_trace(run_steps, pack_tokens):
     plain, rehearsed = (run_steps(steps=2, pack_tokens=pack_tokens, rehearse=r) for r in (0, 1))
     assert plain["history"] == rehearsed["history"]
     assert_same(plain, rehearsed, atol=0)
+
+
+def test_later_updates_with_an_expected_reward_move_on_and_are_clipped(run_steps):
+    once, twice = run_steps(expected=1), run_steps(expected=1, mu=2)
+    assert twice["history"][0]["clip_ratio/region_mean"] > once["history"][0]["clip_ratio/region_mean"] == 0
+    assert not torch.equal(*(run["weights"]["model.norm.weight"] for run in (once, twice)))
 
 
 def test_later_updates_on_a_rollout_use_the_log_probs_before_the_first(run_steps):

@@ -29,6 +29,7 @@ def rollout():
         Completions(zeros.long(), zeros.bool(), ended),
         TEXTS,
         Rewards([0.0] * len(TEXTS), {}),
+        None,
         zeros[:, 0],
         zeros.bool(),
         zeros,

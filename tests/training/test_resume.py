@@ -21,10 +21,12 @@ from grpo_ds.system import ranks
 from grpo_ds.system.signals import Interrupted
 from grpo_ds.task.grading import graded
 from grpo_ds.task.questions import read_questions, split_questions
+from grpo_ds.task.rewards import ready_made
 from grpo_ds.training.checkpoint import load_checkpoint
 from grpo_ds.training.run import Run
 from grpo_ds.training.trainer import Trainer
 from tests.conftest import CHATML, DATED, Clock
+from tests.tiny import FORM
 from tests.training.test_training import ROOT
 
 CONFIG = TrainConfig(
@@ -47,6 +49,7 @@ KINDS = {
     "llm.int8 reference": ({"reference": "llm.int8"}, "ds_configs/zero2.json", False),
     "no reference, dynamic sampling": ({"beta": 0.0, "dynamic_sampling": 2, "mu": 3}, "ds_configs/zero2.json", False),
     "evaluated on the way": ({"eval_steps": 1}, "ds_configs/zero2.json", False),
+    "expected answers": ({"answer_reward": "expected", "dynamic_sampling": 1, **FORM}, "ds_configs/zero2.json", False),
 }
 
 
@@ -63,6 +66,8 @@ def make_run(model: Path, kind: str, folder: Path, origin: Path | None = None) -
     ds = resolve_ds_config(ROOT / json_file, fill=sizes)
     train, held_out = split_questions(read_questions("sample").questions, eval_fraction=0.2, seed=0)
     rewards = {"uneven": (uneven, 1.0)}
+    if config.answer_reward == "expected":
+        rewards["correctness"] = ready_made(answer_format=config.answer_format)["correctness"], 1.0
     trainer = Trainer(config, ds, ranks.start(), Console(speaks=False), rewards, origin=origin)
     if origin:
         load_checkpoint(trainer, origin)
@@ -107,10 +112,12 @@ def stop_at(run: Run, when: int | None = None) -> Interrupted | None:
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def straight(request, tiny_folder, tmp_path_factory):
-    """A kind of run, its result without interruption, and its number of safe points."""
+def straight(request, tmp_path_factory):
+    """A kind of run, its model, its result without interruption, and its number of safe points."""
     folder = tmp_path_factory.mktemp("straight")
-    run = make_run(tiny_folder, request.param, folder / "run")
+    expects = KINDS[request.param][0].get("answer_reward") == "expected"
+    model = request.getfixturevalue("formed_folder" if expects else "tiny_folder")
+    run = make_run(model, request.param, folder / "run")
     points, check = 0, run.trainer.interruption.check
 
     def counting() -> None:
@@ -119,20 +126,22 @@ def straight(request, tiny_folder, tmp_path_factory):
         check()
 
     run.trainer.interruption.check = counting
-    return request.param, *finish(run), points
+    metrics, weights = finish(run)
+    assert not expects or min(line["expected_answers"] for line in metrics if "reward" in line) > 0
+    return request.param, model, metrics, weights, points
 
 
-def test_interrupted_anywhere_and_resumed_it_is_the_same_run(straight, tiny_folder, tmp_path):
-    kind, metrics, weights, points = straight
+def test_interrupted_anywhere_and_resumed_it_is_the_same_run(straight, tmp_path):
+    kind, model, metrics, weights, points = straight
     # Before training, while sampling, between the updates on a rollout, between steps, between iterations.
     # tests/faults/test_interrupted.py tries many more of these points.
     for when in (points // 3, None, points * 3 // 4):
         folder = tmp_path / str(when)
-        stopped = stop_at(make_run(tiny_folder, kind, folder), when)
+        stopped = stop_at(make_run(model, kind, folder), when)
         assert stopped is not None and stopped.exit_code == 75
         origin, warnings = to_resume("auto", folder)
         assert not warnings
-        again, state = finish(make_run(tiny_folder, kind, folder, origin))
+        again, state = finish(make_run(model, kind, folder, origin))
         assert again == metrics, f"interrupted at safe point {when} of {points}"
         assert all(torch.equal(state[name], weight) for name, weight in weights.items())
         assert len(found_in(folder)) == 1

@@ -225,3 +225,18 @@ def test_sampling_leaves_the_training_mode_as_it_was(sampler, tiny_model):
 def test_seeds_of_steps_and_ranks_never_meet():
     seeds = {seed_at(seed, step, rank) for seed in range(5) for step in range(200) for rank in range(4)}
     assert len(seeds) == 5 * 200 * 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_label_logprobs_are_those_of_a_forward_pass_over_the_labels_alone(tiny_model, tokenizer, temperature):
+    labels, prompts = [121, 110, 109], [[5, 6, 7], list(range(40))]
+    options = {"group_size": 3, "temperature": temperature, "seed": 3}
+    recorded = Sampler(tiny_model, tokenizer, max_completion_length=12, label_ids=labels)(prompts, **options)
+    plain = Sampler(tiny_model, tokenizer, max_completion_length=12)(prompts, **options)
+    assert torch.equal(recorded.ids, plain.ids) and plain.label_logprobs is None
+    for b, (ids, mask) in enumerate(zip(recorded.ids, recorded.mask, strict=True)):
+        prompt, completion = prompts[b // 3], ids[mask].tolist()
+        with torch.no_grad():
+            logits = tiny_model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        expected = (logits[:, labels] / (temperature or 1.0)).log_softmax(dim=-1)
+        torch.testing.assert_close(recorded.label_logprobs[b][mask], expected, atol=2e-4, rtol=0)
