@@ -20,6 +20,7 @@ FEW_WORDS = 10  # of reasoning; a sentence has more
 TASK = "It learned the task: more answers are right than before, and more than the most common label alone would give."
 PART = "It learned some of the task: the right answers have become more likely."
 FORM = "It learned the form of an answer, but not the task."
+FORM_ONLY = "It learned the form of an answer, but the right answers have become less likely."
 WORSE = "It got worse."
 EASY = "It answered nearly all held-out questions right before training, so there was little to learn."
 NOTHING = "It learned nothing that these numbers can show."
@@ -91,7 +92,7 @@ def _headline(known: Evidence) -> str:
     if task > 0 and _above_majority(known):
         return TASK
     if task < 0 or form < 0:
-        return WORSE
+        return FORM_ONLY if form > 0 else WORSE
     if as_number(known.outcome.get("p_right_change")) is not None and task > 0:
         return PART
     if form > 0:

@@ -242,6 +242,7 @@ OF_THE_WRONG_SHAPE = {
     "environment.json": ['{"versions": []}', '{"command": 3}', '{"gpus": [1]}'],
     "run_status.json": [],
     "grpo_config.yaml": [],
+    "summary.json": [],
 }
 
 

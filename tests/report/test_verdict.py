@@ -12,7 +12,7 @@ from grpo_ds.commands.settle import settle
 from grpo_ds.models.presets import PRESETS
 from grpo_ds.report import verdict
 from grpo_ds.report.evidence import Evidence
-from grpo_ds.report.verdict import EASY, FORM, NOTHING, PART, TASK, WORSE, judge
+from grpo_ds.report.verdict import EASY, FORM, FORM_ONLY, NOTHING, PART, TASK, WORSE, judge
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.saved_config import write_config
 from tests.conftest import check_example
@@ -43,6 +43,7 @@ OUTCOMES = [  # (form, accuracy) before and after, tests, headline
     ((1.0, 0.5), (1.0, 0.7), dict(mcnemar=0.3), NOTHING),  # chance, whatever the difference
     ((0.6, 0.3), (0.65, 0.35), dict(mcnemar=0.5), NOTHING),  # 65 % is inside 60 %'s interval
     ((1.0, 0.6), (1.0, 0.4), dict(mcnemar=0.01), WORSE),
+    ((0.2, 0.1), (1.0, 0.5), dict(mcnemar=0.001, p_right_change=-0.1, p_right_p_value=0.001), FORM_ONLY),
     ((1.0, 0.5), (0.5, 0.45), dict(mcnemar=0.3), WORSE),  # the form was lost
     ((1.0, 0.5), (1.0, 0.55), dict(mcnemar=0.3, **RISES), PART),  # p(right) shows what 0 or 1 hides
     ((1.0, 0.5), (1.0, 0.7), dict(mcnemar=0.001, **RISES), TASK),
