@@ -29,7 +29,7 @@ NOTHING = "It learned nothing that these numbers can show."
 # far as they go; the last line is an expectation.
 OUTLOOKS = (
     (300e6, "learns the form of an answer; on questions that need knowledge its answers stay near a coin toss"),
-    (1e9, "learns the form in a few steps; of medicine it knows little more than a coin, so expect a few points"),
+    (1e9, "learns the form in a few steps; where knowledge is needed it begins near a coin toss: expect a few points"),
     (2e9, "knows more than its answers show: expect training to remove its lean to one label and to raise accuracy"),
     (float("inf"), "knows enough to gain from training; how much has not been measured here"),
 )
@@ -79,17 +79,16 @@ def judge(known: Evidence) -> Verdict:
     if not known.grades(AFTER):
         return Verdict(_so_far(known), ())
     headline = _headline(known)
-    found = () if headline in (TASK, EASY) else causes(known)
+    fine = headline in (TASK, EASY)
+    found = () if fine else causes(known)
     aspects = (_form(known), _accuracy(known), _lean(known), _reasoning(known))
-    no_cause = (
-        "" if found or headline in (TASK, EASY) else f"No known cause shows in the numbers of these {_steps(known)}."
-    )
+    no_cause = "" if found or fine else f"No known cause shows in the numbers of these {_steps(known)}."
     return Verdict(headline, aspects, found, no_cause, _outlook(known), _changes(known, found))
 
 
 def _headline(known: Evidence) -> str:
     task, form = _task(known), _shift(known, "well_formed")
-    if task > 0 and _above_majority(known):
+    if task > 0 and _difference(known, "accuracy") > 0 and _above_majority(known):
         return TASK
     if task < 0 or form < 0:
         return FORM_ONLY if form > 0 else WORSE

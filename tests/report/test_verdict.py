@@ -47,6 +47,7 @@ OUTCOMES = [  # (form, accuracy) before and after, tests, headline
     ((1.0, 0.5), (0.5, 0.45), dict(mcnemar=0.3), WORSE),  # the form was lost
     ((1.0, 0.5), (1.0, 0.55), dict(mcnemar=0.3, **RISES), PART),  # p(right) shows what 0 or 1 hides
     ((1.0, 0.5), (1.0, 0.7), dict(mcnemar=0.001, **RISES), TASK),
+    ((1.0, 0.75), (1.0, 0.7), dict(mcnemar=0.3, **RISES), PART),  # above the majority, but no more right than before
     ((1.0, 0.5), (1.0, 0.5), dict(mcnemar=1.0, p_right_change=-0.1, p_right_p_value=0.001), WORSE),
     ((1.0, 0.5), (1.0, 0.5), dict(mcnemar=1.0, p_right_change=0.01, p_right_p_value=0.4), NOTHING),
 ]
