@@ -1,6 +1,6 @@
 """Known causes of a run that did not learn, each recognised by the run's own numbers, with the flags that help.
 
-A cause is a function of the evidence that returns a Cause, or None if the numbers do not show it. Each threshold has
+A cause takes the evidence and returns a Cause, or None if the numbers do not show it. Each threshold has
 its reason beside it. tests/training/test_verdict.py has a real run that was made to fail for each cause.
 """
 
@@ -119,10 +119,10 @@ def kl_at_its_floor(known: Evidence) -> Cause | None:
 def kl_ran_away(known: Evidence) -> Cause | None:
     """The policy is far away from the model that it began as."""
     above = _kl_above_floor(known)
-    if not above or above[-1] < KL_FAR:
+    if not above or max(above) < KL_FAR:
         return None
     found = (
-        f"The KL ran away, to {above[-1]:.1f} nats per token above its floor: the policy has forgotten its language."
+        f"The KL ran away, to {max(above):.1f} nats per token above its floor: the policy has forgotten its language."
     )
     return Cause("KL ran away", found, _gentler(known))
 

@@ -48,10 +48,19 @@ def records(count: int, *, clear: bool = True, yes: float = 0.5, seed: int = 0) 
     ]
 
 
-def write(folder: Path, name: str, **how: object) -> Path:
+def write(folder: Path, name: str, made: list[dict[str, str]]) -> Path:
     file = folder / f"{name}.json"
-    file.write_text(json.dumps(records(**how)))
+    file.write_text(json.dumps(made))
     return file
+
+
+def few_of_their_own_kind(folder: Path) -> Path:
+    """Four questions to train on, whose contexts say the answer, and 40 to hold out, whose contexts do not."""
+    made = records(44, clear=False, seed=3)
+    asked, _ = split_questions(read_questions(str(write(folder, "few", made))).questions, eval_fraction=0.9, seed=0)
+    own = {question.text for question in asked}
+    told = [record | {"context": record["ground_truth"]} if record["question"] in own else record for record in made]
+    return write(folder, "few", told)
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +69,10 @@ def places(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("verdict")
     (folder / "system.txt").write_text(SYSTEM)
     made = {"system": folder / "system.txt", "raw": tiny_folder, "taught": folder / "taught"}
-    made["clear"] = write(folder, "clear", count=200)
-    made["blind"] = write(folder, "blind", count=200, clear=False, seed=1)
-    made["leaning"] = write(folder, "leaning", count=200, clear=False, yes=0.7, seed=2)
-    letters = [{"question": f"{chr(97 + i % 22 - 32 * (i // 22)) * 6}?", "context": "-", "ground_truth": ("yes", "no")[i % 2]} for i in range(44)]
-    made["few"] = folder / "few.json"
-    made["few"].write_text(json.dumps(letters))
-    made["fewb"] = made["few"]
-    train4, _ = split_questions(read_questions(str(made["few"])).questions, eval_fraction=0.9, seed=0)
-    ids = {q.text for q in train4}
-    made["fewc"] = folder / "fewc.json"
-    made["fewc"].write_text(json.dumps([{**r, "context": r["ground_truth"] if r["question"] in ids else "-"} for r in letters]))
+    made["clear"] = write(folder, "clear", records(200))
+    made["blind"] = write(folder, "blind", records(200, clear=False, seed=1))
+    made["leaning"] = write(folder, "leaning", records(200, clear=False, yes=0.7, seed=2))
+    made["few"] = few_of_their_own_kind(folder)
     (folder / "own.py").write_text("def constant(completions, **_):\n    return [1.0] * len(completions)\n")
     made["constant"] = f"{folder / 'own.py'}:constant"
     teach(tiny_folder, made["taught"], [made["clear"], made["blind"]])
@@ -149,11 +151,9 @@ FAILING = {
     "held": Failing("KL at its floor", dict(beta=10.0, learning_rate=1e-4)),
     "fast": Failing("KL ran away", dict(learning_rate=3e-2, beta=1e-4)),
     "fast, no reference": Failing("policy broke down", dict(learning_rate=3e-2, beta=0.0)),
-    "many updates": Failing("ratio clipped", dict(learning_rate=4e-3, mu=8, beta=0.2, num_steps=6)),
-    "mostly no": Failing("lean to one label", dict(data="leaning", balance_classes=False, num_steps=20)),
-    "four questions": Failing("data too small", dict(data="few", eval_fraction=0.9, num_steps=40, learning_rate=2e-3)),
-    "few b": Failing("data too small", dict(data="fewb", eval_fraction=0.9, num_steps=40, learning_rate=1e-3, beta=0.0)),
-    "few c": Failing("data too small", dict(data="fewc", eval_fraction=0.9, num_steps=30)),
+    "many updates": Failing("ratio clipped", dict(BLIND, learning_rate=4e-3, mu=8, beta=0.2, num_steps=6)),
+    "mostly yes": Failing("lean to one label", dict(data="leaning", balance_classes=False, num_steps=20)),
+    "four questions": Failing("data too small", dict(data="few", eval_fraction=0.9, num_steps=30)),
 }
 
 
