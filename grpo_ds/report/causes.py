@@ -1,7 +1,7 @@
 """Known causes of a run that did not learn, each recognised by the run's own numbers, with the flags that help.
 
-A cause takes the evidence and returns a Cause, or None if the numbers do not show it. Each threshold has
-its reason beside it. tests/training/test_verdict.py has a real run that was made to fail for each cause.
+A cause is a function of the evidence: it returns a Cause, or None if the numbers do not show it. Each threshold has its
+reason beside it. tests/training/test_verdict.py has a real run that was made to fail for each cause.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,11 +28,9 @@ NO_ENTROPY = 0.02
 KL_STILL = 0.001
 KL_FAR = 1.0  # nats per token above the floor: the reference thinks each token e times less likely than the policy
 STRONG_BETA = 0.4  # ten times the default: the pull to the reference outweighs the reward
-CLIPPED = 0.05  # share of tokens without a gradient; a healthy run of GRPO has about 0.001 (GSPO, section 5.2)
+CLIPPED = 0.05  # share of tokens without a gradient; a healthy run has a few in a thousand (GSPO, Zheng et al. 2025)
 BROKE = 0.3  # of the samples that lost their form since the first step; chance has 0.1 with 16 completions a step
-MOVED = (
-    0.05  # share of weights: with bf16 alone and a learning rate of 1e-6 about 0.02 can move (docs/reading_a_run.md)
-)
+MOVED = 0.05  # share of weights; with bf16 alone about 0.02 can move at a rate of 1e-6 (docs/reading_a_run.md)
 PASSES = 4  # over the questions; up to four passes old data is nearly as good as new (Muennighoff et al. 2023)
 OVERFIT = 0.2  # accuracy in training above held-out accuracy; 20 to 40 questions have an interval of 0.15 to 0.2
 FEWEST_STEPS = 60  # in 15 to 40 steps a small model learns the form (docs/results.md); the task comes after it
