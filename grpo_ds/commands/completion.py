@@ -7,11 +7,12 @@ from dataclasses import Field
 from typing import Any, Literal, get_args, get_origin
 
 from grpo_ds.commands.ask import QuestionConfig
+from grpo_ds.commands.evaluate import GradingConfig
 from grpo_ds.commands.main import COMMANDS
 from grpo_ds.commands.select import SelectConfig
 from grpo_ds.errors import UsageError
 from grpo_ds.models.presets import PRESETS
-from grpo_ds.settings.config import AskConfig, EvaluateConfig, TrainConfig
+from grpo_ds.settings.config import AskConfig, TrainConfig
 from grpo_ds.settings.flags import all_flags
 from grpo_ds.settings.run_flags import TRACKERS
 from grpo_ds.settings.shipped import DS_JSONS
@@ -19,7 +20,7 @@ from grpo_ds.task.sources import SAMPLE
 
 CONFIGS: dict[str, type[AskConfig]] = {
     "train": TrainConfig,
-    "eval": EvaluateConfig,
+    "eval": GradingConfig,
     "select": SelectConfig,
     "profile": TrainConfig,
     "ask": QuestionConfig,

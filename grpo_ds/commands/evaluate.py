@@ -8,15 +8,19 @@ import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar, Literal
 
 from grpo_ds.errors import DataError
 from grpo_ds.memory.choose import choose_model
+from grpo_ds.report.lax import lax_block, lax_lines
 from grpo_ds.run_folder.trained_on import read_trained_on
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import EvaluateConfig
+from grpo_ds.settings.flags import Flags, flag
 from grpo_ds.settings.saved_config import split_recipe
 from grpo_ds.system.hardware import check_torch, gpu_memory_gib, native_precision, ram_gib
 from grpo_ds.task.grading import small_sample
+from grpo_ds.task.lax import lax_grades
 from grpo_ds.task.questions import (
     Question,
     QuestionSet,
@@ -28,6 +32,22 @@ from grpo_ds.task.questions import (
 )
 
 ROWS_AT_ONCE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradingFlags(Flags):
+    """How answers are read."""
+
+    heading: ClassVar[str] = "grading"
+
+    grading: Literal["strict", "lax"] = flag(
+        "strict", "lax: report beside the strict figures those of parsers that need no form (docs/the_recipe.md)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradingConfig(GradingFlags, EvaluateConfig):
+    """Config of `eval`. Training has no such flag: lax figures are for comparison, never to train on or choose by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +89,18 @@ def main(argv: list[str]) -> None:
     if warning := small_sample(result.grades.count, result.grades.accuracy_interval):
         console.line(f"Warning: {warning}")
     counts = {"trained_on": asked.trained_on, "left_out_as_trained_on": asked.left_out}
-    console.line(json.dumps({**asdict(result.grades), **counts}, indent=1))
+    lax = {}
+    if config.grading == "lax":
+        prompts = [prompt.text for prompt in style.shown(sampler.tokenizer, asked.questions)]
+        found = lax_grades(result.texts, prompts, asked.questions, labels=config.label_names)
+        console.line(lax_lines(result.grades, found))
+        lax = {"lax": lax_block(found)}
+    console.line(json.dumps({**asdict(result.grades), **counts, **lax}, indent=1))
 
 
-def prepare(argv: list[str]) -> tuple[EvaluateConfig, str, Asked]:
+def prepare(argv: list[str]) -> tuple[GradingConfig, str, Asked]:
     """Return the config, the reason for its model, and the questions; loads nothing heavy."""
-    parsed = parse(EvaluateConfig, argv, about=__doc__)
+    parsed = parse(GradingConfig, argv, about=__doc__)
     choice = choose_model(parsed.unchecked().model, gpu_gib=gpu_memory_gib(), ram_gib=ram_gib())
     folder = Path(choice.model)
     config = parsed.config({**choice.recipe, **split_recipe(folder)}, model=choice.model)

@@ -5,6 +5,7 @@ in the record. All are lists of length B, in which a group's record is repeated 
 and `label` are always there. It returns one float for each completion, or None if it does not apply.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ ARGUMENTS = ("completions", "prompts", "completion_ids", "trainer_state", "log_e
 OF_SAMPLING = {"prompts", "completion_ids", "trainer_state"}  # made only for a function that takes one
 COLUMNS = ("id", "question", "context", "label")  # of every question; with ARGUMENTS they hide fields of these names
 CORRECTNESS = "correctness"
-READY_MADE = (CORRECTNESS, "format", "length_penalty", "repetition_penalty")
+READY_MADE = (CORRECTNESS, "format", "length_penalty", "repetition_penalty", "bare_label")
 OVERLONG = "overlong"  # name of the penalty that --overlong_buffer adds to the rewards
 CHARACTERS_PER_TOKEN = 4  # roughly, for English and a vocabulary of 50,000 or more
 NGRAM = 3  # words
@@ -85,6 +86,19 @@ def repetition_penalty(completions: Sequence[str], **_: object) -> list[float]:
     return [_repetition(completion.casefold().split()) for completion in completions]
 
 
+def bare_label(completions: Sequence[str], *, answer_format: AnswerFormat, **_: object) -> list[float]:
+    """-1 for a completion whose reasoning is nothing but labels, in any case and punctuation: "Yes." or "yes, no".
+
+    A small model soon writes its answer twice, as no other reward pays for reasoning.
+    """
+    labels = _words(" ".join(answer_format.labels))
+    return [-float(_words(answer_format.split(completion)[0]) <= labels) for completion in completions]
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.casefold()))
+
+
 def _repetition(words: list[str]) -> float:
     ngrams = list(zip(*(words[start:] for start in range(NGRAM)), strict=False))
     return len(set(ngrams)) / len(ngrams) - 1 if ngrams else 0.0
@@ -116,4 +130,5 @@ def ready_made(
         "format": _with_options(tag_pairs, answer_format=answer_format, reward=format_reward),
         "length_penalty": _with_options(length_penalty, full_length=CHARACTERS_PER_TOKEN * max_completion_length),
         "repetition_penalty": repetition_penalty,
+        "bare_label": _with_options(bare_label, answer_format=answer_format),
     }

@@ -77,6 +77,11 @@ class Rollout(Groups):
     ref_logprobs: Float[Tensor, "B C"]
     of_labels: LabelAdvantages | None = None  # with --answer_reward expected
 
+    @property
+    def label_columns(self) -> int:
+        """n, the columns of labels behind those of tokens; 0 if answers are drawn."""
+        return 0 if self.of_labels is None else self.of_labels.labels.shape[1]
+
     def all_advantages(self) -> Float[Tensor, "B _"]:
         """Advantages of the tokens and labels; one column if they are the same for all tokens of a completion."""
         if self.of_labels is None or self.labels is None:
@@ -139,7 +144,7 @@ class Rollout(Groups):
 
     def micro_batches(self, pack_tokens: int = 0, *, only: Sequence[int] | None = None) -> list[MicroBatch]:
         """Packed rows of at most `pack_tokens` tokens (0: all in one), and the completions that they hold."""
-        labels = Labels(self.labels.places, self.labels.ids) if self.labels and self.of_labels else None
+        labels = Labels(self.labels.places, self.labels.ids) if self.labels and self.label_columns else None
         return micro_batches(self.prompts, self.completions, pack_tokens, only=only, labels=labels)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from grpo_ds.core.expected_reward import label_weights
@@ -64,8 +64,7 @@ def update(
     backwards = world.largest(len(batches))
     # Ranks exchange gradients in every backward, so a rank with fewer batches adds some of weight 0.
     spare = (batches or rollout.micro_batches(pack_tokens))[:1] * (backwards - len(batches))
-    advantages, labels = rollout.all_advantages(), rollout.labels if rollout.of_labels else None
-    logprobs = torch.zeros(len(counted), counted.shape[1] + len(labels.ids if labels else ()), device=counted.device)
+    logprobs = torch.zeros(len(counted), counted.shape[1] + rollout.label_columns, device=counted.device)
     for number, ((rows, part), last) in enumerate(flag_last([*spare, *batches])):
         policy_logprobs = engine(rows)
         if number < len(spare):
@@ -73,10 +72,7 @@ def update(
             continue
         logprobs[part] = policy_logprobs.detach()
         old = (logprobs if old_logprobs is None else old_logprobs)[part]
-        share = weights[part]
-        if labels:
-            share = torch.cat([share, label_weights(share, old[:, share.shape[1] :], labels.places[part])], dim=1)
-        terms = grpo_loss(policy_logprobs, old, rollout.ref_logprobs[part], advantages[part], share, objective)
+        terms = part_loss(policy_logprobs, old, rollout, part, weights[part], objective)
         engine.backward(terms.loss, last=last)
         step_loss += float(terms.loss.detach())
         add_token_metrics(tally, terms, engine.policy.entropies, counted[part])
@@ -96,6 +92,22 @@ def update(
         tally.add_all({"overflow_steps": [overflow], "loss_scale": [scale]})
     tally.add("loss", step_loss * world.size)  # each rank holds a share of the sum
     return Updated(tally, logprobs, [] if overflow else bad, overflow)
+
+
+def part_loss(
+    policy_logprobs: Float[Tensor, "b W"],
+    old_logprobs: Float[Tensor, "b W"],
+    rollout: Rollout,
+    part: Int[Tensor, " b"],
+    weights: Float[Tensor, "b C"],
+    objective: Objective,
+) -> LossTerms:
+    """Share of some completions in the step's loss. part: their indices; weights: of their tokens."""
+    if rollout.label_columns and rollout.labels:
+        of_labels = label_weights(weights, old_logprobs[:, weights.shape[1] :], rollout.labels.places[part])
+        weights = torch.cat([weights, of_labels], dim=1)
+    advantages = rollout.all_advantages()[part]
+    return grpo_loss(policy_logprobs, old_logprobs, rollout.ref_logprobs[part], advantages, weights, objective)
 
 
 def add_token_metrics(

@@ -1,15 +1,19 @@
-"""`eval`: which questions it asks a model that was trained here. Decided before a model is loaded."""
+"""`eval`: which questions it asks a model that was trained here, decided before a model is loaded; how it grades."""
 
 import json
+from dataclasses import fields
 
 import pytest
 
-from grpo_ds.commands.evaluate import prepare
+from grpo_ds.commands.evaluate import main, prepare
 from grpo_ds.commands.settle import split_for_training
 from grpo_ds.errors import MAX_LINES, DataError, UsageError
 from grpo_ds.run_folder.trained_on import TRAINED_ON_FILE, write_trained_on
+from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.saved_config import CONFIG_FILE, write_config
+from grpo_ds.task.grading import Grades
+from grpo_ds.task.lax import PARSERS
 from grpo_ds.task.questions import fingerprint, not_among, read_questions, split_questions
 
 SAMPLE = read_questions("sample")  # 80 yes, 80 no
@@ -125,3 +129,44 @@ def test_training_further_on_known_questions_alone_names_two_remedies():
     with pytest.raises(DataError, match=r"(?s)none can be held out.*run/trained_on\.txt") as caught:
         split_for_training(TrainConfig(model="run"), SAMPLE, known)
     assert len(str(caught.value).splitlines()) <= MAX_LINES
+
+
+# --- strict and lax parsers --------------------------------------------------------------------------
+
+
+def printed(folder, capsys, *words):
+    """Return the lines before the report that `eval` prints, and the report."""
+    capsys.readouterr()
+    few = ["--data", "sample", "--eval_limit", "4", "--max_prompt_length", "480", "--max_completion_length", "4"]
+    main(["--model", str(folder), *few, *words])
+    lines, brace, report = capsys.readouterr().out.partition("\n{\n")
+    return lines, json.loads(brace + report)
+
+
+def test_lax_figures_stand_beside_the_strict_ones(tiny_folder, capsys):
+    lines, strict = printed(tiny_folder, capsys)
+    assert "lax" not in strict and "lax" not in lines
+    lines, both = printed(tiny_folder, capsys, "--grading", "lax")
+    lax = both.pop("lax")
+    assert both == strict and {field.name for field in fields(Grades)} <= both.keys()
+    assert [*lax] == [*PARSERS]
+    shown = [line.split()[0] for line in lines.splitlines() if line.startswith("  ")]
+    assert shown == ["strict", *PARSERS]
+
+
+def test_the_prompt_of_each_question_is_read_with_its_answer(tiny_folder, capsys, tmp_path):
+    """Our prompt names the labels; one that does not leaves those that a question names itself."""
+    _, report = printed(tiny_folder, capsys, "--grading", "lax")
+    assert report["lax"]["any_label_with_prompt"]["predicted"] == {"yes": 4, "no": 0}
+    (tmp_path / "prompt.txt").write_text("Say what it is.")
+    texts = iter([f"Number {n}, {'yes' if n < 5 else 'say'}?" for n in range(20)])
+    data = records(tmp_path / "data.json", SAMPLE.questions[:20], spelled=lambda _: next(texts))
+    words = ["--system_prompt", str(tmp_path / "prompt.txt"), "--context_field", "none", "--eval_fraction", "1"]
+    _, report = printed(tiny_folder, capsys, "--grading", "lax", "--data", str(data), *words, "--eval_limit", "20")
+    assert report["lax"]["any_label"]["predicted"] == {"yes": 0, "no": 0}
+    assert report["lax"]["any_label_with_prompt"]["predicted"] == {"yes": 5, "no": 0}
+
+
+def test_training_knows_no_lax_parser():
+    with pytest.raises(UsageError, match="--grading: "):
+        parse(TrainConfig, ["--grading", "lax"], about="")

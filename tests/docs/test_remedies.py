@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_ds.commands import ask, report, select
+from grpo_ds.commands import ask, evaluate, report, select
 from grpo_ds.commands.settle import settle
 from grpo_ds.errors import MAX_LINES, GrpoError
 from grpo_ds.memory.select import REMEDIES as MEMORY_REMEDIES
@@ -24,7 +24,7 @@ from grpo_ds.memory.select import Job, applied
 from grpo_ds.models.presets import EMBEDDED, PRESETS
 from grpo_ds.models.shapes import shape_of
 from grpo_ds.settings.command_line import parse
-from grpo_ds.settings.config import EvaluateConfig, TrainConfig
+from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import resolve_ds_config
 from grpo_ds.settings.run_flags import TRACKERS
 from grpo_ds.settings.saved_config import CONFIG_FILE
@@ -36,7 +36,9 @@ from grpo_ds.task.rewards import READY_MADE
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "ds_configs" / "README.md"]
 PAGES = [page for page in PAGES if page.name not in ("CHANGELOG.md", "log.md")]  # they tell what was once so
-CONFIGS = {"train": TrainConfig, "select": select.SelectConfig, "ask": ask.QuestionConfig, "evaluate": EvaluateConfig}
+CONFIGS = {
+    "train": TrainConfig, "select": select.SelectConfig, "ask": ask.QuestionConfig, "evaluate": evaluate.GradingConfig,
+}  # fmt: skip
 OWNER = {it.name: (config, it.type) for config in reversed(CONFIGS.values()) for it in fields(config)}  # of a flag
 OURS = OWNER.keys() | {"config", "print_config", "help"}
 OTHERS = {  # flags of other programs, and of commands that take no config
@@ -132,7 +134,7 @@ def test_a_recommended_value_is_accepted(flag, value):
     if config is TrainConfig and (flag, value) not in OF_EVAL:
         accepted(words)
         return
-    parse(EvaluateConfig if config is TrainConfig else config, shlex.split(words), about="").config()
+    parse(evaluate.GradingConfig if config is TrainConfig else config, shlex.split(words), about="").config()
 
 
 TOGETHER = sorted(
@@ -158,8 +160,9 @@ def commands() -> list[str]:
     return sorted({" ".join(line.split()) for line in lines if COMMAND.search(line)})
 
 
-COMMAND = re.compile(r"(?:launch/|grpo-ds )(train|profile_memory|select_model|evaluate_model|ask)\b(?:\.py)?([^#]*)")
-SCRIPTS = {"profile_memory": "train", "select_model": "select", "evaluate_model": "evaluate"}
+NAMES = "train|profile_memory|select_model|evaluate_model|eval|ask"
+COMMAND = re.compile(rf"(?:launch/|grpo-ds )({NAMES})\b(?:\.py)?([^#]*)")
+SCRIPTS = {"profile_memory": "train", "select_model": "select", "evaluate_model": "evaluate", "eval": "evaluate"}
 
 
 @pytest.mark.parametrize("command", commands())

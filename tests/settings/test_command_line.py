@@ -5,13 +5,14 @@ import re
 import pytest
 
 from grpo_ds.commands.ask import QuestionConfig
+from grpo_ds.commands.evaluate import GradingConfig
 from grpo_ds.commands.select import SelectConfig
 from grpo_ds.commands.settle import settle
 from grpo_ds.errors import MAX_LINES, CheckpointError, UsageError
 from grpo_ds.models.presets import EMBEDDED, PRESETS
 from grpo_ds.run_folder.resume import flags_of
 from grpo_ds.settings.command_line import parse
-from grpo_ds.settings.config import AskConfig, EvaluateConfig, TrainConfig
+from grpo_ds.settings.config import AskConfig, TrainConfig
 from grpo_ds.settings.flags import HEADINGS, Flags, all_flags, flags_by_heading
 from grpo_ds.settings.saved_config import CONFIG_FILE
 
@@ -46,7 +47,7 @@ def error_of(build) -> str:
     ("config_type", "headings"),
     [
         (TrainConfig, [*HEADINGS]),
-        (EvaluateConfig, ["model", "data", "prompt", "memory"]),
+        (GradingConfig, ["grading", "model", "data", "prompt", "memory"]),
         (AskConfig, ["model", "data", "prompt"]),
         (SelectConfig, ["machine", *HEADINGS]),
         (QuestionConfig, ["questions", "model", "data", "prompt"]),

@@ -79,6 +79,15 @@ def test_repeated_3_grams_cost_their_share(completion, penalty):
     assert repetition_penalty([completion]) == [pytest.approx(penalty)]
 
 
+@pytest.mark.parametrize(
+    ("reasoning", "penalty"),
+    [("Yes", -1), ("yes.", -1), ("No, yes!", -1), ("", -1), ("Yes, it fell", 0), ("no one", 0), ("yesterday", 0)],
+)
+def test_a_reasoning_of_labels_alone_is_penalised(reasoning, penalty):
+    bare_label = ready_made(answer_format=FORMAT)["bare_label"]
+    assert bare_label(completions=[FORMAT.write(reasoning, "yes")]) == [penalty]
+
+
 @pytest.mark.peer("trl")
 @settings(deadline=None)  # the cores are shared
 @given(st.lists(st.sampled_from("abc"), max_size=30))

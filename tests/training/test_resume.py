@@ -49,7 +49,11 @@ KINDS = {
     "llm.int8 reference": ({"reference": "llm.int8"}, "ds_configs/zero2.json", False),
     "no reference, dynamic sampling": ({"beta": 0.0, "dynamic_sampling": 2, "mu": 3}, "ds_configs/zero2.json", False),
     "evaluated on the way": ({"eval_steps": 1}, "ds_configs/zero2.json", False),
-    "expected answers": ({"answer_reward": "expected", "dynamic_sampling": 1, **FORM}, "ds_configs/zero2.json", False),
+    "expected answers": (
+        {"answer_reward": "expected", "dynamic_sampling": 1, "learning_rate": 5e-4, **FORM},
+        "ds_configs/zero2.json",
+        False,
+    ),
 }
 
 
