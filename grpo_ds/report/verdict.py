@@ -16,6 +16,7 @@ from grpo_ds.task.grading import small_sample, wilson_interval
 SIGNIFICANT = 0.05
 FORMED = 0.9  # share of well-formed answers: the form is known, and a tenth is left to odd questions
 FEW_WORDS = 10  # of reasoning; a sentence has more
+BARE_LABEL = "bare_label"  # reward against a reasoning that is nothing but a label
 
 TASK = "It learned the task: more answers are right than before, and more than the most common label alone would give."
 PART = "It learned some of the task: the right answers have become more likely."
@@ -196,8 +197,15 @@ def _reasoning(known: Evidence) -> str:
     before = known.reasoning_words(BEFORE)
     was = "" if before is None else f", {before:.0f} before"
     shrank = before is not None and said < FEW_WORDS <= before
-    why = "; it shrank, as no reward pays for it (docs/rewards.md)" if shrank else ""
+    why = f"; it shrank{_pay_for_reasoning(known)}" if shrank else ""
     return f"Reasoning: {said:.0f} word{'' if said == 1 else 's'} per answer{was}{why}; {helps}."
+
+
+def _pay_for_reasoning(known: Evidence) -> str:
+    functions = str(known.setting("reward_funcs"))
+    if BARE_LABEL in functions or known.config.get("reward_weights"):  # a weight would be missing
+        return ""
+    return f", as no reward pays for it: --reward_funcs {functions},{BARE_LABEL}"
 
 
 # --- what comes next -----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 tests/training/test_verdict.py has a real run for every cause.
 """
 
+import re
 import shlex
 from pathlib import Path
 
@@ -96,6 +97,9 @@ def test_reasoning_that_shrank_is_counted_in_words_and_explained():
     rows.append({"label": "no", "before": answered("no tags at all", None), "after": answered(short)})
     said = judge(known(grades(1.0, 0.5), grades(1.0, 0.5), questions=rows)).aspects[3]
     assert said.startswith("Reasoning: 1 word per answer, 12 before; it shrank")
+    assert "--reward_funcs correctness,format,bare_label;" in said
+    (accepted,) = re.findall(r"--reward_funcs [\w,]+", said)
+    assert settle(["--model", "smollm2-135m", *accepted.split()]).config.reward_funcs.endswith("bare_label")
 
 
 def test_a_run_that_has_not_ended_says_what_is_known_so_far():
