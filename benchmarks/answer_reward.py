@@ -23,7 +23,7 @@ from grpo_ds.system.hardware import native_precision
 from grpo_ds.task.questions import read_questions, split_questions
 from grpo_ds.task.rewards import CORRECTNESS, ready_made
 from grpo_ds.task.scoring import score
-from grpo_ds.training.collect import sample_completions, with_expected_answers
+from grpo_ds.training.collect import with_expected_answers
 from grpo_ds.training.label_tokens import label_ids_for, label_probs
 from grpo_ds.training.precision import DTYPES
 from grpo_ds.training.prompt_style import prompt_style
@@ -117,7 +117,8 @@ def measure(config: TrainConfig, questions: list, redraws: int) -> dict[str, Noi
 def draw_groups(config, sampler, style, questions, seed) -> Groups:  # type: ignore[no-untyped-def]
     """Sample and score the groups; rewards of drawn answers."""
     options = {"group_size": config.num_generations, "temperature": config.temperature, "seed": seed}
-    prompts, completions = sample_completions(sampler, style, questions, **options)
+    ids = style.encode(sampler.tokenizer, questions)
+    completions, prompts = sampler(ids, **options), [torch.tensor(prompt) for prompt in ids]
     repeated = [question for question in questions for _ in range(config.num_generations)]
     texts = style.texts(sampler.tokenizer, completions)
     functions = ready_made(answer_format=config.answer_format)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 from grpo_ds.commands.evaluate import ROWS_AT_ONCE
 from grpo_ds.errors import DataError, UsageError, one_error
 from grpo_ds.memory.choose import choose_model
+from grpo_ds.report.long_work import Advance, ProgressLines, Work
 from grpo_ds.run_folder.trained_on import read_trained_on
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import AskConfig
@@ -115,8 +116,17 @@ def main(argv: list[str]) -> None:
     if config.typed_at_terminal:
         print(escape_control_chars(f"Model: {config.model} ({choice.why})"), file=sys.stderr)
         return converse(lambda question: show(*answers(sampler, style, [question], trained_on)), config)
-    for answered in answers(sampler, style, questions, trained_on):
-        show(answered)
+    lines = ProgressLines(progress_line)
+    with lines.follow(Work("Answers", len(questions), "questions")) as advance:
+        for answered in answers(sampler, style, questions, trained_on, advance):
+            show(answered)
+            lines.printed()
+
+
+def progress_line(text: str) -> None:
+    """Print progress on stderr, unless the answers themselves show it at a terminal."""
+    if not sys.stdout.isatty():
+        print(text, file=sys.stderr, flush=True)
 
 
 def loaded(config: QuestionConfig, *, precision: Precision) -> "tuple[Sampler, PromptStyle]":
@@ -161,13 +171,20 @@ def opened(file: str) -> Source:
 
 
 def answers(
-    sampler: "Sampler", style: "PromptStyle", questions: Sequence[Question], trained_on: Collection[str] | None
+    sampler: "Sampler",
+    style: "PromptStyle",
+    questions: Sequence[Question],
+    trained_on: Collection[str] | None,
+    advance: Advance = lambda done, tokens: None,
 ) -> Iterator[Answered]:
-    """Yield one answer per question, in order, as soon as its batch is done. trained_on: fingerprints, if known."""
+    """Yield one answer per question, in order, as soon as its batch is done.
+
+    trained_on: fingerprints, if known. advance: told of every token, as by the sampler.
+    """
     style.encode(sampler.tokenizer, questions)  # reports a question that is too long before any is answered
     for first in range(0, len(questions), ROWS_AT_ONCE):
         some = questions[first : first + ROWS_AT_ONCE]
-        completions = sampler(style.encode(sampler.tokenizer, some), group_size=1, temperature=0.0)
+        completions = sampler(style.encode(sampler.tokenizer, some), group_size=1, temperature=0.0, advance=advance)
         for question, text in zip(some, style.texts(sampler.tokenizer, completions), strict=True):
             form = style.answer_format
             known = None if trained_on is None else fingerprint(question) in trained_on

@@ -6,7 +6,7 @@ A model trained here is asked every question of --data that it was not trained o
 
 import json
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -78,14 +78,15 @@ def main(argv: list[str]) -> None:
     from grpo_ds.system.ranks import World
     from grpo_ds.training.evaluate import evaluate, load_for_asking
 
-    console = Console()
+    console = Console(prints_results=True)
     console.line(f"Model: {config.model} ({why})\nData: {asked.described()}")
     precision = native_precision(on_gpu=gpu_memory_gib() is not None)
     sampler, style = load_for_asking(config, precision=precision, say=console.line)
     sampler.rows_at_once = config.generation_batch_size or ROWS_AT_ONCE
     alone = World(rank=0, size=1, device=sampler.model.device)
-    with console.progress("Answering", len(asked.questions)) as advance:
-        result = evaluate(sampler, style, asked.questions, alone, advance=advance)
+    with console.progress("Evaluation", len(asked.questions)) as advance:
+        samples, misled = config.eval_samples, config.eval_misled
+        result = evaluate(sampler, style, asked.questions, alone, samples=samples, misled=misled, advance=advance)
     if warning := small_sample(result.grades.count, result.grades.accuracy_interval):
         console.line(f"Warning: {warning}")
     counts = {"trained_on": asked.trained_on, "left_out_as_trained_on": asked.left_out}
@@ -95,7 +96,7 @@ def main(argv: list[str]) -> None:
         found = lax_grades(result.texts, prompts, asked.questions, labels=config.label_names)
         console.line(lax_lines(result.grades, found))
         lax = {"lax": lax_block(found)}
-    console.line(json.dumps({**asdict(result.grades), **counts, **lax}, indent=1))
+    console.line(json.dumps({**result.figures(), **counts, **lax}, indent=1))
 
 
 def prepare(argv: list[str]) -> tuple[GradingConfig, str, Asked]:

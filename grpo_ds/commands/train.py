@@ -13,6 +13,7 @@ from pathlib import Path
 from shutil import disk_usage
 from typing import TYPE_CHECKING
 
+from grpo_ds.commands.seeds import folder_of_seeds, train_seeds
 from grpo_ds.commands.settle import Settled, check_local, ranks, settle, split_for_training
 from grpo_ds.errors import CheckpointError
 from grpo_ds.memory.plan import GIB, MemoryKind
@@ -23,6 +24,7 @@ from grpo_ds.run_folder.lock import FolderTaken, check_writable, lock, lock_new,
 from grpo_ds.run_folder.progress import Progress
 from grpo_ds.run_folder.resume import check_complete, check_steps
 from grpo_ds.run_folder.trained_on import read_trained_on
+from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.paths import absolute
 from grpo_ds.system.hardware import Precision, check_versions
@@ -54,7 +56,12 @@ PLAN_WIDTH = 120  # columns if the output is not a terminal
 
 def main(argv: list[str]) -> None:
     with ending_cleanly():
-        train_from(argv)
+        parsed = parse(TrainConfig, argv, about=__doc__)
+        config = parsed.unchecked()
+        if config.num_seeds > 1 and not config.plan:
+            train_seeds(parsed, folder_of_seeds(config) or default_folder(config))
+        else:
+            train_from(argv)
 
 
 @contextmanager
@@ -160,7 +167,7 @@ def make_run(
 
     config = settled.config
     world = ranks.start(needs_gpu=settled.choice.needs_gpu)
-    console = Console(speaks=world.is_first)
+    console = Console(speaks=world.is_first, ranks=world.size)
     for line in lines:
         console.line(line)
     free = world.free_gpu_gib()
@@ -255,6 +262,7 @@ def first_lines(settled: Settled, questions: QuestionSet, train: int, held_out: 
         f"learning rate {ds.learning_rate:g}, beta {config.beta:g}, seed {config.seed}",
         plan_line(settled.job, settled.plan, settled.gpu_gib, settled.ram_gib),
         *checkpoint_lines(settled, folder),
+        f"Output folder: {folder}",
     ]
 
 

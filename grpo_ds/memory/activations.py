@@ -160,11 +160,11 @@ class ActivationMemory:
     def _decoding(self, prompts: int, rows: int, *, a_logit: int, dequantised: int) -> list[dict[str, int]]:
         """The moments of the last layer's prefill and of the last token. a_logit: bytes of a logit and what follows it.
 
-        The cache holds each prompt once, and all columns of each row, which are allocated after prefill. On a CPU in
-        fp32 the weights exist a second time (models/packed_linear.py).
+        The cache holds each prompt once, and all columns of each row, which are allocated after prefill. On a CPU
+        the weights exist a second time (models/packed_linear.py).
         """
         config, shape = self.config, self.shape
-        packed = 0 if self.on_gpu or self.w < 4 else shape.parameters * self.w
+        packed = 0 if self.on_gpu else shape.parameters * self.w
         a_token = 2 * self.keys * self.w * shape.layers
         tokens = prompts * config.max_prompt_length
         prefill = {"KV cache": tokens * a_token, "activations": self.layer_forward(tokens, dequantised)}

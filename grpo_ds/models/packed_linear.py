@@ -16,9 +16,10 @@ TYPICAL_ROWS = 8  # the layout is chosen for this number of rows; others work to
 
 @contextmanager
 def packed_linears(model: nn.Module) -> Iterator[None]:
-    """Run a model's fp32 linear layers on the CPU with packed copies of their weights; other layers stay unchanged.
+    """Run a model's linear layers on the CPU with packed copies of their weights; other layers stay unchanged.
 
-    The weights must not change meanwhile. Works without gradients only.
+    fp32, and bf16 where the processor computes in it. The weights must not change meanwhile. Works without gradients
+    only.
     """
     layers = [m for m in model.modules() if type(m) is nn.Linear and _packable(m.weight)]
     for layer in layers:
@@ -32,7 +33,10 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
 
 
 def _packable(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    in_bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32 or in_bf16
 
 
 def _linear(packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

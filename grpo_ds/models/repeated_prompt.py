@@ -14,15 +14,21 @@ class RepeatedPrompts:
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, group_size: int) -> None:
-        self.model, self.group_size = model, group_size
+        self.model, self.prompts, self.group_size = model, prompts, group_size
         self.has_positions = "position_ids" in inspect.signature(model.forward).parameters  # else from the mask
+        self.restart()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Compute the cache of the prompts, also again: not every kind of cache can forget its last tokens."""
+        prompts, group_size = self.prompts, self.group_size
         width = max(len(prompt) for prompt in prompts) - 1
         padded = [[0] * (width + 1 - len(prompt)) for prompt in prompts]
         ids = torch.tensor([[*pad, *prompt[:-1]] for pad, prompt in zip(padded, prompts, strict=True)])
         seen = torch.tensor([[*pad, *[1] * (width - len(pad))] for pad in padded])
-        self.seen = seen.to(model.device)
-        self.cache = DynamicCache(config=model.config)
-        self._forward(ids.to(model.device), (self.seen.cumsum(dim=1) - 1).clamp(min=0))
+        self.seen = seen.to(self.model.device)
+        self.cache = DynamicCache(config=self.model.config)
+        self._forward(ids.to(self.model.device), (self.seen.cumsum(dim=1) - 1).clamp(min=0))
         self.cache.batch_repeat_interleave(group_size)
         self.seen = self.seen.repeat_interleave(group_size, dim=0)
 

@@ -90,6 +90,11 @@ class SharedPrompts:
         if self.fused:
             self.fused.arrange()
 
+    def restart(self) -> None:
+        """Forget all tokens behind the prompts; before any `keep`."""
+        self.graph = None  # the first token, which comes again, is decoded without one into another tensor
+        self.cache.written = 0  # what stands in the columns is overwritten before it is attended to
+
     @property
     def group_size(self) -> int:
         return self.cache.group_size

@@ -80,6 +80,8 @@ def _held_out(row: JsonObject, label: str) -> Answer:
     wrong = "wrong: no answer in the required form" if answer is None else f"wrong: {as_label(answer)}"
     by_name = as_object(row.get("rewards", {}))
     rewards = _shown_rewards(row.get("reward"), by_name) if "reward" in row else []
+    if (p := as_number(as_object(row.get("p", {})).get(label))) is not None:
+        rewards.append(("p(right)", f"{p:.2f}"))
     return Answer(as_text(row["text"]), right, "right" if right else wrong, rewards)
 
 

@@ -1,5 +1,7 @@
 """Console output of a run, only from rank 0: a live view at a terminal, plain lines elsewhere."""
 
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,13 +14,15 @@ from rich.text import Text
 
 from grpo_ds.memory.phases import Profiler
 from grpo_ds.memory.plan import GIB, MEMORY_NAMES, MemoryKind, Plan
-from grpo_ds.report.held_out import answered_right
+from grpo_ds.report.figures import change_line, confidence_rows, grade_rows
+from grpo_ds.report.held_out import answered_right, compared
 from grpo_ds.report.live import LOSS_NOTE, PHASES, History, LiveView, clock, memory_line
+from grpo_ds.report.long_work import Advance, ProgressLines, Work
 from grpo_ds.report.memory_measured import Comparison, compare, diagnosis
 from grpo_ds.report.memory_plan import phase_table
 from grpo_ds.report.metric_names import MEAN_LENGTH, reward_name
 from grpo_ds.system.invocation import command
-from grpo_ds.task.grading import FEWEST_TO_COMPARE, Evaluation, Grades, mcnemar
+from grpo_ds.task.grading import FEWEST_TO_COMPARE, Evaluation, mcnemar
 from grpo_ds.task.questions import Question
 from grpo_ds.terminal import escape_control_chars
 
@@ -30,32 +34,56 @@ STALE_NOTE = (
 
 
 class Console:
-    """Lines, progress bars and tables of a run. speaks: False on every rank but 0."""
+    """Lines, progress bars and tables of a run."""
 
-    def __init__(self, *, speaks: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        speaks: bool = True,
+        ranks: int = 1,
+        prints_results: bool = False,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """speaks: False on every rank but 0. ranks: number of ranks that share the work whose progress is shown.
+
+        prints_results: stdout is for the command's results, so progress goes to stderr. now: a clock, in seconds.
+        """
         self._rich = RichConsole(quiet=not speaks, highlight=False, soft_wrap=True)
         self._is_live = speaks and self._rich.is_terminal  # a live view on a silent rank would hide its warnings
         self._view: LiveView | None = None
+        self._ranks, self._prints_results = ranks, prints_results
+        self._lines = ProgressLines(self._progress_line, now)
 
     def line(self, text: str) -> None:
         """Print a line. It is a Text, not a str, so that [red] in a model's name or answer is not markup."""
         self._rich.print(Text(escape_control_chars(text)))
+        self._lines.printed()
 
     @contextmanager
-    def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show a bar with the time left at a terminal, nothing elsewhere; yields `advance(by)`."""
-        if self._view:  # two live displays would draw over each other
-            bars, task = self._view.bars, self._view.bars.add_task(what, total=total, left="")
-            try:
-                yield lambda by: bars.advance(task, by)
-            finally:
-                bars.remove_task(task)
-            return
+    def progress(self, what: str, total: int, unit: str = "questions", *, most_tokens: int = 0) -> Iterator[Advance]:
+        """Show progress: a bar at a terminal, within the live view its last line, elsewhere a line after a silence.
+
+        Yields `advance(done, tokens)`, for this rank's share. most_tokens: of all completions at their length limit.
+        """
+        shown = self._bar(what, total) if self._is_live and not self._view else None
+        with shown or self._lines.follow(Work(what, total, unit, most_tokens)) as advance:
+            yield lambda done, tokens: advance(done * self._ranks, tokens * self._ranks)
+
+    @contextmanager
+    def _bar(self, what: str, total: int) -> Iterator[Advance]:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         left = (TextColumn("left"), TimeRemainingColumn())
-        with Progress(*columns, *left, console=self._rich, transient=True, disable=not self._is_live) as bar:
+        with Progress(*columns, *left, console=self._rich, transient=True) as bar:
             task = bar.add_task(what, total=total)
-            yield lambda by: bar.advance(task, by)
+            yield lambda done, tokens: bar.advance(task, done)
+
+    def _progress_line(self, text: str) -> None:
+        if self._is_live:
+            return  # the live view shows it
+        if self._prints_results:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self.line(text)
 
     @contextmanager
     def training(self, total: int, history: History, doing: Callable[[], str]) -> Iterator[None]:
@@ -64,7 +92,7 @@ class Console:
         if not self._is_live:
             yield
             return
-        self._view = LiveView(total, history, doing)
+        self._view = LiveView(total, history, lambda: self._lines.text() or doing())
         try:
             with Live(self._view, console=self._rich, refresh_per_second=1):
                 yield
@@ -109,12 +137,14 @@ class Console:
             f", so the logged KL starts {'there, not at 0' if floor else 'at 0'}."
         )
 
-    def grades(self, when: str, grades: Grades) -> None:
+    def grades(self, when: str, evaluation: Evaluation) -> None:
         """Print the grades of an evaluation in a line. when: a heading such as "Before training"."""
+        grades, known = evaluation.grades, evaluation.confidence
+        p_right = f"p(right) {known.mean_p_right:.3f}, " if known else ""
         low, high = grades.accuracy_interval
         few = f"; 95 % interval {low:.0%} to {high:.0%}: too few" if grades.count < FEWEST_TO_COMPARE else ""
         self.line(
-            f"{when}: accuracy {grades.accuracy:.1%}, macro-F1 {grades.macro_f1:.3f}, well-formed "
+            f"{when}: accuracy {grades.accuracy:.1%}, {p_right}macro-F1 {grades.macro_f1:.3f}, well-formed "
             f"{grades.well_formed:.1%} of {grades.count} (majority baseline: {grades.majority_baseline:.1%}{few})"
         )
 
@@ -146,26 +176,18 @@ class Console:
         table = Table(title=f"Held-out questions ({before.grades.count}, greedy)", title_justify="left")
         for column in ("", "before", "after"):
             table.add_column(column, justify="left" if not column else "right")
-        for name, show in _grade_rows(before.grades):
-            table.add_row(Text(escape_control_chars(name)), show(before.grades), show(after.grades))
+        figures = before.figures(), after.figures()
+        for name, show in [*grade_rows(figures), *confidence_rows(figures)]:
+            table.add_row(Text(escape_control_chars(name)), *(escape_control_chars(show(side)) for side in figures))
         self._rich.print(table)
         self.line(
             f"Majority baseline (always the most common label): {before.grades.majority_baseline:.1%}.  "
             f"McNemar p = {mcnemar(answered_right(before, questions), answered_right(after, questions)):.3f}"
         )
+        if change := compared(questions, before, after):
+            self.line(change_line(change))
 
 
 def _memory_cells(row: Comparison) -> list[str]:
     planned = "" if row.planned is None else f"{row.planned / GIB:.2f}"
     return [f"{row.measured / GIB:.2f}", planned, "" if row.error is None else f"{row.error:+.1%}"]
-
-
-def _grade_rows(grades: Grades) -> list[tuple[str, Callable[[Grades], str]]]:
-    recalls = [(f"recall {label}", lambda g, label=label: f"{g.recall[label]:.1%}") for label in grades.recall]
-    return [
-        ("accuracy", lambda g: f"{g.accuracy:.1%}"),
-        ("  95 % interval", lambda g: "{:.1%} to {:.1%}".format(*g.accuracy_interval)),
-        ("macro-F1", lambda g: f"{g.macro_f1:.3f}"),
-        *recalls,
-        ("well-formed", lambda g: f"{g.well_formed:.1%}"),
-    ]

@@ -76,12 +76,9 @@ def reward_curve(run: RunFiles) -> Chart | None:
 
 
 def accuracy_curve(run: RunFiles) -> Chart | None:
-    """Draw the accuracy of completions sampled in training, and of greedy answers to the held-out questions."""
-    drawn = _lines(run.steps, {"accuracy": "sampled in training"}, _percent)
-    held_out = held_out_accuracy(run)
-    if held_out:
-        legend = Legend("held-out questions, greedy", 1, "line", _ends(held_out, _percent))
-        drawn.append((Line(held_out, (), 1), legend))
+    """Draw the accuracy of sampled completions, and accuracy and p(right) of the held-out questions."""
+    held_out = held_out_lines(run)
+    drawn = [*_lines(run.steps, {"accuracy": "sampled in training"}, _percent), *held_out]
     if not drawn:
         return None
     level = as_number(_grades(run).get("majority_baseline"))
@@ -135,13 +132,24 @@ def seconds_chart(run: RunFiles) -> Chart | None:
     return Chart("Seconds per step", Markup(charts.area_chart("seconds", areas)), legends, caption)
 
 
-def held_out_accuracy(run: RunFiles) -> list[tuple[float, float]]:
-    """Return (step, accuracy) of the evaluations before, during and after training."""
-    by_step = {row["step"]: as_number(row.get("eval/accuracy")) for row in run.evaluations}
-    by_step[0] = as_number(_grades(run, "before").get("accuracy"))
+def held_out_lines(run: RunFiles) -> list[tuple[Line, Legend]]:
+    """Return the lines of evaluations: accuracy of greedy answers and, if it is known, mean p(right)."""
+    names = {"held-out questions, greedy": "accuracy", "held-out questions, mean p(right)": "mean_p_right"}
+    points = {name: _held_out_points(run, figure) for name, figure in names.items()}
+    return [
+        (Line(points[name], (), number), Legend(name, number, "line", _ends(points[name], _percent)))
+        for number, name in enumerate(names, start=1)
+        if points[name]
+    ]
+
+
+def _held_out_points(run: RunFiles, figure: str) -> list[tuple[float, float]]:
+    """Return (step, value) of the evaluations before, during and after training."""
+    by_step = {row["step"]: as_number(row.get(f"eval/{figure}")) for row in run.evaluations}
+    by_step[0] = as_number(_grades(run, "before").get(figure))
     if "after" in run.held_out and run.steps:
-        by_step[run.steps[-1]["step"]] = as_number(_grades(run, "after").get("accuracy"))
-    return [(step, share) for step, share in sorted(by_step.items()) if share is not None]
+        by_step[run.steps[-1]["step"]] = as_number(_grades(run, "after").get(figure))
+    return [(step, value) for step, value in sorted(by_step.items()) if value is not None]
 
 
 def _grades(run: RunFiles, when: str = "before") -> JsonObject:

@@ -5,12 +5,12 @@ The console, the report page and the model card compare these answers.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from grpo_ds.run_folder.files import HELD_OUT_FILE
 from grpo_ds.system.files import write_whole
+from grpo_ds.task.answer_probs import compare_p_right, p_right
 from grpo_ds.task.grading import Evaluation, mcnemar
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import Rewards
@@ -24,8 +24,8 @@ def write_held_out(
     """Write held_out.json. evaluations: "before" and, once made, "after". score: computes rewards; None: leave out."""
     lines: list[dict[str, Any]] = [{"id": q.id, "question": q.text, "label": q.label} for q in questions]
     for when, evaluation in evaluations.items():
-        for line, text, answer in zip(lines, evaluation.texts, evaluation.answers, strict=True):
-            line[when] = {"text": text, "answer": answer}
+        for i, line in enumerate(lines):
+            line[when] = {"text": evaluation.texts[i], "answer": evaluation.answers[i], **_more(evaluation, i)}
         if score:
             earned = score(evaluation.texts, questions)
             for row, line in enumerate(lines):
@@ -36,11 +36,36 @@ def write_held_out(
 
 
 def grades(questions: Sequence[Question], evaluations: dict[str, Evaluation]) -> dict[str, Any]:
-    """Return the grades before and after; if both exist, also McNemar's p that they do not differ."""
-    report: dict[str, Any] = {when: asdict(evaluation.grades) for when, evaluation in evaluations.items()}
+    """Return the figures before and after; if both exist, also McNemar's p, and the change of p(right) with its own."""
+    report: dict[str, Any] = {when: evaluation.figures() for when, evaluation in evaluations.items()}
     if len(evaluations) > 1:
         report["mcnemar"] = mcnemar(*(answered_right(evaluation, questions) for evaluation in evaluations.values()))
+        report |= compared(questions, *evaluations.values())
     return report
+
+
+def compared(questions: Sequence[Question], before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    """Return the change of p(right), its interval and p-value; {} if the probabilities of one side are not known."""
+    if before.confidence is None or after.confidence is None:
+        return {}
+    labels = tuple(after.confidence.lean)
+    sides = [p_right(side.probs or [], questions, labels=labels) for side in (before, after)]
+    return compare_p_right(*sides)
+
+
+def _more(evaluation: Evaluation, i: int) -> dict[str, Any]:
+    """Return the label probabilities and the sampled answers of the question at index i."""
+    more: dict[str, Any] = {}
+    if evaluation.probs and evaluation.confidence:
+        probs, labels = evaluation.probs[i], evaluation.confidence.lean
+        more["p"] = dict(zip(labels, probs.answer, strict=True))
+        more["p_empty"] = dict(zip(labels, probs.empty, strict=True))
+        more["reasoned"] = probs.reasoned is not None
+        if probs.misled:
+            more["p_misled"] = dict(zip(labels, probs.misled, strict=True))
+    if evaluation.sampled:
+        more["sampled"] = evaluation.sampled[i]
+    return more
 
 
 def answered_right(evaluation: Evaluation, questions: Sequence[Question]) -> list[bool]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from grpo_ds.memory.plan import MEMORY_NAMES
+from grpo_ds.report.figures import confidence_rows
 from grpo_ds.report.memory_page import kinds, peak_gib
 from grpo_ds.report.run_files import JsonObject, RunFiles, as_label, as_number, as_object, as_text
 from grpo_ds.run_folder.status import CHANGED_INPUTS
@@ -65,6 +66,7 @@ def grades_table(run: RunFiles) -> list[tuple[str, list[str]]]:
         ("Well-formed", lambda g: percent(g["well_formed"])),
         ("Answers given", lambda g: ", ".join(f"{label} {count}" for label, count in g["predicted"].items())),
         (MAJORITY.capitalize(), lambda g: percent(g["majority_baseline"])),
+        *[(name[0].upper() + name[1:], show) for name, show in confidence_rows(both)],
     ]
     return [(as_label(title), [as_text(show(grades)) for grades in both]) for title, show in shown]
 
@@ -84,11 +86,15 @@ def _grade_tiles(run: RunFiles) -> list[Tile]:
     before, after = as_object(run.held_out.get("before", {})), as_object(run.held_out.get("after", {}))
     shown: dict[str, tuple[str, Callable[[float], str]]] = {
         "accuracy": ("Accuracy", percent),
+        "mean_p_right": ("Mean p(right)", lambda value: f"{value:.3f}"),
         "macro_f1": ("Macro-F1", lambda value: f"{value:.3f}"),
         "well_formed": ("Well-formed", percent),
     }
     if not before:
         return []
+    shown = {
+        key: how for key, how in shown.items() if as_number((after or before).get(key)) is not None and key in before
+    }
     if not after:
         return [_latest(run, title, show, key, before[key]) for key, (title, show) in shown.items()]
     return [Tile(title, show(after[key]), f"before: {show(before[key])}") for key, (title, show) in shown.items()]

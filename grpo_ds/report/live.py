@@ -25,7 +25,7 @@ History = Sequence[dict[str, Any]]
 
 
 class LiveView:
-    """A renderable. history: a line per step as in metrics.jsonl, growing. doing: returns the open phase."""
+    """A renderable. history: a line per step as in metrics.jsonl, growing. doing: returns the work in progress."""
 
     def __init__(self, total: int, history: History, doing: Callable[[], str]) -> None:
         self.history, self.doing = history, doing

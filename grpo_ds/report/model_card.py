@@ -17,6 +17,7 @@ from grpo_ds.memory.plan import MEMORY_NAMES
 from grpo_ds.models.presets import EMBEDDED, PRESETS
 from grpo_ds.models.shapes import ADAPTER_FILE
 from grpo_ds.report import verdict
+from grpo_ds.report.figures import change_line, confidence_rows, grade_rows
 from grpo_ds.report.markdown import fenced, plain, table
 from grpo_ds.report.run_files import memory_by_phase, read_json, read_run, read_settings
 from grpo_ds.run_folder.files import CARD_FILE, ENVIRONMENT_FILE, HELD_OUT_FILE, SUMMARY_FILE
@@ -77,7 +78,8 @@ def card(folder: Path) -> str:
         before=before,
         after=after,
         verdict=verdict.of(read_run(folder)),
-        grades=table(("", "before", "after"), _grade_rows(before, after)),
+        p_right_change=change_line(held_out) if "p_right_change" in held_out else "",
+        grades=table(("", "before", "after"), _figure_rows(before, after)),
         snippet=_snippet(folder, is_adapter=is_adapter),
         settings=table(("setting", "value"), _settings(config)),
         only_our_rewards=set(config["reward_funcs"].split(",")) <= set(READY_MADE),
@@ -128,18 +130,10 @@ def _header(folder: Path, config: dict[str, Any], after: dict[str, Any], *, is_a
     return yaml.safe_dump(header, sort_keys=False, allow_unicode=True).rstrip()
 
 
-def _grade_rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
-    def row(name: str, show: Any) -> tuple[str, str, str]:
-        return name, show(before), show(after)
-
-    recalls = [row(f"recall {label}", lambda g, label=label: f"{g['recall'][label]:.1%}") for label in after["recall"]]
-    return [
-        row("accuracy", lambda g: f"{g['accuracy']:.1%}"),
-        row("95 % interval", lambda g: "{:.1%} to {:.1%}".format(*g["accuracy_interval"])),
-        row("macro-F1", lambda g: f"{g['macro_f1']:.3f}"),
-        *recalls,
-        row("well-formed", lambda g: f"{g['well_formed']:.1%}"),
-    ]
+def _figure_rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
+    sides = before, after
+    rows = [*grade_rows(sides), *confidence_rows(sides)]
+    return [(name.strip(), show(before), show(after)) for name, show in rows]
 
 
 def _settings(config: dict[str, Any]) -> list[tuple[str, Any]]:

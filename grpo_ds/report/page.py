@@ -120,7 +120,7 @@ def _drop_damaged(run: RunFiles) -> None:
     shown: dict[str, tuple[str, list[Callable[[RunFiles], object]]]] = {
         "held_out": (
             HELD_OUT_FILE,
-            [verdict.of, key_figures.grades_table, answers.pairs, curves.held_out_accuracy],
+            [verdict.of, key_figures.grades_table, answers.pairs, curves.held_out_lines],
         ),
         "memory": (MEMORY_FILE, [memory_page.phase_bars, memory_page.timelines]),
         "completions": (COMPLETIONS_FILE, [answers.sampled_steps]),

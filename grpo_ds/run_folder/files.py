@@ -12,4 +12,5 @@ MEMORY_FILE = "memory.json"  # measured and planned memory by phase
 TIMELINE_FILE = "memory.svg"  # the same as a picture
 SUMMARY_FILE = "summary.json"  # figures of the complete run
 REPORT_FILE = "report.html"
+RECIPE_FILE, SEEDS_REPORT_FILE = "recipe.yaml", "report.md"  # of --num_seeds, beside summary.json
 CARD_FILE = "README.md"  # the model card

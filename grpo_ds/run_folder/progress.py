@@ -20,6 +20,9 @@ from grpo_ds.run_folder.inputs import (
     question_key,
     shown_input,
 )
+from grpo_ds.task.answer_probs import AnswerProbs
+from grpo_ds.task.answers import AnswerFormat
+from grpo_ds.task.grading import Evaluation, graded
 from grpo_ds.task.questions import Question
 
 STATE_FILE = "trainer_state.json"
@@ -61,6 +64,8 @@ class Progress:
     first_weights: str = ""  # a sample of the weights that the run began with (training/weight_sample.py)
     kl_floor: float | None = None  # KL of the reference to the policy that it was made from
     before: dict[str, str] | list[str] | None = None  # held-out answers before training, by question_key
+    # Label probabilities and sampled answers of the same: {"probs": [reasoned, empty, misled], "sampled": [...]}
+    before_more: dict[str, dict[str, Any]] = field(default_factory=dict)
     best_metric: float | None = None  # best accuracy of the evaluations during training
     best_global_step: int | None = None
     bad_steps: list[int] = field(default_factory=list)  # skipped steps in a row, up to now
@@ -79,9 +84,31 @@ class Progress:
         fields = {name: getattr(self, name) for name in THEIRS}
         return {**fields, "log_history": [dict(line) for line in self.log_history]}
 
-    def keep_before(self, questions: Sequence[Question], texts: Sequence[str]) -> None:
+    def keep_before(self, questions: Sequence[Question], evaluation: Evaluation) -> None:
         """Keep the held-out answers before training, so that a resumed run need not ask again."""
-        self.before = {question_key(question): text for question, text in zip(questions, texts, strict=True)}
+        keys = [question_key(question) for question in questions]
+        self.before = dict(zip(keys, evaluation.texts, strict=True))
+        probs, sampled = evaluation.probs, evaluation.sampled
+        self.before_more = {
+            key: {
+                **({"probs": [probs[i].reasoned, probs[i].empty, probs[i].misled]} if probs else {}),
+                **({"sampled": sampled[i]} if sampled else {}),
+            }
+            for i, key in enumerate(keys)
+        }
+
+    def evaluation_before(self, answered: Mapping[Question, str], answer_format: AnswerFormat) -> Evaluation:
+        """Grade the answers of `answered_before`, with what else is known of each of them."""
+        more = [self.before_more.get(question_key(question), {}) for question in answered]
+        probs = [AnswerProbs(*(p and (*p,) for p in it["probs"])) for it in more if "probs" in it]
+        sampled = [it["sampled"] for it in more if "sampled" in it]
+        return graded(
+            [*answered.values()],
+            [*answered],
+            answer_format,
+            probs if len(probs) == len(answered) else None,
+            sampled if len(sampled) == len(answered) else None,
+        )
 
     def answered_before(self, questions: Sequence[Question]) -> dict[Question, str]:
         """Return those of the held-out questions that were answered before training, with their answers.

@@ -20,7 +20,17 @@ from grpo_ds.settings.saved_config import CONFIG_FILE, OF_ONE_RUN, with_copied_p
 # Flags that change no number of a run beyond rounding, or whose effect is compared instead (inputs.py: data, ds,
 # system_prompt, pack_tokens).
 MAY_CHANGE = {
-    *("data", "ds", "eval_limit", "system_prompt", "output_dir", "num_steps", "save_steps", "save_total_limit"),
+    *(
+        "data",
+        "ds",
+        "eval_limit",
+        "eval_samples",
+        "system_prompt",
+        "output_dir",
+        "num_steps",
+        "save_steps",
+        "save_total_limit",
+    ),
     *(
         "eval_steps",
         "resume_from_checkpoint",

@@ -133,6 +133,12 @@ class DataFlags(Flags):
     )
     eval_fraction: float = flag(0.2, "share of the questions held out for evaluation, by class")
     eval_limit: int | None = flag(None, "maximum number of held-out questions to evaluate on; default: all")
+    eval_samples: int = flag(
+        0, "answers sampled per held-out question, for the accuracy of their majority; 0: greedy alone"
+    )
+    eval_misled: bool = flag(
+        False, "also evaluate behind a reasoning that claims a wrong label: does the answer follow the reasoning?"
+    )
     seed: int = flag(0, "decides the split, the order of questions and every random draw")
 
     def problems(self) -> list[str]:
@@ -141,6 +147,7 @@ class DataFlags(Flags):
             *failed(
                 (not 0 < self.eval_fraction <= 1, share),
                 (self.eval_limit is not None and self.eval_limit < 1, "eval_limit must be 1 or more"),
+                (self.eval_samples < 0, f"eval_samples is {self.eval_samples}; it must be 0 (none) or more"),
             ),
             *super().problems(),
         ]

@@ -92,6 +92,10 @@ class OutputFlags(Flags):
     output_dir: str | None = path_flag(
         None, "folder of the trained model and its metrics; default: outputs/MODEL-DATE-TIME"
     )
+    num_seeds: int = flag(
+        1,
+        "runs one after another with seed, seed + 1, ..., in output_dir/seed-S, and median and range of their figures",
+    )
     save_steps: int = flag(50, "steps between checkpoints (output_dir/checkpoint-N), and one at the end; 0: none")
     save_total_limit: int | None = flag(2, "newest checkpoints to keep, besides the best by eval_steps; null: all")
     eval_steps: int = flag(0, "steps between evaluations during training; 0: only before and after it")
@@ -118,6 +122,7 @@ class OutputFlags(Flags):
         unknown = [name for name in self.trackers if name not in TRACKERS]
         return [
             *failed(
+                (self.num_seeds < 1, f"num_seeds is {self.num_seeds}; it must be 1 or more"),
                 (save < 0, f"save_steps is {save}; it must be 0 (none) or more"),
                 (evaluate < 0, f"eval_steps is {evaluate}; it must be 0 (never) or more"),
                 (limit is not None and limit < 1, f"save_total_limit is {limit}; it must be 1 or more, or null: all"),

@@ -18,7 +18,7 @@ from grpo_ds.system.files import write_whole
 CONFIG_FILE = "grpo_config.yaml"
 SYSTEM_PROMPT_FILE = "system_prompt.txt"  # a copy of --system_prompt
 # Not saved: another run has its own.
-OF_ONE_RUN = ("output_dir", "resume_from_checkpoint", "resume_changed_inputs", "plan")
+OF_ONE_RUN = ("output_dir", "resume_from_checkpoint", "resume_changed_inputs", "plan", "num_seeds")
 
 
 def write_config(config: AskConfig, folder: Path) -> None:

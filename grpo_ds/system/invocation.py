@@ -60,6 +60,13 @@ def restart_words(*, anywhere: bool = False) -> list[str]:
     return [*entry().split(), _name()] if entry() else ["python", script]
 
 
+def again(flags: list[str]) -> list[str]:
+    """Words that run this command in a new process, with other flags, by the same Python and as if launched alike."""
+    ranks = [word for word in sys.argv[1:] if word.startswith(LOCAL_RANK)]
+    start = ["-m", "grpo_ds"] if entry().startswith("python") else [sys.argv[0]]
+    return [sys.executable, *start, *ranks, *([_name()] if entry() else []), *flags]
+
+
 def typed_here(command: str) -> str:
     """Return a command that works from any folder as it may be typed in this one: with a shorter path to the script."""
     return command.replace(shlex.quote(os.path.abspath(sys.argv[0])), shlex.quote(_from_here(Path(sys.argv[0]))), 1)

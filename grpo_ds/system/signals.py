@@ -7,6 +7,7 @@ Processes that the run forks, as a reward function may, obey signals as usual.
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ from grpo_ds.system.streams import say_at_once
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 Handler = Callable[[int, FrameType | None], None]
 LAUNCHERS = {"deepspeed", "torchrun", "accelerate"}  # as scripts, or as modules: deepspeed.launcher.launch
+PARENT = "GRPO_DS_PARENT"  # in the environment: the process whose command starts this one (--num_seeds)
 SAME_CTRL_C = 1.0  # seconds: two Ctrl-C within this time are one, forwarded by the launcher
 CHECK_EVERY = 1.0  # seconds between two checks of the launcher
 
@@ -151,15 +153,34 @@ def exit_on_signal(leaving: Callable[[], None] = lambda: None) -> Iterator[None]
             signal.signal(number, signal.SIG_IGN)
 
 
+def pass_signals_on(command: list[str]) -> int:
+    """Run a command to its end, and hand on the stop signals that arrive; return its exit code."""
+    child: list[subprocess.Popen[bytes]] = []
+    early: list[int] = []
+    before = _handle(lambda number, _: child[0].send_signal(number) if child else early.append(number))
+    try:
+        child.append(subprocess.Popen(command, env={**os.environ, PARENT: str(os.getpid())}))
+        for number in early:
+            child[0].send_signal(number)
+        code = child[0].wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
 def _launchers() -> list[psutil.Process]:
-    """Parent processes that launched this one: deepspeed's two, torchrun, accelerate."""
+    """Parent processes that launched this one: deepspeed's two, torchrun, accelerate, our own command."""
     found = []
     for parent in psutil.Process().parents():
         try:
             words = [Path(word).name for word in parent.cmdline()]
         except psutil.Error:
             break
-        if not any(word.split(".")[0] in LAUNCHERS or word.startswith("torch.distributed") for word in words[:4]):
+        is_ours = str(parent.pid) == os.environ.get(PARENT)
+        if not is_ours and not any(
+            word.split(".")[0] in LAUNCHERS or word.startswith("torch.distributed") for word in words[:4]
+        ):
             break
         found.append(parent)
     return found

@@ -7,14 +7,17 @@ and counts as a prediction of no class.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import comb, sqrt
+from typing import Any
 
 from grpo_ds.errors import DataError
+from grpo_ds.task.answer_probs import AnswerProbs, Confidence, confidence
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.questions import Question
 
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+EVAL_ACCURACY = "eval/accuracy"
 COLLAPSED_SHARE = 0.95
 FEWEST_TO_COLLAPSE = 5  # parsed answers; four equal ones can be chance
 FEWEST_TO_COMPARE = 20  # questions; fewer have an interval of 40 points or more around a half
@@ -43,6 +46,15 @@ class Grades:
 
 
 @dataclass(frozen=True, slots=True)
+class Votes:
+    """Accuracy of the majority of several sampled answers; an answer that did not parse has no vote."""
+
+    samples: int  # answers per question
+    vote_accuracy: float
+    vote_accuracy_interval: tuple[float, float]  # Wilson, 95 %
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """Completions and parsed answers in the order of the questions, and the grades of all.
 
@@ -57,12 +69,67 @@ class Evaluation:
     texts: list[str]
     answers: list[str | None]
     grades: Grades
+    probs: list[AnswerProbs] | None = None  # None: no token tells the labels apart, or an older version answered
+    confidence: Confidence | None = None  # figures of probs
+    sampled: list[list[str | None]] | None = None  # further answers to each question: --eval_samples
+    votes: Votes | None = None  # figures of them
+
+    def figures(self) -> dict[str, Any]:
+        """All figures under their names in the summary of a run."""
+        parts = (self.grades, self.confidence, self.votes)
+        return {name: value for part in parts if part is not None for name, value in asdict(part).items()}
+
+    def of(self, chosen: Sequence[int], questions: Sequence[Question], answer_format: AnswerFormat) -> "Evaluation":
+        """The evaluation of some of the questions only: those at the indices `chosen`."""
+
+        def some(every: list[Any] | None) -> list[Any] | None:
+            return None if every is None else [every[i] for i in chosen]
+
+        asked = [questions[i] for i in chosen]
+        return graded([self.texts[i] for i in chosen], asked, answer_format, some(self.probs), some(self.sampled))
 
 
-def graded(texts: list[str], questions: Sequence[Question], answer_format: AnswerFormat) -> Evaluation:
-    """Parse and grade one completion for each question."""
-    answers = [answer_format.parse(text).answer for text in texts]
-    return Evaluation(texts, answers, grade(answers, questions, labels=answer_format.labels))
+def graded(
+    texts: list[str],
+    questions: Sequence[Question],
+    answer_format: AnswerFormat,
+    probs: list[AnswerProbs] | None = None,
+    sampled: list[list[str | None]] | None = None,
+) -> Evaluation:
+    """Parse and grade one completion for each question, with its label probabilities and sampled answers if known."""
+    answers, labels = [answer_format.parse(text).answer for text in texts], answer_format.labels
+    return Evaluation(
+        texts,
+        answers,
+        grade(answers, questions, labels=labels),
+        probs,
+        confidence(probs, questions, labels=labels) if probs else None,
+        sampled,
+        count_votes(sampled, questions) if sampled else None,
+    )
+
+
+def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
+    """Return the figures that are logged at every --eval_steps, in a line of metrics.jsonl of their own."""
+    grades, known = evaluation.grades, evaluation.confidence
+    metrics = {
+        EVAL_ACCURACY: grades.accuracy,
+        "eval/macro_f1": grades.macro_f1,
+        "eval/well_formed": grades.well_formed,
+    }
+    if known:
+        metrics |= {"eval/mean_p_right": known.mean_p_right, "eval/calibration_error": known.calibration_error}
+        metrics |= {f"eval/lean/{label}": p for label, p in known.lean.items()}
+        if known.reasoning_gain is not None:
+            metrics["eval/reasoning_gain"] = known.reasoning_gain
+    return metrics
+
+
+def count_votes(sampled: Sequence[Sequence[str | None]], questions: Sequence[Question]) -> Votes:
+    """Grade the most common of each question's answers; of equally common ones the one that was drawn first."""
+    votes = [Counter(answer for answer in answers if answer is not None).most_common(1) for answers in sampled]
+    right = sum(bool(vote) and vote[0][0] == q.label for vote, q in zip(votes, questions, strict=True))
+    return Votes(len(sampled[0]), right / len(questions), wilson_interval(right, len(questions)))
 
 
 def grade(answers: Sequence[str | None], questions: Sequence[Question], *, labels: Sequence[str]) -> Grades:

@@ -18,8 +18,8 @@ WeightedFunctions = Mapping[str, tuple[RewardFunction, float]]  # name in metric
 ARGUMENTS = ("completions", "prompts", "completion_ids", "trainer_state", "log_extra", "log_metric")  # TRL's
 OF_SAMPLING = {"prompts", "completion_ids", "trainer_state"}  # made only for a function that takes one
 COLUMNS = ("id", "question", "context", "label")  # of every question; with ARGUMENTS they hide fields of these names
-CORRECTNESS = "correctness"
-READY_MADE = (CORRECTNESS, "format", "length_penalty", "repetition_penalty", "bare_label")
+CORRECTNESS, REASONING_GAIN = "correctness", "reasoning_gain"
+READY_MADE = (CORRECTNESS, "format", "length_penalty", "repetition_penalty", "bare_label", REASONING_GAIN)
 OVERLONG = "overlong"  # name of the penalty that --overlong_buffer adds to the rewards
 CHARACTERS_PER_TOKEN = 4  # roughly, for English and a vocabulary of 50,000 or more
 NGRAM = 3  # words
@@ -95,6 +95,14 @@ def bare_label(completions: Sequence[str], *, answer_format: AnswerFormat, **_: 
     return [-float(_words(answer_format.split(completion)[0]) <= labels) for completion in completions]
 
 
+def reasoning_gain(completions: Sequence[str], **_: object) -> list[None]:
+    """The probability of the right label behind the completion's reasoning, less that behind an empty reasoning.
+
+    No text tells it: the trainer puts the values in (training/collect.py); None where it does not know them.
+    """
+    return [None] * len(completions)
+
+
 def _words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.casefold()))
 
@@ -130,5 +138,6 @@ def ready_made(
         "format": _with_options(tag_pairs, answer_format=answer_format, reward=format_reward),
         "length_penalty": _with_options(length_penalty, full_length=CHARACTERS_PER_TOKEN * max_completion_length),
         "repetition_penalty": repetition_penalty,
+        REASONING_GAIN: reasoning_gain,
         "bare_label": _with_options(bare_label, answer_format=answer_format),
     }

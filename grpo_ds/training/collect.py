@@ -13,16 +13,18 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 from transformers import TrainerState
 
 from grpo_ds.core.advantages import overlong
 from grpo_ds.core.expected_reward import LabelProbs
+from grpo_ds.report.console import Console
 from grpo_ds.run_folder.progress import Progress
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.system.ranks import World
 from grpo_ds.task.questions import Question, questions_at
-from grpo_ds.task.rewards import CORRECTNESS, OVERLONG, OwnReward, WeightedFunctions
+from grpo_ds.task.rewards import CORRECTNESS, OVERLONG, REASONING_GAIN, OwnReward, WeightedFunctions
 from grpo_ds.task.scoring import Rewards, Sampled, joined, score
 from grpo_ds.training.label_tokens import label_probs
 from grpo_ds.training.prompt_style import PromptStyle
@@ -45,16 +47,17 @@ class Collector:
         style: PromptStyle,
         reward_functions: WeightedFunctions,
         progress: Callable[[], Progress],
-        warn: Callable[[str], None] = lambda line: None,
+        console: Console,
     ) -> None:
-        """progress: returns the run's, for reward functions. warn: prints a line when one fails for the first time."""
+        """progress: returns the run's, for reward functions. console: shows how far sampling is, and warnings."""
         self.config, self.world, self.sampler, self.style = config, world, sampler, style
         self.score = partial(
             score, functions=reward_functions, timeout=config.reward_timeout, on_error=config.on_reward_error
         )
         self.expected_reward = expected_reward(config, reward_functions)
+        self.gain_weight = reward_functions[REASONING_GAIN][1] if REASONING_GAIN in reward_functions else 0.0
         self.needs_sampling = any(isinstance(f, OwnReward) and f.needs_sampling for f, _ in reward_functions.values())
-        self.progress, self.warn = progress, warn
+        self.progress, self.console = progress, console
         self._warned: set[str] = set()  # names of reward functions
 
     def collect(self, step: int, questions: list[Question]) -> tuple[Groups, int]:
@@ -70,21 +73,22 @@ class Collector:
         seed = seed_at(config.seed, attempt, NO_RANK) if attempt else config.seed
         here = self.rank_questions(step, questions, seed)
         asked = [here[place] for place in places]
-        prompts, completions = sample_completions(
-            self.sampler,
-            self.style,
-            asked,
-            group_size=config.num_generations,
-            temperature=config.temperature,
-            seed=seed_at(seed, step, self.world.rank),
+        what = f"Step {step + 1} of {config.total_steps}, {f'redraw {attempt}' if attempt else 'sampling'}"
+        tokenizer, size = self.sampler.tokenizer, config.num_generations
+        unreasoned = [self.style.up_to_answer(tokenizer, "")] if self.gain_weight else []
+        prompts, completions = self.sample(
+            what, asked, group_size=size, seed=seed_at(seed, step, self.world.rank), forced=unreasoned
         )
-        texts = self.style.texts(self.sampler.tokenizer, completions)
+        texts = self.style.texts(tokenizer, completions)
         ids = lambda: [row[mask].tolist() for row, mask in zip(completions.ids, completions.mask, strict=True)]  # noqa: E731
-        repeated = [question for question in asked for _ in range(config.num_generations)]
+        repeated = [question for question in asked for _ in range(size)]
         rewards = self.rewards(texts, repeated, ids)
         labels = self.label_probs(completions, texts, repeated)
         if labels and self.expected_reward:
             rewards = with_expected_answers(rewards, labels, self.expected_reward)
+        if labels and self.gain_weight and completions.forced_logprobs is not None:
+            gains = reasoning_gains(labels, completions.forced_logprobs[:, 0])
+            rewards = rewards.replaced(REASONING_GAIN, [gain and self.gain_weight * gain for gain in gains])
         return Groups(asked, prompts, completions, texts, self.with_overlong_penalty(rewards, completions), labels)
 
     def label_probs(
@@ -93,6 +97,21 @@ class Collector:
         """Probabilities of the labels where each completion answers. questions: [B]."""
         right, tokenizer = [question.label for question in questions], self.sampler.tokenizer
         return label_probs(completions, texts, right, tokenizer, self.style.answer_format, self.sampler.label_ids)
+
+    def sample(
+        self, what: str, questions: list[Question], *, group_size: int, seed: int, forced: Sequence[Sequence[int]] = ()
+    ) -> tuple[list[Tensor], Completions]:
+        """Return the prompt of each question as a tensor of ids, and group_size completions of it, drawn by `seed`.
+
+        what: name of the work where its progress is shown. forced: of the sampler.
+        """
+        prompts = self.style.encode(self.sampler.tokenizer, questions)
+        config, total = self.config, len(prompts) * group_size * self.world.size
+        most = total * config.max_completion_length
+        with self.console.progress(what, total, "completions", most_tokens=most) as advance:
+            options: dict[str, Any] = {"temperature": config.temperature, "seed": seed, "advance": advance}
+            completions = self.sampler(prompts, group_size=group_size, forced=forced, **options)
+        return [torch.tensor(prompt, device=completions.ids.device) for prompt in prompts], completions
 
     def rewards(
         self, texts: Sequence[str], questions: Sequence[Question], ids: Callable[[], list[list[int]]], **options: Any
@@ -113,17 +132,16 @@ class Collector:
 
     def first_completions(self, questions: list[Question]) -> list[MicroBatch]:
         """Packed rows with one completion of each question that this rank asks in the first step."""
-        config, asked = self.config, self.rank_questions(0, questions, self.config.seed)
-        prompts, completions = sample_completions(
-            self.sampler, self.style, asked, group_size=1, temperature=config.temperature, seed=config.seed
-        )
-        return micro_batches(prompts, completions)
+        asked = self.rank_questions(0, questions, self.config.seed)
+        return micro_batches(*self.sample("KL floor, sampling", asked, group_size=1, seed=self.config.seed))
 
     def warn_of_failures(self, rewards: Rewards) -> None:
         """Report the first failure of each reward function that --on_reward_error zero ignored."""
         for name, error in rewards.errors.items():
             if name not in self._warned:
-                self.warn(f"Warning: {error}\nThis batch is scored without it; reward_errors counts later failures.")
+                self.console.line(
+                    f"Warning: {error}\nThis batch is scored without it; reward_errors counts later failures."
+                )
                 self._warned.add(name)
 
     def with_overlong_penalty(self, rewards: Rewards, completions: Completions) -> Rewards:
@@ -149,19 +167,14 @@ def with_expected_answers(rewards: Rewards, labels: LabelProbs, reward: float) -
     return rewards.replaced(CORRECTNESS, expected)
 
 
-def sample_completions(
-    sampler: Sampler,
-    style: PromptStyle,
-    questions: list[Question],
-    *,
-    group_size: int,
-    temperature: float,
-    seed: int,
-) -> tuple[list[Tensor], Completions]:
-    """Return the prompt of each question as a tensor of ids, and group_size completions of it, drawn by `seed`."""
-    prompts = style.encode(sampler.tokenizer, questions)
-    completions = sampler(prompts, group_size=group_size, temperature=temperature, seed=seed)
-    return [torch.tensor(prompt, device=completions.ids.device) for prompt in prompts], completions
+def reasoning_gains(labels: LabelProbs, unreasoned: Float[Tensor, "B n"]) -> list[float | None]:
+    """Return how much likelier each reasoning makes the right label; None for a completion without a place.
+
+    unreasoned: log-probs of the labels behind an empty reasoning.
+    """
+    without = unreasoned.exp().gather(1, labels.right[:, None]).squeeze(1)
+    gains, placed = (labels.p_right - without).tolist(), labels.placed.tolist()
+    return [gain if known else None for gain, known in zip(gains, placed, strict=True)]
 
 
 def draw_groups(draw: Draw, *, count: int, attempts: int) -> tuple[Groups, int]:

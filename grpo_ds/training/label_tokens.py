@@ -13,18 +13,19 @@ from grpo_ds.core.pick import NOWHERE
 from grpo_ds.errors import UsageError
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.task.answers import AnswerFormat
+from grpo_ds.task.rewards import REASONING_GAIN
 from grpo_ds.training.sampling import Completions
 
 
 def label_ids_for(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the labels' tokens; () if they cannot be told apart and --answer_reward expected does not need them.
+    """Return the labels' tokens; () if they cannot be told apart and no reward needs them.
 
-    Raises UsageError if it does.
+    Raises UsageError if one does.
     """
     try:
         return label_tokens(tokenizer, config.answer_format)
     except UsageError:
-        if config.answer_reward == "expected":
+        if config.answer_reward == "expected" or REASONING_GAIN in map(str.strip, config.reward_funcs.split(",")):
             raise
         return ()
 
@@ -40,7 +41,7 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase, answer_format: AnswerFormat
         raise UsageError(
             f"The probabilities of the labels cannot be read off one token: {', '.join(alike)} do not each begin\n"
             f"with a token of their own behind {answer_format.answer_pair[0]} in this model's tokenizer.\n"
-            "Use --answer_reward sampled, or labels that begin differently."
+            f"Use --answer_reward sampled and no {REASONING_GAIN}, or labels that begin differently."
         )
     return tuple(id for id in first.values() if id is not None)
 

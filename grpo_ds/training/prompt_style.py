@@ -17,6 +17,7 @@ from grpo_ds.task.chat import Messages, check_chat_template
 from grpo_ds.task.prompts import build_messages, chat_of_any_question, encode_prompt, forget_chats, marked_messages
 from grpo_ds.task.questions import Question
 from grpo_ds.task.rewards import Prompt
+from grpo_ds.training.label_tokens import answer_place
 from grpo_ds.training.sampling import Completions
 
 
@@ -71,6 +72,25 @@ class PromptStyle:
         opening = _opening(tokenizer, self)
         rows = zip(completions.ids, completions.mask, strict=True)
         return [opening + _decode(tokenizer, ids[mask]) for ids, mask in rows]
+
+    def up_to_answer(self, tokenizer: PreTrainedTokenizerBase, reasoning: str) -> list[int]:
+        """Token ids between a prompt and an answer behind this reasoning; "" for the tags alone."""
+        form, opened = self.answer_format, _opening(tokenizer, self)
+        text = ("" if opened else form.opening) + reasoning + form.reasoning_pair[1] + form.answer_pair[0]
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def answer_places(self, tokenizer: PreTrainedTokenizerBase, completions: Completions) -> list[int | None]:
+        """Return the index of each completion's first answer token; None unless it keeps to the form up to there."""
+        opening = _opening(tokenizer, self)
+        rows = [ids[mask].tolist() for ids, mask in zip(completions.ids, completions.mask, strict=True)]
+        return [self._answer_place(tokenizer, opening, ids) for ids in rows]
+
+    def _answer_place(self, tokenizer: PreTrainedTokenizerBase, opening: str, ids: list[int]) -> int | None:
+        form, place = self.answer_format, answer_place(ids, tokenizer, self.answer_format)
+        if place is None:
+            return None
+        begun = opening + str(tokenizer.decode(ids[:place]))
+        return place if form.parse(begun + form.labels[0] + form.stop).well_formed else None
 
 
 def prompt_style(config: AskConfig) -> PromptStyle:

@@ -19,10 +19,10 @@ def rehearse(trainer: Trainer) -> None:
     """Run every phase of a step at its largest size and print the peaks."""
     config, sampler, reference, guard = trainer.config, trainer.sampler, trainer.reference, trainer.guard
     prompts = [[RARE_ID] * config.max_prompt_length] * config.batch_size
-    with sampler.to_full_length():
-        completions = guard.run(
-            "sample", sampler, prompts, group_size=config.num_generations, temperature=config.temperature
-        )
+    size, temperature = config.num_generations, config.temperature
+    total = len(prompts) * size * trainer.world.size
+    with sampler.to_full_length(), trainer.console.progress("Worst case, sampling", total, "completions") as advance:
+        completions = guard.run("sample", sampler, prompts, group_size=size, temperature=temperature, advance=advance)
     tensors = trainer.row_prompts([torch.tensor(prompt, device=completions.ids.device) for prompt in prompts])
 
     def packed() -> Iterator[PackedRows]:

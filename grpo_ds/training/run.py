@@ -26,7 +26,7 @@ from grpo_ds.run_folder.status import CHANGED_INPUTS, RunStatus, resume_command
 from grpo_ds.system.invocation import typed_here
 from grpo_ds.system.ranks import stop
 from grpo_ds.system.signals import Interrupted, Stopping, name
-from grpo_ds.task.grading import graded
+from grpo_ds.task.grading import EVAL_ACCURACY, evaluation_metrics
 from grpo_ds.task.questions import Question
 from grpo_ds.training.checkpoint import save_checkpoint, write_beside
 from grpo_ds.training.nonfinite import refuse_bad_weights
@@ -35,7 +35,6 @@ from grpo_ds.training.rehearsal import rehearse
 from grpo_ds.training.reports import Outcome, Reports
 from grpo_ds.training.trainer import Trainer
 
-EVAL_ACCURACY = "eval/accuracy"  # in a separate line of metrics.jsonl
 MERGED = "merged"  # subfolder: in one folder, transformers would load the adapter on top of the merged model
 
 
@@ -112,14 +111,13 @@ class Run:
         self.status.write("evaluating", step=progress.global_step, **({CHANGED_INPUTS: changes} if changes else {}))
         answered, form = self._answered_before(), self.config.answer_format
         compared = list(answered)
-        before = graded(list(answered.values()), compared, form)
+        before = progress.evaluation_before(answered, form)
         self.reports.held_out(compared, {"before": before})
         rewards = self.train()
         self.status.write("evaluating", step=progress.global_step)
         after = trainer.evaluate("After training", self.held_out)
         if len(compared) < len(self.held_out):
-            texts = dict(zip(self.held_out, after.texts, strict=True))
-            after = graded([texts[question] for question in compared], compared, form)
+            after = after.of([self.held_out.index(question) for question in compared], self.held_out, form)
         outcome = Outcome(rewards, compared, before, after)
         self.save_model()
         self.reports.held_out(compared, {"before": before, "after": after})
@@ -138,7 +136,7 @@ class Run:
         progress = self.progress
         if not (answered := progress.answered_before(self.held_out)):
             when = f"Before step {progress.global_step + 1}" if progress.global_step else "Before training"
-            progress.keep_before(self.held_out, self.trainer.evaluate(when, self.held_out).texts)
+            progress.keep_before(self.held_out, self.trainer.evaluate(when, self.held_out))
             answered = progress.answered_before(self.held_out)
         if len(answered) < len(self.held_out):
             self.console.line(
@@ -197,16 +195,11 @@ class Run:
         due = self.config.eval_steps and step and step % self.config.eval_steps == 0 and step < self.config.total_steps
         if not due or any(line["step"] == step and EVAL_ACCURACY in line for line in progress.log_history):
             return
-        grades = self.trainer.evaluate(f"After step {step}", self.held_out).grades
-        if self.config.saves_at(step) and (progress.best_metric is None or grades.accuracy > progress.best_metric):
-            progress.set_best(grades.accuracy, step)
-        self.log(
-            {
-                EVAL_ACCURACY: grades.accuracy,
-                "eval/macro_f1": grades.macro_f1,
-                "eval/well_formed": grades.well_formed,
-            }
-        )
+        evaluation = self.trainer.evaluate(f"After step {step}", self.held_out, briefly=True)
+        accuracy, best = evaluation.grades.accuracy, progress.best_metric
+        if self.config.saves_at(step) and (best is None or accuracy > best):
+            progress.set_best(accuracy, step)
+        self.log(evaluation_metrics(evaluation))
 
     def save_checkpoint(self) -> None:
         """Save a checkpoint. If it cannot be written, the run continues: stopping would lose more."""

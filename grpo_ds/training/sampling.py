@@ -28,6 +28,8 @@ from grpo_ds.models.packed_linear import packed_linears
 from grpo_ds.models.repeated_prompt import RepeatedPrompts
 from grpo_ds.models.shared_prompt import SharedPrompts, can_share_prompts
 
+Prompts = Sequence[Sequence[int]]  # token ids
+Decoder = SharedPrompts | RepeatedPrompts
 STOP = "</answer>"
 SPARE = 3  # tokens decoded beyond the length of `stop`, which is ASCII: a token has at least one byte
 SHRINK = 0.75  # share of rows left at which a batch is made smaller, which copies the cache of these rows
@@ -49,6 +51,7 @@ class Completions:
     mask: Bool[Tensor, "B C"]  # True: the token counts; up to and including EOS or the end of `stop`
     ended: Bool[Tensor, " B"]  # by EOS or `stop`; False: cut at the length limit
     label_logprobs: Float[Tensor, "B C n"] | None = None  # of n label tokens instead of this one, among themselves
+    forced_logprobs: Float[Tensor, "B F n"] | None = None  # the same behind each of F forced beginnings
 
     def lengths(self) -> Int[Tensor, " B"]:
         """Tokens of each completion."""
@@ -62,6 +65,7 @@ class PartialCompletion:
     ids: list[int] = field(default_factory=list)
     ended: bool = False
     label_logprobs: list[list[float]] = field(default_factory=list)
+    forced_logprobs: list[list[float]] = field(default_factory=list)
 
 
 class Sampler:
@@ -102,11 +106,13 @@ class Sampler:
         group_size: int,
         temperature: float,
         seed: int = 0,
-        advance: Callable[[int], None] = lambda sampled: None,
+        forced: Sequence[Sequence[int]] = (),
+        advance: Callable[[int, int], None] = lambda done, tokens: None,
     ) -> Completions:
         """Return group_size completions for each prompt, the rows of a group side by side; temperature 0 is greedy.
 
-        advance: called after each batch with the number of prompts that it finished.
+        forced: F token sequences; behind each of them label log-probs are recorded too.
+        advance: called after every token with the numbers of completions that ended and of tokens drawn by it.
         """
         draws = _uniforms(seed, len(prompts) * group_size, self.max_completion_length).to(self.model.device)
         draws = draws.view(len(prompts), group_size, -1)
@@ -115,9 +121,9 @@ class Sampler:
         groups: dict[int, list[PartialCompletion]] = {}
         with self._ready():
             for some in (by_length[first : first + at_once] for first in range(0, len(prompts), at_once)):
-                rows = self._sample([prompts[q] for q in some], group_size, draws[some].flatten(0, 1), temperature)
+                drawn = draws[some].flatten(0, 1)
+                rows = self._sample([prompts[q] for q in some], group_size, drawn, temperature, forced, advance)
                 groups |= {q: rows[i * group_size : (i + 1) * group_size] for i, q in enumerate(some)}
-                advance(len(some))
         return self.pad_rows([row for q in range(len(prompts)) for row in groups[q]])
 
     @contextmanager
@@ -141,13 +147,24 @@ class Sampler:
             self.model.train(was_training)
 
     def _sample(
-        self, prompts: Sequence[Sequence[int]], group_size: int, draws: Float[Tensor, "B C"], temperature: float
+        self,
+        prompts: Prompts,
+        group_size: int,
+        draws: Float[Tensor, "B C"],
+        temperature: float,
+        forced: Prompts,
+        advance: Callable[[int, int], None],
     ) -> list[PartialCompletion]:
         """Sample the completions of one batch of prompts."""
         rows = batch = [PartialCompletion() for _ in draws]  # rows that have ended leave the batch
         tokens = torch.tensor([prompt[-1] for prompt in prompts], device=draws.device).repeat_interleave(group_size)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=draws.device).repeat_interleave(group_size)
-        decode, look = self._decoder(prompts, group_size), LOOK if on_card(self.model) else 1
+        longest = max([self.max_completion_length, *(len(ids) + 1 for ids in forced)])
+        decode, look = self._decoder(prompts, group_size, longest), LOOK if on_card(self.model) else 1
+        for ids in forced:
+            logits = self._follow(decode, tokens, lengths, ids)
+            for row, logprobs in zip(rows, self._label_logprobs(logits, temperature).tolist(), strict=True):
+                row.forced_logprobs.append(logprobs)
         shrink = SHRINK_GRAPH if self._graphs() else SHRINK
         for first in range(0, self.max_completion_length, look):
             block, labels = [], []
@@ -156,9 +173,9 @@ class Sampler:
                 logits = decode(tokens, lengths - 1 + t)
                 tokens = draw(logits[:, : len(self.tokenizer)], draws[:, t], temperature)
                 block.append(tokens)
-                labels.append((logits[:, self.label_ids].float() / (temperature or 1.0)).log_softmax(dim=-1))
+                labels.append(self._label_logprobs(logits, temperature))
             for ids, logprobs in zip(torch.stack(block).tolist(), torch.stack(labels).tolist(), strict=True):
-                self._append(batch, ids, logprobs)
+                advance(*self._append(batch, ids, logprobs))
             if all(row.ended for row in batch):
                 break
             stay, width = unfinished([row.ended for row in batch], decode.group_size)
@@ -166,21 +183,36 @@ class Sampler:
                 batch, chosen = [batch[b] for b in stay], torch.tensor(stay, device=draws.device)
                 decode.keep(chosen, group_size=width)
                 tokens, lengths, draws = tokens[chosen], lengths[chosen], draws[chosen]
+        advance(sum(not row.ended for row in rows), 0)  # cut at the length limit
         return rows
+
+    def _follow(self, decode: Decoder, last: Tensor, lengths: Tensor, ids: Sequence[int]) -> Float[Tensor, "B V"]:
+        """Return the logits behind prompt and `ids`, and forget these; last: the last token of each prompt."""
+        for t, tokens in enumerate([last, *(torch.full_like(last, id) for id in ids)]):
+            self.poll()
+            logits = decode(tokens, lengths - 1 + t)
+        decode.restart()
+        return logits
+
+    def _label_logprobs(self, logits: Tensor, temperature: float) -> Float[Tensor, "B n"]:
+        return (logits[:, self.label_ids].float() / (temperature or 1.0)).log_softmax(dim=-1)
 
     def _append(
         self, batch: Sequence[PartialCompletion], ids: Sequence[int], label_logprobs: Sequence[list[float]]
-    ) -> None:
-        """Add a token to each row that has not ended; the others were decoded on in vain."""
-        for row, token, logprobs in zip(batch, ids, label_logprobs, strict=True):
-            if not row.ended:
-                row.ids.append(token)
-                row.label_logprobs.append(logprobs)
-                row.ended = self._ends(row.ids)
+    ) -> tuple[int, int]:
+        """Add a token to each row that has not ended; the others were decoded on in vain.
 
-    def _decoder(self, prompts: Sequence[Sequence[int]], group_size: int) -> SharedPrompts | RepeatedPrompts:
-        """Prefill these prompts; return the function that decodes the tokens after them."""
-        columns = self.max_completion_length
+        Returns the number of rows that it ended, and of tokens added.
+        """
+        going = [it for it in zip(batch, ids, label_logprobs, strict=True) if not it[0].ended]
+        for row, token, logprobs in going:
+            row.ids.append(token)
+            row.label_logprobs.append(logprobs)
+            row.ended = self._ends(row.ids)
+        return sum(row.ended for row, *_ in going), len(going)
+
+    def _decoder(self, prompts: Sequence[Sequence[int]], group_size: int, columns: int) -> Decoder:
+        """Prefill these prompts; return the function that decodes up to `columns` tokens after them."""
         if self.shares is None:
             self.shares = can_share_prompts(self.model)
             self.fused = on_card(self.model) and can_fuse(self.model) and can_share_prompts(self.model, fused=True)
@@ -214,6 +246,7 @@ class Sampler:
             torch.tensor([[t < len(row.ids) for t in range(width)] for row in rows], device=device),
             torch.tensor([row.ended for row in rows], device=device),
             self._pad_label_logprobs(rows, width) if self.label_ids else None,
+            torch.tensor([row.forced_logprobs for row in rows], device=device) if rows[0].forced_logprobs else None,
         )
 
     def _pad_label_logprobs(self, rows: Sequence[PartialCompletion], width: int) -> Float[Tensor, "B C n"]:

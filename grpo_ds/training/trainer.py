@@ -114,9 +114,7 @@ class Trainer:
             cuda_graphs=config.cuda_graphs,
             poll=self.guard.poll,
         )
-        self.collector = Collector(
-            config, world, self.sampler, style, reward_functions, lambda: self.progress, warn=console.line
-        )
+        self.collector = Collector(config, world, self.sampler, style, reward_functions, lambda: self.progress, console)
         self.reference: Reference | None = None
         self.partial_step: PartialStep | None = None  # a rollout whose mu updates are not all done
         self.completions: list[dict[str, Any]] = []  # the last step's on this rank, for the logs
@@ -172,15 +170,18 @@ class Trainer:
 
     def update(self, partial: PartialStep) -> Updated:
         """Take one optimizer step on a rollout, or none if a number is not finite."""
-        return update(
-            self.engine,
-            partial.rollout,
-            self.profiler,
-            old_logprobs=partial.old_logprobs,
-            pack_tokens=self.limits.tokens,
-            world=self.world,
-            objective=self.config.objective,
-        )
+        what = f"Step {self.progress.global_step + 1} of {self.config.total_steps}, update"
+        with self.console.progress(what, len(partial.rollout.texts) * self.world.size, "completions") as advance:
+            return update(
+                self.engine,
+                partial.rollout,
+                self.profiler,
+                old_logprobs=partial.old_logprobs,
+                pack_tokens=self.limits.tokens,
+                world=self.world,
+                objective=self.config.objective,
+                advance=advance,
+            )
 
     def check_numbers(self, step: int, partial: PartialStep, updated: Updated) -> None:
         """Report a skipped update. Raises NumbersError if --max_bad_steps is exceeded.
@@ -299,12 +300,23 @@ class Trainer:
         )
         self.console.line("Preflight passed: gradients, log-probs, first ratio, EOS and sampling are correct.")
 
-    def evaluate(self, when: str, questions: Sequence[Question]) -> Evaluation:
-        """Answer and grade the held-out questions. when: a heading such as "Before training"."""
-        with self.console.progress(when, len(questions)) as advance:
-            style, run = self.collector.style, self.guard.run
-            result = evaluate(self.sampler, style, questions, self.world, advance=advance, run=run)
-        self.console.grades(when, result.grades)
+    def evaluate(self, when: str, questions: Sequence[Question], *, briefly: bool = False) -> Evaluation:
+        """Answer and grade the held-out questions. when: a heading such as "Before training".
+
+        briefly: without --eval_samples and --eval_misled.
+        """
+        with self.console.progress(f"Evaluation {when[0].lower()}{when[1:]}", len(questions)) as advance:
+            result = evaluate(
+                self.sampler,
+                self.collector.style,
+                questions,
+                self.world,
+                samples=0 if briefly else self.config.eval_samples,
+                misled=self.config.eval_misled and not briefly,
+                advance=advance,
+                run=self.guard.run,
+            )
+        self.console.grades(when, result)
         return result
 
     def use_folder(self, folder: Path) -> None:

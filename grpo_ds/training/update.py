@@ -7,7 +7,7 @@ computed; the weights of the others stay the same.
 B completions, C tokens in the longest; W = C, or C + n with n labels (core/expected_reward.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,11 +50,13 @@ def update(
     pack_tokens: int,
     world: World,
     objective: Objective,
+    advance: Callable[[int, int], None] = lambda done, tokens: None,
 ) -> Updated:
     """Take one step on all ranks, or on none if a number on any of them is not finite.
 
     old_logprobs: of the policy that sampled; None if that is the current policy: its own log-probs are used.
-    pack_tokens: maximum tokens per backward; 0: all in one.
+    pack_tokens: maximum tokens per backward; 0: all in one. advance: called after each backward with the number of
+    its completions.
     """
     tally, step_loss = Tally(), 0.0
     tally.add_all({name: [] for name in TOKEN_METRICS})  # a rank that skips everything has the same names
@@ -74,6 +76,7 @@ def update(
         old = (logprobs if old_logprobs is None else old_logprobs)[part]
         terms = part_loss(policy_logprobs, old, rollout, part, weights[part], objective)
         engine.backward(terms.loss, last=last)
+        advance(len(part), 0)
         step_loss += float(terms.loss.detach())
         add_token_metrics(tally, terms, engine.policy.entropies, counted[part])
     bad, overflow, scale = [], False, engine.loss_scale.value

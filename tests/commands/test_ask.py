@@ -248,6 +248,20 @@ def test_questions_of_a_file_get_the_answers_they_get_one_by_one(tiny_folder, fi
         assert json.loads(capsys.readouterr().out) == {**line, "id": "asked"}
 
 
+def test_progress_of_a_file_is_not_among_its_answers(tiny_folder, file, capsys, monkeypatch):
+    monkeypatch.setattr("grpo_ds.report.long_work.SILENCE", 0)  # a line after every token
+    words = ["--model", str(tiny_folder), "--max_completion_length", "4", "--file", file(RECORDS), "--json"]
+    ask.main(words)
+    printed = capsys.readouterr()
+    assert len([json.loads(line) for line in printed.out.splitlines()]) == len(RECORDS)
+    lines = [line for line in printed.err.splitlines() if line.startswith("Answers: ")]
+    assert lines[0] == f"Answers: 0 of {len(RECORDS)} questions"
+    assert lines[-1].startswith(f"Answers: {len(RECORDS)} of {len(RECORDS)} questions, ")  # of two batches
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)  # there the answers themselves show it
+    ask.main(words)
+    assert "Answers: " not in capsys.readouterr().err
+
+
 def test_a_checkpoint_brings_its_labels_tags_fields_and_prompt(quizzed, file, capsys):
     quiz = [{"stem": f"What is {n} + {n}?", "key": "abcd"[n], "id": n} for n in range(4)]
     ask.main(["--model", str(quizzed), "--json", "--file", file(quiz)])

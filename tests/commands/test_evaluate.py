@@ -1,10 +1,11 @@
-"""`eval`: which questions it asks a model that was trained here, decided before a model is loaded; how it grades."""
+"""`eval`: which questions it asks a model that was trained here; how it grades; its two streams."""
 
 import json
 from dataclasses import fields
 
 import pytest
 
+from grpo_ds.commands import evaluate
 from grpo_ds.commands.evaluate import main, prepare
 from grpo_ds.commands.settle import split_for_training
 from grpo_ds.errors import MAX_LINES, DataError, UsageError
@@ -170,3 +171,14 @@ def test_the_prompt_of_each_question_is_read_with_its_answer(tiny_folder, capsys
 def test_training_knows_no_lax_parser():
     with pytest.raises(UsageError, match="--grading: "):
         parse(TrainConfig, ["--grading", "lax"], about="")
+
+
+def test_progress_of_an_evaluation_is_not_among_its_results(tiny_folder, capsys, monkeypatch):
+    monkeypatch.setattr("grpo_ds.report.long_work.SILENCE", 0)  # a line after every token
+    flags = ["--eval_limit", "3", "--max_prompt_length", "700", "--max_completion_length", "4"]
+    evaluate.main(["--model", str(tiny_folder), "--data", "sample", *flags])
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if line.startswith("Evaluation: ")]
+    assert lines[0] == "Evaluation: 0 of 3 questions" and lines[-1].startswith("Evaluation: 3 of 3 questions, ")
+    assert "Evaluation:" not in printed.out
+    assert json.loads(printed.out[printed.out.index("{") :])["count"] == 3

@@ -6,16 +6,20 @@ import torch
 from grpo_ds.models.packed_linear import packed_linears
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("rows", [1, 8, 33])
-def test_packed_layers_compute_what_the_layers_do(tiny_model, rows):
-    ids = torch.arange(rows)[:, None]
+def test_packed_layers_compute_what_the_layers_do(tiny_model, rows, dtype, tolerance):
+    """bf16 rounds every layer's output: 0.004 of it, and a sum in another order may round to the other side."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported() and dtype == torch.bfloat16:
+        pytest.skip("this processor has no bf16")
+    ids, tiny_model = torch.arange(rows)[:, None], tiny_model.to(dtype)
     with torch.no_grad():
         plain = tiny_model(ids).logits
         with packed_linears(tiny_model):
             assert any("forward" in vars(module) for module in tiny_model.modules())
             packed = tiny_model(ids).logits
         after = tiny_model(ids).logits
-    torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-4)
+    assert (packed - plain).norm() <= tolerance * plain.norm()
     assert torch.equal(after, plain) and not any("forward" in vars(module) for module in tiny_model.modules())
 
 
@@ -28,6 +32,8 @@ def test_layers_come_back_after_an_error_and_biases_count():
     assert "forward" not in vars(layer)
 
 
-def test_16_bit_layers_are_left_alone(tiny_model):
-    with packed_linears(tiny_model.bfloat16()):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_layers_are_left_alone_where_the_processor_does_not_compute_in_them(tiny_model, dtype, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with packed_linears(tiny_model.to(dtype)):
         assert not any("forward" in vars(module) for module in tiny_model.modules())

@@ -1,6 +1,7 @@
 """The console: plain lines in a file, a live view at a terminal, no markup from user text."""
 
 import io
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -28,8 +29,8 @@ ROW = {"question": "Does [red]it[/]?", "label": "yes", "completion": "<answer>ye
        "rewards/correctness": 2.0, "rewards/mine": None, "advantage": 0.5}  # fmt: skip
 
 
-def console(terminal):
-    made, written = Console(), io.StringIO()
+def console(terminal, **options):
+    made, written = Console(**options), io.StringIO()
     made._rich = RichConsole(file=written, force_terminal=terminal, highlight=False, soft_wrap=True, width=120)
     made._is_live = terminal
     return made, written
@@ -43,7 +44,7 @@ def trained(made, steps=1):
             history.append({**STEP, "step": step})
             made.step(STEP, step=step, total=steps, seconds_left=100)
             with made.progress("After step 1", 3) as advance:
-                advance(2)
+                advance(2, 10)
                 made.line("Warning: [bold]mind this[/]")
 
 
@@ -66,7 +67,62 @@ def test_a_terminal_shows_one_view_that_grows_and_keeps_what_is_said_above_it():
     places = [last.index(name) for name in ("3/3", "reward", "correctness", "accuracy", "KL above its floor", "loss")]
     assert places == sorted(places)
     assert "0.0500" in last and "left 1:40" in last and "sample 9.8" in last and "RAM 5.5G" in last
-    assert text.count("Warning: [bold]mind this[/]") == 3 and "After step 1" in text and made._view is None
+    assert text.count("Warning: [bold]mind this[/]") == 3 and made._view is None
+    assert "now: After step 1: 2 of 3 questions" in text  # the live view is drawn anew above each line
+
+
+def every_line_is_due(**options):
+    """A console whose clock makes half a minute pass between two reads."""
+    return console(now=map(float, count(0, 30)).__next__, **options)
+
+
+def work(made):
+    with made.progress("Evaluation", 3) as advance:
+        advance(1, 60)
+
+
+def test_long_work_prints_lines_in_a_file_and_none_at_a_terminal():
+    made, written = every_line_is_due(terminal=False)
+    work(made)
+    begun, going = written.getvalue().splitlines()
+    assert begun == "Evaluation: 0 of 3 questions" and going.startswith("Evaluation: 1 of 3 questions, ")
+    made, written = every_line_is_due(terminal=True)
+    work(made)  # a bar
+    assert "1/3" in written.getvalue() and "questions" not in written.getvalue()
+
+
+def test_within_the_live_view_progress_is_its_last_line_and_no_other():
+    made, written = every_line_is_due(terminal=True)
+    trained(made)
+    text = written.getvalue()
+    assert text.count("After step 1: ") == text.count("now: After step 1: ") > 0
+
+
+def test_any_line_of_the_run_lets_progress_wait_another_half_minute():
+    time = [0.0]
+    made, written = console(terminal=False, now=lambda: time[0])
+    with made.progress("Evaluation", 9) as advance:
+        for time[0], line in ((29, True), (58, False), (59, False)):
+            if line:
+                made.line("Warning")
+            advance(1, 1)
+    assert written.getvalue() == "Warning\nEvaluation: 3 of 9 questions, 0 tokens/s, about 2 min left\n"
+
+
+def test_progress_stays_out_of_the_stream_of_results(capsys):
+    made, written = every_line_is_due(terminal=False, prints_results=True)
+    work(made)
+    made.line("{}")
+    captured = capsys.readouterr()
+    assert (written.getvalue(), captured.out) == ("{}\n", "") and captured.err.count("Evaluation: ") == 2
+
+
+def test_rank_0_counts_for_all_and_the_others_are_silent(capsys):
+    made, written = every_line_is_due(terminal=False, ranks=2)
+    work(made)
+    assert "2 of 3 questions, " in written.getvalue()
+    work(Console(speaks=False, now=map(float, count(0, 30)).__next__))
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_view_closes_when_a_run_fails_in_it():

@@ -9,6 +9,8 @@ from transformers import TrainerState
 from grpo_ds.errors import CheckpointError
 from grpo_ds.run_folder.inputs import BASE, PROMPTS
 from grpo_ds.run_folder.progress import STATE_FILE, Progress, current_names
+from grpo_ds.task.answers import AnswerFormat
+from grpo_ds.task.grading import graded
 from grpo_ds.task.questions import Question
 
 PROGRESS = Progress(
@@ -78,7 +80,7 @@ def test_another_base_is_never_accepted():
 def test_held_out_answers_before_training_are_found_for_the_questions_of_now():
     one, two, three = (Question(str(i), f"Is it {i}?", "", "yes") for i in range(3))
     progress = Progress(max_steps=9)
-    progress.keep_before([one, two], ["yes", "no"])
+    progress.keep_before([one, two], graded(["yes", "no"], [one, two], AnswerFormat()))
     assert progress.answered_before([three, two]) == {two: "no"}
     assert progress.answered_before([replace(one, text="Is it another?")]) == {}
     progress.before = ["yes", "no"]  # of an older version: in the order of the questions

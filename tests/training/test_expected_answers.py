@@ -28,7 +28,9 @@ def make_trainer(folder, **changes):
     sizes = DsSizes(config.learning_rate, 0.0, 1.0, 0, 3, 8, 1, native="fp32")
     ds = resolve_ds_config(ROOT / "ds_configs/zero2.json", fill=sizes)
     rewards = ready_made(answer_format=config.answer_format, format_reward=config.format_reward)
-    functions = {"correctness": (rewards["correctness"], 0.5), "format": (rewards["format"], 1.0)}
+    functions = {
+        name: (rewards[name], 0.5 if name == "correctness" else 1.0) for name in config.reward_funcs.split(",")
+    }
     return Trainer(config, ds, ranks.start(), Console(speaks=False), functions)
 
 
@@ -50,9 +52,9 @@ def stepped(formed_folder):
         trainer.engine.close()
 
 
-def asked(model, rollout, b, tokenizer, size=4):
+def asked(model, rollout, b, tokenizer, size=4, text=None):
     """The oracle: probabilities of y and n after the completion's text up to its answer tag, by a forward pass."""
-    prompt, text = rollout.prompts[b // size].tolist(), rollout.texts[b]
+    prompt, text = rollout.prompts[b // size].tolist(), text or rollout.texts[b]
     start = tokenizer.encode(text[: text.index("<a>") + 3])
     logits = model(torch.tensor([prompt + start])).logits[0, -1]
     return logits[tokenizer.encode("yn")].softmax(dim=0)
@@ -76,6 +78,18 @@ def test_a_completion_in_form_earns_the_probability_of_the_right_label(stepped, 
     assert metrics["p_right"] == pytest.approx(right / placed)
     assert metrics["lean/yes"] + metrics["lean/no"] == pytest.approx(1)
     assert 0 <= metrics["reasoning_share"] < 0.2  # its thoughts hardly change its answers
+
+
+def test_reasoning_is_paid_by_what_it_adds_to_the_probability_of_the_right_label(stepped, formed_folder, tokenizer):
+    metrics, rollout, _ = stepped(reward_funcs="format,reasoning_gain", answer_reward="sampled")
+    model, earned = AutoModelForCausalLM.from_pretrained(formed_folder), rollout.rewards.by_name["reasoning_gain"]
+    placed = rollout.labels.placed.tolist()
+    assert sum(placed) >= 4 and [gain is not None for gain in earned] == placed
+    for b in (b for b, known in enumerate(placed) if known):
+        right = int(rollout.labels.right[b])
+        own, empty = (asked(model, rollout, b, tokenizer, text=text)[right] for text in (None, "<r></r><a>"))
+        assert earned[b] == pytest.approx(float((own - empty).detach()), abs=1e-3)
+    assert metrics["rewards/reasoning_gain/mean"] == pytest.approx(sum(it or 0 for it in earned) / sum(placed))
 
 
 def test_the_drawn_reward_and_its_metrics_are_as_before(stepped):

@@ -157,7 +157,7 @@ def test_a_checkpoint_is_a_model_folder_and_the_best_one_is_kept(tiny_folder, tm
     run = make_run(tiny_folder, "kept", tmp_path / "run")
     answers = iter([None, "no", None, None, None])  # before, after each step but the last, at the end
 
-    def planted(when, questions):
+    def planted(when, questions, briefly=False):
         texts = [
             f"<reasoning>r</reasoning>\n<answer>{answer}</answer>" if answer else "" for answer in [next(answers)] * 2
         ]

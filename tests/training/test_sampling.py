@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo_ds.models.fused_layers import _gate_and_up
+from grpo_ds.models.shared_prompt import SharedPrompts
 from grpo_ds.training.sampling import (
     STOP,
     Completions,
@@ -150,6 +151,24 @@ def test_on_a_card_ended_rows_are_seen_after_at_most_seven_tokens(sampler, as_on
     assert longest < 64 and longest <= len(polls) < longest + 8  # polled before every token
 
 
+@pytest.mark.parametrize("where", ["cpu", "card"])
+@pytest.mark.parametrize("at_once", [None, 3])
+def test_every_token_and_every_completion_is_reported_once(sampler, request, where, at_once):
+    if where == "card":
+        request.getfixturevalue("as_on_a_card")
+    sampler.eos_ids, sampler.rows_at_once = list(range(0, 259, 20)), at_once
+    reports = []
+    completions = sampler(
+        [[1, 2, 3], [4, 5], [6, 7]], group_size=3, temperature=1.0, advance=lambda *r: reports.append(r)
+    )
+    assert completions.ended.any() and not completions.ended.all()  # both kinds are counted
+    assert sum(done for done, _ in reports) == 9
+    drawn = [tokens for _, tokens in reports if tokens]
+    if at_once is None:
+        assert drawn == completions.mask.sum(dim=0).tolist()
+    assert sum(drawn) == int(completions.mask.sum())
+
+
 @pytest.mark.parametrize(
     ("ended", "group_size", "stay", "width"),
     [
@@ -240,3 +259,51 @@ def test_label_logprobs_are_those_of_a_forward_pass_over_the_labels_alone(tiny_m
             logits = tiny_model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         expected = (logits[:, labels] / (temperature or 1.0)).log_softmax(dim=-1)
         torch.testing.assert_close(recorded.label_logprobs[b][mask], expected, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "bloom"])
+@pytest.mark.parametrize("columns", [2, 12])
+def test_label_logprobs_behind_forced_tokens_leave_no_trace(kind, tokenizer, columns):
+    """Also where the prompt is repeated, and where more is forced than a completion may have."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**KINDS, **OTHERS}[kind])).eval()
+    labels, prompts, forced = [121, 110, 109], [[5, 6, 7], list(range(40))], [[8, 9, 10, 11, 12], [7]]
+    sampler = Sampler(model, tokenizer, max_completion_length=columns, label_ids=labels)
+    plain, found = (sampler(prompts, group_size=2, temperature=0.7, seed=3, forced=it) for it in ((), forced))
+    assert torch.equal(found.ids, plain.ids) and torch.equal(found.label_logprobs, plain.label_logprobs)
+    assert plain.forced_logprobs is None and found.forced_logprobs.shape == (4, 2, 3)
+    for b, f in [(b, f) for b in range(4) for f in range(2)]:
+        with torch.no_grad():
+            logits = model(torch.tensor([prompts[b // 2] + forced[f]])).logits[0, -1]
+        torch.testing.assert_close(
+            found.forced_logprobs[b, f], (logits[labels] / 0.7).log_softmax(dim=-1), atol=2e-4, rtol=0
+        )
+
+
+class Replayed:
+    """A CUDA graph on a CPU: each replay writes into the tensor that the capture made."""
+
+    def __init__(self, decoder, step):
+        self.decoder, self.step = decoder, step
+        step()
+        self.out = decoder.logits
+
+    def replay(self):
+        known = self.decoder.logits
+        self.step()
+        self.out.copy_(self.decoder.logits)
+        self.decoder.logits = known
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_forced_tokens_change_nothing_on_a_card(sampler, as_on_a_card, cuda_graphs, monkeypatch):
+    def begin(decoder, *arguments, **options):
+        make(decoder, *arguments, **options)
+        decoder.capture = (lambda step: Replayed(decoder, step)) if cuda_graphs else None
+
+    make = SharedPrompts.__init__
+    monkeypatch.setattr(SharedPrompts, "__init__", begin)
+    sampler.cuda_graphs, sampler.label_ids, prompts = cuda_graphs, [121, 110], [[1, 2, 3], list(range(30))]
+    plain, found = (sampler(prompts, group_size=4, temperature=1.0, forced=it) for it in ((), [[7, 8, 9] * 3]))
+    assert sampler.fused and torch.equal(found.ids, plain.ids)
+    assert torch.equal(found.label_logprobs, plain.label_logprobs)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,25 @@ def test_the_run_ends_with_its_report(launched):
     page = (folder / "report.html").read_text()
     assert "This run has not ended" not in page and "damaged" not in page
     assert all(part in page for part in ("Held-out questions", "Memory over time", "KL per token", "Settings"))
+
+
+def test_p_right_stands_in_summary_answers_page_card_console_and_trackers(launched):
+    folder, output = launched
+    summary, held_out = (json.loads((folder / name).read_text()) for name in ("summary.json", "held_out.json"))
+    for when in ("before", "after"):
+        of = [question[when]["p"] for question in held_out["questions"]]
+        right = [p[question["label"]] for p, question in zip(of, held_out["questions"], strict=True)]
+        figures = summary[when]
+        assert figures["mean_p_right"] == pytest.approx(sum(right) / len(right))
+        assert figures["lean"] == pytest.approx({label: sum(p[label] for p in of) / len(of) for label in of[0]})
+        assert sum(figures["class_shares"].values()) == 1 and figures["reasoning_gain"] is None  # nothing is in form
+        for file in ("report.html", "README.md"):
+            assert f"{figures['mean_p_right']:.3f}" in (folder / file).read_text()
+        assert output.count(f"p(right) {figures['mean_p_right']:.3f}")
+    low, high = summary["p_right_change_interval"]
+    assert low <= summary["p_right_change"] <= high and 0 < summary["p_right_p_value"] <= 1
+    assert "Change of mean p(right)" in output and "paired test" in (folder / "README.md").read_text()
+    assert list(folder.glob("wandb/*/run-*.wandb")) and list(folder.glob("runs/events*"))
 
 
 def test_metrics_hold_a_line_a_step(launched):
@@ -382,7 +402,7 @@ def letters_reward(completions, **_):
     return [sum(c.isascii() and c.islower() for c in text) / 8 for text in completions]
 
 
-def tiny_trainer(folder, **changes):
+def tiny_trainer(folder, console=None, **changes):
     """A trainer in this process, and its questions."""
     config = TrainConfig(
         model=str(folder), num_generations=8, batch_size=2, num_steps=40, max_completion_length=8,
@@ -393,7 +413,31 @@ def tiny_trainer(folder, **changes):
     ds = resolve_ds_config(ROOT / "ds_configs/zero2.json", fill=sizes)
     train, held_out = split_questions(read_questions("sample").questions, eval_fraction=0.2, seed=0)
     rewards = {"letters": (letters_reward, 1.0)}
-    return Trainer(config, ds, ranks.start(), Console(speaks=False), rewards), train, held_out[:2]
+    console = console or Console(speaks=False)
+    return Trainer(config, ds, ranks.start(), console, rewards), train, held_out[:2]
+
+
+def test_every_long_part_of_a_run_says_how_far_it_is(tiny_folder, tmp_path, capsys):
+    """In a file. The clock of this console makes a minute pass between two reads."""
+    console = Console(now=map(float, count(0, 60)).__next__)
+    trainer, train, held_out = tiny_trainer(
+        tiny_folder, console, num_steps=1, dry_run_worst_case=True, dynamic_sampling=1, pack_tokens=500
+    )
+    trainer.collector.score.keywords["functions"]["letters"] = (lambda completions, **_: [1.0] * len(completions), 1.0)
+    Run(trainer, train, held_out, tmp_path / "run").run()
+    printed = capsys.readouterr().out
+    for begins in (
+        "Evaluation before training: 0 of 2 questions\n",
+        "KL floor, sampling: 0 of 2 completions, 0 of at most 16 tokens\n",
+        "Worst case, sampling: 0 of 16 completions\n",
+        "Step 1 of 1, sampling: 0 of 16 completions, 0 of at most 128 tokens\n",
+        "Step 1 of 1, redraw 1: 0 of 16 completions, 0 of at most 128 tokens\n",  # all rewards are equal
+        "Step 1 of 1, update: 0 of 16 completions\n",
+        "Evaluation after training: 0 of 2 questions\n",
+    ):
+        what = begins.partition(":")[0]
+        assert printed.count(begins) == 1
+        assert re.search(rf"^{what}: \d+ of (\d+) .*\n(.*\n)*{what}: \1 of \1 ", printed, re.M), what
 
 
 def test_a_tiny_model_learns(tiny_folder, tmp_path):

@@ -1,0 +1,59 @@
+"""Intervals and tests for a figure that every question has, such as p(right), without an assumption about its form.
+
+Draws are seeded, so the same figures give the same interval. Plain Python: 445 questions take a fifth of a second.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from itertools import compress, product
+
+DRAWS = 4000  # of a bootstrap or a test; the ends of an interval then vary by about 3 % of its width
+SEED = 0
+COVERED = 0.95
+ROUNDING = 1e-12  # sums of the same values in another order
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean over other questions of the same kind: percentile bootstrap (Efron 1979)."""
+    draw = random.Random(SEED).choices
+    means = sorted(mean(draw(values, k=len(values))) for _ in range(DRAWS))
+    cut = round(DRAWS * (1 - COVERED) / 2)
+    return means[cut], means[-cut - 1]
+
+
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """Two-sided p-value that paired differences are as often positive as negative, at every size (Fisher 1935).
+
+    A permutation test: their mean is compared with the means after flips of their signs, all flips of few differences
+    and DRAWS random ones of many.
+    """
+    total = sum(differences)
+    reached = abs(total) - ROUNDING * len(differences)
+    sums = [abs(total - 2 * sum(compress(differences, flips))) >= reached for flips in _flips(len(differences))]
+    counted = int(2 ** len(differences) > DRAWS)  # the differences as they are: not among random flips
+    return (sum(sums) + counted) / (len(sums) + counted)
+
+
+def calibration_error(confidences: Sequence[float], right: Sequence[bool], *, bins: int = 10) -> float:
+    """Expected calibration error (Naeini et al. 2015): mean gap between confidence and accuracy.
+
+    Confidences in [0, 1] are put into bins of equal width; the gap of a bin is that of its means, weighted by its size.
+    """
+    gaps = [0.0] * bins
+    for confidence, is_right in zip(confidences, right, strict=True):
+        gaps[min(int(confidence * bins), bins - 1)] += confidence - is_right
+    return sum(map(abs, gaps)) / len(confidences)
+
+
+def _flips(count: int) -> Iterator[Sequence[int]]:
+    """Return which of `count` signs to flip, again and again."""
+    if 2**count <= DRAWS:
+        yield from product((0, 1), repeat=count)
+        return
+    bits = random.Random(SEED).getrandbits
+    for _ in range(DRAWS):
+        yield [*map(int, f"{bits(count):0{count}b}")]
