@@ -22,7 +22,7 @@ from grpo_ds.report.memory_measured import Comparison, compare, diagnosis
 from grpo_ds.report.memory_plan import phase_table
 from grpo_ds.report.metric_names import MEAN_LENGTH, reward_name
 from grpo_ds.system.invocation import command
-from grpo_ds.task.grading import FEWEST_TO_COMPARE, Evaluation, mcnemar, small_sample
+from grpo_ds.task.grading import FEWEST_TO_COMPARE, Evaluation, mcnemar
 from grpo_ds.task.questions import Question
 from grpo_ds.terminal import escape_control_chars
 
@@ -189,10 +189,6 @@ class Console:
         )
         if change := compared(questions, before, after):
             self.line(change_line(change))
-        if warning := small_sample(after.grades.count, after.grades.accuracy_interval):
-            self.line(f"Warning: {warning}")
-        if after.grades.collapsed:
-            self.line("Warning: nearly all answers are one class; then accuracy says little, see macro-F1.")
 
 
 def _memory_cells(row: Comparison) -> list[str]:
