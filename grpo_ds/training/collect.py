@@ -9,7 +9,7 @@ Q questions, G completions each, B = Q * G.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from transformers import TrainerState
 
 from grpo_ds.core.advantages import overlong
 from grpo_ds.core.expected_reward import LabelProbs
+from grpo_ds.core.objective import AnswerReward
 from grpo_ds.report.console import Console
 from grpo_ds.run_folder.progress import Progress
 from grpo_ds.settings.config import TrainConfig
@@ -26,10 +27,11 @@ from grpo_ds.system.ranks import World
 from grpo_ds.task.questions import Question, questions_at
 from grpo_ds.task.rewards import CORRECTNESS, OVERLONG, REASONING_GAIN, OwnReward, WeightedFunctions
 from grpo_ds.task.scoring import Rewards, Sampled, joined, score
+from grpo_ds.training.draws import seed_at
 from grpo_ds.training.label_tokens import label_probs
 from grpo_ds.training.prompt_style import PromptStyle
 from grpo_ds.training.rollout import Groups, MicroBatch, micro_batches
-from grpo_ds.training.sampling import Completions, Sampler, seed_at
+from grpo_ds.training.sampling import Completions, Sampler
 
 NO_RANK = -1  # stands for all ranks in the seed of a later attempt; no rank's own draw has it
 Draw = Callable[[int, Sequence[int]], Groups]  # (attempt, places in the step) -> one group for each place
@@ -155,9 +157,13 @@ class Collector:
 
 def expected_reward(config: TrainConfig, functions: WeightedFunctions) -> float:
     """Reward for a right answer, weight applied, of which --answer_reward expected takes the expectation; else 0."""
-    if config.answer_reward != "expected" or CORRECTNESS not in functions:
+    if config.answer_reward == "sampled":
         return 0.0
-    return config.correctness_reward * functions[CORRECTNESS][1]
+    if config.answer_reward == "expected":
+        return config.correctness_reward * functions[CORRECTNESS][1] if CORRECTNESS in functions else 0.0
+    raise ValueError(
+        f"answer_reward is {config.answer_reward!r}; it must be one of {', '.join(get_args(AnswerReward))}."
+    )
 
 
 def with_expected_answers(rewards: Rewards, labels: LabelProbs, reward: float) -> Rewards:

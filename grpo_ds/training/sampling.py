@@ -12,7 +12,6 @@ or give each row its own stream. benchmarks/step.py compares the two.
 Q prompts of at most P tokens, G completions each, B = Q * G, C tokens in the longest completion.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,9 +27,11 @@ from grpo_ds.models.native_layers import NativeWeights, can_decode_natively
 from grpo_ds.models.packed_linear import packed_linears
 from grpo_ds.models.repeated_prompt import RepeatedPrompts
 from grpo_ds.models.shared_prompt import SharedPrompts, can_share_prompts
+from grpo_ds.training.draws import draw, uniforms
 
 Prompts = Sequence[Sequence[int]]  # token ids
 Decoder = SharedPrompts | RepeatedPrompts
+
 STOP = "</answer>"
 SPARE = 3  # tokens decoded beyond the length of `stop`, which is ASCII: a token has at least one byte
 SHRINK = 0.75  # share of rows left at which a batch is made smaller, which copies the cache of these rows
@@ -117,7 +118,7 @@ class Sampler:
         forced: F token sequences; behind each of them label log-probs are recorded too.
         advance: called after every token with the numbers of completions that ended and of tokens drawn by it.
         """
-        draws = _uniforms(seed, len(prompts) * group_size, self.max_completion_length).to(self.model.device)
+        draws = uniforms(seed, len(prompts) * group_size, self.max_completion_length).to(self.model.device)
         draws = draws.view(len(prompts), group_size, -1)
         at_once = max(1, (self.rows_at_once or len(prompts) * group_size) // group_size)
         by_length = sorted(range(len(prompts)), key=lambda q: -len(prompts[q]))  # little padding, the largest first
@@ -274,19 +275,6 @@ def on_card(model: PreTrainedModel) -> bool:
     return model.device.type == "cuda"
 
 
-def draw(logits: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"], temperature: float) -> Int[Tensor, " B"]:
-    """Draw each row's next token from its own uniform number by the inverse of the cumulative distribution.
-
-    Temperature 0 takes the most likely token.
-    """
-    if not temperature:
-        return logits.argmax(dim=-1)
-    # fp64: over 150,000 tokens the rounding of an fp32 sum is as large as the probability of a rare token.
-    cumulative = (logits.float() / temperature).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    token = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
-    return token.squeeze(1).clamp_(max=logits.shape[1] - 1)
-
-
 def unfinished(ended: Sequence[bool], group_size: int) -> tuple[list[int], int]:
     """Return the rows to continue and the new group size: all groups keep one size, finished groups leave.
 
@@ -297,21 +285,6 @@ def unfinished(ended: Sequence[bool], group_size: int) -> tuple[list[int], int]:
     groups = [group for group in groups if not ended[group[0]]]
     width = max(sum(not ended[b] for b in group) for group in groups)
     return [b for group in groups for b in group[:width]], width
-
-
-def seed_at(seed: int, step: int, rank: int) -> int:
-    """Return a different seed for each step and rank, so that no draw is shared and no state has to be saved."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=4).digest(), "big")
-
-
-def _uniforms(seed: int, rows: int, columns: int) -> Float[Tensor, "B C"]:
-    """Uniform numbers in [0, 1), each row from its own random stream; the same on every device."""
-    streams = []
-    for row in range(rows):
-        digest = hashlib.blake2b(f"{seed}/{row}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-        streams.append(torch.rand(columns, generator=generator, dtype=torch.float64))
-    return torch.stack(streams)
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

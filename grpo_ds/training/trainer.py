@@ -45,6 +45,7 @@ from grpo_ds.task.grading import Evaluation
 from grpo_ds.task.questions import Question
 from grpo_ds.task.rewards import WeightedFunctions
 from grpo_ds.training.collect import Collector
+from grpo_ds.training.draws import seed_at
 from grpo_ds.training.engine import Engine
 from grpo_ds.training.evaluate import evaluate
 from grpo_ds.training.flat_rewards import flat_rewards
@@ -56,7 +57,7 @@ from grpo_ds.training.precision import DTYPES, check_card
 from grpo_ds.training.preflight import preflight
 from grpo_ds.training.prompt_style import PromptStyle, prompt_style
 from grpo_ds.training.rollout import Groups, PartialStep, Rollout, make_rollout
-from grpo_ds.training.sampling import Sampler, seed_at
+from grpo_ds.training.sampling import Sampler
 from grpo_ds.training.update import Updated, update
 from grpo_ds.training.weight_sample import as_hex, sampled_weights, share_moved
 

@@ -25,8 +25,9 @@ from grpo_ds.models.lora import add_adapter
 from grpo_ds.models.reference import make_reference
 from grpo_ds.models.shapes import LARGEST_LAYER, PRESET_CONFIGS
 from grpo_ds.models.shared_prompt import SharedPrompts
+from grpo_ds.training.draws import draw
 from grpo_ds.training.rollout import micro_batches
-from grpo_ds.training.sampling import Completions, draw
+from grpo_ds.training.sampling import Completions
 from tests.card.allocator import CachingAllocator, Event, ExpandableAllocator, smallest_card
 from tests.card.four_bit import FourBitLinear
 from tests.card.recorder import CARD, Recorder, as_on_a_card

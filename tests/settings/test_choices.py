@@ -23,6 +23,7 @@ from grpo_ds.settings.values import kind_of
 from grpo_ds.task.own_rewards import own_reward
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import score
+from grpo_ds.training.collect import expected_reward
 from tests.conftest import load_unchecked
 
 ZEROS, MASK = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
@@ -61,6 +62,7 @@ USES = {
     "loss_type": [weigh],
     "kl_estimator": [estimate],
     "scale_rewards": [standardise],
+    "answer_reward": [lambda choice: expected_reward(TrainConfig(answer_reward=choice), {})],
     "reference": [plan, reference],
     "completion_format": [lambda choice: own_reward(lambda completions: [], (), choice)],
     "on_reward_error": [score_with_a_function_that_fails],

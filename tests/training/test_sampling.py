@@ -8,14 +8,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo_ds.models.fused_layers import _gate_and_up
 from grpo_ds.models.shared_prompt import SharedPrompts
+from grpo_ds.training.draws import draw, seed_at, uniforms
 from grpo_ds.training.sampling import (
     STOP,
     Completions,
     PartialCompletion,
     Sampler,
-    _uniforms,
-    draw,
-    seed_at,
     unfinished,
 )
 from tests.training.layouts import make_engine
@@ -224,8 +222,8 @@ def test_models_of_every_kind_decode_what_they_compute_in_one_pass(kind, tokeniz
     for b, (ids, mask) in enumerate(zip(completions.ids, completions.mask, strict=True)):
         again = torch.tensor([[*prompts[b // 3], *ids[mask].tolist()]])
         logits = model(again).logits[0, -int(mask.sum()) - 1 : -1, : len(tokenizer)]
-        uniforms = _uniforms(1, 9, 8)[b, : len(logits)]
-        assert draw(logits, uniforms, 1.0).tolist() == ids[mask].tolist()
+        numbers = uniforms(1, 9, 8)[b, : len(logits)]
+        assert draw(logits, numbers, 1.0).tolist() == ids[mask].tolist()
 
 
 def test_a_row_ends_at_a_closing_tag_of_ones_own(tiny_model, tokenizer):
