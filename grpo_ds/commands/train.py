@@ -109,6 +109,7 @@ def train_from(argv: list[str]) -> None:
     say = run.console
     say.before_and_after(outcome.before, outcome.after, outcome.questions)
     say.line("Mean reward: {:.2f} in the first quarter of the steps, {:.2f} in the last.".format(*outcome.quarters()))
+    run.reports.verdict()
     say.line(
         f"Model, its card, metrics and memory: {folder}\nAsk it: {command('ask')} --model {shlex.quote(str(folder))}"
     )

@@ -22,7 +22,7 @@ from grpo_ds.report.memory_measured import Comparison, compare, diagnosis
 from grpo_ds.report.memory_plan import phase_table
 from grpo_ds.report.metric_names import MEAN_LENGTH, reward_name
 from grpo_ds.system.invocation import command
-from grpo_ds.task.grading import FEWEST_TO_COMPARE, Evaluation, mcnemar, small_sample
+from grpo_ds.task.grading import FEWEST_TO_COMPARE, Evaluation, mcnemar
 from grpo_ds.task.questions import Question
 from grpo_ds.terminal import escape_control_chars
 
@@ -60,13 +60,16 @@ class Console:
         self._lines.printed()
 
     @contextmanager
-    def progress(self, what: str, total: int, unit: str = "questions", *, most_tokens: int = 0) -> Iterator[Advance]:
+    def progress(
+        self, what: str, total: int, unit: str = "questions", *, most_tokens: int = 0, announce: bool = False
+    ) -> Iterator[Advance]:
         """Show progress: a bar at a terminal, within the live view its last line, elsewhere a line after a silence.
 
         Yields `advance(done, tokens)`, for this rank's share. most_tokens: of all completions at their length limit.
+        announce: elsewhere, print a line at the beginning as well, for work that may be silent for minutes at first.
         """
         shown = self._bar(what, total) if self._is_live and not self._view else None
-        with shown or self._lines.follow(Work(what, total, unit, most_tokens)) as advance:
+        with shown or self._lines.follow(Work(what, total, unit, most_tokens), announce=announce) as advance:
             yield lambda done, tokens: advance(done * self._ranks, tokens * self._ranks)
 
     @contextmanager
@@ -186,10 +189,6 @@ class Console:
         )
         if change := compared(questions, before, after):
             self.line(change_line(change))
-        if warning := small_sample(after.grades.count, after.grades.accuracy_interval):
-            self.line(f"Warning: {warning}")
-        if after.grades.collapsed:
-            self.line("Warning: nearly all answers are one class; then accuracy says little, see macro-F1.")
 
 
 def _memory_cells(row: Comparison) -> list[str]:

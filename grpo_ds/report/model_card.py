@@ -16,15 +16,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from grpo_ds.memory.plan import MEMORY_NAMES
 from grpo_ds.models.presets import EMBEDDED, PRESETS
 from grpo_ds.models.shapes import ADAPTER_FILE
+from grpo_ds.report import verdict
 from grpo_ds.report.figures import change_line, confidence_rows, grade_rows
 from grpo_ds.report.markdown import fenced, plain, table
-from grpo_ds.report.run_files import memory_by_phase, read_json, read_settings
+from grpo_ds.report.run_files import memory_by_phase, read_json, read_run, read_settings
 from grpo_ds.run_folder.files import CARD_FILE, ENVIRONMENT_FILE, HELD_OUT_FILE, SUMMARY_FILE
 from grpo_ds.run_folder.status import CHANGED_INPUTS, STATUS_FILE
 from grpo_ds.settings.config import EvaluateConfig
 from grpo_ds.settings.saved_config import prompt_recipe
 from grpo_ds.system.files import write_whole
-from grpo_ds.task.grading import small_sample
 from grpo_ds.task.prompts import default_system_prompt
 from grpo_ds.task.records import NO_CONTEXT
 from grpo_ds.task.rewards import READY_MADE
@@ -77,9 +77,8 @@ def card(folder: Path) -> str:
         data={"name": _data_name(config), "labels": _either(config["labels"]), "table": _data(config, summary)},
         before=before,
         after=after,
-        mcnemar=held_out["mcnemar"],
+        verdict=verdict.of(read_run(folder)),
         p_right_change=change_line(held_out) if "p_right_change" in held_out else "",
-        small_sample=small_sample(after["count"], after["accuracy_interval"]),
         grades=table(("", "before", "after"), _figure_rows(before, after)),
         snippet=_snippet(folder, is_adapter=is_adapter),
         settings=table(("setting", "value"), _settings(config)),

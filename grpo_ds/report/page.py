@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from grpo_ds.report import answers, charts, curves, memory_page, verdict
+from grpo_ds.report import answers, charts, curves, key_figures, memory_page, verdict
 from grpo_ds.report.run_files import Damaged, RunFiles, as_object, as_text, read_run
 from grpo_ds.run_folder.files import COMPLETIONS_FILE, ENVIRONMENT_FILE, HELD_OUT_FILE, MEMORY_FILE, REPORT_FILE
 from grpo_ds.settings.config import TrainConfig
@@ -20,6 +20,7 @@ from grpo_ds.settings.saved_config import CONFIG_FILE, OF_ONE_RUN
 from grpo_ds.system.files import write_whole
 
 TEMPLATE = "page.html.jinja"
+COMMAND = ("grpo-ds train", "THIS_FOLDER")  # words of the command of the next run; the page does not know its folder
 NEXT_LINE = " \\\n  "  # of a command
 WRONG = (Damaged, KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 
@@ -58,13 +59,12 @@ def _contents(run: RunFiles) -> dict[str, Any]:
         "run": run,
         "width": charts.WIDTH,
         "height": charts.HEIGHT,
-        "state": verdict.state(run),
-        "verdict": verdict.verdict(run),
-        "warnings": [
-            warning for warning in (verdict.changed(run), verdict.collapsed(run), verdict.flat(run)) if warning
-        ],
-        "tiles": verdict.tiles(run),
-        "grades": verdict.grades_table(run),
+        "state": key_figures.state(run),
+        "verdict": verdict.of(run),
+        "train": COMMAND,
+        "warnings": [warning for warning in [key_figures.changed(run)] if warning],
+        "tiles": key_figures.tiles(run),
+        "grades": key_figures.grades_table(run),
         "curves": curves.curves(run),
         "phase_bars": memory_page.phase_bars(run),
         "timelines": memory_page.timeline_charts(run),
@@ -120,7 +120,7 @@ def _drop_damaged(run: RunFiles) -> None:
     shown: dict[str, tuple[str, list[Callable[[RunFiles], object]]]] = {
         "held_out": (
             HELD_OUT_FILE,
-            [verdict.verdict, verdict.collapsed, verdict.grades_table, answers.pairs, curves.held_out_lines],
+            [verdict.of, key_figures.grades_table, answers.pairs, curves.held_out_lines],
         ),
         "memory": (MEMORY_FILE, [memory_page.phase_bars, memory_page.timelines]),
         "completions": (COMPLETIONS_FILE, [answers.sampled_steps]),

@@ -17,7 +17,14 @@ import yaml
 
 from grpo_ds.errors import UsageError
 from grpo_ds.memory.plan import GIB, MEMORY_NAMES
-from grpo_ds.run_folder.files import COMPLETIONS_FILE, ENVIRONMENT_FILE, HELD_OUT_FILE, MEMORY_FILE, METRICS_FILE
+from grpo_ds.run_folder.files import (
+    COMPLETIONS_FILE,
+    ENVIRONMENT_FILE,
+    HELD_OUT_FILE,
+    MEMORY_FILE,
+    METRICS_FILE,
+    SUMMARY_FILE,
+)
 from grpo_ds.run_folder.progress import current_names
 from grpo_ds.run_folder.status import STATUS_FILE
 from grpo_ds.settings.saved_config import CONFIG_FILE
@@ -59,6 +66,7 @@ class RunFiles:
     environment: JsonObject = field(default_factory=dict)
     memory: JsonObject = field(default_factory=dict)
     config: JsonObject = field(default_factory=dict)
+    summary: JsonObject = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)
 
 
@@ -75,6 +83,7 @@ def read_run(folder: Path) -> RunFiles:
     run.environment = _read_object(run, folder / ENVIRONMENT_FILE, json.loads)
     run.memory = _read_object(run, folder / MEMORY_FILE, lambda content: current_memory(json.loads(content)))
     run.config = _read_object(run, folder / CONFIG_FILE, yaml.safe_load)
+    run.summary = _read_object(run, folder / SUMMARY_FILE, json.loads)
     _read_metrics(run, folder / METRICS_FILE)
     _read_completions(run, folder / COMPLETIONS_FILE)
     return run

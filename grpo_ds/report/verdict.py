@@ -1,209 +1,258 @@
-"""The result of a run in words and in a few figures: the top of its page."""
+"""The verdict on a run: did it learn, and if not, which known causes its own numbers show, and what to run next.
 
-from collections.abc import Callable
+`judge` is a pure function of the evidence. The console's end, the report page and the model card show its result.
+"""
+
 from dataclasses import dataclass
 
-from grpo_ds.memory.plan import MEMORY_NAMES
-from grpo_ds.report.figures import confidence_rows
-from grpo_ds.report.memory_page import kinds, peak_gib
-from grpo_ds.report.run_files import JsonObject, RunFiles, as_label, as_number, as_object, as_text
-from grpo_ds.run_folder.status import CHANGED_INPUTS
-from grpo_ds.task.grading import small_sample
+from grpo_ds.report.causes import CUT, SOLVED, Cause, causes, lean_of, more_steps
+from grpo_ds.report.evidence import AFTER, BEFORE, Evidence
+from grpo_ds.report.key_figures import percent
+from grpo_ds.report.metric_names import CLIPPED_RATIO, MEAN_LENGTH
+from grpo_ds.report.run_files import RunFiles, as_label, as_number
+from grpo_ds.settings.saved_config import CONFIG_FILE
+from grpo_ds.task.grading import small_sample, wilson_interval
 
 SIGNIFICANT = 0.05
-MAJORITY = "majority baseline (always the most common label)"
-RUNNING = {"training": "training", "evaluating": "evaluating"}  # state -> its words
-ENDED_EARLY = {"stopped": "Stopped", "failed": "Failed"}
+FORMED = 0.9  # share of well-formed answers: the form is known, and a tenth is left to odd questions
+FEW_WORDS = 10  # of reasoning; a sentence has more
+BARE_LABEL = "bare_label"  # reward against a reasoning that is nothing but a label
+
+TASK = "It learned the task: more answers are right than before, and more than the most common label alone would give."
+PART = "It learned some of the task: the right answers have become more likely."
+FORM = "It learned the form of an answer, but not the task."
+FORM_ONLY = "It learned the form of an answer, but the right answers have become less likely."
+WORSE = "It got worse."
+EASY = "It answered nearly all held-out questions right before training, so there was little to learn."
+NOTHING = "It learned nothing that these numbers can show."
+
+# What a model of up to so many parameters can be expected to learn. From this project's own runs (docs/results.md) as
+# far as they go; the last line is an expectation.
+OUTLOOKS = (
+    (300e6, "learns the form of an answer; on questions that need knowledge its answers stay near a coin toss"),
+    (1e9, "learns the form in a few steps; where knowledge is needed it begins near a coin toss: expect a few points"),
+    (2e9, "knows more than its answers show: expect training to remove its lean to one label and to raise accuracy"),
+    (float("inf"), "knows enough to gain from training; how much has not been measured here"),
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Tile:
-    """A key figure and a figure to compare it with."""
+class Verdict:
+    """A verdict in plain English.
 
-    name: str
-    value: str
-    beside: str = ""
+    headline: one of the sentences above, or how far the run is. aspects: form, accuracy, lean and reasoning.
+    outlook: what such a model can be expected to learn; "" if its size is not known. changes: flags of a run that
+    learns more.
+    """
 
+    headline: str
+    aspects: tuple[str, ...]
+    causes: tuple[Cause, ...] = ()
+    no_cause: str = ""  # said in their place if the numbers show none
+    outlook: str = ""
+    changes: tuple[str, ...] = ()
 
-def state(run: RunFiles) -> str:
-    """Say how far an unfinished run is; "" for a finished run."""
-    status = {fact: as_label(value) for fact, value in run.status.items()}
-    if not status:
-        return f"The state of this run is unknown ({len(run.steps)} steps are logged)."
-    now, step = status.get("state", ""), f"step {status.get('step', 0)} of {status.get('max_steps', '?')}"
-    if now == "done":
-        return ""
-    if now in ENDED_EARLY:
-        reason = status.get("message", "").strip().partition("\n")[0].rstrip(".")
-        further = f" Resume with: {as_text(run.status['resume'])}" if "resume" in status else ""
-        code = f"{ENDED_EARLY[now]} at {step} with exit code {status.get('exit_code', '?')}"
-        return f"{code}{f': {reason}' if reason else ''}.{further}"
-    when = status.get("time", "time unknown").replace("T", " ")
-    return f"This run has not ended: it was {RUNNING.get(now, now)} at {step} when it last reported, {when}."
+    def command(self, train: str, folder: str) -> str:
+        """Command of a run that learns more. train: words that start one. folder: of this run, as typed in a shell."""
+        return " ".join((train, "--config", f"{folder}/{CONFIG_FILE}", *self.changes)) if self.changes else ""
 
-
-def verdict(run: RunFiles) -> str:
-    """Say if training helped, by how much, and compared with what."""
-    before, after = as_object(run.held_out.get("before", {})), as_object(run.held_out.get("after", {}))
-    if after:
-        return f"{_change('Well-formed answers', before, after, 'well_formed')}. {_accuracy(run, before, after)}"
-    rewards = quarters(run)
-    reward = " The mean reward was {:.2f} in the first quarter of the steps and {:.2f} in the last."
-    reward = reward.format(*rewards) if rewards else ""
-    if before:
-        baseline = f"{MAJORITY}: {percent(before['majority_baseline'])}"
-        right = f"{percent(before['accuracy'])} of {before['count']} held-out questions were answered right"
-        return f"Before training, {right} ({baseline}); the answers after training do not exist yet.{reward}"
-    return f"No held-out answers were compared.{reward}"
+    def lines(self, train: str, folder: str) -> list[str]:
+        """The verdict as the console prints it."""
+        because = ["Why not more, by this run's own numbers:"] if self.causes else [self.no_cause]
+        following = [f"A run that learns more: {self.command(train, folder)}"] if self.changes else []
+        return [
+            f"Verdict: {self.headline}",
+            *(f"  {aspect}" for aspect in self.aspects),
+            *filter(None, because),
+            *(f"  - {cause}" for cause in self.causes),
+            *filter(None, [self.outlook]),
+            *following,
+        ]
 
 
-def collapsed(run: RunFiles) -> str:
-    """Return a warning if nearly all answers are one class, else ""."""
-    after = as_object(run.held_out.get("after", {}))
-    if not after.get("collapsed"):
-        return ""
-    predicted = {label: as_number(count) or 0 for label, count in as_object(after["predicted"]).items()}
-    label, most = max(predicted.items(), key=lambda pair: pair[1])
-    return (
-        f"Nearly all answers are one class: “{as_label(label)}” {most:.0f} times of {sum(predicted.values()):.0f}. "
-        "Then accuracy says little; see macro-F1 and recall."
-    )
+def of(run: RunFiles) -> Verdict:
+    """Judge a run from its files."""
+    return judge(Evidence.of(run))
 
 
-def changed(run: RunFiles) -> str:
-    """Return a warning if the run was resumed with changed inputs, else ""."""
-    changes = run.status.get(CHANGED_INPUTS, [])
-    if not isinstance(changes, list) or not changes:
-        return ""
-    return f"The run was resumed although its inputs had changed: {'; '.join(map(as_text, changes))}."
+def judge(known: Evidence) -> Verdict:
+    """Judge a run. Without answers after training only what is known so far is said."""
+    if not known.grades(AFTER):
+        return Verdict(_so_far(known), ())
+    headline = _headline(known)
+    fine = headline in (TASK, EASY)
+    found = () if fine else causes(known)
+    aspects = (_form(known), _accuracy(known), _lean(known), _reasoning(known))
+    no_cause = "" if found or fine else f"No known cause shows in the numbers of these {_steps(known)}."
+    return Verdict(headline, aspects, found, no_cause, _outlook(known), _changes(known, found))
 
 
-def flat(run: RunFiles) -> str:
-    """Return a warning if most steps had equal rewards in every group, else ""."""
-    count = sum(as_number(row.get("frac_reward_zero_std")) == 1 for row in run.steps)
-    if 2 * count <= len(run.steps):
-        return ""
-    return (
-        f"In {count} of {len(run.steps)} steps all completions of a question earned the same reward. "
-        "Nothing can be learned from such a step; see the shares per step, and docs/troubleshooting.md."
-    )
+def _headline(known: Evidence) -> str:
+    task, form = _task(known), _shift(known, "well_formed")
+    if task > 0 and _difference(known, "accuracy") > 0 and _above_majority(known):
+        return TASK
+    if task < 0 or form < 0:
+        return FORM_ONLY if form > 0 else WORSE
+    if as_number(known.outcome.get("p_right_change")) is not None and task > 0:
+        return PART
+    if form > 0:
+        return FORM
+    return EASY if (known.grade(BEFORE, "accuracy") or 0.0) >= SOLVED else NOTHING
 
 
-def tiles(run: RunFiles) -> list[Tile]:
-    """Return a tile for everything that was measured."""
-    return [*_grade_tiles(run), *_step_tiles(run), *_memory_tiles(run)]
+def _task(known: Evidence) -> int:
+    """1 if the answers became better by more than chance, -1 if worse, else 0.
+
+    By the change of mean p(right), which a paired test sees first, if it was measured; else by McNemar's test.
+    """
+    change, accuracy = as_number(known.outcome.get("p_right_change")), _difference(known, "accuracy")
+    if change is None:
+        p = as_number(known.outcome.get("mcnemar"))
+        return 0 if p is None or p >= SIGNIFICANT or not accuracy else 1 if accuracy > 0 else -1
+    p = as_number(known.outcome.get("p_right_p_value"))
+    return 0 if p is None or p >= SIGNIFICANT or not change else 1 if change > 0 else -1
 
 
-def grades_table(run: RunFiles) -> list[tuple[str, list[str]]]:
-    """Return a row for each grade of the held-out answers: its name, and the values before and after."""
-    both = [as_object(run.held_out[when]) for when in ("before", "after") if when in run.held_out]
-    if not both:
-        return []
-    shown: list[tuple[str, Callable[[JsonObject], str]]] = [
-        ("Accuracy", lambda g: percent(g["accuracy"])),
-        ("95% interval", lambda g: " to ".join(percent(bound) for bound in g["accuracy_interval"])),
-        ("Macro-F1", lambda g: f"{g['macro_f1']:.3f}"),
-        *[(f"Recall of {label}", lambda g, label=label: percent(g["recall"][label])) for label in both[0]["recall"]],
-        ("Well-formed", lambda g: percent(g["well_formed"])),
-        ("Answers given", lambda g: ", ".join(f"{label} {count}" for label, count in g["predicted"].items())),
-        (MAJORITY.capitalize(), lambda g: percent(g["majority_baseline"])),
-        *[(name[0].upper() + name[1:], show) for name, show in confidence_rows(both)],
-    ]
-    return [(as_label(title), [as_text(show(grades)) for grades in both]) for title, show in shown]
+def _above_majority(known: Evidence) -> bool:
+    interval, baseline = known.grades(AFTER)["accuracy_interval"], known.grade(AFTER, "majority_baseline")
+    return interval[0] > (baseline or 0.0)
 
 
-def quarters(run: RunFiles) -> tuple[float, float] | None:
-    """Mean reward of the first and of the last quarter of the steps."""
-    rewards = [value for row in run.steps if (value := as_number(row.get("reward"))) is not None]
-    size = max(1, len(rewards) // 4)
-    return (sum(rewards[:size]) / size, sum(rewards[-size:]) / size) if rewards else None
+def _shift(known: Evidence, grade: str) -> int:
+    """1 if a share rose beyond the 95 % interval of its value before, -1 if it fell below it, else 0."""
+    before, after = known.grade(BEFORE, grade), known.grade(AFTER, grade)
+    if before is None or after is None or not known.count:
+        return 0
+    low, high = wilson_interval(round(before * known.count), known.count)
+    return 1 if after > high else -1 if after < low else 0
 
 
-def percent(share: float) -> str:
-    return f"{share:.1%}"
+def _difference(known: Evidence, grade: str) -> float:
+    return (known.grade(AFTER, grade) or 0.0) - (known.grade(BEFORE, grade) or 0.0)
 
 
-def _accuracy(run: RunFiles, before: JsonObject, after: JsonObject) -> str:
-    low, high = after["accuracy_interval"]
-    baseline = after["majority_baseline"]
-    interval = f"95% interval {percent(low)} to {percent(high)}"
+# --- the four aspects ----------------------------------------------------------------------------------------------
+
+
+def _form(known: Evidence) -> str:
+    after, shift = known.grade(AFTER, "well_formed") or 0.0, _shift(known, "well_formed")
+    judged = {1: "it learned the form", -1: "it lost the form"}.get(shift, "it keeps to the form, as before")
+    if not shift and after < FORMED:
+        judged = "too small a change to tell from chance" if _difference(known, "well_formed") else "not learned"
+    cut = known.late(CLIPPED_RATIO) or 0.0
+    also = f"; {cut:.0%} of the last samples were cut" if cut >= CUT and after < FORMED else ""
+    return f"Form: {_moved(known, 'well-formed answers', 'well_formed')}: {judged}{also}."
+
+
+def _accuracy(known: Evidence) -> str:
+    grades = known.grades(AFTER)
+    low, high = grades["accuracy_interval"]
+    baseline, count = known.grade(AFTER, "majority_baseline") or 0.0, known.count
     test = ""
-    if (p := as_number(run.held_out.get("mcnemar"))) is not None:
-        shown = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-        test = f"; McNemar {shown}: the change {'is more than' if p < SIGNIFICANT else 'could be'} chance"
+    if (p := as_number(known.outcome.get("mcnemar"))) is not None:
+        test = f"; McNemar {_p_value(p)}: the change {'is more than' if p < SIGNIFICANT else 'could be'} chance"
     position = "above" if low > baseline else "below" if high < baseline else "not clearly different from"
-    change, count = _change("Accuracy", before, after, "accuracy"), after["count"]
     return (
-        f"{change} of {count} held-out questions ({interval}{test}), {position} the {percent(baseline)} "
-        f"of always giving the most common label. {small_sample(count, (low, high))}".rstrip()
+        f"Accuracy: {_moved(known, 'right answers', 'accuracy')} of {count} held-out questions (95% interval "
+        f"{percent(low)} to {percent(high)}{test}), {position} the {percent(baseline)} of always giving the most "
+        f"common label. {_p_right(known)}{small_sample(count, (low, high))}".rstrip()
     )
 
 
-def _change(what: str, before: JsonObject, after: JsonObject, grade: str) -> str:
-    first, last = before[grade], after[grade]
-    if first == last:
-        return f"{what} stayed at {percent(last)}"
-    return f"{what} {'rose' if last > first else 'fell'} from {percent(first)} to {percent(last)}"
+def _p_right(known: Evidence) -> str:
+    """Mean p(right), which says more than right or wrong does; "" if it was not measured."""
+    before, after = known.grade(BEFORE, "mean_p_right"), known.grade(AFTER, "mean_p_right")
+    if before is None or after is None:
+        return ""
+    p = as_number(known.outcome.get("p_right_p_value"))
+    return f"Mean p(right): {before:.3f}, then {after:.3f}{'' if p is None else f' (paired test {_p_value(p)})'}. "
 
 
-def _grade_tiles(run: RunFiles) -> list[Tile]:
-    before, after = as_object(run.held_out.get("before", {})), as_object(run.held_out.get("after", {}))
-    shown: dict[str, tuple[str, Callable[[float], str]]] = {
-        "accuracy": ("Accuracy", percent),
-        "mean_p_right": ("Mean p(right)", lambda value: f"{value:.3f}"),
-        "macro_f1": ("Macro-F1", lambda value: f"{value:.3f}"),
-        "well_formed": ("Well-formed", percent),
-    }
-    if not before:
-        return []
-    shown = {
-        key: how for key, how in shown.items() if as_number((after or before).get(key)) is not None and key in before
-    }
-    if not after:
-        return [_latest(run, title, show, key, before[key]) for key, (title, show) in shown.items()]
-    return [Tile(title, show(after[key]), f"before: {show(before[key])}") for key, (title, show) in shown.items()]
+def _lean(known: Evidence) -> str:
+    answers = known.by_label(AFTER, "predicted")
+    if not sum(answers.values()):
+        return "Lean: not known, as no answer was well-formed."
+    shares = ", ".join(f"{as_label(label)} {count:.0f}" for label, count in answers.items())
+    if lean := lean_of(known, AFTER):
+        label, share, of_questions = lean
+        collapsed = known.grades(AFTER).get("collapsed") is True
+        most = "Nearly all answers are one class; then accuracy says little, see macro-F1. " if collapsed else ""
+        was = ", as before" if (before := lean_of(known, BEFORE)) and before[0] == label else ""
+        compared = f"{share:.0%} of the answers, {of_questions:.0%} of the questions"
+        return f"Lean: {most}To “{label}”{was}: {compared} ({shares})."
+    return f"Lean: none beyond chance; answers given: {shares}."
 
 
-def _latest(run: RunFiles, title: str, show: Callable[[float], str], key: str, before: float) -> Tile:
-    """Return the tile of the latest evaluation during training."""
-    for row in reversed(run.evaluations):
-        if (value := as_number(row.get(f"eval/{key}"))) is not None:
-            return Tile(title, show(value), f"after step {row['step']:.0f}; before: {show(before)}")
-    return Tile(title, show(before), "before training")
+def _reasoning(known: Evidence) -> str:
+    gain, said = known.grade(AFTER, "reasoning_gain"), known.reasoning_words(AFTER)
+    helps = "whether it helps was not measured"
+    if gain is not None:
+        helps = f"it changes p(right) by {gain:+.3f} on average"
+    if said is None:
+        lengths = known.early(MEAN_LENGTH), known.late(MEAN_LENGTH)
+        tokens = (
+            "" if None in lengths else f" ({lengths[0]:.0f} tokens per sample at first, {lengths[1]:.0f} at the end)"
+        )
+        return f"Reasoning: no well-formed answer has any{tokens}."
+    before = known.reasoning_words(BEFORE)
+    was = "" if before is None else f", {before:.0f} before"
+    shrank = before is not None and said < FEW_WORDS <= before
+    why = f"; it shrank{_pay_for_reasoning(known)}" if shrank else ""
+    return f"Reasoning: {said:.0f} word{'' if said == 1 else 's'} per answer{was}{why}; {helps}."
 
 
-def _step_tiles(run: RunFiles) -> list[Tile]:
-    if not run.steps:
-        return []
-    made, last, rewards = [], run.steps[-1], quarters(run)
-    if rewards:
-        made.append(Tile("Reward, last quarter", f"{rewards[1]:.2f}", f"first quarter: {rewards[0]:.2f}"))
-    if kl := as_number(last.get("kl")):
-        floor = as_number(last.get("kl_floor"))
-        made.append(Tile("KL per token, last step", f"{kl:.3f}", f"floor: {floor:.3f}" if floor is not None else ""))
-    planned = run.status.get("max_steps")
-    made.append(Tile("Steps", f"{last['step']:.0f}", f"of {as_label(planned)}" if planned is not None else ""))
-    times = [
-        sum(as_number(value) or 0.0 for metric, value in row.items() if metric.startswith("seconds/"))
-        for row in run.steps
-    ]
-    if any(times):
-        made.append(Tile("Time in steps", duration(sum(times)), f"{sum(times) / len(times):.1f} s per step"))
-    return made
+def _pay_for_reasoning(known: Evidence) -> str:
+    functions = str(known.setting("reward_funcs"))
+    if BARE_LABEL in functions or known.config.get("reward_weights"):  # a weight would be missing
+        return ""
+    return f", as no reward pays for it: --reward_funcs {functions},{BARE_LABEL}"
 
 
-def _memory_tiles(run: RunFiles) -> list[Tile]:
-    if run.memory:
-        peaks = {MEMORY_NAMES[kind]: peak_gib(run.memory, kind) for kind in kinds(run.memory)}
-        return [Tile(f"Peak of {name}", f"{peak:.1f} GiB") for name, peak in peaks.items()]
-    last = run.steps[-1] if run.steps else {}
-    metrics = {"memory/ram_gib": MEMORY_NAMES["ram"], "memory/gpu_peak_gib": MEMORY_NAMES["gpu"]}
-    sizes = {name: as_number(last.get(metric)) for metric, name in metrics.items()}
-    return [Tile(f"Peak of {name}", f"{size:.1f} GiB", "so far") for name, size in sizes.items() if size]
+# --- what comes next -----------------------------------------------------------------------------------------------
 
 
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
+def _outlook(known: Evidence) -> str:
+    if not (size := known.parameters):
+        return ""
+    expected = next(text for most, text in OUTLOOKS if size <= most)
+    shown = f"{size / 1e9:.1f}B" if size >= 1e9 else f"{size / 1e6:.0f}M" if size >= 1e6 else f"{size:,}"
+    larger = "; a larger model learns more, with a card: docs/recipes.md" if size < 1e9 else ""
+    return f"What to expect: a model of {shown} parameters {expected}{larger} (docs/results.md has real runs)."
+
+
+def _changes(known: Evidence, found: tuple[Cause, ...]) -> tuple[str, ...]:
+    """The best flag of each cause, and more steps; a flag that needs a file of the user is left to the user."""
+    flags = [cause.flags[0] for cause in found if len(cause.flags[0].split()) == 2]
+    by_name = {flag.split()[0]: flag for flag in (f"--num_steps {more_steps(known)}", *reversed(flags))}
+    return tuple(by_name.values())
+
+
+def _so_far(known: Evidence) -> str:
+    """What is known of a run without answers after training."""
+    first, last = known.early("reward"), known.late("reward")
+    reward = ""
+    if first is not None:
+        reward = f" The mean reward was {first:.2f} in the first quarter of the steps and {last:.2f} in the last."
+    if not known.grades(BEFORE):
+        return f"No held-out answers were compared.{reward}"
+    accuracy, baseline = known.grade(BEFORE, "accuracy") or 0.0, known.grade(BEFORE, "majority_baseline") or 0.0
+    return (
+        f"Before training, {percent(accuracy)} of {known.count} held-out questions were answered right (majority "
+        f"baseline (always the most common label): {percent(baseline)}); the answers after training do not exist "
+        f"yet.{reward}"
+    )
+
+
+def _steps(known: Evidence) -> str:
+    return "1 step" if len(known.steps) == 1 else f"{len(known.steps)} steps; most often there are too few of them"
+
+
+def _p_value(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def _moved(known: Evidence, what: str, grade: str) -> str:
+    before, after = known.grade(BEFORE, grade) or 0.0, known.grade(AFTER, grade) or 0.0
+    if before == after:
+        return f"{what} stayed at {percent(after)}"
+    return f"{what} {'rose' if after > before else 'fell'} from {percent(before)} to {percent(after)}"

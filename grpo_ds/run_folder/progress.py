@@ -61,6 +61,7 @@ class Progress:
     num_input_tokens_seen: int = 0  # prompt and completion tokens of all ranks; logged as num_tokens
     log_history: list[dict[str, Any]] = field(default_factory=list)  # one line per step and per evaluation
     reference_step: int | None = None  # last step at which the reference was made again or confirmed
+    first_weights: str = ""  # a sample of the weights that the run began with (training/weight_sample.py)
     kl_floor: float | None = None  # KL of the reference to the policy that it was made from
     before: dict[str, str] | list[str] | None = None  # held-out answers before training, by question_key
     # Label probabilities and sampled answers of the same: {"probs": [reasoned, empty, misled], "sampled": [...]}

@@ -1,16 +1,20 @@
 """Reports that a run writes: answers, memory, summary, model card, page. A failure here is only a warning."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo_ds.report import verdict
 from grpo_ds.report.held_out import grades, write_held_out
 from grpo_ds.report.memory_measured import write_memory
 from grpo_ds.report.model_card import write_card
+from grpo_ds.report.run_files import read_run
 from grpo_ds.report.trackers import write_summary
 from grpo_ds.run_folder.files import HELD_OUT_FILE
+from grpo_ds.system.invocation import command
 from grpo_ds.task.grading import Evaluation
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import Rewards, joined
@@ -51,12 +55,22 @@ class Reports:
     def summary(self, outcome: Outcome, *, train: int) -> dict[str, Any]:
         """Write summary.json and the model card; return the summary. train: number of training questions."""
         counts = {"train": train, "held_out": len(outcome.questions)}
-        summary = {**outcome.summary(), "questions": counts}
+        summary = {**outcome.summary(), "questions": counts, **self._of_the_model()}
         if self.writes:
             with self._at_most_a_warning("summary or model card"):
                 write_summary(self.folder, summary)
                 write_card(self.folder)
         return summary
+
+    def _of_the_model(self) -> dict[str, Any]:
+        """Facts about the model that the verdict needs (report/verdict.py)."""
+        ds = self.trainer.ds
+        return {
+            "parameters": self.trainer.engine.model.num_parameters(),
+            "precision": ds.precision,
+            # DeepSpeed's own Adam rounds bf16 masters to the nearest; ours keeps what they cannot hold.
+            "keeps_small_steps": not ds.bf16_masters or ds.optimizer.type == "AdamW8bit",
+        }
 
     def held_out(self, questions: Sequence[Question], evaluations: dict[str, Evaluation]) -> None:
         """Write held_out.json; rewards are added only at the end, because a user's function may count its calls."""
@@ -94,6 +108,14 @@ class Reports:
             from grpo_ds.report.page import write_page
 
             self.console.line(f"Report: {write_page(self.folder)}")
+
+    def verdict(self) -> None:
+        """Print if the run learned, and why not: the same verdict as in the report and the model card."""
+        if self.writes:
+            with self._at_most_a_warning("verdict"):
+                found = verdict.of(read_run(self.folder))
+                for line in found.lines(command("train"), shlex.quote(str(self.folder))):
+                    self.console.line(line)
 
     @contextmanager
     def _at_most_a_warning(self, what: str) -> Iterator[None]:

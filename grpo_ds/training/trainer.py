@@ -58,6 +58,7 @@ from grpo_ds.training.prompt_style import PromptStyle, prompt_style
 from grpo_ds.training.rollout import Groups, PartialStep, Rollout, make_rollout
 from grpo_ds.training.sampling import Sampler, seed_at
 from grpo_ds.training.update import Updated, update
+from grpo_ds.training.weight_sample import as_hex, sampled_weights, share_moved
 
 
 class Trainer:
@@ -139,6 +140,7 @@ class Trainer:
     def step(self, step: int, questions: list[Question]) -> dict[str, float]:
         """One rollout and its mu updates; returns the step's metrics over all ranks."""
         first_span = len(self.profiler.spans)  # the step's spans give its seconds and peaks
+        self.progress.first_weights = self.progress.first_weights or as_hex(sampled_weights(self.engine.policy))
         if self.partial_step is None:
             groups, redrawn = self.guard.run("sample", self.collector.collect, step, questions)
             rollout = self.guard.run("reference", self.make_rollout, groups)
@@ -209,6 +211,7 @@ class Trainer:
             "num_tokens": progress.num_input_tokens_seen,
             "epoch": progress.epoch,
             "learning_rate": self.engine.learning_rate,
+            "weights_moved": share_moved(progress.first_weights, sampled_weights(self.engine.policy)),
         }
         if warning := flat_rewards([*progress.log_history, metrics], done.rollout, config.answer_format):
             self.console.line(warning)
@@ -302,7 +305,8 @@ class Trainer:
 
         briefly: without --eval_samples and --eval_misled.
         """
-        with self.console.progress(f"Evaluation {when[0].lower()}{when[1:]}", len(questions)) as advance:
+        what = f"Evaluation {when[0].lower()}{when[1:]}"
+        with self.console.progress(what, len(questions), announce=True) as advance:
             result = evaluate(
                 self.sampler,
                 self.collector.style,

@@ -57,13 +57,17 @@ def test_it_stands_beside_what_training_changed(tmp_path):
     assert rows["trained on"] == ["questions drawn from 40"] and rows["source"] == ["quiz.json"]
     assert rows["loss_type"] == ["grpo"] and "lora_r" not in rows
     text = (tmp_path / "run" / "README.md").read_text()
-    assert "(always the most common label): 50.0%" in text and "p = 1.000" in text and "Not medical advice" in text
+    assert (
+        "the 50.0% of always giving the most common label" in text
+        and "p = 1.000" in text
+        and "Not medical advice" in text
+    )
 
 
 @pytest.mark.parametrize(("after", "warned"), [(["yes"] * 6, True), (["yes", "no"] * 3, False)])
 def test_a_model_that_always_says_the_same_is_warned_of(tmp_path, after, warned):
     folder = finished(tmp_path / "run", answers={"before": ["no", "yes"] * 3, "after": after})
-    assert ("nearly all answers are one class" in write_card(folder).read_text()) == warned
+    assert ("Nearly all answers are one class" in write_card(folder).read_text()) == warned
 
 
 def test_the_hub_reads_base_data_and_scores(tmp_path):

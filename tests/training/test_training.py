@@ -92,7 +92,16 @@ def test_two_ranks_under_the_launcher_ask_twice_the_questions_and_one_of_them_wr
 def test_the_launcher_trains_and_says_what_it_did(launched):
     _, output = launched
     assert "untested optimizer" not in output  # DeepSpeed's warning about our optimizer
-    for words in ("Model:", "Data:", "Before training: accuracy", "Reference: int8", "step 4/4", "McNemar"):
+    for words in (
+        "Model:",
+        "Data:",
+        "Before training: accuracy",
+        "Reference: int8",
+        "step 4/4",
+        "McNemar",
+        "Verdict: It ",
+        "  Lean: ",
+    ):
         assert words in output
     assert output.count("Reference: int8") == 2  # remade at the start of each outer iteration
 

@@ -1,0 +1,165 @@
+"""The verdict as a pure function: headline and words for each outcome, what old runs lack, and the next command.
+
+tests/training/test_verdict.py has a real run for every cause.
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from grpo_ds.commands.settle import settle
+from grpo_ds.models.presets import PRESETS
+from grpo_ds.report import verdict
+from grpo_ds.report.evidence import Evidence
+from grpo_ds.report.verdict import EASY, FORM, FORM_ONLY, NOTHING, PART, TASK, WORSE, judge
+from grpo_ds.settings.config import TrainConfig
+from grpo_ds.settings.saved_config import write_config
+from tests.conftest import check_example
+
+
+def grades(formed: float, accuracy: float, *, answers=(50, 50), **more):
+    half = 0.1  # of the interval, with 100 questions at a half
+    return {
+        "count": 100, "well_formed": formed, "accuracy": accuracy, "majority_baseline": 0.5, "macro_f1": 0.5,
+        "accuracy_interval": [accuracy - half, accuracy + half], "collapsed": False,
+        "predicted": dict(zip(("yes", "no"), answers, strict=True)), **more,
+    }  # fmt: skip
+
+
+def known(before, after, *, steps=(), config=None, summary=None, **outcome) -> Evidence:
+    return Evidence(steps, {"before": before, "after": after, **outcome}, config or {}, summary or {})
+
+
+RISES = dict(p_right_change=0.06, p_right_p_value=0.01)
+OUTCOMES = [  # (form, accuracy) before and after, tests, headline
+    ((1.0, 0.5), (1.0, 0.7), dict(mcnemar=0.001), TASK),
+    ((0.2, 0.1), (1.0, 0.7), dict(mcnemar=0.001), TASK),
+    ((0.2, 0.1), (1.0, 0.5), dict(mcnemar=0.001), FORM),  # right answers came with the form; a coin has as many
+    ((0.2, 0.1), (0.9, 0.4), dict(mcnemar=0.001), FORM),
+    ((0.2, 0.1), (0.9, 0.4), {}, FORM),  # an older run, without a test
+    ((1.0, 0.5), (1.0, 0.55), dict(mcnemar=0.3), NOTHING),
+    ((1.0, 0.95), (1.0, 0.97), dict(mcnemar=0.6), EASY),
+    ((1.0, 0.5), (1.0, 0.7), dict(mcnemar=0.3), NOTHING),  # chance, whatever the difference
+    ((0.6, 0.3), (0.65, 0.35), dict(mcnemar=0.5), NOTHING),  # 65 % is inside 60 %'s interval
+    ((1.0, 0.6), (1.0, 0.4), dict(mcnemar=0.01), WORSE),
+    ((0.2, 0.1), (1.0, 0.5), dict(mcnemar=0.001, p_right_change=-0.1, p_right_p_value=0.001), FORM_ONLY),
+    ((1.0, 0.5), (0.5, 0.45), dict(mcnemar=0.3), WORSE),  # the form was lost
+    ((1.0, 0.5), (1.0, 0.55), dict(mcnemar=0.3, **RISES), PART),  # p(right) shows what 0 or 1 hides
+    ((1.0, 0.5), (1.0, 0.7), dict(mcnemar=0.001, **RISES), TASK),
+    ((1.0, 0.75), (1.0, 0.7), dict(mcnemar=0.3, **RISES), PART),  # above the majority, but no more right than before
+    ((1.0, 0.5), (1.0, 0.5), dict(mcnemar=1.0, p_right_change=-0.1, p_right_p_value=0.001), WORSE),
+    ((1.0, 0.5), (1.0, 0.5), dict(mcnemar=1.0, p_right_change=0.01, p_right_p_value=0.4), NOTHING),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "tests", "headline"), OUTCOMES)
+def test_the_headline_says_what_was_learned(before, after, tests, headline):
+    found = judge(known(grades(*before), grades(*after), **tests))
+    assert found.headline == headline and len(found.aspects) == 4
+    assert [aspect.partition(":")[0] for aspect in found.aspects] == ["Form", "Accuracy", "Lean", "Reasoning"]
+
+
+def test_a_run_that_learned_the_task_has_no_causes_though_its_groups_agree_by_now():
+    steps = [{"frac_reward_zero_std": 1.0, "reward": 2.4, "entropy": 0.001, "accuracy": 0.8}]
+    learned = judge(known(grades(1.0, 0.5), grades(1.0, 0.8), steps=steps, mcnemar=0.001))
+    assert learned.causes == () and learned.no_cause == ""
+    same = judge(known(grades(1.0, 0.5), grades(1.0, 0.5), steps=steps, mcnemar=1.0))
+    assert [cause.name for cause in same.causes] == ["entropy gone"]  # and so all rewards are equal
+
+
+def test_what_was_measured_of_p_right_lean_and_reasoning_is_said_and_old_runs_lack_it():
+    old = judge(known(grades(1.0, 0.5), grades(1.0, 0.5), mcnemar=1.0))
+    assert "p(right)" not in " ".join(old.aspects)
+    more = dict(
+        mean_p_right=0.6, lean={"yes": 0.9, "no": 0.1}, class_shares={"yes": 0.5, "no": 0.5}, reasoning_gain=0.03
+    )
+    said = judge(known(grades(1.0, 0.5, mean_p_right=0.5), grades(1.0, 0.5, **more), mcnemar=1.0, **RISES)).aspects
+    assert "Mean p(right): 0.500, then 0.600 (paired test p = 0.010)" in said[1]
+    assert "To “yes”: 90% of the answers, 50% of the questions" in said[2]  # by p, though 50 of 100 answers say yes
+
+
+@pytest.mark.parametrize(("answers", "leans"), [((74, 26), False), ((75, 25), True), ((25, 75), True)])
+def test_a_lean_is_a_quarter_more_of_the_answers_than_of_the_questions(answers, leans):
+    shares = {"yes": 0.5, "no": 0.5}
+    after = grades(1.0, 0.5, answers=answers, class_shares=shares)
+    assert ("Lean: To" in judge(known(grades(1.0, 0.5), after, mcnemar=1.0)).aspects[2]) is leans
+
+
+def answered(text: str, answer: str | None = "yes"):
+    return {"text": text, "answer": answer}
+
+
+def test_reasoning_that_shrank_is_counted_in_words_and_explained():
+    long, short = "<reasoning>{}</reasoning><answer>yes</answer>".format("word " * 12), "<reasoning>Yes</reasoning>"
+    rows = [{"label": "yes", "before": answered(long), "after": answered(short)}] * 3
+    rows.append({"label": "no", "before": answered("no tags at all", None), "after": answered(short)})
+    said = judge(known(grades(1.0, 0.5), grades(1.0, 0.5), questions=rows)).aspects[3]
+    assert said.startswith("Reasoning: 1 word per answer, 12 before; it shrank")
+    assert "--reward_funcs correctness,format,bare_label;" in said
+    (accepted,) = re.findall(r"--reward_funcs [\w,]+", said)
+    assert settle(["--model", "smollm2-135m", *accepted.split()]).config.reward_funcs.endswith("bare_label")
+
+
+def test_a_run_that_has_not_ended_says_what_is_known_so_far():
+    steps = [{"reward": reward} for reward in (0.0, 0.5, 0.5, 1.0)]
+    begun = judge(Evidence(steps, {"before": grades(0.5, 0.25)}, {}, {}))
+    assert "25.0% of 100 held-out questions were answered right" in begun.headline and begun.aspects == ()
+    assert "0.00 in the first quarter of the steps and 1.00 in the last" in begun.headline
+    assert judge(Evidence([], {}, {}, {})).headline == "No held-out answers were compared."
+
+
+SIZES = [("smollm2-135m", "135M", "form"), ("qwen2.5-0.5b", "494M", "coin"), ("qwen2.5-1.5b", "1.5B", "lean")]
+
+
+@pytest.mark.parametrize(("model", "size", "expected"), SIZES)
+def test_it_says_what_a_model_of_this_size_can_learn(model, size, expected):
+    by_name = judge(known(grades(1, 0.5), grades(1, 0.5), config={"model": model})).outlook
+    assert size in by_name and expected in by_name
+    own = {"parameters": PRESETS[model].parameters}
+    assert judge(known(grades(1, 0.5), grades(1, 0.5), config={"model": "mine"}, summary=own)).outlook == by_name
+    assert judge(known(grades(1, 0.5), grades(1, 0.5), config={"model": "mine"})).outlook == ""
+
+
+def test_the_command_that_learns_more_repeats_the_run_with_the_flags_that_help(tmp_path: Path):
+    config = TrainConfig(model="smollm2-135m", num_steps=14, learning_rate=5e-6, few_shot=1, balance_classes=False)
+    write_config(config, tmp_path)
+    steps = [{"kl": 0.004, "kl_floor": 0.004, "completions/clipped_ratio": 0.5, "rewards/format/mean": 0.1}]
+    found = judge(
+        known(grades(0.6, 0.3), grades(0.6, 0.3), steps=steps, config={"num_steps": 14, "learning_rate": 5e-6})
+    )
+    assert [cause.name for cause in found.causes] == ["completions cut", "KL at its floor"]
+    typed = found.command("grpo-ds train", shlex.quote(str(tmp_path)))
+    assert (
+        typed.startswith("grpo-ds train --config ")
+        and typed == found.lines("grpo-ds train", str(tmp_path))[-1].partition(": ")[2]
+    )
+    again = settle(shlex.split(typed)[2:]).config
+    assert (again.num_steps, again.max_completion_length, again.learning_rate) == (60, 600, 5e-6)
+    assert again.few_shot == 1 and not again.balance_classes  # all else as it was
+
+
+@pytest.mark.parametrize(("steps", "longer"), [(3, 60), (14, 60), (40, 160), (100, 200), (1000, 2000)])
+def test_a_longer_run_is_long_enough_for_the_form_and_not_endless(steps, longer):
+    assert verdict.more_steps(Evidence([], {}, {"num_steps": steps}, {})) == longer
+
+
+def test_quarters_are_means_of_a_quarter_of_the_steps():
+    def quarters(*values):
+        return Evidence([{"kl": value} for value in values], {}, {}, {}).quarters("kl")
+
+    assert quarters(1, 2, 3, 4) == [1, 2, 3, 4] and quarters(1, 3) == [1, 3] and quarters() == []
+    assert quarters(1, 1, 2, 2, 3, 3, 4, 4, 8) == [1, 2, 3, (4 + 4 + 8) / 3]
+    assert quarters(1, None, "x", float("nan"), 2) == [1, 2]  # numbers only
+
+
+@pytest.mark.parametrize("config", [{}, {"beta": "x", "num_steps": None, "labels": 3, "temperature": True}])
+def test_settings_that_are_missing_or_damaged_count_as_defaults(config):
+    there = Evidence([], {}, config, {})
+    assert (there.setting("beta"), there.setting("num_steps"), there.setting("labels")) == (0.04, 100, "yes,no")
+    assert there.setting("temperature") == 1.0
+
+
+def test_the_example_of_the_evidence_is_right():
+    check_example(Evidence)
