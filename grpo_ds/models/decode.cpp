@@ -330,6 +330,17 @@ int grpo_ds_can_decode() {
         && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
 }
 
+// Packs a bf16 weight: `from` [outputs, pairs of inputs] -> `to` [tiles, pairs, TILE], with zeros behind the last output.
+void grpo_ds_pack(const uint32_t* from, uint32_t* to, int64_t outputs, int64_t pairs, int32_t threads) {
+    constexpr int64_t LINE = 16;  // pairs in a cache line
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < (outputs + TILE - 1) / TILE; t++)
+        for (int64_t first = 0; first < pairs; first += LINE)
+            for (int64_t o = 0; o < TILE; o++)
+                for (int64_t i = first; i < first + LINE && i < pairs; i++)
+                    to[(t * pairs + i) * TILE + o] = t * TILE + o < outputs ? from[(t * TILE + o) * pairs + i] : 0;
+}
+
 void grpo_ds_decode(const Token* token) {
 #pragma omp parallel num_threads(token->threads)
     all_layers(*token);

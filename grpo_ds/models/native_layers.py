@@ -85,6 +85,16 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def _kernel() -> ctypes.CDLL:
+    kernel = library()
+    assert kernel is not None, "callers ask can_decode_natively first"
+    return kernel
+
+
+def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+
+
 class NativeWeights:
     """Packed copies of a model's weights; the model's must not change while they are used."""
 
@@ -117,8 +127,9 @@ class NativeWeights:
         """Pack the outputs of these layers behind each other, or LANES of each in turn."""
         weight = _joined([layer.weight for layer in layers], in_turn)
         outputs, inputs = weight.shape
-        padded = F.pad(weight, (0, 0, 0, -outputs % TILE))
-        tiles = padded.view(-1, 2, LANES, inputs // 2, 2).permute(0, 3, 1, 2, 4).contiguous()
+        tiles = weight.new_empty(-(-outputs // TILE), inputs // 2, TILE, 2)
+        pairs, threads = ctypes.c_int64(inputs // 2), torch.get_num_threads()
+        _kernel().grpo_ds_pack(*_pointers(weight, tiles), ctypes.c_int64(outputs), pairs, threads)
         self.kept.append(tiles)
         bias = None
         if layers[0].bias is not None:
@@ -132,7 +143,7 @@ class NativeWeights:
 
 def _joined(parts: list[Tensor], in_turn: bool) -> Tensor:
     if not in_turn:
-        return torch.cat(parts)
+        return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
     return torch.stack([part.unflatten(0, (-1, LANES)) for part in parts], dim=1).flatten(0, 2)
 
 
@@ -180,9 +191,7 @@ class NativeLayers:
         hidden = embedded.float()
         self.token.hidden, self.token.cos, self.token.sin = hidden.data_ptr(), cos.data_ptr(), sin.data_ptr()
         self.token.written = self.cache.written
-        kernel = library()
-        assert kernel is not None, "callers ask can_decode_natively first"
-        kernel.grpo_ds_decode(ctypes.byref(self.token))
+        _kernel().grpo_ds_decode(ctypes.byref(self.token))
         return self.logits
 
     def _layer(self, index: int) -> _Layer:
