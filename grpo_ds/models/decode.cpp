@@ -3,8 +3,8 @@
 // With few rows a token takes as long as its weights take to be read. torch reads them at that speed at best inside a
 // product; between products it starts fifty small kernels a layer. Here threads meet eight times a layer.
 //
-// Weights are bf16, or int8 with one scale for each output. Sums are fp32, and so is the residual stream; what a product
-// reads is bf16. Keys and values are those of models/prompt_cache.py.
+// Sums are fp32, and so is the residual stream; what a product reads is bf16. Keys and values are those of
+// models/prompt_cache.py.
 //
 // Letters: B = Q * G rows; K heads of keys, n queries for each (H = K * n), width D; P columns of the longest prompt, C of
 // a row's own, `written` of them in use.
@@ -55,23 +55,16 @@ INLINE __m512 exp16(__m512 x) {
 
 // A weight [outputs, inputs] in tiles of TILE outputs: of each two inputs, 2 x LANES pairs side by side.
 struct Weight {
-    const void* data;
-    const float* scales;  // one for each output; null: the weight is bf16
-    const float* bias;    // null: none
+    const bf16* data;
+    const float* bias;  // null: none
     int64_t inputs, outputs;
 };
 
 INLINE __m512bh pairs(const bf16* from) { return (__m512bh)_mm512_loadu_si512(from); }
-INLINE __m512bh pairs(const int8_t* from) {  // integers of 8 bits are exact in bf16
-    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
-    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
-    return _mm512_cvtne2ps_pbh(high, low);
-}
 
-// The TILE outputs of `R` rows, before scale and bias.
-template <int R, class T>
-INLINE void tile(const T* weight, const bf16* x, int64_t inputs, __m512 (&sums)[ROWS][2]) {
+// The TILE outputs of `R` rows, before the bias.
+template <int R>
+INLINE void tile(const bf16* weight, const bf16* x, int64_t inputs, __m512 (&sums)[ROWS][2]) {
     for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
     for (int64_t i = 0; i < inputs; i += 2, weight += 2 * TILE) {
         const __m512bh one = pairs(weight), two = pairs(weight + TILE);
@@ -86,8 +79,7 @@ INLINE void tile(const T* weight, const bf16* x, int64_t inputs, __m512 (&sums)[
     }
 }
 
-template <class T>
-INLINE void tile_of_rows(int rows, const T* weight, const bf16* x, int64_t inputs, __m512 (&sums)[ROWS][2]) {
+INLINE void tile_of_rows(int rows, const bf16* weight, const bf16* x, int64_t inputs, __m512 (&sums)[ROWS][2]) {
     switch (rows) {
         case 1: return tile<1>(weight, x, inputs, sums);
         case 2: return tile<2>(weight, x, inputs, sums);
@@ -101,35 +93,24 @@ INLINE void tile_of_rows(int rows, const T* weight, const bf16* x, int64_t input
 }
 
 // Calls finish(row, output, first 16 values, last 16 values) for each tile of this thread.
-template <class T, class Finish>
-INLINE void tiles(const Weight& w, const bf16* x, int rows, Finish finish) {
+template <class Finish>
+INLINE void product(const Weight& w, const bf16* x, int rows, Finish finish) {
     const int64_t count = (w.outputs + TILE - 1) / TILE;
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
     for (int64_t t = count * thread / threads; t < count * (thread + 1) / threads; t++) {
-        const T* weight = static_cast<const T*>(w.data) + t * TILE * w.inputs;
+        const bf16* weight = w.data + t * TILE * w.inputs;
         for (int first = 0; first < rows; first += ROWS) {
             const int some = rows - first < ROWS ? rows - first : ROWS;
             __m512 sums[ROWS][2];
             tile_of_rows(some, weight, x + first * w.inputs, w.inputs, sums);
             for (int half = 0; half < 2; half++) {
-                if (w.scales) {
-                    const __m512 scale = _mm512_loadu_ps(w.scales + t * TILE + half * LANES);
-                    for (int r = 0; r < some; r++) sums[r][half] = _mm512_mul_ps(sums[r][half], scale);
-                }
-                if (w.bias) {
-                    const __m512 bias = _mm512_loadu_ps(w.bias + t * TILE + half * LANES);
-                    for (int r = 0; r < some; r++) sums[r][half] = _mm512_add_ps(sums[r][half], bias);
-                }
+                if (!w.bias) continue;
+                const __m512 bias = _mm512_loadu_ps(w.bias + t * TILE + half * LANES);
+                for (int r = 0; r < some; r++) sums[r][half] = _mm512_add_ps(sums[r][half], bias);
             }
             for (int r = 0; r < some; r++) finish(first + r, t * TILE, sums[r][0], sums[r][1]);
         }
     }
-}
-
-template <class Finish>
-INLINE void product(const Weight& w, const bf16* x, int rows, Finish finish) {
-    if (w.scales) tiles<int8_t>(w, x, rows, finish);
-    else tiles<bf16>(w, x, rows, finish);
 }
 
 INLINE void put(float* to, int64_t left, __m512 value, bool add) {  // at most LANES values

@@ -36,7 +36,7 @@ class _Weight(ctypes.Structure):
     """struct Weight of decode.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("data", "scales", "bias")),
+        *((name, ctypes.c_void_p) for name in ("data", "bias")),
         *((name, ctypes.c_int64) for name in ("inputs", "outputs")),
     ]
 
