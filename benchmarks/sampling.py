@@ -1,6 +1,7 @@
 """Compare sampling with transformers' generate(): the same model, prompts and length, in turn; ratios of medians.
 
-generate() gets the prompt repeated for every row, as is usual. On a card ours also runs with CUDA graphs.
+generate() gets the prompt repeated for every row, as is usual. On a card ours also runs with CUDA graphs, on a CPU with
+bf16 also with torch's layers in place of one call a token.
 Prompts and weights may be random, as only time is measured. Both sides draw from all ids of the model.
 
     python benchmarks/sampling.py [--questions 1] [--prompt 384] [--generations 8] [--completion 64] [--rounds 3]
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from grpo_ds.models.native_layers import can_decode_natively
 from grpo_ds.models.policy import load_policy
 from grpo_ds.models.shapes import PRESET_CONFIGS
 from grpo_ds.training.sampling import Sampler
@@ -50,14 +52,15 @@ def main() -> None:
         do_sample=True, top_k=0, max_new_tokens=arguments.completion, eos_token_id=None, pad_token_id=0
     )
 
-    def ours(graphs: bool) -> None:
-        sampler.cuda_graphs = graphs
+    def ours(graphs: bool = False, one_call: bool | None = None) -> None:
+        sampler.cuda_graphs, sampler.one_call = graphs, one_call
         sampler(prompts.tolist(), group_size=arguments.generations, temperature=1.0)
 
     sides = {
         "generate()": lambda: model.generate(rows, attention_mask=torch.ones_like(rows), generation_config=settings),
-        "ours": lambda: ours(False),
-        **({"ours, CUDA graphs": lambda: ours(True)} if cuda else {}),
+        "ours": lambda: ours(),
+        **({"ours, CUDA graphs": lambda: ours(graphs=True)} if cuda else {}),
+        **({"ours, torch's layers": lambda: ours(one_call=False)} if can_decode_natively(model) else {}),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(arguments.rounds + 1):

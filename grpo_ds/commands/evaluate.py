@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
     sampler, style = load_for_asking(config, precision=precision, say=console.line)
     sampler.rows_at_once = config.generation_batch_size or ROWS_AT_ONCE
     alone = World(rank=0, size=1, device=sampler.model.device)
-    with console.progress("Evaluation", len(asked.questions)) as advance:
+    with console.progress("Evaluation", len(asked.questions), announce=True) as advance:
         samples, misled = config.eval_samples, config.eval_misled
         result = evaluate(sampler, style, asked.questions, alone, samples=samples, misled=misled, advance=advance)
     if warning := small_sample(result.grades.count, result.grades.accuracy_interval):

@@ -31,7 +31,7 @@ class SharedPromptCache:
         self.prompts = [(layer.keys.contiguous(), layer.values.contiguous()) for layer in layers]
         first = self.prompts[0][0]
         q, k, p, d = first.shape
-        self.group_size, self.columns = group_size, columns
+        self.group_size, self.columns, self.lengths = group_size, columns, list(lengths)
         places = q * k * group_size
         self.starts = places * queries, places * (queries + columns)  # of keys and values in a pool
         self.pools: list[Float[Tensor, "rows D"]] = [
@@ -70,7 +70,7 @@ class SharedPromptCache:
         if len(prompts) < len(self.prompts[0][0]):
             self.prompts = [(_to_front(keys, prompts), _to_front(values, prompts)) for keys, values in self.prompts]
             self.padding = self.padding if self.padding is None else _to_front(self.padding, prompts)
-        self.group_size = group_size
+        self.group_size, self.lengths = group_size, [self.lengths[q] for q in prompts.tolist()]
 
     def hide_unwritten(self) -> None:
         """Let a forward pass attend to none of its `width` columns that are not written yet."""

@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from grpo_ds.models.attention import NOT_MADE_FOR_US, attending, ordinary_ids, use_our_attention
 from grpo_ds.models.cuda_graph import graph_pool
 from grpo_ds.models.fused_layers import ALIGNED, FusedLayers, queries_per_key
+from grpo_ds.models.native_layers import NativeLayers, NativeWeights
 from grpo_ds.models.prompt_cache import SharedPromptCache
 
 WIDTH = 64  # columns of the first graph; each next one is twice as wide
@@ -35,11 +36,13 @@ class SharedPrompts:
         columns: int,
         fused: bool = False,
         cuda_graphs: bool = False,
+        native: NativeWeights | None = None,
     ) -> None:
         """Compute the cache of all prompt tokens but the last, which is the first input of decoding.
 
         Prompts have at least two tokens. columns: maximum tokens per row. fused: few kernels a layer (`can_fuse`).
         cuda_graphs: launch all kernels of a token at once; on a CPU the same steps run without a graph.
+        native: packed weights, to compute a token in one call on a CPU.
         """
         use_our_attention(model)
         self.model, self.cuda_graphs = model, cuda_graphs
@@ -64,6 +67,7 @@ class SharedPrompts:
         )
         self.keywords = attending(self.cache.attend, model.device)
         self.fused = FusedLayers(model, self.cache) if fused else None
+        self.native = NativeLayers(native, self.cache) if native else None
         self.inputs = torch.zeros(2, len(prompts) * group_size, dtype=torch.long, device=model.device)
         self.graph: torch.cuda.CUDAGraph | None = None  # None: to be captured for these rows and this width
         self.capture = graph_pool(model.device).capture if cuda_graphs and self.inputs.is_cuda else None
@@ -87,8 +91,9 @@ class SharedPrompts:
         """Keep only these rows."""
         self.graph, self.cache.width = None, 0
         self.cache.keep(rows, group_size=group_size)
-        if self.fused:
-            self.fused.arrange()
+        for layers in (self.fused, self.native):
+            if layers:
+                layers.arrange()
 
     def restart(self) -> None:
         """Forget all tokens behind the prompts; before any `keep`."""
@@ -100,8 +105,8 @@ class SharedPrompts:
         return self.cache.group_size
 
     def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        if self.fused:
-            return self.fused(tokens, positions)
+        if layers := self.native or self.fused:
+            return layers(tokens, positions)
         return self.model(
             input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False, **self.keywords
         ).logits[:, -1]
@@ -145,13 +150,13 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # 
 
 
 @torch.no_grad()
-def can_share_prompts(model: PreTrainedModel, *, fused: bool = False) -> bool:
-    """Test on three tokens if `attend`, or the fused layers, compute the same logits as the model itself."""
+def can_share_prompts(model: PreTrainedModel, *, fused: bool = False, native: NativeWeights | None = None) -> bool:
+    """Test on three tokens if `attend`, or the fused or native layers, compute the same logits as the model itself."""
     ids = ordinary_ids(model, 3)
     tokens, positions = torch.tensor([ids[-1], len(ids) - 1], device=model.device).split(1)
     try:
         whole = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1]
-        ours = SharedPrompts(model, [ids], group_size=1, columns=1, fused=fused)(tokens, positions)[0]
+        ours = SharedPrompts(model, [ids], group_size=1, columns=1, fused=fused, native=native)(tokens, positions)[0]
     except NOT_MADE_FOR_US:
         return False  # not written for transformers' AttentionInterface; others ignore the prompt and fail below
-    return bool((ours - whole).float().norm() <= TOLERANCE.get(model.dtype, 0.05) * whole.float().norm())
+    return bool((ours.float() - whole.float()).norm() <= TOLERANCE.get(model.dtype, 0.05) * whole.float().norm())

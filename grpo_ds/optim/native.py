@@ -1,24 +1,16 @@
-"""The compiled step: built with the machine's C++ compiler at first use, cached where torch caches its extensions.
-
-It is a plain shared object loaded with ctypes. With torch's headers a build would take a minute instead of nine
-seconds, and torch's loader needs ninja and waits for ever for the lock of a killed build. The file name has a hash of
-source and flags, and the file is renamed when complete, so ranks can build at the same time.
-"""
+"""The compiled step of 8-bit AdamW: adamw8bit.cpp, built at first use (system/compiled.py)."""
 
 import ctypes
 import functools
-import hashlib
 import logging
 import math
-import os
-import shutil
 import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from grpo_ds.system.compiled import build, reason
 
 NAME = "grpo_ds_adamw8bit"
 SOURCE = Path(__file__).with_name("adamw8bit.cpp")
@@ -27,7 +19,6 @@ FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
-BUILD_SECONDS = 300  # limit; a build takes nine on two cores
 PATHS = ("portable", "avx2", "avx512")
 
 logger = logging.getLogger(__name__)
@@ -113,9 +104,9 @@ def best_path() -> str:
 def library() -> ctypes.CDLL | None:
     """Return the compiled kernels, or None (with one warning and the reason) if this machine cannot build them."""
     try:
-        loaded = ctypes.CDLL(str(_build()))
+        loaded = ctypes.CDLL(str(build(NAME, SOURCE, FLAGS)))
     except (OSError, subprocess.SubprocessError) as error:
-        logger.warning("8-bit AdamW runs on bitsandbytes' slower kernels: %s", _reason(error))
+        logger.warning("8-bit AdamW runs on bitsandbytes' slower kernels: %s", reason(error))
         return None
     loaded.grpo_ds_first_bad.restype = ctypes.c_int64
     loaded.grpo_ds_first_bad.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
@@ -134,35 +125,3 @@ def _grid(qmap: bytes) -> ctypes.Array:
     grid = (ctypes.c_uint8 * 65536)()
     _kernels().grpo_ds_build_grid(qmap, grid)
     return grid
-
-
-def _build() -> Path:
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is None:
-        raise FileNotFoundError("no C++ compiler (c++, g++ or clang++) on PATH; install g++ for a faster step")
-    digest = hashlib.sha256(SOURCE.read_bytes() + " ".join((compiler, *FLAGS)).encode()).hexdigest()[:16]
-    built = _cache_folder() / f"{NAME}-{digest}.so"
-    if not built.exists():
-        built.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=built.parent) as scratch:
-            output = Path(scratch) / built.name
-            command = [*compiler.split(), *FLAGS, str(SOURCE), "-o", str(output)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
-            output.replace(built)
-    return built
-
-
-def _cache_folder() -> Path:
-    """Return the folder that torch.utils.cpp_extension.load would use for an extension of this name."""
-    if root := os.environ.get("TORCH_EXTENSIONS_DIR"):
-        return Path(root) / NAME
-    from torch.utils.cpp_extension import get_default_build_root
-
-    return Path(get_default_build_root()) / f"py{sys.version_info.major}{sys.version_info.minor}_cpu" / NAME
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, subprocess.CalledProcessError):
-        lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines() or [""]
-        return f"{error.cmd[0]} failed: {lines[0]}"
-    return str(error)

@@ -60,13 +60,16 @@ class Console:
         self._lines.printed()
 
     @contextmanager
-    def progress(self, what: str, total: int, unit: str = "questions", *, most_tokens: int = 0) -> Iterator[Advance]:
+    def progress(
+        self, what: str, total: int, unit: str = "questions", *, most_tokens: int = 0, announce: bool = False
+    ) -> Iterator[Advance]:
         """Show progress: a bar at a terminal, within the live view its last line, elsewhere a line after a silence.
 
         Yields `advance(done, tokens)`, for this rank's share. most_tokens: of all completions at their length limit.
+        announce: elsewhere, print a line at the beginning as well, for work that may be silent for minutes at first.
         """
         shown = self._bar(what, total) if self._is_live and not self._view else None
-        with shown or self._lines.follow(Work(what, total, unit, most_tokens)) as advance:
+        with shown or self._lines.follow(Work(what, total, unit, most_tokens), announce=announce) as advance:
             yield lambda done, tokens: advance(done * self._ranks, tokens * self._ranks)
 
     @contextmanager

@@ -1,7 +1,7 @@
 """Progress of long work as text: printed in a file whenever nothing else was printed for half a minute.
 
 No thread prints: the work itself calls `advance`, so a line comes between two tokens or two backwards, never within a
-write of the main thread, a fork or a signal handler.
+write of the main thread, a fork or a signal handler. A prefill or a single backward is silent, however long it takes.
 """
 
 import time
@@ -57,18 +57,21 @@ class ProgressLines:
         self._printed = self._now()
 
     @contextmanager
-    def follow(self, work: Work) -> Iterator[Advance]:
-        """Follow `work` until the block ends; yields `advance`."""
+    def follow(self, work: Work, *, announce: bool = False) -> Iterator[Advance]:
+        """Follow `work` until the block ends; yields `advance`. announce: say at once what begins."""
 
         def advance(done: int, tokens: int) -> None:
             work.add(done, tokens)
             if self._now() - self._printed >= SILENCE:
-                self.printed()
-                self._say(self.text())
+                show()
+
+        def show() -> None:
+            self.printed()
+            self._say(self.text())
 
         self._work = work, self._now()
         try:
-            advance(0, 0)  # after a silence, say what begins
+            show() if announce else advance(0, 0)  # after a silence, say what begins
             yield advance
         finally:
             self._work = None

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_ds.models.attention import sliding_window
 from grpo_ds.models.fused_layers import can_capture, can_fuse
+from grpo_ds.models.native_layers import NativeWeights, can_decode_natively
 from grpo_ds.models.packed_linear import packed_linears
 from grpo_ds.models.repeated_prompt import RepeatedPrompts
 from grpo_ds.models.shared_prompt import SharedPrompts, can_share_prompts
@@ -93,6 +94,8 @@ class Sampler:
         self.rows_at_once: int | None = None  # None: all; a smaller number takes less memory
         self.shares: bool | None = None  # keeps a prompt once for its group; None: not known before the first call
         self.fused = False  # decodes with few kernels a layer
+        self.one_call: bool | None = None  # computes a token in one call, on a CPU; None: not known yet
+        self.native: NativeWeights | None = None  # packed for that, while it samples
         self.full_length = False  # True: no row ends early, for rehearsals and benchmarks
         self.eos_ids = _eos_ids(model, tokenizer)
         tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
@@ -141,9 +144,14 @@ class Sampler:
         was_training = self.model.training
         self.model.eval()
         try:
-            with packed_linears(self.model):
+            if self._in_one_call():
+                self.native = NativeWeights(self.model)
                 yield
+            else:
+                with packed_linears(self.model):
+                    yield
         finally:
+            self.native = None
             self.model.train(was_training)
 
     def _sample(
@@ -219,7 +227,13 @@ class Sampler:
         if not self.shares or max(map(len, prompts)) + columns > sliding_window(self.model.config):
             return RepeatedPrompts(self.model, prompts, group_size=group_size)
         options = {"fused": self.fused, "cuda_graphs": self._graphs()}
-        return SharedPrompts(self.model, prompts, group_size=group_size, columns=columns, **options)
+        return SharedPrompts(self.model, prompts, group_size=group_size, columns=columns, native=self.native, **options)
+
+    def _in_one_call(self) -> bool:
+        if self.one_call is None:
+            self.one_call = can_decode_natively(self.model)
+            self.one_call = self.one_call and can_share_prompts(self.model, native=NativeWeights(self.model))
+        return self.one_call
 
     def _graphs(self) -> bool:
         return self.cuda_graphs and on_card(self.model) and can_capture(self.model)

@@ -305,7 +305,8 @@ class Trainer:
 
         briefly: without --eval_samples and --eval_misled.
         """
-        with self.console.progress(f"Evaluation {when[0].lower()}{when[1:]}", len(questions)) as advance:
+        what = f"Evaluation {when[0].lower()}{when[1:]}"
+        with self.console.progress(what, len(questions), announce=True) as advance:
             result = evaluate(
                 self.sampler,
                 self.collector.style,

@@ -74,6 +74,14 @@ def test_work_that_begins_after_a_silence_is_named():
     assert time.lines == [(200, "Evaluation: 0 of 89 questions")]
 
 
+def test_work_may_be_announced_at_once():
+    time = Time()
+    with time.progress.follow(Work("Evaluation", 89, "questions"), announce=True) as advance:
+        for time.now in (29.0, 30.0):
+            advance(1, 0)
+    assert time.at() == [0, 30]
+
+
 def test_work_that_fails_is_no_longer_shown():
     time = Time()
     with pytest.raises(KeyError), time.progress.follow(Work("W", 1, "rows")):
