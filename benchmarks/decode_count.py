@@ -214,7 +214,7 @@ def of_a_token(model: PreTrainedModel, shape: Shape, *, ours: bool) -> Cost:
         draws = torch.zeros(rows, shape.completion, dtype=torch.float64, device="meta")
         prompts = [[1] * (shape.prompt + 1 - q) for q in range(shape.questions)]  # of different lengths
         with suppress(Done):
-            sampler._sample(prompts, shape.generations, draws, 1.0, lambda done, tokens: None)
+            sampler._sample(prompts, shape.generations, draws, 1.0, (), lambda done, tokens: None)
     return (before[middle + look] - before[middle]) / look
 
 

@@ -5,11 +5,11 @@ import re
 
 from grpo_ds.report.figures import UNKNOWN, change_line, confidence_rows, grade_rows
 from grpo_ds.report.held_out import compared, grades, write_held_out
+from grpo_ds.report.key_figures import grades_table, tiles
 from grpo_ds.report.model_card import write_card
 from grpo_ds.report.page import page
 from grpo_ds.report.run_files import RunFiles, read_run
 from grpo_ds.report.trackers import write_summary
-from grpo_ds.report.verdict import grades_table, tiles
 from grpo_ds.task.answer_probs import AnswerProbs
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.grading import graded

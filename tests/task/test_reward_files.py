@@ -98,7 +98,11 @@ FLAGS = [
     ("correctness,format", None, None),
     ("format", "2", None),
     ("correctness, f.py:g", " 1,0.5 ", None),  # spaces are ignored
-    ("correctnes", None, "'correctnes' is neither correctness, format, length_penalty, repetition_penalty, FILE.py"),
+    (
+        "correctnes",
+        None,
+        "'correctnes' is neither correctness, format, length_penalty, repetition_penalty, bare_label,",
+    ),
     ("trl.rewards.think_format_reward,a.b.C()", None, None),
     ("my_rewards.py", None, "'my_rewards.py' is neither"),  # a file without a function
     (":format", None, "':format' is neither"),
