@@ -55,9 +55,9 @@ def write(folder: Path, name: str, made: list[dict[str, str]]) -> Path:
 
 
 def few_of_their_own_kind(folder: Path) -> Path:
-    """Four questions to train on, whose contexts say the answer, and 40 to hold out, whose contexts say the other."""
-    made = records(44, seed=3)
-    asked, _ = split_questions(read_questions(str(write(folder, "few", made))).questions, eval_fraction=0.9, seed=0)
+    """Twelve questions to train on, whose contexts say the answer, and 48 to hold out, whose contexts say the other."""
+    made = records(60, seed=3)
+    asked, _ = split_questions(read_questions(str(write(folder, "few", made))).questions, eval_fraction=0.8, seed=0)
     own = {question.text for question in asked}
     other = {"yes": "no", "no": "yes"}
     told = [it if it["question"] in own else it | {"context": other[it["context"]]} for it in made]
@@ -154,7 +154,7 @@ FAILING = {
     "fast, no reference": Failing("policy broke down", dict(learning_rate=3e-2, beta=0.0)),
     "many updates": Failing("ratio clipped", dict(BLIND, learning_rate=4e-3, mu=8, beta=0.2, num_steps=6)),
     "mostly yes": Failing("lean to one label", dict(data="leaning", balance_classes=False, num_steps=20)),
-    "four questions": Failing("data too small", dict(data="few", eval_fraction=0.9, num_steps=30)),
+    "twelve questions": Failing("data too small", dict(data="few", eval_fraction=0.8, num_steps=20)),
 }
 
 
