@@ -63,7 +63,7 @@ def places(tiny_folder, tmp_path_factory):
     made["clear"] = write(folder, "clear", records(200))
     made["blind"] = write(folder, "blind", records(200, clear=False, seed=1))
     made["leaning"] = write(folder, "leaning", records(200, clear=False, yes=0.7, seed=2))
-    made["few"] = write(folder, "few", [*records(200)[94:106], *records(48, clear=False, seed=3)])
+    made["few"] = write(folder, "few", [*records(200)[94:106], *records(24, clear=False, seed=3)])
     (folder / "own.py").write_text("def constant(completions, **_):\n    return [1.0] * len(completions)\n")
     made["constant"] = f"{folder / 'own.py'}:constant"
     teach(tiny_folder, made["taught"], [made["clear"], made["blind"]])
