@@ -1,7 +1,7 @@
 """A real run that was made to fail in each known way shows that cause; a run that learns shows none.
 
-The model is tests/tiny.py's, taught for some seconds to write the form of an answer at times, so that there is
-something left to learn: the form, and an answer that stands in the context.
+The model is tests/tiny.py's, taught for some seconds to write the form of an answer at times and the right answers to
+200 questions most of the time, so that there is something left to learn.
 """
 
 import json
@@ -54,16 +54,6 @@ def write(folder: Path, name: str, made: list[dict[str, str]]) -> Path:
     return file
 
 
-def few_of_their_own_kind(folder: Path) -> Path:
-    """Four questions to train on, whose contexts say the answer, and 40 to hold out, whose contexts say the other."""
-    made = records(44, seed=3)
-    asked, _ = split_questions(read_questions(str(write(folder, "few", made))).questions, eval_fraction=0.9, seed=0)
-    own = {question.text for question in asked}
-    other = {"yes": "no", "no": "yes"}
-    told = [it if it["question"] in own else it | {"context": other[it["context"]]} for it in made]
-    return write(folder, "few", told)
-
-
 @pytest.fixture(scope="module")
 def places(tiny_folder, tmp_path_factory):
     """The taught model, the data and the system prompt."""
@@ -73,7 +63,7 @@ def places(tiny_folder, tmp_path_factory):
     made["clear"] = write(folder, "clear", records(200))
     made["blind"] = write(folder, "blind", records(200, clear=False, seed=1))
     made["leaning"] = write(folder, "leaning", records(200, clear=False, yes=0.7, seed=2))
-    made["few"] = few_of_their_own_kind(folder)
+    made["few"] = write(folder, "few", [*records(200)[94:106], *records(24, clear=False, seed=3)])
     (folder / "own.py").write_text("def constant(completions, **_):\n    return [1.0] * len(completions)\n")
     made["constant"] = f"{folder / 'own.py'}:constant"
     teach(tiny_folder, made["taught"], [made["clear"], made["blind"]])
@@ -120,12 +110,17 @@ COMMON = dict(
 
 
 def train(places, folder: Path, *, model: str = "taught", data: str = "clear", native: str = "fp32", **flags) -> Path:
-    """Train as `grpo-ds train` does, in this process; return the run's folder. native: precision of the weights."""
+    """Train as `grpo-ds train` does, in this process; return the run's folder.
+
+    native: precision of the weights. Of the data "few" the twelve questions that the model was taught are trained on.
+    """
     flags = {**COMMON, **flags}
     config = TrainConfig(model=str(places[model]), data=str(places[data]), system_prompt=str(places["system"]), **flags)
     ds = resolve_ds_config(places.get(config.ds, ROOT / config.ds), fill=config.ds_sizes(native=native))
     found = read_questions(config.data)
     asked, held_out = split_questions(found.questions, eval_fraction=config.eval_fraction, seed=config.seed)
+    if data == "few":
+        asked, held_out = ([it for it in found.questions if (it.context == "-") is other] for other in (False, True))
     trainer = Trainer(config, ds, ranks.start(), Console(speaks=False), reward_functions(config, found))
     Run(trainer, asked, held_out[: config.eval_limit], folder).run()
     trainer.engine.close()
@@ -154,7 +149,7 @@ FAILING = {
     "fast, no reference": Failing("policy broke down", dict(learning_rate=3e-2, beta=0.0)),
     "many updates": Failing("ratio clipped", dict(BLIND, learning_rate=4e-3, mu=8, beta=0.2, num_steps=6)),
     "mostly yes": Failing("lean to one label", dict(data="leaning", balance_classes=False, num_steps=20)),
-    "four questions": Failing("data too small", dict(data="few", eval_fraction=0.9, num_steps=30)),
+    "twelve questions": Failing("data too small", dict(data="few", num_steps=40)),
 }
 
 
