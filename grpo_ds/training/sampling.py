@@ -183,8 +183,10 @@ class Sampler:
                 tokens = draw(logits[:, : len(self.tokenizer)], draws[:, t], temperature)
                 block.append(tokens)
                 labels.append(self._label_logprobs(logits, temperature))
-            for ids, logprobs in zip(torch.stack(block).tolist(), torch.stack(labels).tolist(), strict=True):
-                advance(*self._append(batch, ids, logprobs))
+            # One transfer for both, as each waits for the card; fp64 holds an id exactly.
+            drawn = torch.cat([torch.stack(block)[..., None].double(), torch.stack(labels).double()], dim=-1)
+            for numbers in drawn.tolist():  # [rows, 1 + n]
+                advance(*self._append(batch, numbers))
             if all(row.ended for row in batch):
                 break
             stay, width = unfinished([row.ended for row in batch], decode.group_size)
@@ -206,19 +208,18 @@ class Sampler:
     def _label_logprobs(self, logits: Tensor, temperature: float) -> Float[Tensor, "B n"]:
         return (logits[:, self.label_ids].float() / (temperature or 1.0)).log_softmax(dim=-1)
 
-    def _append(
-        self, batch: Sequence[PartialCompletion], ids: Sequence[int], label_logprobs: Sequence[list[float]]
-    ) -> tuple[int, int]:
+    def _append(self, batch: Sequence[PartialCompletion], numbers: Sequence[list[float]]) -> tuple[int, int]:
         """Add a token to each row that has not ended; the others were decoded on in vain.
 
+        numbers: for each row the token's id and the labels' log-probs.
         Returns the number of rows that it ended, and of tokens added.
         """
-        going = [it for it in zip(batch, ids, label_logprobs, strict=True) if not it[0].ended]
-        for row, token, logprobs in going:
-            row.ids.append(token)
-            row.label_logprobs.append(logprobs)
+        going = [(row, of) for row, of in zip(batch, numbers, strict=True) if not row.ended]
+        for row, (token, *label_logprobs) in going:
+            row.ids.append(int(token))
+            row.label_logprobs.append(label_logprobs)
             row.ended = self._ends(row.ids)
-        return sum(row.ended for row, *_ in going), len(going)
+        return sum(row.ended for row, _ in going), len(going)
 
     def _decoder(self, prompts: Sequence[Sequence[int]], group_size: int, columns: int) -> Decoder:
         """Prefill these prompts; return the function that decodes up to `columns` tokens after them."""
