@@ -45,7 +45,8 @@ OTHERS = {  # flags of other programs, and of commands that take no config
     *("hostfile", "num_gpus", "num_nodes", "nnodes", "nproc_per_node", "include", "master_port", "module"),
     *("local_rank", "no-deps", "install", "shutdown", "logdir", "project", "tasks", "model_args", "version"),
     *("output", "id", "query-gpu", "format", "device", "steps", "series"),
-    *("no-index", "target", "docs", "stage", "rounds", "python", "cuda", "dtype", "preset", "completion"),  # pip, benchmarks
+    *("no-index", "target", "docs", "stage", "rounds", "python", "cuda"),  # of pip and of benchmarks/
+    *("dtype", "preset", "completion"),
 }  # fmt: skip
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*\b)(?:[ =](?![->])([^\s`;\"')\]}]+))?")
 NEEDS = {  # a recommended flag -> the flags that its text presupposes
