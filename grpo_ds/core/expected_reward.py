@@ -71,7 +71,7 @@ class LabelProbs:
 
 @dataclass(frozen=True, slots=True)
 class LabelAdvantages:
-    """What `expected_advantages` adds to the advantages of the completions.
+    """Advantages of the labels, beside those of the completions.
 
     Example: the completion of `LabelProbs` above; a drawn answer learns from the other rewards alone.
         LabelAdvantages(labels=tensor([[0.9, -1.1], [0, 0]]), drawn=tensor([0.1, 0.0]))

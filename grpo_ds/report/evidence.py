@@ -20,7 +20,7 @@ BEFORE, AFTER = "before", "after"
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What is known of a run.
+    """Evidence of a run: all that is known of it.
 
     Example: two steps, no held-out answers, one setting that is not the default
         >>> known = Evidence([{"reward": 0.5, "kl": 0.01}, {"reward": 0.7, "kl": None}], {}, {"beta": 0.1}, {})

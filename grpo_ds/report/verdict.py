@@ -228,7 +228,7 @@ def _changes(known: Evidence, found: tuple[Cause, ...]) -> tuple[str, ...]:
 
 
 def _so_far(known: Evidence) -> str:
-    """What is known of a run without answers after training."""
+    """Sum up a run without answers after training."""
     first, last = known.early("reward"), known.late("reward")
     reward = ""
     if first is not None:

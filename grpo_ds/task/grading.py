@@ -75,7 +75,7 @@ class Evaluation:
     votes: Votes | None = None  # figures of them
 
     def figures(self) -> dict[str, Any]:
-        """All figures under their names in the summary of a run."""
+        """Return all figures under their names in the summary of a run."""
         parts = (self.grades, self.confidence, self.votes)
         return {name: value for part in parts if part is not None for name, value in asdict(part).items()}
 
