@@ -40,13 +40,18 @@ class Launched:
         self.launch, self.train = self.found["launch"], self.found["train"]
 
     def begun(self) -> bool:
-        """Return True if both processes below the runner exist."""
+        """Return True if both processes below the runner exist.
+
+        A child shows its parent's command line until its own program has begun, so each is known by its parent too.
+        """
         assert self.runner.poll() is None, self.log.read_text()[-3000:]
-        for process in psutil.Process(self.runner.pid).children(recursive=True):
-            with suppress(psutil.Error):
-                words = process.cmdline()
-                if "launch/train.py" in words:
-                    self.found.setdefault("launch" if "deepspeed.launcher.launch" in words else "train", process)
+        for name, parent in (("launch", psutil.Process(self.runner.pid)), ("train", self.found.get("launch"))):
+            for process in parent.children() if parent else []:
+                with suppress(psutil.Error):
+                    words = process.cmdline()
+                    launches = "deepspeed.launcher.launch" in words
+                    if "launch/train.py" in words and launches == (name == "launch"):
+                        self.found.setdefault(name, process)
         return len(self.found) == 2
 
     def until(self, condition: Callable[[], bool], what: str) -> None:
