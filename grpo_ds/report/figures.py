@@ -31,6 +31,8 @@ def confidence_rows(sides: Sequence[Figures]) -> list[Row]:
         ("reasoning_gain", "reasoning gain", "{:+.3f}".format),
         ("reasoned", "reasoning in form", "{:.1%}".format),
         ("lean", f"lean{_classes(sides)}", _shares),
+        ("auc", "AUC", "{:.3f}".format),
+        ("auc_interval", "AUC, 95 % interval", _interval),
         ("calibration_error", "calibration error", "{:.3f}".format),
         ("misled_accuracy", "accuracy if misled", "{:.1%}".format),
         ("vote_accuracy", f"accuracy of {_samples(sides)} votes", "{:.1%}".format),
