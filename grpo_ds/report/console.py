@@ -174,11 +174,22 @@ class Console:
         if not profiler.exact and "gpu" not in kinds:
             self.line(STALE_NOTE.format(command("profile")))
 
-    def before_and_after(self, before: Evaluation, after: Evaluation, questions: Sequence[Question]) -> None:
-        """Print the grades before and after training, with McNemar's test and the majority baseline."""
+    def before_and_after(
+        self,
+        before: Evaluation,
+        after: Evaluation,
+        questions: Sequence[Question],
+        *,
+        names: tuple[str, str] = ("before", "after"),
+    ) -> None:
+        """Print the grades before and after training, with McNemar's test and the majority baseline.
+
+        names: of two other sides, such as two models.
+        """
         table = Table(title=f"Held-out questions ({before.grades.count}, greedy)", title_justify="left")
-        for column in ("", "before", "after"):
-            table.add_column(column, justify="left" if not column else "right")
+        table.add_column("")
+        for name in names:
+            table.add_column(Text(escape_control_chars(name)), justify="right")
         figures = before.figures(), after.figures()
         for name, show in [*grade_rows(figures), *confidence_rows(figures)]:
             table.add_row(Text(escape_control_chars(name)), *(escape_control_chars(show(side)) for side in figures))

@@ -39,9 +39,14 @@ def grades(questions: Sequence[Question], evaluations: dict[str, Evaluation]) ->
     """Return the figures before and after; if both exist, also McNemar's p, and the change of p(right) with its own."""
     report: dict[str, Any] = {when: evaluation.figures() for when, evaluation in evaluations.items()}
     if len(evaluations) > 1:
-        report["mcnemar"] = mcnemar(*(answered_right(evaluation, questions) for evaluation in evaluations.values()))
-        report |= compared(questions, *evaluations.values())
+        report |= paired_tests(questions, *evaluations.values())
     return report
+
+
+def paired_tests(questions: Sequence[Question], before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    """Return McNemar's p-value, and the change of p(right) with its interval and p-value where it is known."""
+    answers = (answered_right(evaluation, questions) for evaluation in (before, after))
+    return {"mcnemar": mcnemar(*answers), **compared(questions, before, after)}
 
 
 def compared(questions: Sequence[Question], before: Evaluation, after: Evaluation) -> dict[str, Any]:
