@@ -15,6 +15,7 @@ from random import Random
 from typing import Any
 
 from grpo_ds.errors import DataError, UsageError, one_error
+from grpo_ds.task.answers import AnswerKind
 from grpo_ds.task.records import check_record, quote
 from grpo_ds.task.sources import ACCEPTED, Source, open_source
 from grpo_ds.task.spelling import label_key, nfc
@@ -24,7 +25,7 @@ PUBMEDQA_LABELS = ("yes", "no", "maybe")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question, the abstract that answers it, and the right answer.
+    """A question, the text that answers it, and the right answer.
 
     Example:
         >>> Question("17", "Did it fall?", "It fell by half.", "yes", columns={"year": 2011}).columns["year"]
@@ -36,6 +37,9 @@ class Question:
     context: str  # "" if the data has none
     label: str  # the right answer, spelled as in `labels`; "" if unknown
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # the record as it was read
+    accepted: tuple[str, ...] = ()  # all right answers, if they are texts; the first is the label
+    # A whole chat that stands in place of our rendering (TRL's `prompt`); its last turn is the user's.
+    messages: tuple[Mapping[str, str], ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +58,24 @@ class QuestionSet:
 
 
 def read_questions(
-    data: str | None, *, labels: tuple[str, ...] = ("yes", "no"), fields: Mapping[str, str] | None = None
+    data: str | None,
+    *,
+    labels: tuple[str, ...] = ("yes", "no"),
+    fields: Mapping[str, str] | None = None,
+    answers: AnswerKind = "labels",
 ) -> QuestionSet:
     """Read --data (file, hub id, "sample", None for the default). Raises one DataError that names every bad record.
 
-    labels: the answers to keep.
+    labels: the answers to keep, if the answers are labels.
+    answers: the kind of the right answers; with "none" a record needs none.
     fields: names of a record's fields for "question", "context" and "label"; a name that is not given is detected.
     """
     source = open_source(data)
-    found = _checked_questions(source, labels, fields or {})
+    found = _checked_questions(source, labels, fields or {}, answers=answers)
+    if answers != "labels":
+        if not found:
+            raise _none_left(source.name, labels, {})
+        return QuestionSet(tuple(found), f"{source.name}: {_counted(len(found), 'question')}", {})
     kept = tuple(question for question in found if question.label in labels)
     left_out = dict(Counter(question.label for question in found if question.label not in labels))
     if not kept:
@@ -71,10 +84,14 @@ def read_questions(
 
 
 def unanswered_questions(
-    source: Source, *, labels: tuple[str, ...] = ("yes", "no"), fields: Mapping[str, str] | None = None
+    source: Source,
+    *,
+    labels: tuple[str, ...] = ("yes", "no"),
+    fields: Mapping[str, str] | None = None,
+    answers: AnswerKind = "labels",
 ) -> list[Question]:
     """Questions of a source that may have no labels; a missing label becomes ""."""
-    if found := _checked_questions(source, labels, fields or {}, label_needed=False):
+    if found := _checked_questions(source, labels, fields or {}, label_needed=False, answers=answers):
         return found
     raise _none_left(source.name, labels, {})
 
@@ -100,7 +117,12 @@ def in_random_order(questions: Sequence[Question], *, seed: int) -> list[Questio
 
 
 def split_questions(
-    questions: Sequence[Question], *, eval_fraction: float, seed: int, trained_on: Collection[str] = ()
+    questions: Sequence[Question],
+    *,
+    eval_fraction: float,
+    seed: int,
+    trained_on: Collection[str] = (),
+    by_class: bool = True,
 ) -> tuple[list[Question], list[Question]]:
     """Split into (training, held-out), stratified by class; the order of the records does not matter.
 
@@ -108,22 +130,26 @@ def split_questions(
     at 0.2 give 400 and 100, for any mix of classes.
 
     trained_on: fingerprints of questions that are never held out, even if the held-out part then stays smaller.
+    by_class: False for answers that are no closed set: the random order alone decides.
     """
     if not 0 < eval_fraction < 1:
         raise UsageError(f"eval_fraction is {eval_fraction}, but it must lie between 0 and 1. Try --eval_fraction 0.2.")
     mixed = in_random_order(questions, seed=seed)
     by_label = defaultdict(list)
     for question in not_among(trained_on, mixed):
-        by_label[question.label].append(question.id)
-    places = _held_out_places(Counter(question.label for question in mixed), eval_fraction)
+        by_label[question.label * by_class].append(question.id)
+    places = _held_out_places(Counter(question.label * by_class for question in mixed), eval_fraction)
     held_out = {id_ for label, ids in by_label.items() for id_ in ids[: places[label]]}
     return [q for q in mixed if q.id not in held_out], [q for q in mixed if q.id in held_out]
 
 
-def first_in_proportion(questions: Sequence[Question], limit: int | None) -> list[Question]:
-    """Return the first `limit` questions, the classes in the proportion of all (largest remainder); None: all."""
-    if limit is None or limit >= len(questions):
-        return list(questions)
+def first_in_proportion(questions: Sequence[Question], limit: int | None, *, by_class: bool = True) -> list[Question]:
+    """Return the first `limit` questions, the classes in the proportion of all (largest remainder); None: all.
+
+    by_class: False for answers that are no closed set.
+    """
+    if limit is None or limit >= len(questions) or not by_class:
+        return list(questions[:limit])
     left = _apportion(Counter(question.label for question in questions), Fraction(limit, len(questions)), limit)
     chosen = []
     for question in questions:
@@ -190,13 +216,18 @@ def _fewest_to_split(fraction: Fraction) -> int:
 
 
 def _checked_questions(
-    source: Source, labels: tuple[str, ...], fields: Mapping[str, str], *, label_needed: bool = True
+    source: Source,
+    labels: tuple[str, ...],
+    fields: Mapping[str, str],
+    *,
+    label_needed: bool = True,
+    answers: AnswerKind = "labels",
 ) -> list[Question]:
     """Return a question for each record, or raise one DataError that names every bad record."""
     # If all labels are PubMedQA's, its other labels are accepted here and left out later; otherwise they are errors.
     asked = {label_key(label) for label in labels}
     others = [label for label in PUBMEDQA_LABELS if label not in asked] if asked <= set(PUBMEDQA_LABELS) else []
-    found, problems = _check_all(source, (*labels, *others), fields, label_needed)
+    found, problems = _check_all(source, (*labels, *others), fields, label_needed, answers)
     if problems:
         headline = (
             f"{source.name}: {_counted(len(problems), 'problem')} ({_counted(len(source.records), 'record')} read):"
@@ -207,13 +238,15 @@ def _checked_questions(
 
 
 def _check_all(
-    source: Source, known_labels: tuple[str, ...], names: Mapping[str, str], label_needed: bool
+    source: Source, known_labels: tuple[str, ...], names: Mapping[str, str], label_needed: bool, answers: AnswerKind
 ) -> tuple[list[Question], list[str]]:
     """Return the usable records as questions, and every problem of the others with its place."""
     placed, problems = [], list(source.problems)
     columns = {name: None for _, record in source.records if isinstance(record, dict) for name in record}
     for place, record in source.records:
-        fields, wrong = check_record(record, known_labels=known_labels, names=names, label_needed=label_needed)
+        fields, wrong = check_record(
+            record, known_labels=known_labels, names=names, label_needed=label_needed, answers=answers
+        )
         if isinstance(record, dict) and not wrong:
             # A view of the two dicts: if every record has a different field, copies would fill the memory.
             placed.append((place, _question(fields, ChainMap(record, columns))))
@@ -222,9 +255,10 @@ def _check_all(
     return [question for _, question in placed], [*problems, *_duplicates(placed)]
 
 
-def _question(fields: dict[str, str], columns: Mapping[str, Any]) -> Question:
+def _question(fields: Mapping[str, Any], columns: Mapping[str, Any]) -> Question:
     content = f"{fields['text']}\n{fields['context']}".encode()
-    return Question(**{"id": hashlib.sha256(content).hexdigest()[:12], "label": "", **fields}, columns=columns)
+    known = {"id": hashlib.sha256(content).hexdigest()[:12], "label": "", **fields}
+    return Question(**known, columns=columns)
 
 
 def _accepted(labels: Sequence[str], fields: Mapping[str, str]) -> str:

@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import isfinite, isnan
 
+from grpo_ds.task.answers import AnswerKind
+from grpo_ds.task.numbers import number_of, number_text
 from grpo_ds.task.spelling import label_key
 
 NO_CONTEXT = "none"  # as the name of the context field: the questions have no context
@@ -46,6 +48,7 @@ def check_record(
     known_labels: Collection[str],
     names: Mapping[str, str] | None = None,
     label_needed: bool = True,
+    answers: AnswerKind = "labels",
 ) -> tuple[dict[str, str], list[str]]:
     """Return (fields, problems): text, context, label and the id if there is one; each problem names its field.
 
@@ -57,10 +60,13 @@ def check_record(
     checks: list[tuple[str, str, Callable[[object], str]]] = [
         ("text", spelling.question, sound_text),
         ("context", spelling.context, _context),
-        ("label", spelling.label, lambda value: _label(value, known_labels)),
+        ("label", spelling.label, lambda value: _label(value, known_labels, answers)),
         ("id", spelling.id, _id),
     ]
     fields: dict[str, str] = {"context": ""} if spelling.context == NO_CONTEXT else {}
+    if answers == "none":
+        fields["label"] = ""
+        fields |= {} if spelling.context in record else {"context": ""}
     problems, optional = [], {"id"} if label_needed else {"id", "label"}
     for field, name, check in checks:
         if field in fields or (name not in record and field in optional):
@@ -69,7 +75,7 @@ def check_record(
             fields[field] = check(_present(record, name))
         except Unusable as problem:
             problems.append(f"{name} {problem}")
-    if "label" in fields and "label" not in (names or {}):
+    if answers == "labels" and "label" in fields and "label" not in (names or {}):
         problems += _contradictions(record, spelling.label, fields["label"], known_labels)
     return fields, problems
 
@@ -134,8 +140,15 @@ def _context(value: object) -> str:
     return sound_text("\n".join(part.strip() for part in value))
 
 
-def _label(value: object, known_labels: Collection[str]) -> str:
+def _label(value: object, known_labels: Collection[str], answers: AnswerKind = "labels") -> str:
+    if answers == "number":
+        written = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else sound_text(value)
+        if (number := number_of(written)) is None:
+            raise Unusable(f"is {quote(written)}, which is not a number")
+        return number_text(number)
     label = _text_or_integer(value)
+    if answers == "text":
+        return label
     spelled = {label_key(known): known for known in known_labels}.get(label_key(label))
     if spelled is None:
         raise Unusable(f"is {quote(label)}; it must be {' or '.join(known_labels)}")
