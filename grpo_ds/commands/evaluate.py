@@ -8,20 +8,22 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from grpo_ds.commands.settle import subject_of
 from grpo_ds.errors import DataError
 from grpo_ds.memory.choose import choose_model
+from grpo_ds.models.shapes import shape_of
 from grpo_ds.report.lax import lax_block, lax_lines
 from grpo_ds.run_folder.trained_on import read_trained_on
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import EvaluateConfig
-from grpo_ds.settings.flags import Flags, failed, flag, list_flag
-from grpo_ds.settings.paths import absolute_reward_files
+from grpo_ds.settings.data_flags import MODEL_NAMES
+from grpo_ds.settings.flags import Flags, failed, flag, list_flag, path_flag
+from grpo_ds.settings.paths import absolute_if_there, absolute_reward_files
 from grpo_ds.settings.saved_config import split_recipe
 from grpo_ds.system.hardware import check_torch, gpu_memory_gib, native_precision, ram_gib
-from grpo_ds.task.grading import small_sample
+from grpo_ds.task.grading import Evaluation, small_sample
 from grpo_ds.task.lax import lax_grades
 from grpo_ds.task.questions import (
     Question,
@@ -37,6 +39,7 @@ from grpo_ds.task.rewards import READY_MADE, REASONING_GAIN, WeightedFunctions, 
 from grpo_ds.task.scoring import Rewards, Sampled, columns_for_rewards, score
 
 if TYPE_CHECKING:
+    from grpo_ds.report.console import Console
     from grpo_ds.training.prompt_style import PromptStyle
     from grpo_ds.training.sampling import Sampler
 
@@ -53,6 +56,11 @@ class GradingFlags(Flags):
     grading: Literal["strict", "lax"] = flag(
         "strict", "lax: report beside the strict figures those of parsers that need no form (docs/the_recipe.md)"
     )
+    compare_with: str | None = path_flag(
+        None,
+        "a second model (as --model), asked the same in the same way; adds paired tests",
+        path=absolute_if_there(*MODEL_NAMES),
+    )
     reward_funcs: str | None = list_flag(
         None,
         f"also report mean rewards: {', '.join(OF_TEXT)}, FILE.py:FUNCTION, module.FUNCTION",
@@ -60,7 +68,11 @@ class GradingFlags(Flags):
     )
 
     def problems(self) -> list[str]:
-        return [*(reward_problems(self.reward_funcs, None) if self.reward_funcs else []), *super().problems()]
+        return [
+            *failed((self.compare_with == "auto", "compare_with is auto; name a model")),
+            *(reward_problems(self.reward_funcs, None) if self.reward_funcs else []),
+            *super().problems(),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +117,37 @@ def main(argv: list[str]) -> None:
     config, why, asked = prepare(argv)
 
     from grpo_ds.report.console import Console  # heavy libraries are loaded from here on
-    from grpo_ds.system.ranks import World
-    from grpo_ds.training.evaluate import evaluate, load_for_asking
+    from grpo_ds.report.held_out import paired_tests
 
     rewards = reward_functions(config, asked.questions) if config.reward_funcs else {}
     console = Console(prints_results=True)
     console.line(f"Model: {config.model} ({why})\nData: {asked.described()}")
+    models = [config.model, *filter(None, [config.compare_with])]
+    for name in models:  # before the first one is asked, which takes minutes
+        shape_of(name, trust_remote_code=config.trust_remote_code)
+    result, prompts = _ask(config, asked, rewards, console)
+    more: dict[str, Any] = {"trained_on": asked.trained_on, "left_out_as_trained_on": asked.left_out}
+    if config.compare_with:
+        other, _ = _ask(replace(config, model=config.compare_with), asked, rewards, console)
+        more["compared_with"] = {"model": config.compare_with, **other.figures()}
+        more |= paired_tests(asked.questions, other, result)
+        console.before_and_after(other, result, asked.questions, names=(Path(models[1]).name, Path(models[0]).name))
+    if result.grades and (warning := small_sample(result.grades.count, result.grades.accuracy_interval)):
+        console.line(f"Warning: {warning}")
+    if config.grading == "lax" and result.grades:
+        found = lax_grades(result.texts, prompts, asked.questions, config.answer_format)
+        console.line(lax_lines(result.grades, found))
+        more["lax"] = lax_block(found)
+    console.line(json.dumps({**result.figures(), **more}, indent=1))
+
+
+def _ask(
+    config: GradingConfig, asked: Asked, rewards: WeightedFunctions, console: "Console"
+) -> tuple[Evaluation, list[str]]:
+    """Load the model and ask it; return the evaluation, with rewards if functions are given, and the prompts."""
+    from grpo_ds.system.ranks import World
+    from grpo_ds.training.evaluate import evaluate, load_for_asking
+
     precision = native_precision(on_gpu=gpu_memory_gib() is not None)
     sampler, style = load_for_asking(config, precision=precision, say=console.line)
     sampler.rows_at_once = config.generation_batch_size or ROWS_AT_ONCE
@@ -118,20 +155,11 @@ def main(argv: list[str]) -> None:
     with console.progress("Evaluation", len(asked.questions), announce=True) as advance:
         samples, misled = config.eval_samples, config.eval_misled
         result = evaluate(sampler, style, asked.questions, alone, samples=samples, misled=misled, advance=advance)
-    if result.grades and (warning := small_sample(result.grades.count, result.grades.accuracy_interval)):
-        console.line(f"Warning: {warning}")
     if rewards:
         result = result.rewarded(rewards_of(result.texts, asked.questions, rewards, sampler, style))
         for error in result.rewards.errors.values() if result.rewards else ():
             console.line(f"Warning: {error}")
-    counts = {"trained_on": asked.trained_on, "left_out_as_trained_on": asked.left_out}
-    lax = {}
-    if config.grading == "lax" and result.grades:
-        prompts = [prompt.text for prompt in style.shown(sampler.tokenizer, asked.questions)]
-        found = lax_grades(result.texts, prompts, asked.questions, config.answer_format)
-        console.line(lax_lines(result.grades, found))
-        lax = {"lax": lax_block(found)}
-    console.line(json.dumps({**result.figures(), **counts, **lax}, indent=1))
+    return result, [prompt.text for prompt in style.shown(sampler.tokenizer, asked.questions)]
 
 
 def reward_functions(config: GradingConfig, questions: Sequence[Question]) -> WeightedFunctions:

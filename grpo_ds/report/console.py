@@ -15,7 +15,7 @@ from rich.text import Text
 from grpo_ds.memory.phases import Profiler
 from grpo_ds.memory.plan import GIB, MEMORY_NAMES, MemoryKind, Plan
 from grpo_ds.report.figures import change_lines, confidence_rows, grade_line, grade_rows, reward_rows
-from grpo_ds.report.held_out import compared
+from grpo_ds.report.held_out import paired_tests
 from grpo_ds.report.live import LOSS_NOTE, PHASES, History, LiveView, clock, memory_line
 from grpo_ds.report.long_work import Advance, ProgressLines, Work
 from grpo_ds.report.memory_measured import Comparison, compare, diagnosis
@@ -169,16 +169,27 @@ class Console:
         if not profiler.exact and "gpu" not in kinds:
             self.line(STALE_NOTE.format(command("profile")))
 
-    def before_and_after(self, before: Evaluation, after: Evaluation, questions: Sequence[Question]) -> None:
-        """Print the grades before and after training, with the paired tests and the majority baseline."""
+    def before_and_after(
+        self,
+        before: Evaluation,
+        after: Evaluation,
+        questions: Sequence[Question],
+        *,
+        names: tuple[str, str] = ("before", "after"),
+    ) -> None:
+        """Print the grades before and after training, with the paired tests and the majority baseline.
+
+        names: of two other sides, such as two models.
+        """
         table = Table(title=f"Held-out questions ({len(questions)}, greedy)", title_justify="left")
-        for column in ("", "before", "after"):
-            table.add_column(column, justify="left" if not column else "right")
+        table.add_column("")
+        for name in names:
+            table.add_column(Text(escape_control_chars(name)), justify="right")
         figures = before.figures(), after.figures()
         for name, show in [*grade_rows(figures), *confidence_rows(figures), *reward_rows(figures)]:
             table.add_row(Text(escape_control_chars(name)), *(escape_control_chars(show(side)) for side in figures))
         self._rich.print(table)
-        for line in change_lines({**before.figures(), **compared(questions, before, after)}):
+        for line in change_lines({**before.figures(), **paired_tests(questions, before, after)}):
             self.line(line)
 
 

@@ -81,6 +81,8 @@ def confidence_rows(sides: Sequence[Figures]) -> list[Row]:
         ("reasoning_gain", "reasoning gain", "{:+.3f}".format),
         ("reasoned", "reasoning in form", "{:.1%}".format),
         ("lean", f"lean{_classes(sides)}", _shares),
+        ("auc", "AUC", "{:.3f}".format),
+        ("auc_interval", "AUC, 95 % interval", _interval),
         ("calibration_error", "calibration error", "{:.3f}".format),
         ("misled_accuracy", "accuracy if misled", "{:.1%}".format),
         ("vote_accuracy", f"accuracy of {_samples(sides)} votes", "{:.1%}".format),
@@ -92,7 +94,7 @@ def confidence_rows(sides: Sequence[Figures]) -> list[Row]:
 def change_lines(figures: Figures) -> list[str]:
     """Return the majority baseline with McNemar's p, and how p(right) or the reward changed; what is known of these.
 
-    figures: of one side, with `held_out.compared`.
+    figures: of one side, with `held_out.paired_tests`.
     """
     tests = []
     if (baseline := figures.get("majority_baseline")) is not None:
@@ -103,7 +105,7 @@ def change_lines(figures: Figures) -> list[str]:
 
 
 def mean_change_lines(compared: Figures) -> list[str]:
-    """Say how p(right) and the reward changed, if they are known. compared: `held_out.compared`."""
+    """Say how p(right) and the reward changed, if they are known. compared: `held_out.paired_tests`."""
     known = [(key, name) for key, name in CHANGES.items() if f"{key}_change" in compared]
     return [_change_line(compared, key, name) for key, name in known]
 

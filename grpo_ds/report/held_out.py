@@ -41,11 +41,11 @@ def grades(questions: Sequence[Question], evaluations: dict[str, Evaluation]) ->
     """Return the figures before and after; if both exist, also the paired tests that fit."""
     report: dict[str, Any] = {when: evaluation.figures() for when, evaluation in evaluations.items()}
     if len(evaluations) > 1:
-        report |= compared(questions, *evaluations.values())
+        report |= paired_tests(questions, *evaluations.values())
     return report
 
 
-def compared(questions: Sequence[Question], before: Evaluation, after: Evaluation) -> dict[str, Any]:
+def paired_tests(questions: Sequence[Question], before: Evaluation, after: Evaluation) -> dict[str, Any]:
     """Return McNemar's p, and the change of p(right) or of the reward with its interval and p-value.
 
     What is not known on one side is left out.

@@ -19,6 +19,7 @@ from grpo_ds.system.files import write_whole
 FIGURES = {  # as in the summary of a run -> its name
     "accuracy": "accuracy",
     "mean_p_right": "mean p(right)",
+    "auc": "AUC",
     "macro_f1": "macro-F1",
     "well_formed": "well-formed",
     "reasoning_gain": "reasoning gain",

@@ -18,6 +18,7 @@ from grpo_ds.task.rewards import BARE_LABEL
 
 SIGNIFICANT = 0.05
 FORMED = 0.9  # share of well-formed answers: the form is known, and a tenth is left to odd questions
+CHANCE_AUC = 0.5
 FEW_WORDS = 10  # of reasoning; a sentence has more
 
 TASK = "It learned the task: more answers are right than before, and more than the most common label alone would give."
@@ -214,8 +215,19 @@ def _lean(known: Evidence) -> str:
         most = "Nearly all answers are one class; then accuracy says little, see macro-F1. " if collapsed else ""
         was = ", as before" if (before := lean_of(known, BEFORE)) and before[0] == label else ""
         compared = f"{share:.0%} of the answers, {of_questions:.0%} of the questions"
-        return f"Lean: {most}To “{label}”{was}: {compared} ({shares})."
+        return f"Lean: {most}To “{label}”{was}: {compared} ({shares}).{_behind_the_lean(known)}"
     return f"Lean: none beyond chance; answers given: {shares}."
+
+
+def _behind_the_lean(known: Evidence) -> str:
+    """What the probabilities tell apart all the same; "" if that could be chance."""
+    area, interval = known.grade(AFTER, "auc"), known.grades(AFTER).get("auc_interval")
+    if area is None or not interval or interval[0] <= CHANCE_AUC:
+        return ""
+    return (
+        f" It hides what the model knows: its probabilities tell two questions of different classes apart in "
+        f"{area:.0%} of all pairs (AUC; a coin toss has 50%)."
+    )
 
 
 def _reasoning(known: Evidence) -> str:

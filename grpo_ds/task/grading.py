@@ -165,6 +165,8 @@ def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
     if known:
         metrics |= {"eval/mean_p_right": known.mean_p_right, "eval/calibration_error": known.calibration_error}
         metrics |= {f"eval/lean/{label}": p for label, p in known.lean.items()}
+        if known.auc is not None:
+            metrics["eval/auc"] = known.auc
         if known.reasoning_gain is not None:
             metrics["eval/reasoning_gain"] = known.reasoning_gain
     if rewards:
