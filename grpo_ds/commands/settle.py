@@ -15,7 +15,7 @@ from grpo_ds.models.shapes import ModelShape, adapter_base, longer_than_made_for
 from grpo_ds.run_folder.resume import base_needed, find_checkpoint, flags_of, refuse_other_flags, weights_of
 from grpo_ds.run_folder.trained_on import TRAINED_ON_FILE
 from grpo_ds.settings.command_line import parse
-from grpo_ds.settings.config import TrainConfig
+from grpo_ds.settings.config import EvaluateConfig, TrainConfig
 from grpo_ds.settings.ds_config import DsConfig, resolve_ds_config
 from grpo_ds.system.hardware import (
     INT8_CARD,
@@ -26,7 +26,8 @@ from grpo_ds.system.hardware import (
     ram_gib,
 )
 from grpo_ds.task.questions import Question, QuestionSet, split_questions
-from grpo_ds.task.sources import data_or_default
+from grpo_ds.task.sources import SAMPLE, data_or_default
+from grpo_ds.task.worked_examples import BIOMEDICAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,11 @@ def split_for_training(
     trained_on: fingerprints. Raises DataError if nothing can be held out.
     """
     parts = split_questions(
-        questions.questions, eval_fraction=config.eval_fraction, seed=config.seed, trained_on=trained_on
+        questions.questions,
+        eval_fraction=config.eval_fraction,
+        seed=config.seed,
+        trained_on=trained_on,
+        by_class=config.answer_format.is_closed,
     )
     if not parts[1]:
         raise DataError(
@@ -155,6 +160,15 @@ def split_for_training(
             "all the same; their accuracy then says nothing about new questions."
         )
     return parts
+
+
+def subject_of(config: EvaluateConfig, questions: QuestionSet) -> str:
+    """Return --subject; if it is not given that of PubMedQA's records and of the packaged ones, "" for all others."""
+    if config.subject is not None:
+        return config.subject
+    name = Path(data_or_default(config.data)).name.lower()
+    known = "final_decision" in questions.questions[0].columns or "pubmedqa" in name or name == SAMPLE
+    return BIOMEDICAL if known else ""
 
 
 def ranks() -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grpo_ds.task.questions import Question
-from grpo_ds.task.statistics import bootstrap_interval, calibration_error, mean, sign_flip_p
+from grpo_ds.task.statistics import auc, bootstrap_interval, calibration_error, mean, paired_change
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,8 @@ class Confidence:
     reasoning_gain_interval: tuple[float, float] | None
     lean: dict[str, float]  # mean probability
     class_shares: dict[str, float]  # share of questions with this label, to compare the lean with
+    auc: float | None  # how well p separates two labels, whatever the lean; None: other than two labels, or one missing
+    auc_interval: tuple[float, float] | None
     calibration_error: float  # of the most likely label's probability
     misled_accuracy: float | None  # share of questions whose right label is the most likely one even if misled
 
@@ -61,6 +63,7 @@ def confidence(probs: Sequence[AnswerProbs], questions: Sequence[Question], *, l
     """Compute the figures of probs[i] for questions[i]."""
     answers, actual = [it.answer for it in probs], [question.label for question in questions]
     right, gains = p_right(probs, questions, labels=labels), _known(reasoning_gains(probs, questions, labels=labels))
+    area, area_interval = _auc(answers, actual, labels)
     said, misled = [_likely(p, labels) for p in answers], [it.misled for it in probs if it.misled]
     return Confidence(
         mean_p_right=mean(right),
@@ -71,6 +74,8 @@ def confidence(probs: Sequence[AnswerProbs], questions: Sequence[Question], *, l
         reasoning_gain_interval=bootstrap_interval(gains) if gains else None,
         lean={label: mean([p[i] for p in answers]) for i, label in enumerate(labels)},
         class_shares={label: actual.count(label) / len(actual) for label in labels},
+        auc=area,
+        auc_interval=area_interval,
         calibration_error=calibration_error(
             [max(p) for p in answers], [a == b for a, b in zip(said, actual, strict=True)]
         ),
@@ -95,17 +100,22 @@ def reasoning_gains(
 
 def compare_p_right(before: Sequence[float], after: Sequence[float]) -> dict[str, float | tuple[float, float]]:
     """Return the mean change of p(right) on the same questions, its interval, and the p-value of no change."""
-    changes = [b - a for a, b in zip(before, after, strict=True)]
-    return {
-        "p_right_change": mean(changes),
-        "p_right_change_interval": bootstrap_interval(changes),
-        "p_right_p_value": sign_flip_p(changes),
-    }
+    change, interval, p_value = paired_change(before, after)
+    return {"p_right_change": change, "p_right_change_interval": interval, "p_right_p_value": p_value}
 
 
 def wrong_label(right: str, labels: Sequence[str]) -> int:
     """Return the index of the wrong label that a misleading reasoning claims: the one behind the right label."""
     return (labels.index(right) + 1) % len(labels)
+
+
+def _auc(
+    probs: Sequence[tuple[float, ...]], actual: Sequence[str], labels: Sequence[str]
+) -> tuple[float, tuple[float, float]] | tuple[None, None]:
+    if len(labels) != 2 or len(set(actual)) < 2:
+        return None, None
+    first, second = ([p[0] for p, label in zip(probs, actual, strict=True) if label == one] for one in labels)
+    return auc(first, second)
 
 
 def _likely(probs: Sequence[float], labels: Sequence[str]) -> str:

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from grpo_ds.errors import DataError, one_error
+from grpo_ds.task.answers import AnswerKind
 from grpo_ds.task.question import Question
 from grpo_ds.task.record_checks import chat_text, check_record
 from grpo_ds.task.record_remedies import remedy_for
-from grpo_ds.task.record_shapes import AnswerKind
 from grpo_ds.task.records import quote
 from grpo_ds.task.sources import Source
 from grpo_ds.task.spelling import label_key, nfc

@@ -14,11 +14,12 @@ from math import ceil, floor
 from random import Random
 
 from grpo_ds.errors import DataError, UsageError
+from grpo_ds.task.answers import AnswerKind
 from grpo_ds.task.checked_questions import checked_questions, counted
 from grpo_ds.task.question import Question
 from grpo_ds.task.record_checks import chat_text
 from grpo_ds.task.record_remedies import EXAMPLES
-from grpo_ds.task.record_shapes import OPTIONS, AnswerKind, names_of
+from grpo_ds.task.record_shapes import OPTIONS, names_of
 from grpo_ds.task.sources import Source, open_source
 from grpo_ds.task.spelling import label_key
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
+from grpo_ds.task.answers import AnswerKind
 from grpo_ds.task.chat_records import chat_turns, is_chat
 from grpo_ds.task.options import options_of, right_letter, with_options
 from grpo_ds.task.record_shapes import (
@@ -17,7 +18,6 @@ from grpo_ds.task.record_shapes import (
     MESSAGES,
     OURS,
     PROMPT,
-    AnswerKind,
     FieldNames,
     has_options,
     names_of,

@@ -5,9 +5,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
+from grpo_ds.task.answers import AnswerKind
 from grpo_ds.task.numbers import number_of
 from grpo_ds.task.options import options_of, right_letter
-from grpo_ds.task.record_shapes import AnswerKind, has_options, names_of
+from grpo_ds.task.record_shapes import has_options, names_of
 from grpo_ds.task.records import NO_CONTEXT, Unusable, quote
 from grpo_ds.task.right_answers import final_answer
 from grpo_ds.task.sources import ACCEPTED, FORMS, Source

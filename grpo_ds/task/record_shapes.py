@@ -5,11 +5,10 @@ A record's own fields decide, so one file may mix shapes; flags replace single n
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
+from grpo_ds.task.answers import AnswerKind
 from grpo_ds.task.records import NO_CONTEXT
-
-AnswerKind = Literal["labels", "number", "text", "none"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ from collections.abc import Collection
 from decimal import Decimal
 from fractions import Fraction
 
+from grpo_ds.task.answers import AnswerKind
 from grpo_ds.task.numbers import number_of, number_text
-from grpo_ds.task.record_shapes import AnswerKind
 from grpo_ds.task.records import Unusable, describe, quote, text_or_integer
 from grpo_ds.task.spelling import label_key
 

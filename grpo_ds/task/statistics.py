@@ -6,6 +6,8 @@ Draws are seeded, so the same figures give the same interval. Plain Python: 445 
 import random
 from collections.abc import Iterator, Sequence
 from itertools import compress, product
+from math import sqrt
+from statistics import NormalDist, variance
 
 DRAWS = 4000  # of a bootstrap or a test; the ends of an interval then vary by about 3 % of its width
 SEED = 0
@@ -38,6 +40,25 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     return (sum(sums) + counted) / (len(sums) + counted)
 
 
+def paired_change(before: Sequence[float], after: Sequence[float]) -> tuple[float, tuple[float, float], float]:
+    """Return the mean change of paired values, its interval, and the p-value of no change."""
+    changes = [b - a for a, b in zip(before, after, strict=True)]
+    return mean(changes), bootstrap_interval(changes), sign_flip_p(changes)
+
+
+def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """Return the share of pairs with the positive above the negative, a tie counting half, and its 95 % interval.
+
+    The area under the ROC curve. Its variance is that of the shares by question (DeLong et al. 1988), its interval
+    normal, cut to [0, 1].
+    """
+    above = [mean([(a > b) + (a == b) / 2 for b in negative]) for a in positive]
+    below = [mean([(a > b) + (a == b) / 2 for a in positive]) for b in negative]
+    area = mean(above)
+    half = NormalDist().inv_cdf((1 + COVERED) / 2) * sqrt(_error(above) + _error(below))
+    return area, (max(0.0, area - half), min(1.0, area + half))
+
+
 def calibration_error(confidences: Sequence[float], right: Sequence[bool], *, bins: int = 10) -> float:
     """Expected calibration error (Naeini et al. 2015): mean gap between confidence and accuracy.
 
@@ -47,6 +68,11 @@ def calibration_error(confidences: Sequence[float], right: Sequence[bool], *, bi
     for confidence, is_right in zip(confidences, right, strict=True):
         gaps[min(int(confidence * bins), bins - 1)] += confidence - is_right
     return sum(map(abs, gaps)) / len(confidences)
+
+
+def _error(shares: Sequence[float]) -> float:
+    """Squared standard error of their mean; of a single one 1/4, the most that a share can have."""
+    return variance(shares) / len(shares) if len(shares) > 1 else 1 / 4
 
 
 def _flips(count: int) -> Iterator[Sequence[int]]:

@@ -168,6 +168,31 @@ def test_the_prompt_of_each_question_is_read_with_its_answer(tiny_folder, capsys
     assert report["lax"]["any_label_with_prompt"]["predicted"] == {"yes": 5, "no": 0}
 
 
+def test_a_second_model_is_asked_the_same_and_compared_in_pairs(formed_folder, tiny_folder, capsys):
+    lines, alone = printed(formed_folder, capsys)
+    lines, both = printed(formed_folder, capsys, "--compare_with", str(tiny_folder))
+    other = both.pop("compared_with")
+    assert other.pop("model") == str(tiny_folder) and other.keys() == alone.keys() - {
+        "trained_on", "left_out_as_trained_on"
+    }  # fmt: skip
+    _, second = printed(tiny_folder, capsys, *["--prefill", "false", "--few_shot", "0"])
+    assert other["mean_p_right"] == second["mean_p_right"] != alone["mean_p_right"]
+    tests = {name: both.pop(name) for name in both.keys() - alone.keys()}
+    assert both == alone and tests.keys() == {
+        "mcnemar", "p_right_change", "p_right_change_interval", "p_right_p_value"
+    }  # fmt: skip
+    assert tests["p_right_change"] == pytest.approx(alone["mean_p_right"] - other["mean_p_right"])
+    assert formed_folder.name in lines and "paired test p" in lines
+
+
+def test_a_second_model_that_is_not_there_is_named_before_the_first_is_asked(tiny_folder, tmp_path, capsys):
+    with pytest.raises(UsageError, match="nowhere") as caught:
+        main(["--model", str(tiny_folder), "--data", "sample", "--compare_with", str(tmp_path / "nowhere")])
+    assert "Evaluation" not in capsys.readouterr().err and len(str(caught.value).splitlines()) <= MAX_LINES
+    with pytest.raises(UsageError, match="compare_with is auto; name a model"):
+        main(["--model", str(tiny_folder), "--compare_with", "auto"])
+
+
 def test_training_knows_no_lax_parser():
     with pytest.raises(UsageError, match="--grading: "):
         parse(TrainConfig, ["--grading", "lax"], about="")

@@ -650,7 +650,7 @@ def test_labels_that_look_like_markup_are_shown_as_they_are(capsys, tried):
 
     labels = ("[/b]", "[A]")
     questions = [Question(label, "Which?", "", label) for label in labels]
-    asked = Evaluation(["", ""], [None, "[A]"], grade([None, "[A]"], questions, labels=labels))
+    asked = Evaluation(["", ""], [None, "[A]"], grade([None, "[A]"], questions, labels=labels), [False, True])
     Console().before_and_after(asked, asked, questions)
     printed = capsys.readouterr().out
     assert "recall [/b]" in printed and "recall [A]" in printed

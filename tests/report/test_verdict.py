@@ -87,6 +87,13 @@ def test_a_lean_is_a_quarter_more_of_the_answers_than_of_the_questions(answers, 
     assert ("Lean: To" in judge(known(grades(1.0, 0.5), after, mcnemar=1.0)).aspects[2]) is leans
 
 
+@pytest.mark.parametrize(("interval", "knows"), [((0.5, 0.9), False), ((0.51, 0.9), True)])
+def test_a_lean_that_hides_knowledge_is_said_to(interval, knows):
+    lean = dict(lean={"yes": 0.9, "no": 0.1}, class_shares={"yes": 0.5, "no": 0.5}, auc=0.7, auc_interval=interval)
+    said = judge(known(grades(1.0, 0.5), grades(1.0, 0.5, **lean), mcnemar=1.0)).aspects[2]
+    assert ("It hides what the model knows" in said and "in 70% of all pairs" in said) is knows
+
+
 def answered(text: str, answer: str | None = "yes"):
     return {"text": text, "answer": answer}
 

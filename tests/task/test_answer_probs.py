@@ -12,7 +12,7 @@ from grpo_ds.task.answer_probs import AnswerProbs, Confidence, compare_p_right, 
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.grading import Evaluation, count_votes, graded
 from grpo_ds.task.questions import Question
-from grpo_ds.task.statistics import DRAWS, bootstrap_interval, calibration_error, sign_flip_p
+from grpo_ds.task.statistics import DRAWS, auc, bootstrap_interval, calibration_error, sign_flip_p
 from tests.conftest import check_example
 
 LABELS = ("yes", "no", "maybe")
@@ -144,9 +144,34 @@ def test_the_calibration_error_is_the_weighted_gap_of_ten_bins(pairs):
     assert calibration_error(*zip(*pairs, strict=True)) == pytest.approx(gap)
 
 
+@settings(deadline=None, max_examples=50)
+@given(*[st.lists(st.sampled_from([0.1, 0.4, 0.5, 0.9]), min_size=1, max_size=30)] * 2)
+def test_the_auc_is_that_of_the_rank_sums(positive, negative):
+    from scipy.stats import mannwhitneyu
+
+    area, (low, high) = auc(positive, negative)
+    assert area == pytest.approx(mannwhitneyu(positive, negative).statistic / len(positive) / len(negative))
+    assert 0 <= low <= area <= high <= 1
+
+
+def test_the_aucs_interval_covers_the_true_one():
+    """Normal scores a standard deviation apart have an AUC of Phi(1 / sqrt(2)) = 0.760; 55 and 34 as held out here."""
+    draw, true = random.Random(1), statistics.NormalDist().cdf(0.5**0.5)
+    intervals = [auc(*([draw.gauss(at, 1) for _ in range(n)] for at, n in ((1, 55), (0, 34))))[1] for _ in range(300)]
+    assert 0.91 <= sum(low <= true <= high for low, high in intervals) / 300 <= 0.98
+
+
+def test_a_lean_leaves_the_auc_alone_and_two_labels_alone_have_one():
+    asked, probs = QUESTIONS[:3], [AnswerProbs(None, (p, 1 - p)) for p in (0.99, 0.98, 0.97)]  # yes, no, no
+    found = confidence(probs, asked, labels=("yes", "no"))
+    assert found.auc == 1.0 and found.lean["yes"] > 0.97
+    assert confidence(PROBS, QUESTIONS, labels=LABELS).auc is None
+    assert confidence(probs[:1], asked[:1], labels=("yes", "no")).auc_interval is None
+
+
 def test_of_equally_many_votes_the_first_drawn_counts_and_no_answer_has_none():
     sampled = [["no", "yes", "yes"], ["no", "yes", None], [None, None, None], ["yes", "maybe", "maybe"]]
-    votes = count_votes(sampled, QUESTIONS)  # yes right, no right, none, maybe right
+    votes = count_votes(sampled, QUESTIONS, AnswerFormat(LABELS))  # yes right, no right, none, maybe right
     assert (votes.samples, votes.vote_accuracy) == (3, 0.75)
     assert votes.vote_accuracy_interval == grading.wilson_interval(3, 4)
 
