@@ -30,7 +30,7 @@ class Row:
     """Cells of a row, or the reason why it cannot be read.
 
     Example: a text with a line break in it.
-        >>> [row.place for row in _rows('a,b\n1,"2\n3"\n', ",")]
+        >>> [row.place for row in _rows('a,b\\n1,"2\\n3"\\n', ",")]
         ['line 1', 'lines 2 to 3']
     """
 
@@ -48,15 +48,21 @@ class Row:
 def csv_records(text: str) -> tuple[str, list[Placed], list[str], str] | None:
     """Return (form, records, problems, advice); None if the text is no table whose first line names its columns."""
     named = NAMED.match(text)
-    possible = [named[1]] if named else [it for it in DELIMITERS if it in text.partition("\n")[0]] or [DELIMITERS[0]]
+    possible = (
+        [named[1]]
+        if named
+        else [it for it in DELIMITERS if it in text.lstrip("\n").partition("\n")[0]] or [DELIMITERS[0]]
+    )
     fits = {delimiter: _fit(text, delimiter) for delimiter in possible}
     delimiter = max(fits, key=lambda it: fits[it])
-    if fits[delimiter] == NO_FIT:
+    if fits[delimiter] == NO_FIT and not named:
         return None
     rows = _rows(text, delimiter)
-    header = [nfc(name.strip()) for name in next(rows).cells]
+    first = next(rows, Row(1, 1, []))
+    header = [nfc(name.strip()) for name in first.cells]
     twice = sorted({name for name in header if name and header.count(name) > 1})
-    problems = [f"line 1: column {quote(name)} is there twice; keep one" for name in twice]
+    problems = [f"{first.place}: {first.fault}"] if first.fault else []
+    problems += [f"{first.place}: column {quote(name)} is there twice; keep one" for name in twice]
     records: list[Placed] = []
     for row in rows:
         if fault := row.fault or _width_fault(row.cells, header, delimiter):
@@ -69,7 +75,7 @@ def csv_records(text: str) -> tuple[str, list[Placed], list[str], str] | None:
 
 def _fit(text: str, delimiter: str) -> tuple[bool, float, int]:
     """Rank a delimiter: by known column names, the share of rows as wide as the header, and its width."""
-    header, *rows = islice((row for row in _rows(text, delimiter) if row.cells or row.fault), TRIED)
+    header, *rows = [*islice(_rows(text, delimiter), TRIED)] or [Row(1, 1, [])]
     names = [nfc(name.strip()) for name in header.cells]
     if header.fault or not names or not all(map(COLUMN.fullmatch, names)) or not any(names):
         return NO_FIT
@@ -80,7 +86,7 @@ def _fit(text: str, delimiter: str) -> tuple[bool, float, int]:
 
 
 def _rows(text: str, delimiter: str) -> Iterator[Row]:
-    """Yield every row with the lines that it takes; a broken one does not end the table."""
+    """Yield every row that is not blank, with the lines that it takes; a broken one does not end the table."""
     start = text.index("\n") + 1 if NAMED.match(text) else 0
     skipped = 1 if start else 0
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a context may be longer than Python's 128 KiB
@@ -94,7 +100,8 @@ def _rows(text: str, delimiter: str) -> Iterator[Row]:
             return
         except csv.Error as error:
             fault = _fault(str(error))
-        yield Row(before + 1 + skipped, max(reader.line_num, before + 1) + skipped, cells, fault)
+        if cells or fault:
+            yield Row(before + 1 + skipped, max(reader.line_num, before + 1) + skipped, cells, fault)
 
 
 def _fault(said: str) -> str:
@@ -106,8 +113,8 @@ def _fault(said: str) -> str:
 
 
 def _width_fault(cells: list[str], header: list[str], delimiter: str) -> str:
-    """Return what is wrong with the number of cells; blank lines are no rows."""
-    if not cells or len(cells) == len(header):
+    """Return what is wrong with the number of cells."""
+    if len(cells) == len(header):
         return ""
     around = f"; a text with {NAMES.get(delimiter, repr(delimiter))} or line breaks in it stands in double quotes"
     return f"{len(cells)} cells, but the first line names {len(header)} columns{around * (len(cells) > len(header))}"
