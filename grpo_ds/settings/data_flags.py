@@ -102,10 +102,12 @@ class PromptFlags(Flags):
     heading: ClassVar[str] = "prompt"
 
     system_prompt: str | None = path_flag(
-        None, 'text file, used unchanged; "": none; default: our own, which asks for the two tags'
+        None, 'text file, used unchanged; "": none; default: our own, which asks for the two tags', may_be_empty=True
     )
     subject: str | None = flag(
-        None, "of the questions, for our own prompt and examples; default: biomedical for PubMedQA's, else not said"
+        None,
+        "of the questions, for our own prompt and examples; default: biomedical for PubMedQA's, else not said",
+        may_be_empty=True,
     )
     reasoning_tag: str = flag("reasoning", "tag around the reasoning")
     answer_tag: str = flag("answer", "tag around the answer; the closing tag ends a completion")
