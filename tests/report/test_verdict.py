@@ -85,7 +85,8 @@ OF_OTHER_ANSWERS = [  # kind, before, after, tests, headline
 
 @pytest.mark.parametrize(("kind", "before", "after", "tests", "headline"), OF_OTHER_ANSWERS)
 def test_other_answers_than_labels_are_judged_by_what_fits_them(kind, before, after, tests, headline):
-    steps = [{"reward": 0.1, "completions/mean_length": 9.0, "frac_reward_zero_std": 1.0}] * 4
+    pay = "rewards/brief/mean" if kind == "none" else "rewards/correctness/mean"
+    steps = [{"reward": 0.1, pay: 0.1, "completions/mean_length": 9.0, "frac_reward_zero_std": 1.0}] * 4
     summary = {"parameters": 135_000_000}
     found = judge(known(before, after, steps=steps, config={"answers": kind}, summary=summary, **tests))
     assert found.headline == headline
