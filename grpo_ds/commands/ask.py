@@ -49,7 +49,9 @@ class QuestionFlags(Flags):
     question: str = flag("", "a question")
     context: str = flag("", "the text that answers it")
     file: str = path_flag(
-        "", "JSON or JSONL with questions, labels not needed; -: standard input", path=absolute_unless(STDIN)
+        "",
+        "JSON, CSV or Parquet with questions, labels not needed; -: standard input",
+        path=absolute_unless(STDIN),
     )
     interactive: bool = flag(False, "type questions one after another; default: at a terminal, if no question is given")
     json: bool = flag(

@@ -262,6 +262,7 @@ def first_lines(settled: Settled, questions: QuestionSet, train: int, held_out: 
         *settled.warnings,
         f"Model: {config.model} ({choice.why}), in {PRECISIONS[ds.precision]}{adapter_line(settled)}",
         f"Data: {questions.source}{f' ({left_out})' if left_out else ''}; {train} to train on, {held_out} held out",
+        f"Read as: {questions.form}",
         f"Plan: {config.total_steps} steps of {per_step} {config.max_completion_length} tokens; "
         f"learning rate {ds.learning_rate:g}, beta {config.beta:g}, seed {config.seed}",
         plan_line(settled.job, settled.plan, settled.gpu_gib, settled.ram_gib),

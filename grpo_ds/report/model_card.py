@@ -25,10 +25,11 @@ from grpo_ds.run_folder.status import CHANGED_INPUTS, STATUS_FILE
 from grpo_ds.settings.config import EvaluateConfig
 from grpo_ds.settings.saved_config import prompt_recipe
 from grpo_ds.system.files import write_whole
+from grpo_ds.task.hub_records import HUB_ID, hub_id, is_hub_id
 from grpo_ds.task.prompts import default_system_prompt
 from grpo_ds.task.records import NO_CONTEXT
 from grpo_ds.task.rewards import READY_MADE
-from grpo_ds.task.sources import HUB_ID, SAMPLE, is_hub_id
+from grpo_ds.task.sources import SAMPLE
 from grpo_ds.task.worked_examples import BIOMEDICAL
 
 TEMPLATE = "model_card.md.jinja"
@@ -119,7 +120,7 @@ def _header(folder: Path, config: dict[str, Any], after: dict[str, Any], *, is_a
     metrics = [{"type": kind, "value": round(value, 4), "name": f"held-out {kind}"} for kind, value in scores]
     result = {
         "task": {"type": "text-generation"},
-        "dataset": {"name": data, "type": data if _is_hub_data(config) else "own", "split": "held out"},
+        "dataset": {"name": data, "type": hub_id(data) if _is_hub_data(config) else "own", "split": "held out"},
         "metrics": metrics,
     }
     header = {
@@ -127,7 +128,7 @@ def _header(folder: Path, config: dict[str, Any], after: dict[str, Any], *, is_a
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation",
         **({"base_model": base, "base_model_relation": "adapter" if is_adapter else "finetune"} if base else {}),
-        **({"datasets": [data]} if _is_hub_data(config) else {}),
+        **({"datasets": [hub_id(data)]} if _is_hub_data(config) else {}),
         "tags": ["grpo", "deepspeed", "grpo_ds", *(["lora"] if is_adapter else [])],
         "model-index": [{"name": folder.resolve().name, "results": [result]}],
     }

@@ -44,11 +44,11 @@ class RecordFlags(Flags):
     units: str | None = list_flag(
         None, "with --answers number: units that may stand beside a number, comma-separated: $,dollars,km"
     )
-    question_field: str | None = flag(None, "field of a record with the question; default: found as in PubMedQA")
+    question_field: str | None = flag(None, "field of a record with the question; default: found (docs/data.md)")
     context_field: str | None = flag(
         None, f"field of a record with the context; {NO_CONTEXT}: no context; default: found"
     )
-    label_field: str | None = flag(None, "field of a record with the correct answer; default: found as in PubMedQA")
+    label_field: str | None = flag(None, "field of a record with the correct answer; default: found (docs/data.md)")
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -164,7 +164,7 @@ class DataFlags(Flags):
 
     data: str | None = path_flag(
         None,
-        "JSON/JSONL file, hub id or sample; default: the golden 500 if here, else sample",
+        "JSON, CSV or Parquet file, hub id (NAME:CONFIG@SPLIT) or sample; default: the golden 500 if here, else sample",
         path=absolute_if_there(SAMPLE),
     )
     eval_fraction: float = flag(0.2, "share of the questions held out for evaluation, by class")
