@@ -61,7 +61,12 @@ class RecordFlags(Flags):
     @property
     def reading(self) -> dict[str, Any]:
         """Arguments of task/questions.py that say how records are read."""
-        return {"labels": self.label_names, "fields": self.field_names, "answers": self.answers}
+        return {
+            "labels": self.label_names,
+            "fields": self.field_names,
+            "answers": self.answers,
+            "units": self.unit_names,
+        }
 
     @property
     def field_names(self) -> dict[str, str]:
