@@ -11,7 +11,7 @@ from grpo_ds.commands.settle import split_for_training, subject_of
 from grpo_ds.errors import MAX_LINES, DataError, UsageError
 from grpo_ds.run_folder.trained_on import TRAINED_ON_FILE, write_trained_on
 from grpo_ds.settings.command_line import parse
-from grpo_ds.settings.config import EvaluateConfig, TrainConfig
+from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.saved_config import CONFIG_FILE, write_config
 from grpo_ds.task.grading import ClassGrades
 from grpo_ds.task.lax import PARSERS
@@ -226,7 +226,7 @@ def test_progress_of_an_evaluation_is_not_among_its_results(tiny_folder, capsys,
 def test_questions_are_called_biomedical_only_if_they_are(data, columns, given, subject, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = QuestionSet((Question("1", "Is it?", "", "yes", columns=columns),), "mine: 1 question", {})
-    assert subject_of(EvaluateConfig(data=data, subject=given), found) == subject
+    assert subject_of(given, data, found) == subject
 
 
 def test_eval_needs_rewards_where_no_answer_is_right():
