@@ -10,10 +10,11 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
+from grpo_ds.commands.settle import subject_of
 from grpo_ds.errors import DataError
 from grpo_ds.memory.choose import choose_model
 from grpo_ds.settings.command_line import parse
@@ -60,6 +61,7 @@ def main(argv: list[str]) -> None:
     choice = choose_model(parsed.unchecked().model, gpu_gib=gpu_memory_gib(), ram_gib=ram_gib())
     config = parsed.config(choice.recipe, model=choice.model)
     found = read_questions(config.data, **config.reading)
+    config = replace(config, subject=subject_of(config.subject, config.data, found))
     say(f"Data: {found.source}", f"Read as: {found.form}", answers_line(found, config), columns_line(found.questions))
     tokenizer, style = loaded(config)
     say(*style.check(tokenizer))

@@ -192,7 +192,7 @@ def prepare(argv: list[str]) -> tuple[GradingConfig, str, Asked]:
     folder = Path(choice.model)
     config = parsed.config({**choice.recipe, **split_recipe(folder)}, model=choice.model)
     found = read_questions(config.data, **config.reading)
-    config = replace(config, subject=subject_of(config, found))
+    config = replace(config, subject=subject_of(config.subject, config.data, found))
     share_given = "eval_fraction" in parsed.typed
     return config, choice.why, asked_questions(config, found, read_trained_on(folder), share_given=share_given)
 

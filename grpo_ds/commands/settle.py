@@ -15,7 +15,7 @@ from grpo_ds.models.shapes import ModelShape, adapter_base, longer_than_made_for
 from grpo_ds.run_folder.resume import base_needed, find_checkpoint, flags_of, refuse_other_flags, weights_of
 from grpo_ds.run_folder.trained_on import TRAINED_ON_FILE
 from grpo_ds.settings.command_line import parse
-from grpo_ds.settings.config import EvaluateConfig, TrainConfig
+from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsConfig, resolve_ds_config
 from grpo_ds.system.hardware import (
     INT8_CARD,
@@ -162,11 +162,11 @@ def split_for_training(
     return parts
 
 
-def subject_of(config: EvaluateConfig, questions: QuestionSet) -> str:
+def subject_of(subject: str | None, data: str | None, questions: QuestionSet) -> str:
     """Return --subject; if it is not given that of PubMedQA's records and of the packaged ones, "" for all others."""
-    if config.subject is not None:
-        return config.subject
-    name = Path(data_or_default(config.data)).name.lower()
+    if subject is not None:
+        return subject
+    name = Path(data_or_default(data)).name.lower()
     known = "final_decision" in questions.questions[0].columns or "pubmedqa" in name or name == SAMPLE
     return BIOMEDICAL if known else ""
 

@@ -85,7 +85,7 @@ def train_from(argv: list[str]) -> None:
     if config.preflight:
         check_versions()
     questions = read_questions(config.data, **config.reading)
-    config = replace(config, subject=subject_of(config, questions))
+    config = replace(config, subject=subject_of(config.subject, config.data, questions))
     settled = replace(settled, config=config)
     rewards = reward_functions(config, questions)
     # A checkpoint's record has the model's own and the run's: with it the parts are the same again.

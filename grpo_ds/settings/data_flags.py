@@ -61,7 +61,12 @@ class RecordFlags(Flags):
     @property
     def reading(self) -> dict[str, Any]:
         """Arguments of task/questions.py that say how records are read."""
-        return {"labels": self.label_names, "fields": self.field_names, "answers": self.answers}
+        return {
+            "labels": self.label_names,
+            "fields": self.field_names,
+            "answers": self.answers,
+            "units": self.unit_names,
+        }
 
     @property
     def field_names(self) -> dict[str, str]:
@@ -102,10 +107,12 @@ class PromptFlags(Flags):
     heading: ClassVar[str] = "prompt"
 
     system_prompt: str | None = path_flag(
-        None, 'text file, used unchanged; "": none; default: our own, which asks for the two tags'
+        None, 'text file, used unchanged; "": none; default: our own, which asks for the two tags', may_be_empty=True
     )
     subject: str | None = flag(
-        None, "of the questions, for our own prompt and examples; default: biomedical for PubMedQA's, else not said"
+        None,
+        "of the questions, for our own prompt and examples; default: biomedical for PubMedQA's, else not said",
+        may_be_empty=True,
     )
     reasoning_tag: str = flag("reasoning", "tag around the reasoning")
     answer_tag: str = flag("answer", "tag around the answer; the closing tag ends a completion")

@@ -24,12 +24,13 @@ def checked_questions(
     *,
     label_needed: bool = True,
     answers: AnswerKind = "labels",
+    units: Sequence[str] = (),
 ) -> list[Question]:
     """Return a question for each record, or raise one DataError that names every bad record."""
     # If all labels are PubMedQA's, its other labels are accepted here and left out later; otherwise they are errors.
     asked = {label_key(label) for label in labels}
     others = [label for label in PUBMEDQA_LABELS if label not in asked] if asked <= set(PUBMEDQA_LABELS) else []
-    found, problems = _check_all(source, (*labels, *others), fields, label_needed, answers)
+    found, problems = _check_all(source, (*labels, *others), fields, label_needed, answers, units)
     if problems:
         headline = (
             f"{source.name}: {counted(len(problems), 'problem')} ({counted(len(source.records), 'record')} read):"
@@ -45,14 +46,19 @@ def counted(count: int, noun: str) -> str:
 
 
 def _check_all(
-    source: Source, known_labels: tuple[str, ...], names: Mapping[str, str], label_needed: bool, answers: AnswerKind
+    source: Source,
+    known_labels: tuple[str, ...],
+    names: Mapping[str, str],
+    label_needed: bool,
+    answers: AnswerKind,
+    units: Sequence[str],
 ) -> tuple[list[Question], list[str]]:
     """Return the usable records as questions, and every problem of the others with its place."""
     placed, problems = [], list(source.problems)
     columns = {name: None for _, record in source.records if isinstance(record, dict) for name in record}
     for place, record in source.records:
         fields, wrong = check_record(
-            record, known_labels=known_labels, names=names, label_needed=label_needed, answers=answers
+            record, known_labels=known_labels, names=names, label_needed=label_needed, answers=answers, units=units
         )
         if isinstance(record, dict) and not wrong:
             # A view of the two dicts: if every record has a different field, copies would fill the memory.

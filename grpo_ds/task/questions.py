@@ -52,15 +52,16 @@ def read_questions(
     labels: tuple[str, ...] = ("yes", "no"),
     fields: Mapping[str, str] | None = None,
     answers: AnswerKind = "labels",
+    units: Sequence[str] = (),
 ) -> QuestionSet:
     """Read --data (file, hub id, "sample", None for the default). Raises one DataError that names every bad record.
 
     labels: the answers to keep, if the answers are labels.
     fields: names of a record's fields for "question", "context" and "label"; a name that is not given is detected.
-    answers: the kind of the right answers; with "none" a record needs none.
+    answers: the kind of the right answers; with "none" a record needs none. units: of numbers.
     """
     source = open_source(data)
-    found = checked_questions(source, labels, fields or {}, answers=answers)
+    found = checked_questions(source, labels, fields or {}, answers=answers, units=units)
     if not found:
         raise DataError(f"{source.name} has no records.\n{EXAMPLES[answers]}")
     form = _form(source, fields or {}, answers)
@@ -80,9 +81,10 @@ def unanswered_questions(
     labels: tuple[str, ...] = ("yes", "no"),
     fields: Mapping[str, str] | None = None,
     answers: AnswerKind = "labels",
+    units: Sequence[str] = (),
 ) -> list[Question]:
     """Questions of a source that may have no labels; a missing label becomes ""."""
-    if found := checked_questions(source, labels, fields or {}, label_needed=False, answers=answers):
+    if found := checked_questions(source, labels, fields or {}, label_needed=False, answers=answers, units=units):
         return found
     raise DataError(f"{source.name} has no records.\n{EXAMPLES[answers]}")
 

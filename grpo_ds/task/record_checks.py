@@ -4,7 +4,7 @@ The caller adds the file and the place.
 """
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -35,6 +35,7 @@ def check_record(
     names: Mapping[str, str] | None = None,
     label_needed: bool = True,
     answers: AnswerKind = "labels",
+    units: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[str]]:
     """Return (fields, problems): those of a Question that the record has; each problem names its field.
 
@@ -62,7 +63,7 @@ def check_record(
     if found.context != NO_CONTEXT:
         check(found.context, lambda value: {"context": context_text(value)}, needed=found.context_needed)
     if answers != "none" and options is not None:
-        answer = lambda value: _answer(value, options, answers, known_labels)  # noqa: E731
+        answer = lambda value: _answer(value, options, answers, known_labels, units)  # noqa: E731
         check(found.label, answer, needed=label_needed)
     check(found.id, lambda value: {"id": sound_id(value)}, needed=False)
     if options and "text" in fields:
@@ -102,7 +103,11 @@ def _asked(value: object) -> dict[str, Any]:
 
 
 def _answer(
-    value: object, options: Mapping[str, str], answers: AnswerKind, known_labels: Collection[str]
+    value: object,
+    options: Mapping[str, str],
+    answers: AnswerKind,
+    known_labels: Collection[str],
+    units: Sequence[str],
 ) -> dict[str, Any]:
     """Return the right answer, and all accepted ones where a text may be any of several."""
     if options and answers in ("labels", "text"):
@@ -110,7 +115,7 @@ def _answer(
         if answers == "text":
             return {"label": letter, "accepted": (letter, options[letter])}
         value = letter
-    accepted = right_answers(value, answers=answers, known_labels=known_labels)
+    accepted = right_answers(value, answers=answers, known_labels=known_labels, units=units)
     return {"label": accepted[0], **({"accepted": accepted} if answers == "text" else {})}
 
 
@@ -132,5 +137,5 @@ def _contradictions(
     """Yield a problem for each other field of the right answer that holds another one."""
     for other_name in sorted(others):
         with suppress(Unusable):
-            if (other := _answer(record[other_name], options, "labels", known_labels)["label"]) != label:
+            if (other := _answer(record[other_name], options, "labels", known_labels, ())["label"]) != label:
                 yield f"{name} says {quote(label)} and {other_name} {quote(other)}; choose with --label_field"

@@ -1,6 +1,6 @@
 """The right answer of a record, by the kind of answers: a label, a number, or texts of which each is right."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from decimal import Decimal
 from fractions import Fraction
 
@@ -12,13 +12,15 @@ from grpo_ds.task.spelling import label_key
 FINAL = "####"  # in GSM8K the last line of an answer is this mark and the answer itself
 
 
-def right_answers(value: object, *, answers: AnswerKind, known_labels: Collection[str] = ()) -> tuple[str, ...]:
-    """Return the accepted answers, the first one spelled as prompts and reports show it.
+def right_answers(
+    value: object, *, answers: AnswerKind, known_labels: Collection[str] = (), units: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Return the accepted answers, the first one spelled as prompts and reports show it. units: of a number.
 
     Raises Unusable with what is wrong with the value.
     """
     if answers == "number":
-        return (number_text(_number(value)),)
+        return (number_text(_number(value, units)),)
     if answers == "text" and isinstance(value, list):
         return tuple(dict.fromkeys(map(_one_of_several, value))) or _none_of_several()
     text = final_answer(value)
@@ -36,10 +38,10 @@ def final_answer(value: object) -> str:
     return final
 
 
-def _number(value: object) -> Fraction:
+def _number(value: object, units: Sequence[str]) -> Fraction:
     # A float is the decimal that its file shows; Parquet has exact decimals, too.
     text = format(Decimal(str(value)), "f") if isinstance(value, float | Decimal) else final_answer(value)
-    number = number_of(text)
+    number = number_of(text, units)
     if number is None:
         raise Unusable(f"is {quote(text)}, which is not a number")
     return number

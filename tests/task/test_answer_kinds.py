@@ -1,14 +1,17 @@
 """Answers that are a number or a text, and completions without a right answer: what is read, and what is right."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grpo_ds.errors import DataError
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.broken_rules import broken_rule
 from grpo_ds.task.grading import ClassGrades, count_votes, earned, evaluation_metrics, grade_answers, graded
 from grpo_ds.task.lax import accepted_anywhere, last_number, lax_grades
-from grpo_ds.task.questions import Question
+from grpo_ds.task.questions import Question, read_questions
 from grpo_ds.task.rewards import ready_made
 from grpo_ds.task.scoring import Rewards, columns_for_rewards, columns_of, score
 from grpo_ds.task.spelling import text_key
@@ -251,3 +254,11 @@ def test_grades_of_labels_are_those_of_before():
     questions = [Question("1", "Is it?", "", "yes"), Question("2", "Was it?", "", "no")]
     grades = grade_answers(["yes", "yes"], questions, AnswerFormat())
     assert (grades.accuracy, grades.recall, grades.majority_baseline) == (0.5, {"yes": 1.0, "no": 0.0}, 0.5)
+
+
+def test_the_records_of_the_data_may_have_units_too(tmp_path):
+    (tmp_path / "sums.json").write_text(json.dumps([{"question": "What is it?", "ground_truth": "$1,250.50"}]))
+    how = {"fields": {"context": "none"}, "answers": "number"}
+    assert read_questions(str(tmp_path / "sums.json"), units=("$",), **how).questions[0].label == "1250.5"
+    with pytest.raises(DataError, match="which is not a number"):
+        read_questions(str(tmp_path / "sums.json"), **how)
