@@ -18,7 +18,7 @@ from grpo_ds.task.records import quote
 from grpo_ds.task.spelling import nfc
 
 DELIMITERS = (",", ";", "\t", "|")
-NAMED = re.compile(r"sep=(.)\n")  # a first line that names the delimiter, as Excel reads and writes it
+NAMED = re.compile(r"sep=([^\s\w\"]|\t)\n")  # a first line that names the delimiter, as Excel reads and writes it
 COLUMN = re.compile(r"[^\[\]{}<>\x00-\x1f]{0,80}")  # a name; longer texts and other formats have something else
 TRIED = 500  # rows that decide between delimiters
 NO_FIT = (False, -1.0, 0)
@@ -48,11 +48,8 @@ class Row:
 def csv_records(text: str) -> tuple[str, list[Placed], list[str], str] | None:
     """Return (form, records, problems, advice); None if the text is no table whose first line names its columns."""
     named = NAMED.match(text)
-    possible = (
-        [named[1]]
-        if named
-        else [it for it in DELIMITERS if it in text.lstrip("\n").partition("\n")[0]] or [DELIMITERS[0]]
-    )
+    line = text.lstrip("\n").partition("\n")[0]
+    possible = [named[1]] if named else [it for it in DELIMITERS if it in line] or [DELIMITERS[0]]
     fits = {delimiter: _fit(text, delimiter) for delimiter in possible}
     delimiter = max(fits, key=lambda it: fits[it])
     if fits[delimiter] == NO_FIT and not named:

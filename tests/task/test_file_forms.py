@@ -146,6 +146,8 @@ FORMS = [
     (as_csv([GSM8K], "|"), "CSV with '|'"),
     ("sep=^\nquestion^answer\nIs it?^yes\n", "CSV with '^'"),
     ("prompt\nWrite a haiku.\n", "CSV with commas"),
+    ("\n\nquestion,answer\n\nIs it?,yes\n", "CSV with commas"),
+    ("\tquestion\tanswer\n0\tIs it?\tyes\n", "CSV with tabs"),  # row numbers of pandas
     ("Frage;Antwort\nIst es, und wie?;ja\nWar es, und wie?;nein\n", "CSV with semicolons"),  # commas in texts
     (as_parquet([GSM8K]), "Parquet"),
 ]
@@ -200,6 +202,8 @@ BAD = [  # content, options, words of the error
         ["line 1: column 'question' is there twice", "line 2: 3 cells, but the first line na"],
     ),
     (HEAD, {}, ["has no records"]),
+    ('sep=;\n"question;answer\n?;yes\n', {}, ["lines 2 to 3: a double quote opens a text here, and none closes it"]),
+    ('sep="\nquestion;answer\n?;yes\n', {}, ["is not valid JSON: line 1, column 1"]),
     ("question,answer\n6 times 7?,forty\n", NUMBER, ["line 2: answer is 'forty', which is not a number"]),
     (
         "question,options,answer\n?,\"['a', 'b']\",A\n",
