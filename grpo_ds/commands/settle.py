@@ -26,7 +26,8 @@ from grpo_ds.system.hardware import (
     ram_gib,
 )
 from grpo_ds.task.questions import Question, QuestionSet, split_questions
-from grpo_ds.task.sources import data_or_default
+from grpo_ds.task.sources import SAMPLE, data_or_default
+from grpo_ds.task.worked_examples import BIOMEDICAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,11 @@ def split_for_training(
     trained_on: fingerprints. Raises DataError if nothing can be held out.
     """
     parts = split_questions(
-        questions.questions, eval_fraction=config.eval_fraction, seed=config.seed, trained_on=trained_on
+        questions.questions,
+        eval_fraction=config.eval_fraction,
+        seed=config.seed,
+        trained_on=trained_on,
+        by_class=config.answer_format.is_closed,
     )
     if not parts[1]:
         raise DataError(
@@ -155,6 +160,15 @@ def split_for_training(
             "all the same; their accuracy then says nothing about new questions."
         )
     return parts
+
+
+def subject_of(subject: str | None, data: str | None, questions: QuestionSet) -> str:
+    """Return --subject; if it is not given that of PubMedQA's records and of the packaged ones, "" for all others."""
+    if subject is not None:
+        return subject
+    name = Path(data_or_default(data)).name.lower()
+    known = "final_decision" in questions.questions[0].columns or "pubmedqa" in name or name == SAMPLE
+    return BIOMEDICAL if known else ""
 
 
 def ranks() -> int:

@@ -23,7 +23,7 @@ from grpo_ds.settings.saved_config import with_copied_prompt
 from grpo_ds.settings.shipped import CONFIGS
 from grpo_ds.settings.values import Written, is_listed, kind_of, may_be_null, read_values
 from grpo_ds.system.invocation import program
-from grpo_ds.task.prompts import worked_examples
+from grpo_ds.task.worked_examples import worked_examples
 
 ConfigType = TypeVar("ConfigType", bound=AskConfig)
 SECRET = re.compile(r"[\w-]*(api_?key|token|secret|passw(or)?d)|([\w-]*[_-])?key", re.IGNORECASE)
@@ -68,8 +68,10 @@ class Parsed(Generic[ConfigType]):
         flags, recipe = all_flags(self.config_type), recipe or {}
         own = {flag.name: recipe[flag.name] for flag in flags if flag.name in recipe}
         values: dict[str, Any] = {flag.name: flag.default for flag in flags} | own | {**self.given, **decided}
-        if "few_shot" in own and "few_shot" not in self.given:  # the recipe's examples that fit the labels
+        if "few_shot" in own and "few_shot" not in self.given:  # the recipe's examples that fit the answers
             values["few_shot"] = min(values["few_shot"], _fitting_examples(values))
+        if "prefill" in own and "prefill" not in self.given and values["answers"] == "none":
+            values["prefill"] = False  # no answer is read, so none is begun
         return self.config_type(**values)
 
 

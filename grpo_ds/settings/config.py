@@ -16,8 +16,9 @@ from grpo_ds.settings.grpo_flags import LossFlags, OptimizerFlags, ReferenceFlag
 from grpo_ds.settings.run_flags import AdapterFlags, MemoryFlags, OutputFlags, SafetyFlags, SamplingFlags
 from grpo_ds.system.hardware import Precision
 from grpo_ds.task.answers import TAG_NAME, AnswerFormat
-from grpo_ds.task.prompts import worked_examples
+from grpo_ds.task.rewards import BARE_LABEL, CORRECTNESS, REASONING_GAIN
 from grpo_ds.task.spelling import label_key
+from grpo_ds.task.worked_examples import worked_examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,17 +27,35 @@ class AskConfig(ModelFlags, RecordFlags, PromptFlags):
 
     @property
     def answer_format(self) -> AnswerFormat:
-        return AnswerFormat(self.label_names, self.reasoning_tag, self.answer_tag)
+        return AnswerFormat(self.label_names, self.reasoning_tag, self.answer_tag, self.answers, self.unit_names)
 
     def problems(self) -> list[str]:
         examples = len(worked_examples(self.answer_format))
         unread = self._unread_labels()
-        few_shot = f"few_shot is {self.few_shot}, but {examples} examples fit labels {self.labels}: --few_shot 0"
+        fitting = f"fit labels {self.labels}" if self.answers == "labels" else f"exist for answers {self.answers}"
+        few_shot = f"few_shot is {self.few_shot}, but {examples} examples {fitting}: --few_shot {examples}"
+        prefill = "prefill begins an answer in tags, but answers is none: leave it out"
         return [
             *super().problems(),
             *failed(
                 (bool(unread), f"labels: the answer {unread} would not be recognised; avoid full stops and tags"),
                 (not 0 <= self.few_shot <= examples, few_shot),
+                (self.prefill and self.answers == "none", prefill),
+            ),
+        ]
+
+    def reward_checks(self, reward_funcs: str) -> list[tuple[bool, str]]:
+        """Checks of rewards that need another kind of answer."""
+        named, closed = [name.strip() for name in reward_funcs.split(",")], self.answers == "labels"
+        of_labels = " and ".join(name for name in (REASONING_GAIN, BARE_LABEL) if name in named)
+        return [
+            (
+                not closed and bool(of_labels),
+                f"reward_funcs has {of_labels}, for labels alone, but answers is {self.answers}",
+            ),
+            (
+                self.answers == "none" and CORRECTNESS in named,
+                "reward_funcs has correctness, but answers is none: name rewards of your own, FILE.py:FUNCTION",
             ),
         ]
 
@@ -44,7 +63,7 @@ class AskConfig(ModelFlags, RecordFlags, PromptFlags):
         """Labels that no answer can be read as; "" if tags are wrong or a label is there twice, a separate problem."""
         tags = {self.reasoning_tag, self.answer_tag}
         twice = len(set(map(label_key, self.label_names))) < len(self.label_names)
-        if twice or len(tags) < 2 or not all(map(TAG_NAME.fullmatch, tags)):
+        if self.answers != "labels" or twice or len(tags) < 2 or not all(map(TAG_NAME.fullmatch, tags)):
             return ""
         return ", ".join(repr(label) for label in self.label_names if not self.answer_format.reads_back(label))
 
@@ -52,6 +71,17 @@ class AskConfig(ModelFlags, RecordFlags, PromptFlags):
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(DataFlags, AskConfig, SamplingFlags):
     """A model, and the questions to evaluate it on."""
+
+    def problems(self) -> list[str]:
+        misled = f"eval_misled claims another label, but answers is {self.answers}: leave it out"
+        votes = "eval_samples counts votes for an answer, but answers is none: leave it out"
+        return [
+            *super().problems(),
+            *failed(
+                (self.eval_misled and self.answers != "labels", misled),
+                (self.eval_samples > 0 and self.answers == "none", votes),
+            ),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +113,11 @@ class TrainConfig(
                     0 != self.pack_tokens < self.longest,
                     f"pack_tokens is {self.pack_tokens}, but a prompt with one completion may have {self.longest}; "
                     "0: the complete step in one batch",
+                ),
+                *self.reward_checks(self.reward_funcs),
+                (
+                    self.answers != "labels" and self.answer_reward == "expected",
+                    f"answer_reward expected needs labels, but answers is {self.answers}: leave it out",
                 ),
                 *self._adapter_checks(),
                 *self._reference_checks(),

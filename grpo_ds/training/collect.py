@@ -125,10 +125,23 @@ class Collector:
             sampled = Sampled(prompts, ids(), TrainerState(**self.progress().shared()))
         return self.score(texts, questions, sampled=sampled, **options)
 
+    def held_out_rewards(self, texts: Sequence[str], questions: Sequence[Question]) -> Rewards:
+        """Score one text for each question, in calls of the size of training: --reward_timeout is set for that number.
+
+        A function that fails counts as one that does not apply.
+        """
+        size, encode = self.config.batch_size * self.config.num_generations, self.sampler.tokenizer.encode
+
+        def scored(part: slice) -> Rewards:
+            ids = lambda: [encode(text, add_special_tokens=False) for text in texts[part]]  # noqa: E731
+            return self.rewards(texts[part], list(questions[part]), ids, on_error="zero")
+
+        return joined([scored(slice(start, start + size)) for start in range(0, len(texts), size)])
+
     def rank_questions(self, step: int, questions: list[Question], seed: int) -> list[Question]:
         """Questions of the step (questions_at) that this rank asks."""
         size, first = self.config.batch_size, self.world.rank * self.config.batch_size
-        balanced = self.config.balance_classes
+        balanced = self.config.balance_classes and self.config.answer_format.is_closed
         asked = questions_at(step, questions, per_step=size * self.world.size, seed=seed, balanced=balanced)
         return asked[first : first + size]
 

@@ -31,10 +31,12 @@ def label_ids_for(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tu
 
 
 def label_tokens(tokenizer: PreTrainedTokenizerBase, answer_format: AnswerFormat) -> tuple[int, ...]:
-    """Return the first token of each label behind the answer tag.
+    """Return the first token of each label behind the answer tag; () unless the answer is a label.
 
     Raises UsageError if two labels begin with the same token, or one shares a token with the tag.
     """
+    if not answer_format.is_closed:
+        return ()
     first = {label: _first_token(tokenizer, answer_format, label) for label in answer_format.labels}
     alike = [label for label, id in first.items() if id is None or list(first.values()).count(id) > 1]
     if alike:

@@ -20,6 +20,7 @@ from grpo_ds.core.tally import Tally
 from grpo_ds.models.reference import Reference
 from grpo_ds.system.ranks import World
 from grpo_ds.task.answers import AnswerFormat
+from grpo_ds.task.grading import is_right
 from grpo_ds.task.questions import Question
 from grpo_ds.task.rewards import CORRECTNESS
 from grpo_ds.task.scoring import Rewards
@@ -91,10 +92,11 @@ class Rollout(Groups):
     def count_into(self, tally: Tally, answer_format: AnswerFormat) -> None:
         """Add this rank's part of the logged means, under TRL's names if TRL has them."""
         count, size = len(self.texts), self.group_size
-        answers = [answer_format.parse(text).answer for text in self.texts]
-        correct = [answer == self.questions[i // size].label for i, answer in enumerate(answers)]
-        tally.add("accuracy", sum(correct), count)
-        tally.add("well_formed", sum(answer is not None for answer in answers), count)
+        if answer_format.kind != "none":
+            answers = [answer_format.parse(text).answer for text in self.texts]
+            right = [is_right(answer, self.questions[i // size], answer_format) for i, answer in enumerate(answers)]
+            tally.add("accuracy", sum(right), count)
+            tally.add("well_formed", sum(answer is not None for answer in answers), count)
         tally.add("reward", sum(self.rewards.total), count)
         for name, values in self.rewards.by_name.items():
             tally.add_all({f"rewards/{name}/mean": [value for value in values if value is not None]})

@@ -44,6 +44,7 @@ from grpo_ds.system.signals import Interruption
 from grpo_ds.task.grading import Evaluation
 from grpo_ds.task.questions import Question
 from grpo_ds.task.rewards import WeightedFunctions
+from grpo_ds.task.scoring import Rewards
 from grpo_ds.training.collect import Collector
 from grpo_ds.training.draws import seed_at
 from grpo_ds.training.engine import Engine
@@ -318,8 +319,20 @@ class Trainer:
                 advance=advance,
                 run=self.guard.run,
             )
+        if self.config.answers == "none":
+            result = result.rewarded(self.held_out_rewards(result.texts, questions))
         self.console.grades(when, result)
         return result
+
+    def held_out_rewards(self, texts: Sequence[str], questions: Sequence[Question]) -> Rewards:
+        """Score the answers on the first rank, so that a reward function sees each once."""
+
+        def score() -> Rewards | None:
+            return self.collector.held_out_rewards(texts, questions) if self.world.is_first else None
+
+        rewards = self.world.gather(self.guard.run("evaluate", score))[0]
+        self.collector.warn_of_failures(rewards)
+        return rewards
 
     def use_folder(self, folder: Path) -> None:
         """Set the folder for bad_batch.json, which is written if numbers stay not finite."""

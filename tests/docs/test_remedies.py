@@ -29,9 +29,10 @@ from grpo_ds.settings.ds_config import resolve_ds_config
 from grpo_ds.settings.run_flags import TRACKERS
 from grpo_ds.settings.saved_config import CONFIG_FILE
 from grpo_ds.task.answers import AnswerFormat
-from grpo_ds.task.prompts import encode_prompt, worked_examples
+from grpo_ds.task.prompts import encode_prompt
 from grpo_ds.task.questions import read_questions, split_questions
 from grpo_ds.task.rewards import READY_MADE
+from grpo_ds.task.worked_examples import worked_examples
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "ds_configs" / "README.md"]

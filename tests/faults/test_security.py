@@ -401,7 +401,8 @@ def test_a_nasty_text_is_printed_as_text(text, capsys, monkeypatch, tried):
 def test_a_label_is_text_in_the_table_too(label, tried):
     made, written = console()
     questions = [Question(id="1", text="Q?", context="C.", label=label)]
-    result = Evaluation(texts=[""], answers=[label], grades=grade([label], questions, labels=(label, "b")))
+    grades = grade([label], questions, labels=(label, "b"))
+    result = Evaluation(texts=[""], answers=[label], grades=grades, right=[True])
     made.before_and_after(result, result, questions)
     assert f"recall {escape_control_chars(label)}" in written.getvalue()
     tried("nasty texts", "printed as text")

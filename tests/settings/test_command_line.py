@@ -12,7 +12,7 @@ from grpo_ds.errors import MAX_LINES, CheckpointError, UsageError
 from grpo_ds.models.presets import EMBEDDED, PRESETS
 from grpo_ds.run_folder.resume import flags_of
 from grpo_ds.settings.command_line import parse
-from grpo_ds.settings.config import AskConfig, TrainConfig
+from grpo_ds.settings.config import AskConfig, EvaluateConfig, TrainConfig
 from grpo_ds.settings.flags import HEADINGS, Flags, all_flags, flags_by_heading
 from grpo_ds.settings.saved_config import CONFIG_FILE
 
@@ -64,7 +64,7 @@ def test_help_shows_the_flags_below_headings(config_type, headings, capsys):
 
 def test_every_flag_is_in_one_group_and_has_a_line_of_help():
     names = [flag.name for flag in all_flags(TrainConfig)]
-    assert len(names) == len(set(names)) == 79
+    assert len(names) == len(set(names)) == 82
     assert set(flags_by_heading(TrainConfig)) == set(HEADINGS)
     assert all(flag.metadata["help"] for flag in all_flags(TrainConfig))
 
@@ -81,6 +81,7 @@ def test_every_group_reports_its_problems():
     groups = [group for group in TrainConfig.__mro__ if issubclass(group, Flags) and "problems" in vars(group)]
     assert [group for group in groups if group is not Flags and not set(changed) & vars(group).keys()] == [
         TrainConfig,  # overlong_buffer: what concerns several groups
+        EvaluateConfig,  # eval_misled and eval_samples beside answers
         AskConfig,  # few_shot
     ]
 
