@@ -11,7 +11,8 @@ from typing import Any
 from grpo_ds.run_folder.files import HELD_OUT_FILE
 from grpo_ds.system.files import write_whole
 from grpo_ds.task.answer_probs import compare_p_right, p_right
-from grpo_ds.task.grading import Evaluation, compare_rewards, mcnemar
+from grpo_ds.task.earned import compare_rewards
+from grpo_ds.task.grading import Evaluation, mcnemar
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import Rewards
 

@@ -14,9 +14,9 @@ from typing import Any
 from grpo_ds.errors import DataError
 from grpo_ds.task.answer_probs import AnswerProbs, Confidence, confidence
 from grpo_ds.task.answers import AnswerFormat
+from grpo_ds.task.earned import Earned, earned
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import Rewards, right_answers
-from grpo_ds.task.statistics import bootstrap_interval, mean, paired_change
 
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 EVAL_ACCURACY, EVAL_REWARD = "eval/accuracy", "eval/reward"
@@ -57,21 +57,6 @@ class ClassGrades(Grades):
     majority_baseline: float  # accuracy of always giving the most common label
     predicted: dict[str, int]  # number of parsed answers
     collapsed: bool  # nearly all parsed answers are one class, but the labels are not
-
-
-@dataclass(frozen=True, slots=True)
-class Earned:
-    """Figures of completions of which none is right or wrong: what the reward functions gave.
-
-    Example: two completions; the second function does not apply to the second one.
-        >>> earned(Rewards([1.5, 0.0], {"short": [1.0, 0.0], "cites": [0.5, None]})).mean_rewards
-        {'short': 0.5, 'cites': 0.5}
-    """
-
-    count: int
-    mean_reward: float
-    mean_reward_interval: tuple[float, float]  # bootstrap, 95 %
-    mean_rewards: dict[str, float | None]  # by function; None: it applied to no completion
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,23 +176,6 @@ def answered_right(
 ) -> list[bool]:
     """Return a bool for each question: True if its answer is right."""
     return [is_right(answer, question, answer_format) for answer, question in zip(answers, questions, strict=True)]
-
-
-def earned(rewards: Rewards) -> Earned:
-    """Return the figures of the rewards of at least one completion."""
-    applied = {name: [value for value in values if value is not None] for name, values in rewards.by_name.items()}
-    return Earned(
-        count=len(rewards.total),
-        mean_reward=mean(rewards.total),
-        mean_reward_interval=bootstrap_interval(rewards.total),
-        mean_rewards={name: mean(values) if values else None for name, values in applied.items()},
-    )
-
-
-def compare_rewards(before: Sequence[float], after: Sequence[float]) -> dict[str, float | tuple[float, float]]:
-    """Return the mean change of the reward on the same questions, its interval, and the p-value of no change."""
-    change, interval, p_value = paired_change(before, after)
-    return {"reward_change": change, "reward_change_interval": interval, "reward_p_value": p_value}
 
 
 def count_votes(

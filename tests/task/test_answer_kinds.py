@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from grpo_ds.errors import DataError
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.broken_rules import broken_rule
-from grpo_ds.task.grading import ClassGrades, count_votes, earned, evaluation_metrics, grade_answers, graded
+from grpo_ds.task.earned import earned
+from grpo_ds.task.grading import ClassGrades, count_votes, evaluation_metrics, grade_answers, graded
 from grpo_ds.task.lax import accepted_anywhere, last_number, lax_grades
 from grpo_ds.task.questions import Question, read_questions
 from grpo_ds.task.rewards import ready_made
