@@ -87,6 +87,10 @@ def settle(argv: list[str], *, about: str = "") -> Settled:
         max_grad_norm=ds.max_grad_norm,
     )
     job = fitted(Job(shape, config, ds, "cuda" if gpu else "cpu"), gpu or 0, ram)
+    if job.config.reference != config.reference:
+        warnings.append(
+            f"Reference: {job.config.reference} from its files, as the run fits only without one in memory."
+        )
     return Settled(choice, job.config, job, job.plan(), gpu, ram, origin, warnings)
 
 

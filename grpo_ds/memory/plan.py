@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from grpo_ds.memory.activations import ActivationMemory
-from grpo_ds.models.shapes import QUANTIZE_BYTES, SHARD_BYTES, ModelShape
+from grpo_ds.models.shapes import AHEAD, QUANTIZE_BYTES, SHARD_BYTES, ModelShape
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsConfig
 
@@ -170,6 +170,7 @@ class _RunMemory:
     def reference_bytes(self) -> int:
         sizes = {"int8": self.shape.int8_bytes(self.w), "llm.int8": self.shape.llm_int8_bytes(self.w)}
         sizes |= dict.fromkeys(("bf16", "bf16-cpu"), self.weights)
+        sizes["streamed"] = 0
         sizes["adapter"] = self.trained * self.w  # a copy of the adapter; the policy has the base
         return sizes[self.config.reference_kind]
 
@@ -228,12 +229,25 @@ class _RunMemory:
             return [self.resident()]
         if kind == "bf16-cpu":  # copied on the card first
             return [self._during({"reference in transfer": self.weights * self.on_gpu}), self._during({}, forward)]
+        if kind == "streamed":
+            return self._streamed(forward)
         if kind != "int8":
             return [self._during(forward)]
         gpu, ram = self.resident(stepped=self.config.num_iterations > 1)
         gpu["reference"] *= not self.shape.tied  # the largest matrix is quantised first, an untied head last
         making = gpu + Bytes({"quantising the largest matrix": self.largest * QUANTIZE_BYTES[self.w]})
         return [(making, ram), self._during(self.activations.forward(self.shape.widest * self.w))]
+
+    def _streamed(self, forward: dict[str, int]) -> list[Moment]:
+        """Comparing the policy with its files, a matrix at a time, and log-probs with layers that pass through."""
+        layer, stored = self.shape.in_a_layer, 2  # bytes of a stored weight
+        compared = self.largest * self.w * (self.on_gpu or self.w != stored)  # a copy, from the card or converted
+        passing = {"streamed layers": layer * self.w * (1 + AHEAD) * self.on_gpu}
+        converted = {"streamed layer": layer * self.w * (not self.on_gpu and self.w != stored)}
+        return [
+            self._during({}, {MAPPED: self.largest * stored, "compared weights": compared}),
+            self._during(forward | passing, {MAPPED: (self.largest + layer) * stored} | converted),
+        ]
 
     def update(self) -> list[Moment]:
         """Forward and backward: the head forward and backward, then the layers', and at the end the embedding's."""

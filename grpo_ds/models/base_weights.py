@@ -29,7 +29,7 @@ def base_hash(model: str) -> str | None:
     None if it is not here or cannot be read, which loading it reports.
     """
     try:
-        if (folder := _folder(model)) is None:
+        if (folder := model_folder(model)) is None:
             return None
         settings, pieces = {name: _settings(folder / name) for name in CONFIGS}, sorted(_pieces(folder))
         with ThreadPoolExecutor(THREADS) as pool:  # hashing does not hold Python's lock
@@ -40,7 +40,8 @@ def base_hash(model: str) -> str | None:
     return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
 
 
-def _folder(model: str) -> Path | None:
+def model_folder(model: str) -> Path | None:
+    """Return the folder of a model on this machine, in the hub's cache or anywhere else; None if it is not here."""
     if model == EMBEDDED:
         return embedded_folder()
     if Path(model).is_dir():

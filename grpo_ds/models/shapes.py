@@ -21,6 +21,7 @@ SCALE_GROUP = 64
 MIN_SCALE_GROUP = 16  # for odd widths: with smaller groups the scales would cost more than they save
 QUANTIZE_BYTES = {2: 9, 4: 5}  # models/quantized.py, per weight of that size: its fp32 copy, the quotient, the code
 LARGEST_LAYER = 40_000  # output rows: more than in any hidden layer, fewer than in any vocabulary in use
+AHEAD = 2  # layers of a streamed reference that are copied to a card before they are needed
 SHARD_BYTES = 2 * 10**9  # of a saved model; on its way to the file a shard is copied from the card to RAM
 
 ALL_LINEAR = "all-linear"
@@ -76,6 +77,11 @@ class ModelShape:
     def widest(self) -> int:
         """Elements of the largest matrix of a layer, which exists in 16 bits while an int8 layer multiplies."""
         return max(rows * columns for rows, columns, _ in self.matrices if rows <= LARGEST_LAYER)
+
+    @property
+    def in_a_layer(self) -> int:
+        """Elements of the matrices of one layer."""
+        return sum(rows * columns for _, rows, columns, _ in self.linears)
 
     def lora_parameters(self, r: int, targets: Sequence[str]) -> int:
         """Elements of A [r, columns] and B [rows, r] of every targeted layer. Raises UsageError for an unknown name."""

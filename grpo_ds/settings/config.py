@@ -139,7 +139,8 @@ class TrainConfig(
         if self.lora_r:
             reason = "a mix of two adapters is no adapter of that rank: --ref_model_mixup_alpha 1"
         else:
-            reason = "8 bits cannot be mixed, only made again: --reference bf16, or --ref_model_mixup_alpha 1"
+            kind = "weights on disk" if self.reference_kind == "streamed" else "8 bits"
+            reason = f"{kind} cannot be mixed, only made again: --reference bf16, or --ref_model_mixup_alpha 1"
         return [
             (
                 self.lora_r > 0 and self.reference != "auto",

@@ -12,7 +12,7 @@ from grpo_ds.task.reward_files import reward_problems
 from grpo_ds.task.rewards import READY_MADE
 from grpo_ds.task.scoring import OnRewardError
 
-ReferenceKind = Literal["auto", "int8", "llm.int8", "bf16", "bf16-cpu"]
+ReferenceKind = Literal["auto", "int8", "streamed", "llm.int8", "bf16", "bf16-cpu"]
 MAX_TIMEOUT = 1e6  # seconds, twelve days: an alarm takes no more seconds than an int can hold
 
 

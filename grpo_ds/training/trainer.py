@@ -21,6 +21,7 @@ run.py does the evaluation, logging, checkpoints and signals around the steps.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from grpo_ds.memory.phases import Profiler
 from grpo_ds.memory.plan import Plan
 from grpo_ds.models.logprob_model import why_not_packed
 from grpo_ds.models.policy import load_tokenizer, trainable_policy
-from grpo_ds.models.reference import Reference, kl_floor, make_reference
+from grpo_ds.models.reference import Reference, kl_floor, make_reference, restore_reference
+from grpo_ds.models.stored_weights import store_weights
 from grpo_ds.report.console import Console
 from grpo_ds.run_folder.progress import Progress
 from grpo_ds.run_folder.resume import weights_of
@@ -117,6 +119,7 @@ class Trainer:
             poll=self.guard.poll,
         )
         self.collector = Collector(config, world, self.sampler, style, reward_functions, lambda: self.progress, console)
+        self.folder: Path | None = None  # of the run
         self.reference: Reference | None = None
         self.partial_step: PartialStep | None = None  # a rollout whose mu updates are not all done
         self.completions: list[dict[str, Any]] = []  # the last step's on this rank, for the logs
@@ -272,9 +275,11 @@ class Trainer:
         kind = self.config.reference_kind
         if not self.config.beta:
             return
+        policy, name, step = self.engine.policy, self.config.model, self.progress.global_step
+        copy = self.folder and self.folder / f"reference-{step}"
         self.reference = self.progress.reference_step = None  # frees the old copy first; a checkpoint now has none
         with self.profiler.phase("reference"):  # not by the guard: smaller limits make no smaller copy
-            self.reference = make_reference(self.engine.policy, kind)
+            self.reference = make_reference(policy, kind, partial(store_weights, policy, name, copy, self.world))
         floor = self.progress.kl_floor = self.guard.run("floor", self.measure_floor, self.reference, questions)
         self.console.reference(kind, self.reference.bytes(), floor)
 
@@ -335,8 +340,8 @@ class Trainer:
         return rewards
 
     def use_folder(self, folder: Path) -> None:
-        """Set the folder for bad_batch.json, which is written if numbers stay not finite."""
-        self.bad_steps.folder = folder
+        """Set the run's folder: for bad_batch.json if numbers stay not finite, and for weights to stream."""
+        self.folder = self.bad_steps.folder = folder
 
     def state_dict(self) -> dict[str, Any]:
         """Return the trainer's state. Weights and optimizer are not in it: Engine.save_checkpoint writes them.
@@ -357,7 +362,7 @@ class Trainer:
         self.bad_steps.in_a_row = list(self.progress.bad_steps)
         self.partial_step = state["partial_step"]
         if state["reference"] is not None:
-            self.reference = make_reference(self.engine.policy, self.config.reference_kind)
-            self.reference.load_state(state["reference"])
+            kind = self.config.reference_kind
+            self.reference = restore_reference(self.engine.policy, kind, state["reference"], run=state["run"])
         self.limits.lower_to(self.progress.limits)
         self.apply_limits()

@@ -47,7 +47,7 @@ def plan(choice):
 
 
 def reference(choice):
-    make_reference(SimpleNamespace(model=None), choice)
+    make_reference(SimpleNamespace(model=None), choice, store=lambda: None)
 
 
 def score_with_a_function_that_fails(choice):
