@@ -13,6 +13,17 @@ from grpo_ds.task.rewards import READY_MADE
 from grpo_ds.task.scoring import OnRewardError
 
 ReferenceKind = Literal["auto", "int8", "llm.int8", "bf16", "bf16-cpu"]
+CLIPPED = ("grpo", "dapo", "dr_grpo", "bnpo", "gspo", "luspo")
+SAPO = ("sapo_temperature_pos", "sapo_temperature_neg")
+VESPO = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
+# flag -> loss types that read it; with others a value of one's own is refused
+READ_BY = {
+    "epsilon": (*CLIPPED, "cispo"),
+    "epsilon_high": (*CLIPPED, "cispo"),
+    "delta": CLIPPED,
+    **dict.fromkeys(SAPO, ("sapo",)),
+    **dict.fromkeys(VESPO, ("vespo",)),
+}
 MAX_TIMEOUT = 1e6  # seconds, twelve days: an alarm takes no more seconds than an int can hold
 
 
@@ -100,6 +111,12 @@ class LossFlags(Flags):
     epsilon: float = flag(0.2, "clip the ratio below 1 - epsilon; gspo needs about 3e-4")
     epsilon_high: float | None = flag(None, "clip it above 1 + epsilon_high (dapo: 0.28, cispo: 4); default: epsilon")
     delta: float | None = flag(None, "upper bound of the ratio if the advantage is negative, e.g. 4; default: none")
+    sapo_temperature_pos: float = flag(1.0, "sapo: how fast its gate closes for tokens of positive advantage")
+    sapo_temperature_neg: float = flag(1.05, "sapo: how fast it closes for other tokens")
+    vespo_k_pos: float = flag(2.0, "vespo: power of the sequence's ratio where the advantage is not negative")
+    vespo_lambda_pos: float = flag(3.0, "vespo: its decay there")
+    vespo_k_neg: float = flag(3.0, "vespo: power of the sequence's ratio where the advantage is negative")
+    vespo_lambda_neg: float = flag(2.0, "vespo: its decay there")
     beta: float = flag(0.04, "weight of the KL to the reference; 0 loads no reference")
     kl_estimator: KlEstimator = flag(
         "k3", "estimator of the KL; k3_corrected is k3 times the ratio, with an unbiased gradient"
@@ -124,9 +141,16 @@ class LossFlags(Flags):
                     self.epsilon_high is not None and not self.epsilon_high > 0,
                     f"epsilon_high is {self.epsilon_high}; it must be more than 0",
                 ),
-                (
-                    delta is not None and self.loss_type == "cispo",
-                    "delta has no effect with cispo, which bounds the ratio for either sign: leave it out",
+                *(
+                    (
+                        getattr(self, name) != getattr(LossFlags, name) and self.loss_type not in kinds,
+                        f"{name} has no effect with {self.loss_type}: leave it out",
+                    )
+                    for name, kinds in READ_BY.items()
+                ),
+                *(
+                    (not getattr(self, name) > 0, f"{name} is {getattr(self, name):g}; it must be more than 0")
+                    for name in (*SAPO, *VESPO)
                 ),
                 (
                     delta is not None and not delta > bound,

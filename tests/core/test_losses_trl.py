@@ -8,6 +8,7 @@ import torch
 
 from grpo_ds.core.losses import grpo_loss
 from grpo_ds.core.objective import Objective
+from grpo_ds.settings.grpo_flags import SAPO, VESPO
 from grpo_ds.system.ranks import World
 from grpo_ds.training.update import step_weights
 from tests.core.test_losses import LOSS_TYPES, batch, weigh
@@ -21,10 +22,11 @@ def trl_loss(policy, old, ref, advantages, mask, objective, *, accumulation=1, t
     from trl import GRPOTrainer
 
     gspo, cispo = objective.loss_type == "gspo", objective.loss_type == "cispo"
+    of_sequence = gspo or objective.loss_type == "luspo"
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (policy, torch.zeros_like(policy), None),
         loss_type="grpo" if gspo else objective.loss_type,
-        importance_sampling_level="sequence" if gspo else "token",
+        importance_sampling_level="sequence" if of_sequence else "token",
         epsilon_low=objective.epsilon,
         # TRL's bound for cispo is epsilon_high itself (as in ScaleRL), ours is 1 + epsilon_high (as in MiniMax-M1).
         epsilon_high=objective.epsilon_high + cispo,
@@ -34,7 +36,9 @@ def trl_loss(policy, old, ref, advantages, mask, objective, *, accumulation=1, t
             delta=objective.delta,
             use_bias_correction_kl=objective.kl_estimator == "k3_corrected",
             steps_per_generation=accumulation,
+            **{flag: getattr(objective, flag) for flag in (*SAPO, *VESPO)},
         ),
+        get_gamma_weights=GRPOTrainer.get_gamma_weights,
         current_gradient_accumulation_steps=accumulation,
         accelerator=SimpleNamespace(num_processes=1, reduce=lambda t, **_: t, gather=lambda t: t),
         model=SimpleNamespace(training=True),
@@ -61,6 +65,14 @@ def trl_loss(policy, old, ref, advantages, mask, objective, *, accumulation=1, t
         {"delta": 1.5},
         {"beta": 0.3},
         {"beta": 0.3, "kl_estimator": "k3_corrected"},
+        {
+            "sapo_temperature_pos": 0.5,
+            "sapo_temperature_neg": 2.0,
+            "vespo_k_pos": 0.5,
+            "vespo_lambda_pos": 1.0,
+            "vespo_k_neg": 1.5,
+            "vespo_lambda_neg": 0.5,
+        },
     ],
     ids=str,
 )
@@ -76,7 +88,8 @@ def test_the_loss_and_its_gradient_are_trls(loss_type, settings):
     assert ours_grad.abs().sum() > 0
     if objective.beta:
         assert float(terms.kl.sum() / mask.sum()) == pytest.approx(metrics["kl"], rel=1e-5)
-    if loss_type not in ("gspo", "cispo"):  # TRL counts sequences (gspo) and only tokens of positive advantage (cispo)
+    # TRL counts sequences (gspo, luspo) and only tokens of positive advantage (cispo); sapo and vespo clip nothing.
+    if loss_type not in ("gspo", "luspo", "cispo", "sapo", "vespo"):
         for name, flags in (("low", terms.low), ("high", terms.high)):
             assert float(flags.sum() / mask.sum()) == pytest.approx(metrics[f"clip_ratio/{name}_mean"])
 
