@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import get_args
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -66,6 +65,32 @@ def token_weights(
     if loss_type == "luspo":
         return mask / max(sequences, 1)
     raise unknown_name("loss_type", loss_type, LossType)
+
+
+def entropy_bonus(
+    entropies: Float[Tensor, "B C"], chosen: Bool[Tensor, "B C"], objective: Objective, *, tokens: int
+) -> Float[Tensor, ""]:
+    """entropy_coef times the sum of these tokens' share of the step's mean entropy; the loss subtracts it.
+
+    The same for every loss type, as in TRL: a mean over tokens.
+
+    entropies: nats, with gradient. chosen: tokens that count. tokens: their number in the step, on all ranks.
+    """
+    if not objective.entropy_coef:
+        return entropies.new_zeros(())
+    return objective.entropy_coef * (entropies * chosen).sum() / max(tokens, 1)
+
+
+def most_uncertain(
+    entropies: Float[Tensor, "B C"], counted: Bool[Tensor, "B C"], *, share: float, step_entropies: Float[Tensor, " N"]
+) -> Bool[Tensor, "B C"]:
+    """Counted tokens with an entropy from the (1 - share) quantile up (Wang et al. 2025, Beyond the 80/20 Rule).
+
+    share: from 0 (only the highest) to 1 (all). step_entropies: of the counted tokens of this step on all ranks.
+    """
+    if not len(step_entropies):
+        return counted
+    return counted & (entropies >= torch.quantile(step_entropies, 1 - share))
 
 
 def importance_ratio(
@@ -131,6 +156,8 @@ def grpo_loss(
     advantages: Float[Tensor, "B _"],
     weights: Float[Tensor, "B W"],
     objective: Objective,
+    *,
+    kl_weights: Float[Tensor, "B C"] | None = None,
 ) -> LossTerms:
     """Sum over tokens of weights * (beta * KL - surrogate).
 
@@ -141,14 +168,16 @@ def grpo_loss(
         sampled, and of the reference (not read if beta is 0).
     advantages: of each token, or one column: the same for all tokens of a completion.
     weights: from `token_weights`. A masked token must have weight 0 and finite log-probs (0 works).
+    kl_weights: of the KL, from `token_weights`, if `weights` leaves counted tokens out; None: the same.
     """
-    tokens, labels = slice(ref_logprobs.shape[1]), policy_logprobs.shape[1] - ref_logprobs.shape[1]
-    counted = weights[:, tokens] > 0
+    tokens = slice(ref_logprobs.shape[1])
+    kl_weights = weights[:, tokens] if kl_weights is None else kl_weights
+    counted = kl_weights > 0
     ratio = importance_ratio(policy_logprobs, old_logprobs, counted, loss_type=objective.loss_type)
     surrogate = choose_surrogate(ratio, advantages, policy_logprobs, counted, objective)
     kl = torch.zeros_like(ref_logprobs)
     if objective.beta:
         kl = kl_estimate(policy_logprobs[:, tokens], ref_logprobs, ratio[:, tokens], estimator=objective.kl_estimator)
-    loss = (weights * (objective.beta * F.pad(kl, (0, labels)) - surrogate.values)).sum()
+    loss = objective.beta * (kl_weights * kl).sum() - (weights * surrogate.values).sum()
     low, high, beyond = (it[:, tokens] & counted for it in (surrogate.low, surrogate.high, surrogate.beyond_delta))
     return LossTerms(loss, (kl * counted).detach(), low, high, low | high | beyond)

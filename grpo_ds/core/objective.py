@@ -33,6 +33,8 @@ class Objective:
     vespo_lambda_neg: float = 2.0
     beta: float = 0.04  # weight of the KL to the reference; 0: no reference is needed
     kl_estimator: KlEstimator = "k3"
+    entropy_coef: float = 0.0  # weight of the mean entropy, which the loss subtracts
+    top_entropy_quantile: float = 1.0  # share of the tokens, by entropy, that the surrogate and the bonus keep
     max_completion_length: int  # tokens; the divisor of dr_grpo
 
 

@@ -137,6 +137,8 @@ class TrainConfig(
             vespo_lambda_neg=self.vespo_lambda_neg,
             beta=self.beta,
             kl_estimator=self.kl_estimator,
+            entropy_coef=self.entropy_coef,
+            top_entropy_quantile=self.top_entropy_quantile,
             max_completion_length=self.max_completion_length,
         )
 

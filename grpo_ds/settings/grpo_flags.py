@@ -121,6 +121,10 @@ class LossFlags(Flags):
     kl_estimator: KlEstimator = flag(
         "k3", "estimator of the KL; k3_corrected is k3 times the ratio, with an unbiased gradient"
     )
+    entropy_coef: float = flag(0.0, "weight of the mean entropy per token, which the loss subtracts; 0: none")
+    top_entropy_quantile: float = flag(
+        1.0, "share of the step's tokens, by entropy, that learn from the advantage, e.g. 0.2; 1: all"
+    )
     scale_rewards: RewardScale = flag(
         "group", "std that divides advantages: of the group, of the batch, or none (Dr. GRPO)"
     )
@@ -136,6 +140,10 @@ class LossFlags(Flags):
         return [
             *failed(
                 (self.beta < 0, f"beta is {self.beta}; it must be 0 or more"),
+                (
+                    not 0 <= self.top_entropy_quantile <= 1,
+                    f"top_entropy_quantile is {self.top_entropy_quantile:g}; it must be a share between 0 and 1",
+                ),
                 (not 0 < self.epsilon < 1, f"epsilon is {self.epsilon}; it must be between 0 and 1"),
                 (
                     self.epsilon_high is not None and not self.epsilon_high > 0,

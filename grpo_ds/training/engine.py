@@ -84,11 +84,11 @@ class Engine:
         self.policy = policy
         self._kernels = deterministic_kernels if deterministic else nullcontext
 
-    def __call__(self, rows: PackedRows) -> Tensor:
-        """[B, C] log-probs, in training mode (gradient checkpointing on)."""
+    def __call__(self, rows: PackedRows, *, entropy_gradient: bool = False) -> Tensor:
+        """[B, C] log-probs, in training mode (gradient checkpointing on). entropy_gradient: of `policy.entropies`."""
         self._engine.train()
         with self._kernels():
-            return self._engine(rows)
+            return self._engine(rows, entropy_gradient=entropy_gradient)
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Add the gradients of a loss that is already normalised over micro-batches and ranks of the step.

@@ -354,6 +354,7 @@ def test_several_wrong_values_raise_one_error():
         ("--delta 1.5 --epsilon_high 0.6", ["1 + epsilon_high, 1.6"]),
         ("--delta 4 --loss_type cispo", ["delta", "cispo"]),
         ("--epsilon 0.1 --epsilon_high 0.3 --loss_type sapo", ["epsilon has no effect with sapo", "epsilon_high has"]),
+        ("--top_entropy_quantile 20", ["top_entropy_quantile is 20; it must be a share between 0 and 1"]),
         ("--sapo_temperature_neg 2", ["sapo_temperature_neg has no effect with grpo: leave it out"]),
         ("--vespo_k_pos 1 --loss_type sapo", ["vespo_k_pos has no effect with sapo"]),
         ("--vespo_lambda_neg 0 --loss_type vespo", ["vespo_lambda_neg is 0; it must be more than 0"]),

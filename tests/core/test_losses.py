@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from grpo_ds.core import losses, surrogates
-from grpo_ds.core.losses import grpo_loss, kl_estimate, kl_k3, token_weights
+from grpo_ds.core.losses import entropy_bonus, grpo_loss, kl_estimate, kl_k3, most_uncertain, token_weights
 from grpo_ds.core.objective import KlEstimator, LossType, Objective
 from grpo_ds.core.surrogates import cispo_surrogate, clipped_surrogate, sapo_surrogate, vespo_surrogate
 from tests.conftest import load_unchecked
@@ -221,6 +221,44 @@ def test_gspo_has_one_ratio_a_sequence_by_hand():
     slope = math.sqrt(2) / 2 / 2
     torch.testing.assert_close(policy.grad, torch.tensor([[slope, slope, 0.0], [0.0] * 3]))
     assert terms.high.tolist() == [[False] * 3, [True] * 3]
+
+
+def test_the_entropy_bonus_is_a_share_of_the_steps_mean_by_hand():
+    # 0.1 (1 + 3) / 8, with 8 tokens in the step; each counted entropy has the slope 0.1 / 8
+    entropies = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    chosen = torch.tensor([[True, False], [True, False]])
+    bonus = entropy_bonus(entropies, chosen, objective(entropy_coef=0.1), tokens=8)
+    assert bonus.item() == pytest.approx(0.05)
+    (slope,) = torch.autograd.grad(bonus, entropies)
+    torch.testing.assert_close(slope, 0.0125 * chosen)
+    assert entropy_bonus(entropies, chosen, objective(), tokens=8) == 0
+    assert entropy_bonus(entropies, chosen & False, objective(entropy_coef=0.1), tokens=0) == 0
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),  # of the step's 1, 2, 3, 4, 5: quantiles 5, 4, 3 and 1
+    [(0.0, [False, False]), (0.25, [False, True]), (0.5, [True, True]), (1.0, [True, True])],
+)
+def test_the_most_uncertain_tokens_are_those_of_the_step_by_hand(share, expected):
+    entropies, counted = torch.tensor([[3.0, 4.0, 9.0]]), torch.tensor([[True, True, False]])
+    of_step = torch.tensor([5.0, 3.0, 1.0, 4.0, 2.0])
+    chosen = most_uncertain(entropies, counted, share=share, step_entropies=of_step)
+    assert chosen.tolist() == [[*expected, False]]
+
+
+def test_a_token_without_a_surrogate_keeps_its_kl_and_its_say_in_the_ratio_of_its_sequence():
+    # ratio of the sequence sqrt 2, advantage -1: the first token alone weighs 1/2 of sqrt 2. k2: ln(2)^2 / 2 and 0,
+    # weighed 0.1 / 2 each.
+    old = torch.full((1, 2), -1.0)
+    policy = (old + torch.tensor([[LN2, 0.0]])).requires_grad_()
+    weights = weigh(torch.tensor([[True, True]]), "gspo")
+    chosen = objective("gspo", 0.1, kl_estimator="k2")
+    some = weights * torch.tensor([[True, False]])
+    terms = grpo_loss(policy, old, old, torch.tensor([[-1.0]]), some, chosen, kl_weights=weights)
+    assert terms.loss.item() == pytest.approx(math.sqrt(2) / 2 + 0.05 * LN2**2 / 2, rel=1e-5)
+    terms.loss.backward()
+    slope = math.sqrt(2) / 4  # half of the weight, shared by the two tokens of the ratio
+    torch.testing.assert_close(policy.grad, torch.tensor([[slope + 0.05 * LN2, slope]]))
 
 
 @pytest.mark.parametrize(
