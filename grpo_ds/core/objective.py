@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 LossType = Literal["grpo", "dapo", "dr_grpo", "bnpo", "gspo", "cispo", "sapo", "luspo", "vespo"]
 KlEstimator = Literal["k1", "k2", "k3", "k3_corrected"]
 RewardScale = Literal["group", "batch", "none"]
+RewardAggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 AnswerReward = Literal["sampled", "expected"]
 
 

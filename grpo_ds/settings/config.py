@@ -86,6 +86,7 @@ class TrainConfig(
                 ),
                 *self._adapter_checks(),
                 *self._reference_checks(),
+                *self._aggregation_checks(),
             ),
         ]
 
@@ -115,6 +116,23 @@ class TrainConfig(
                 mixing and not mixes and self.ref_model_mixup_alpha < 1,
                 f"ref_model_mixup_alpha is {self.ref_model_mixup_alpha:g}, but {reason}",
             ),
+        ]
+
+    def _aggregation_checks(self) -> list[tuple[bool, str]]:
+        """Checks of flags that GDPO does not read: it divides each reward by its own deviation."""
+        decoupled = self.multi_objective_aggregation == "normalize_then_sum"
+        remedies = {
+            "scale_rewards": "leave it out",
+            "answer_reward": "leave one of them out",
+            "correctness_reward": "weigh it by --reward_weights",
+            "format_reward": "weigh it by --reward_weights",
+        }
+        return [
+            (
+                decoupled and getattr(self, name) != getattr(TrainConfig, name),
+                f"{name} {getattr(self, name)} has no effect with normalize_then_sum: {remedy}",
+            )
+            for name, remedy in remedies.items()
         ]
 
     def saves_at(self, step: int) -> bool:

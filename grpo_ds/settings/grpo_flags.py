@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from grpo_ds.core.objective import AnswerReward, KlEstimator, LossType, RewardScale
+from grpo_ds.core.objective import AnswerReward, KlEstimator, LossType, RewardAggregation, RewardScale
 from grpo_ds.settings.flags import Flags, failed, flag, list_flag, path_flag
 from grpo_ds.settings.paths import absolute_reward_files
 from grpo_ds.settings.shipped import DS_JSONS
@@ -127,6 +127,9 @@ class LossFlags(Flags):
     )
     scale_rewards: RewardScale = flag(
         "group", "std that divides advantages: of the group, of the batch, or none (Dr. GRPO)"
+    )
+    multi_objective_aggregation: RewardAggregation = flag(
+        "sum_then_normalize", "advantages of the sum of rewards, or the sum of each reward's own advantages (GDPO)"
     )
     mask_truncated_completions: bool = flag(False, "leave completions cut at the length limit out of the loss")
 

@@ -354,6 +354,10 @@ def test_several_wrong_values_raise_one_error():
         ("--delta 1.5 --epsilon_high 0.6", ["1 + epsilon_high, 1.6"]),
         ("--delta 4 --loss_type cispo", ["delta", "cispo"]),
         ("--epsilon 0.1 --epsilon_high 0.3 --loss_type sapo", ["epsilon has no effect with sapo", "epsilon_high has"]),
+        (
+            "--multi_objective_aggregation normalize_then_sum --scale_rewards none --format_reward 1",
+            ["scale_rewards none has no effect with normalize_then_sum", "format_reward 1.0 has", "--reward_weights"],
+        ),
         ("--top_entropy_quantile 20", ["top_entropy_quantile is 20; it must be a share between 0 and 1"]),
         ("--sapo_temperature_neg 2", ["sapo_temperature_neg has no effect with grpo: leave it out"]),
         ("--vespo_k_pos 1 --loss_type sapo", ["vespo_k_pos has no effect with sapo"]),
