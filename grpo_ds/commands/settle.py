@@ -1,5 +1,6 @@
 """Settle a run before anything heavy is loaded: its flags, model, DeepSpeed JSON, memory plan and checkpoint."""
 
+import math
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -155,6 +156,19 @@ def split_for_training(
             "all the same; their accuracy then says nothing about new questions."
         )
     return parts
+
+
+def with_epochs(settled: Settled, training: int) -> Settled:
+    """Turn num_train_epochs into num_steps, once the number of training questions is known."""
+    config = settled.config
+    if config.num_train_epochs is None:
+        return settled
+    per_step = config.batch_size * ranks() * config.num_iterations
+    steps = math.ceil(config.num_train_epochs * training / per_step)
+    config = replace(config, num_steps=steps, num_train_epochs=None)
+    native = native_precision(on_gpu=settled.gpu_gib is not None)
+    ds = resolve_ds_config(config.ds, fill=config.ds_sizes(native=native, world_size=ranks()))
+    return replace(settled, config=config, job=replace(settled.job, config=config, ds=ds))
 
 
 def ranks() -> int:

@@ -6,6 +6,7 @@ A preset's recipe (models/presets.py) replaces defaults, never typed flags.
 Nothing heavy is imported here, so `--help` and a mistyped flag are answered at once.
 """
 
+import math
 from dataclasses import dataclass
 
 from grpo_ds.core.objective import Objective
@@ -167,12 +168,14 @@ class TrainConfig(
 
     def ds_sizes(self, *, native: Precision, world_size: int = 1) -> DsSizes:
         """Sizes that the DeepSpeed JSON takes from the flags, and what this machine computes in (see DsSizes)."""
+        updates = self.total_steps * self.mu
         return DsSizes(
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
-            warmup_steps=0,
-            total_steps=self.total_steps * self.mu,
+            warmup_steps=self.warmup_steps or math.ceil(self.warmup_ratio * updates),
+            total_steps=updates,
+            lr_scheduler_type=self.lr_scheduler_type,
             micro_batch_size=self.batch_size * self.num_generations,
             world_size=world_size,
             native=native,

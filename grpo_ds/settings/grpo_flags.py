@@ -12,6 +12,7 @@ from grpo_ds.task.reward_files import reward_problems
 from grpo_ds.task.rewards import READY_MADE
 from grpo_ds.task.scoring import OnRewardError
 
+LrSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]  # names of transformers
 ReferenceKind = Literal["auto", "int8", "llm.int8", "bf16", "bf16-cpu"]
 CLIPPED = ("grpo", "dapo", "dr_grpo", "bnpo", "gspo", "luspo")
 SAPO = ("sapo_temperature_pos", "sapo_temperature_neg")
@@ -37,6 +38,8 @@ class RolloutFlags(Flags):
     batch_size: int = flag(2, "questions per step on each rank")
     temperature: float = flag(1.0, "temperature of sampling and of the log-probs")
     num_steps: int = flag(100, "steps per outer iteration")
+    max_steps: int | None = flag(None, "TRL's name for num_steps; not with num_iterations")
+    num_train_epochs: float | None = flag(None, "passes over the training questions; sets num_steps")
     num_iterations: int = flag(1, "outer iterations, each with a new reference made from the policy")
     balance_classes: bool = flag(True, "take questions of each class in turn; those of a small class come more often")
     dynamic_sampling: int = flag(0, "maximum times that a step replaces questions whose rewards are all equal")
@@ -60,6 +63,10 @@ class RolloutFlags(Flags):
                     for name in ("batch_size", "num_steps", "num_iterations")
                 ),
                 (self.dynamic_sampling < 0, "dynamic_sampling must be 0 or more"),
+                (
+                    self.num_train_epochs is not None and not self.num_train_epochs > 0,
+                    f"num_train_epochs is {self.num_train_epochs}; it must be more than 0",
+                ),
             ),
             *super().problems(),
         ]
@@ -181,16 +188,29 @@ class OptimizerFlags(Flags):
     ds: str = path_flag(
         "ds_configs/zero2.json", "DeepSpeed JSON: a file, or the name of a shipped one", path=DS_JSONS.setting
     )
-    learning_rate: float = flag(1e-6, "constant learning rate")
+    learning_rate: float = flag(1e-6, "learning rate; without a schedule it is constant")
+    lr_scheduler_type: LrSchedule = flag(
+        "constant", "how the rate changes behind the warm-up; linear, cosine: down to 0"
+    )
+    warmup_steps: int = flag(0, "updates in which the rate grows from 0")
+    warmup_ratio: float = flag(0.0, "the same as a share of all updates")
     weight_decay: float = flag(0.0, "weight decay of AdamW")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: no clipping")
     mu: int = flag(1, "optimizer steps on each rollout")
+
+    @property
+    def depends_on_length(self) -> bool:
+        """True if the number of steps decides the learning rate."""
+        return self.lr_scheduler_type in ("linear", "cosine") or self.warmup_ratio > 0
 
     def problems(self) -> list[str]:
         return [
             *failed(
                 (self.learning_rate <= 0, f"learning_rate is {self.learning_rate}; it must be more than 0"),
                 (self.weight_decay < 0, "weight_decay must be 0 or more"),
+                (self.warmup_steps < 0, "warmup_steps must be 0 or more"),
+                (not 0 <= self.warmup_ratio <= 1, "warmup_ratio must be a share between 0 and 1"),
+                (self.warmup_steps > 0 < self.warmup_ratio, "warmup_steps and warmup_ratio exclude each other"),
                 (self.max_grad_norm < 0, "max_grad_norm must be 0 or more"),
                 (self.mu < 1, "mu must be 1 or more"),
             ),

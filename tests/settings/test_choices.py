@@ -7,6 +7,7 @@ from typing import Literal, get_origin
 
 import pytest
 import torch
+from transformers import get_scheduler
 
 from grpo_ds.core import advantages, losses
 from grpo_ds.errors import RewardError
@@ -68,6 +69,7 @@ USES = {
     "kl_estimator": [estimate],
     "scale_rewards": [standardise],
     "multi_objective_aggregation": [aggregate],
+    "lr_scheduler_type": [lambda choice: get_scheduler(choice, None)],
     "answer_reward": [lambda choice: expected_reward(TrainConfig(answer_reward=choice), {})],
     "reference": [plan, reference],
     "completion_format": [lambda choice: own_reward(lambda completions: [], (), choice)],
