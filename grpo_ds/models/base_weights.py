@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_ds.models.embedded import embedded_folder
+from grpo_ds.models.gguf_files import gguf_folder, is_gguf
 from grpo_ds.models.presets import EMBEDDED, PRESETS
 
 READ_AT_ONCE = 1 << 22
@@ -43,6 +44,8 @@ def base_hash(model: str) -> str | None:
 def _folder(model: str) -> Path | None:
     if model == EMBEDDED:
         return embedded_folder()
+    if is_gguf(model):
+        return gguf_folder(model)
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import try_to_load_from_cache
