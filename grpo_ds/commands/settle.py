@@ -1,5 +1,6 @@
 """Settle a run before anything heavy is loaded: its flags, model, DeepSpeed JSON, memory plan and checkpoint."""
 
+import math
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -173,6 +174,19 @@ def subject_of(subject: str | None, data: str | None, questions: QuestionSet) ->
     name = Path(data_or_default(data)).name.lower()
     known = "final_decision" in questions.questions[0].columns or "pubmedqa" in name or name == SAMPLE
     return BIOMEDICAL if known else ""
+
+
+def with_epochs(settled: Settled, training: int) -> Settled:
+    """Turn num_train_epochs into num_steps, once the number of training questions is known."""
+    config = settled.config
+    if config.num_train_epochs is None:
+        return settled
+    per_step = config.batch_size * ranks() * config.num_iterations
+    steps = math.ceil(config.num_train_epochs * training / per_step)
+    config = replace(config, num_steps=steps, num_train_epochs=None)
+    native = native_precision(on_gpu=settled.gpu_gib is not None)
+    ds = resolve_ds_config(config.ds, fill=config.ds_sizes(native=native, world_size=ranks()))
+    return replace(settled, config=config, job=replace(settled.job, config=config, ds=ds))
 
 
 def ranks() -> int:

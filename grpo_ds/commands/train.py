@@ -15,7 +15,15 @@ from shutil import disk_usage
 from typing import TYPE_CHECKING
 
 from grpo_ds.commands.seeds import folder_of_seeds, train_seeds
-from grpo_ds.commands.settle import Settled, check_local, ranks, settle, split_for_training, subject_of
+from grpo_ds.commands.settle import (
+    Settled,
+    check_local,
+    ranks,
+    settle,
+    split_for_training,
+    subject_of,
+    with_epochs,
+)
 from grpo_ds.errors import CheckpointError
 from grpo_ds.memory.plan import GIB, MemoryKind
 from grpo_ds.models.base_weights import base_hash
@@ -27,6 +35,7 @@ from grpo_ds.run_folder.resume import check_complete, check_steps
 from grpo_ds.run_folder.trained_on import read_trained_on
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import TrainConfig
+from grpo_ds.settings.ds_config import DsConfig
 from grpo_ds.settings.paths import absolute
 from grpo_ds.system.hardware import Precision, check_versions
 from grpo_ds.system.invocation import command
@@ -91,6 +100,8 @@ def train_from(argv: list[str]) -> None:
     # A checkpoint's record has the model's own and the run's: with it the parts are the same again.
     before = read_trained_on(settled.resume_from or Path(config.model)) or frozenset()
     train, held_out = split_for_training(config, questions, before)
+    settled = with_epochs(settled, len(train))
+    config = settled.config
     this_run = inputs_of(train, held_out, config, settled.job.ds, rewards, ranks())
     held_out = first_in_proportion(held_out, config.eval_limit, by_class=config.answer_format.is_closed)
     if config.lora_r and Path(config.model).is_dir() and (base := base_hash(config.model)):
@@ -264,11 +275,20 @@ def first_lines(settled: Settled, questions: QuestionSet, train: int, held_out: 
         f"Data: {questions.source}{f' ({left_out})' if left_out else ''}; {train} to train on, {held_out} held out",
         f"Read as: {questions.form}",
         f"Plan: {config.total_steps} steps of {per_step} {config.max_completion_length} tokens; "
-        f"learning rate {ds.learning_rate:g}, beta {config.beta:g}, seed {config.seed}",
+        f"learning rate {ds.learning_rate:g}{schedule_words(ds)}, beta {config.beta:g}, seed {config.seed}",
         plan_line(settled.job, settled.plan, settled.gpu_gib, settled.ram_gib),
         *checkpoint_lines(settled, folder),
         f"Output folder: {folder}",
     ]
+
+
+def schedule_words(ds: DsConfig) -> str:
+    """Describe the flags' schedule behind the learning rate; "" for a constant rate or the JSON's schedule."""
+    if not ds.schedule:
+        return ""
+    short = " (the run is not longer)" if ds.warmup_steps >= ds.total_steps else ""
+    warm_up = f" after {ds.warmup_steps} updates of warm-up{short}" if ds.warmup_steps else ""
+    return f" {ds.schedule.removesuffix('_with_warmup')}{warm_up}"
 
 
 def checkpoint_lines(settled: Settled, folder: Path) -> list[str]:

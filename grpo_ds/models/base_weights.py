@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_ds.models.embedded import embedded_folder
+from grpo_ds.models.gguf_files import gguf_folder, is_gguf
 from grpo_ds.models.presets import EMBEDDED, PRESETS
 
 READ_AT_ONCE = 1 << 22
@@ -44,6 +45,8 @@ def model_folder(model: str) -> Path | None:
     """Return the folder of a model on this machine, in the hub's cache or anywhere else; None if it is not here."""
     if model == EMBEDDED:
         return embedded_folder()
+    if is_gguf(model):
+        return gguf_folder(model)
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import try_to_load_from_cache

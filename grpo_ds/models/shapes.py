@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_ds.errors import UsageError, in_one_line, one_error
+from grpo_ds.models.gguf_files import gguf_folder, is_gguf
 from grpo_ds.system.hub import check_hub
 
 # Weights that share an int8 scale. 64 divides all hidden sizes in use; 128 saves 1.5 % of memory, raises the KL floor.
@@ -173,13 +174,15 @@ def _check_sizes(model: str, config: Mapping[str, Any]) -> None:
 
 
 def read_config(model: str) -> dict[str, Any]:
-    """Read the config.json of a folder, or of a hub id from the cache or the hub."""
+    """Read the config.json of a folder, of a converted GGUF file, or of a hub id from the cache or the hub."""
+    if is_gguf(model):
+        model = str(gguf_folder(model))
     adapter, base = model, adapter_base(model)
     model = base or model
     if not base and (fault := _fault(model)):
         raise UsageError(
             f"--model {model} {fault}.\n"
-            f"Name a folder saved by save_pretrained, a hub id, or a preset: {', '.join(PRESET_CONFIGS)}"
+            f"Name a folder saved by save_pretrained, a GGUF file, a hub id, or a preset: {', '.join(PRESET_CONFIGS)}"
         )
     if model in PRESET_CONFIGS:
         return PRESET_CONFIGS[model]

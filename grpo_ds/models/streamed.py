@@ -46,7 +46,7 @@ class StreamedModel(LogprobModel):
         self.others = [name for name in parameters.values() if name not in listed]
 
     @torch.no_grad()
-    def forward(self, rows: PackedRows) -> Tensor:
+    def forward(self, rows: PackedRows, **_: bool) -> Tensor:
         """Return log-probs [B, C]; without gradients, in evaluation mode, whatever the policy's mode was."""
         self.packs, training = self.policy.packs, self.policy.training
         self.eval()

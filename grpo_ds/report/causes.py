@@ -35,7 +35,7 @@ PASSES = 4  # over the questions; up to four passes old data is nearly as good a
 OVERFIT = 0.2  # accuracy in training above held-out accuracy; 20 to 40 questions have an interval of 0.15 to 0.2
 FEWEST_STEPS = 60  # in 15 to 40 steps a small model learns the form (docs/results.md); the task comes after it
 LONGER, LONG_RUN = 4, 100  # times as many steps as now, up to this number; twice beyond it, which already takes hours
-KEEPS_GRADIENT = ("gspo", "cispo")  # losses in which many clipped tokens are normal
+KEEPS_GRADIENT = ("gspo", "luspo", "cispo")  # losses in which many clipped tokens are normal
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ A preset's recipe (models/presets.py) replaces defaults, never typed flags.
 Nothing heavy is imported here, so `--help` and a mistyped flag are answered at once.
 """
 
+import math
 from dataclasses import dataclass
 
 from grpo_ds.core.objective import Objective
@@ -121,6 +122,7 @@ class TrainConfig(
                 ),
                 *self._adapter_checks(),
                 *self._reference_checks(),
+                *self._aggregation_checks(),
             ),
         ]
 
@@ -153,6 +155,23 @@ class TrainConfig(
             ),
         ]
 
+    def _aggregation_checks(self) -> list[tuple[bool, str]]:
+        """Checks of flags that GDPO does not read: it divides each reward by its own deviation."""
+        decoupled = self.multi_objective_aggregation == "normalize_then_sum"
+        remedies = {
+            "scale_rewards": "leave it out",
+            "answer_reward": "leave one of them out",
+            "correctness_reward": "weigh it by --reward_weights",
+            "format_reward": "weigh it by --reward_weights",
+        }
+        return [
+            (
+                decoupled and getattr(self, name) != getattr(TrainConfig, name),
+                f"{name} {getattr(self, name)} has no effect with normalize_then_sum: {remedy}",
+            )
+            for name, remedy in remedies.items()
+        ]
+
     def saves_at(self, step: int) -> bool:
         """True if a checkpoint is due after `step` steps."""
         return self.save_steps > 0 and (step % self.save_steps == 0 or step == self.total_steps)
@@ -165,8 +184,16 @@ class TrainConfig(
             epsilon=self.epsilon,
             epsilon_high=self.upper_epsilon,
             delta=self.delta,
+            sapo_temperature_pos=self.sapo_temperature_pos,
+            sapo_temperature_neg=self.sapo_temperature_neg,
+            vespo_k_pos=self.vespo_k_pos,
+            vespo_lambda_pos=self.vespo_lambda_pos,
+            vespo_k_neg=self.vespo_k_neg,
+            vespo_lambda_neg=self.vespo_lambda_neg,
             beta=self.beta,
             kl_estimator=self.kl_estimator,
+            entropy_coef=self.entropy_coef,
+            top_entropy_quantile=self.top_entropy_quantile,
             max_completion_length=self.max_completion_length,
         )
 
@@ -177,12 +204,14 @@ class TrainConfig(
 
     def ds_sizes(self, *, native: Precision, world_size: int = 1) -> DsSizes:
         """Sizes that the DeepSpeed JSON takes from the flags, and what this machine computes in (see DsSizes)."""
+        updates = self.total_steps * self.mu
         return DsSizes(
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
-            warmup_steps=0,
-            total_steps=self.total_steps * self.mu,
+            warmup_steps=self.warmup_steps or math.ceil(self.warmup_ratio * updates),
+            total_steps=updates,
+            lr_scheduler_type=self.lr_scheduler_type,
             micro_batch_size=self.batch_size * self.num_generations,
             world_size=world_size,
             native=native,

@@ -25,7 +25,7 @@ class ModelFlags(Flags):
 
     model: str = path_flag(
         "auto",
-        "preset (qwen2.5-0.5b, -1.5b, -3b, -7b, smollm2-135m), hub id or folder; auto: what fits",
+        "preset (qwen2.5-0.5b, -1.5b, -3b, -7b, smollm2-135m), hub id, folder or GGUF file; auto: what fits",
         path=absolute_if_there(*MODEL_NAMES),
     )
     trust_remote_code: bool = flag(False, "run the Python code that a model brings, with all your rights")

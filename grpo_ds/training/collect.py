@@ -57,6 +57,8 @@ class Collector:
             score, functions=reward_functions, timeout=config.reward_timeout, on_error=config.on_reward_error
         )
         self.expected_reward = expected_reward(config, reward_functions)
+        weights = {name: weight for name, (_, weight) in reward_functions.items()}
+        self.reward_weights = {**weights, OVERLONG: config.overlong_penalty}
         self.gain_weight = reward_functions[REASONING_GAIN][1] if REASONING_GAIN in reward_functions else 0.0
         self.needs_sampling = any(isinstance(f, OwnReward) and f.needs_sampling for f, _ in reward_functions.values())
         self.progress, self.console = progress, console
@@ -65,7 +67,10 @@ class Collector:
     def collect(self, step: int, questions: list[Question]) -> tuple[Groups, int]:
         """Return batch_size groups, and how many groups --dynamic_sampling exchanged for them."""
         draw = partial(self.draw, step, questions)
-        groups, exchanged = draw_groups(draw, count=self.config.batch_size, attempts=self.config.dynamic_sampling)
+        by_name = self.config.multi_objective_aggregation == "normalize_then_sum"
+        groups, exchanged = draw_groups(
+            draw, count=self.config.batch_size, attempts=self.config.dynamic_sampling, by_name=by_name
+        )
         self.warn_of_failures(groups.rewards)
         return groups, exchanged
 
@@ -196,12 +201,12 @@ def reasoning_gains(labels: LabelProbs, unreasoned: Float[Tensor, "B n"]) -> lis
     return [gain if known else None for gain, known in zip(gains, placed, strict=True)]
 
 
-def draw_groups(draw: Draw, *, count: int, attempts: int) -> tuple[Groups, int]:
+def draw_groups(draw: Draw, *, count: int, attempts: int, by_name: bool = False) -> tuple[Groups, int]:
     """Return `count` groups and how many were exchanged: attempt 0 draws all, later attempts redraw
-    groups of equal rewards."""
+    groups of equal rewards. by_name: of every function."""
     groups, exchanged = draw(0, range(count)), 0
     for attempt in range(1, attempts + 1):
-        places = groups.without_spread()
+        places = groups.without_spread(by_name=by_name)
         if not places:
             break
         groups = exchange(groups, places, draw(attempt, places))

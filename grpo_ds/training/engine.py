@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, get_scheduler
 
 from grpo_ds.core.packing import PackedRows
 from grpo_ds.errors import CheckpointError, UsageError
@@ -81,14 +81,22 @@ class Engine:
         if config.offload:
             replace_staging_and_optimizer(self._engine, config, seed=seed, version=deepspeed.__version__)
         self._engine.checkpoint_engine = _SafeFiles()
+        if config.schedule:
+            # Not by the JSON: DeepSpeed's schedules begin with two steps of 0, and need a warm-up.
+            self._engine.lr_scheduler = get_scheduler(
+                config.schedule,
+                self._engine.basic_optimizer,
+                num_warmup_steps=config.warmup_steps,
+                num_training_steps=config.total_steps,
+            )
         self.policy = policy
         self._kernels = deterministic_kernels if deterministic else nullcontext
 
-    def __call__(self, rows: PackedRows) -> Tensor:
-        """[B, C] log-probs, in training mode (gradient checkpointing on)."""
+    def __call__(self, rows: PackedRows, *, entropy_gradient: bool = False) -> Tensor:
+        """[B, C] log-probs, in training mode (gradient checkpointing on). entropy_gradient: of `policy.entropies`."""
         self._engine.train()
         with self._kernels():
-            return self._engine(rows)
+            return self._engine(rows, entropy_gradient=entropy_gradient)
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Add the gradients of a loss that is already normalised over micro-batches and ranks of the step.

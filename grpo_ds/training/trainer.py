@@ -171,6 +171,8 @@ class Trainer:
             reference=self.reference,
             pack_tokens=self.limits.tokens,
             expected_reward=self.collector.expected_reward,
+            aggregation=self.config.multi_objective_aggregation,
+            reward_weights=self.collector.reward_weights,
         )
 
     def update(self, partial: PartialStep) -> Updated:

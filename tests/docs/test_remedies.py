@@ -48,6 +48,7 @@ OTHERS = {  # flags of other programs, and of commands that take no config
     *("output", "id", "query-gpu", "format", "device", "steps", "series"),
     *("no-index", "target", "docs", "stage", "rounds", "python", "cuda"),  # of pip and of benchmarks/
     *("dtype", "preset", "completion"),
+    *("port", "max-model-len", "enable-lora", "max-lora-rank", "lora-modules", "outtype", "outfile", "jinja", "merge"),
 }  # fmt: skip
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*\b)(?:[ =](?![->])([^\s`;\"')\]}]+))?")
 NEEDS = {  # a recommended flag -> the flags that its text presupposes
@@ -171,7 +172,9 @@ SCRIPTS = {"profile_memory": "train", "select_model": "select", "evaluate_model"
 def test_a_command_of_a_page_is_accepted(command):
     name, rest = COMMAND.search(command).groups()
     rest = re.sub(r"outputs/\S+\.yaml", "configs/smollm2-laptop.yaml", rest)  # the settings of a run
-    filled = re.sub(r"outputs/\S+|NAME_OR_FOLDER|FOLDER", EMBEDDED, rest.replace("...", "text").replace("FLAGS", ""))
+    filled = re.sub(
+        r"outputs/\S+|\S+\.gguf|NAME_OR_FOLDER|FOLDER", EMBEDDED, rest.replace("...", "text").replace("FLAGS", "")
+    )
     words = shlex.split(filled)
     if words and OWNER.get(words[-1].lstrip("-"), (None, bool))[1] is not bool:
         words.append("text")  # the page leaves the value open

@@ -351,7 +351,6 @@ def test_every_call_that_opens_a_model_says_whether_its_code_is_trusted():
         (file, "trust_remote_code" in options)
         for file, name, options in calls()
         if name in {f"{auto}.{verb}" for auto in AUTO for verb in ("from_pretrained", "from_config")}
-        and file != "embedded.py"  # our own wheel, with a GGUF file and no code
     ]
     assert len(opened) >= 5 and all(stated for _, stated in opened), opened
 

@@ -7,7 +7,7 @@ import pytest
 from grpo_ds.commands.ask import QuestionConfig
 from grpo_ds.commands.evaluate import GradingConfig
 from grpo_ds.commands.select import SelectConfig
-from grpo_ds.commands.settle import settle
+from grpo_ds.commands.settle import settle, with_epochs
 from grpo_ds.errors import MAX_LINES, CheckpointError, UsageError
 from grpo_ds.models.presets import EMBEDDED, PRESETS
 from grpo_ds.run_folder.resume import flags_of
@@ -64,7 +64,7 @@ def test_help_shows_the_flags_below_headings(config_type, headings, capsys):
 
 def test_every_flag_is_in_one_group_and_has_a_line_of_help():
     names = [flag.name for flag in all_flags(TrainConfig)]
-    assert len(names) == len(set(names)) == 82
+    assert len(names) == len(set(names)) == 96
     assert set(flags_by_heading(TrainConfig)) == set(HEADINGS)
     assert all(flag.metadata["help"] for flag in all_flags(TrainConfig))
 
@@ -94,6 +94,46 @@ def test_typed_flags_win_over_a_recipe_and_a_recipe_over_defaults():
     config = parsed.config({"num_steps": 14, "max_completion_length": 48, "no_flag_of_ours": 1}, model="mine")
     assert (config.num_steps, config.max_completion_length, config.seed, config.model) == (7, 48, 0, "mine")
     assert parsed.typed == {"num_steps"}
+
+
+def test_the_length_of_a_run_may_be_said_with_trls_flags(tmp_path):
+    (tmp_path / "a.yaml").write_text("num_steps: 40\nnum_iterations: 1\n")
+    parsed = parse(TrainConfig, ["--config", str(tmp_path / "a.yaml"), "--max_steps", "7"], about="")
+    for config in (parsed.config(), parsed.config(LAPTOP)):
+        assert (config.num_steps, config.max_steps, config.total_steps) == (7, None, 7)
+    config = parse(TrainConfig, ["--num_train_epochs", "1.5"], about="").config(LAPTOP)
+    assert config.num_train_epochs == 1.5
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--max_steps", "7", "--num_steps", "7"], "num_steps and max_steps both say"),
+        (["--max_steps", "7", "--num_train_epochs", "1"], "max_steps and num_train_epochs both say"),
+        (["--max_steps", "7", "--num_iterations", "2"], "max_steps is for one iteration"),
+        (["--max_steps", "0"], "num_steps must be 1 or more"),
+        (["--num_train_epochs", "0"], "num_train_epochs is 0.0; it must be more than 0"),
+        (["--warmup_steps", "1", "--warmup_ratio", "0.1"], "warmup_steps and warmup_ratio exclude each other"),
+        (["--warmup_steps", "-1"], "warmup_steps must be"),
+        (["--warmup_ratio", "10"], "warmup_ratio must be a share"),
+    ],
+)
+def test_a_length_or_a_warm_up_that_cannot_be_is_named(argv, words):
+    assert words in error_of(parse(TrainConfig, argv, about="").config)
+
+
+def test_epochs_become_steps_when_the_questions_are_counted(monkeypatch):
+    """2 epochs of 33 questions, 2 a step: 33 steps; on 3 ranks 11. A share of them is warm-up, of mu updates each."""
+    monkeypatch.setattr("grpo_ds.commands.settle.gpu_memory_gib", lambda: None)
+    flags = ["--num_train_epochs", "2", "--warmup_ratio", "0.1", "--mu", "2", "--lr_scheduler_type", "linear"]
+    settled = settle(["--model", EMBEDDED, *flags])
+    assert with_epochs(settled, 33).config.num_steps == 33
+    assert with_epochs(settled, 33).config.num_train_epochs is None
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    done = with_epochs(settled, 33)
+    assert (done.config.num_steps, done.job.config.num_steps) == (11, 11)
+    assert (done.job.ds.total_steps, done.job.ds.warmup_steps, done.job.ds.schedule) == (22, 3, "linear")
+    assert with_epochs(settle(["--model", EMBEDDED]), 33).config.num_steps == LAPTOP["num_steps"]
 
 
 def test_values_are_checked_with_the_recipe_and_not_before():
