@@ -56,6 +56,7 @@ NEEDS = {  # a recommended flag -> the flags that its text presupposes
     "lora_alpha": "--lora_r 16", "lora_target": "--lora_r 16", "labels": "--few_shot 0", "answer_tag": "--few_shot 0",
     "eval_steps": "--save_steps 120", "ref_model_mixup_alpha": "--sync_ref_model --reference bf16",
     "ref_model_sync_steps": "--sync_ref_model --reference bf16", "sync_ref_model": "--reference bf16",
+    "answers none": "--reward_funcs format",
     "reward_funcs": "--reward_weights null", "overlong_buffer 60": "--max_completion_length 300",
 }  # fmt: skip
 OF_EVAL = {("eval_fraction", "1")}  # train has a flag of this name, which refuses this value

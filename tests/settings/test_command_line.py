@@ -185,7 +185,7 @@ def test_words_that_make_no_sense_are_named(argv, words):
     ("saved", "words"),
     [
         ("num_steps: many\n", ["num_steps is 'many'"]),
-        ("reference: int4\nepsilon_high: wide\n", ["one of auto, int8, llm.int8", "epsilon_high is 'wide'"]),
+        ("reference: int4\nepsilon_high: wide\n", ["one of auto, int8, streamed, llm.int8", "epsilon_high is 'wide'"]),
         ("loss_type:\nseed: null\n", ["loss_type is null", "seed is null"]),
         ("no_flag_of_ours: 1\nmu:\n", ["mu is null"]),
     ],
