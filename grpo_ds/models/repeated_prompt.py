@@ -15,7 +15,9 @@ class RepeatedPrompts:
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, group_size: int) -> None:
         self.model, self.prompts, self.group_size = model, prompts, group_size
-        self.has_positions = "position_ids" in inspect.signature(model.forward).parameters  # else from the mask
+        takes = inspect.signature(model.forward).parameters
+        self.has_positions = "position_ids" in takes  # else from the mask
+        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}  # 10 GB for 64 prompts of Qwen
         self.restart()
 
     @torch.no_grad()
@@ -47,5 +49,10 @@ class RepeatedPrompts:
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         keywords = {"position_ids": positions} if self.has_positions else {}
         return self.model(
-            input_ids=ids, attention_mask=self.seen, past_key_values=self.cache, use_cache=True, **keywords
+            input_ids=ids,
+            attention_mask=self.seen,
+            past_key_values=self.cache,
+            use_cache=True,
+            **self.last_only,
+            **keywords,
         ).logits[:, -1]

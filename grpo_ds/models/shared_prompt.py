@@ -146,13 +146,16 @@ def _round_up(tokens: int, align: int) -> int:
     return -(-tokens // align) * align
 
 
+# In 16 bits the logits behind a text's first tokens say little: a model gathers activations there that are so large
+# that two correct computations round them apart (Qwen2.5-0.5B's by 26 % behind 3 tokens, by 1 % behind 64).
+PROBED = 64  # tokens
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # share of the logits' norm
 
 
 @torch.no_grad()
 def can_share_prompts(model: PreTrainedModel, *, fused: bool = False, native: NativeWeights | None = None) -> bool:
-    """Test on three tokens if `attend`, or the fused or native layers, compute the same logits as the model itself."""
-    ids = ordinary_ids(model, 3)
+    """Test on a short text if `attend`, or the fused or native layers, compute the same logits as the model itself."""
+    ids = ordinary_ids(model, PROBED)
     tokens, positions = torch.tensor([ids[-1], len(ids) - 1], device=model.device).split(1)
     try:
         whole = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1]
