@@ -196,25 +196,33 @@ class _RunMemory:
     def initialise(self) -> list[Moment]:
         """deepspeed.initialize copies the trained weights into one flat buffer and clones the masters from it.
 
-        The moments are made later, by the first step.
+        On a card with an optimizer in RAM both copies are made in RAM (zero_staging.py: weights_once). The moments are
+        made later, by the first step.
         """
         flat, trained = Bytes({"weights": self.weights}), self.trained * self.w
-        twice = flat + Bytes({"second copy of the weights": trained})  # unflattened, or cloned for the masters
+        copy = Bytes({"second copy of the weights": trained})  # unflattened, or cloned for the masters
         moves = self.on_gpu and self.config.base_bits == 16
         moved = self.process + Bytes({"weights in transfer": self.weights * moves})
         every = self.optimizer(stepped=False)
         masters = Bytes({"master weights": self.trained * self.master})
         if not self.ds.offload:  # ZeRO allocates a gradient buffer once and drops it
-            return [(twice, moved), (flat + every + Bytes({"gradients": masters.total()}), self.process)]
+            return [(flat + copy, moved), (flat + every + Bytes({"gradients": masters.total()}), self.process)]
         buffers = Bytes({"buffers of the largest parameter": self.largest * self.w})  # engine.py frees them later,
         every["staging buffer"] = self._block(trained)  # and this
         every["accumulated gradients"] = 0
         if self.pins:  # masters and staging buffer exist twice while they are pinned: pageable and pinned
             every["pageable originals"] = masters.total() + trained
-        moments = [(twice, moved), (flat + buffers, self.process + every + buffers)]
-        if self.on_gpu or self.w != self.master:  # otherwise the clone is the master
-            moments.append((twice, self.process + masters))
-        return moments
+        begun = (flat + buffers, self.process + every + buffers)
+        if not self.on_gpu:  # on a CPU a clone in the masters' dtype is the master
+            return [(flat + copy, moved), begun, *[(flat + copy, self.process + masters)] * (self.w != self.master)]
+        in_ram = Bytes({"weights in transfer": trained})
+        cloned = in_ram if self.w != self.master else Bytes()  # else the clone is the master
+        return [
+            (flat, moved),
+            (Bytes({"weights": self.weights - trained}), self.process + in_ram + copy),
+            (flat, self.process + cloned + masters),
+            begun,
+        ]
 
     def evaluate(self) -> list[Moment]:
         return [self._during(moment) for moment in self.activations.answering(self.dequantised)]

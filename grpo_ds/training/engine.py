@@ -22,7 +22,13 @@ from grpo_ds.optim.adamw8bit import build_optimizer
 from grpo_ds.settings.ds_config import DsConfig
 from grpo_ds.system.determinism import deterministic_kernels
 from grpo_ds.training.loss_scale import LossScale
-from grpo_ds.training.zero_staging import allow_accumulation, clear_unwritten_gradients, replace_staging_and_optimizer
+from grpo_ds.training.zero_staging import (
+    allow_accumulation,
+    clear_unwritten_gradients,
+    plain_partitions,
+    replace_staging_and_optimizer,
+    weights_once,
+)
 
 # DeepSpeed compiles small extensions on first use with ninja, which pip installs beside the interpreter. This line
 # finds it even if the environment was not activated.
@@ -50,6 +56,11 @@ Item = TypeVar("Item")
 DEEPSPEED_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]  # allowed in its checkpoints
 
 
+def on_card() -> bool:
+    """Return True if DeepSpeed computes on a card."""
+    return get_accelerator().device_name() != "cpu"
+
+
 class Engine:
     """The policy and its optimizer under DeepSpeed.
 
@@ -69,12 +80,16 @@ class Engine:
             )
         parameters = [p for p in policy.parameters() if p.requires_grad]
         logging.getLogger("DeepSpeed").addFilter(_not_of_our_optimizer)
-        self._engine, *_ = deepspeed.initialize(
-            model=policy,
-            model_parameters=parameters,
-            optimizer=_client_optimizer(parameters, config),
-            config=config.engine,
-        )
+        once = config.offload and on_card()
+        with weights_once(DeepSpeedZeroOptimizer, get_accelerator()) if once else nullcontext():
+            self._engine, *_ = deepspeed.initialize(
+                model=policy,
+                model_parameters=parameters,
+                optimizer=_client_optimizer(parameters, config),
+                config=config.engine,
+            )
+        if once:
+            plain_partitions(self._engine.optimizer)
         self.loss_scale = LossScale(self._engine.optimizer, fp16=config.precision == "fp16")
         self._shares_staging = config.share_staging and not config.bf16_masters
         self._offload = config.offload

@@ -15,12 +15,14 @@ import torch
 from grpo_ds.optim import slices
 from grpo_ds.settings.ds_config import DsSizes, resolve_ds_config
 from grpo_ds.system import ranks
+from grpo_ds.training import engine as engine_module
 from grpo_ds.training.engine import Engine
 
 MODES = {  # name -> (section bf16, settings of AdamW8bit)
     "own staging": ({}, {"share_staging": False}),
     "shared staging": ({}, {}),
     "residual": ({"bf16_master_weights_and_grads": True}, {}),
+    "weights once": ({}, {}),  # as on a card
     "stochastic": ({"bf16_master_weights_and_grads": True}, {"rounding": "stochastic"}),
 }
 
@@ -49,6 +51,7 @@ def make_engine(mode: str, here: ranks.World, folder: Path) -> Engine:
     }
     file = folder / f"ds{here.rank}.json"
     file.write_text(json.dumps(ds), encoding="utf-8")
+    engine_module.on_card = lambda: mode == "weights once"
     return Engine(Linear(), resolve_ds_config(file, fill=DsSizes(1e-5, 0.01, 0.0, 0, 1, 1, here.size)), seed=here.rank)
 
 

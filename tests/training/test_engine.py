@@ -279,6 +279,12 @@ def test_smaller_masters_take_the_same_steps_bit_by_bit(masters):
             assert different.double().mean() < 1e-3
 
 
+def test_flattened_and_cloned_in_ram_as_for_a_card_they_are_the_same_bit_by_bit(masters):
+    for rank in masters:
+        for part, wanted in rank["shared staging"]["straight"].items():
+            assert torch.equal(rank["weights once"]["straight"][part], wanted)
+
+
 def test_stochastic_masters_stay_near_and_differ(masters):
     for rank in masters:
         exact, rounded = (rank[mode]["straight"]["masters"] for mode in ("own staging", "stochastic"))
