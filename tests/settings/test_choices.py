@@ -21,6 +21,7 @@ from grpo_ds.run_folder.progress import Progress
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.flags import all_flags
 from grpo_ds.settings.values import kind_of
+from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.own_rewards import own_reward
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import score
@@ -70,6 +71,7 @@ USES = {
     "scale_rewards": [standardise],
     "multi_objective_aggregation": [aggregate],
     "lr_scheduler_type": [lambda choice: get_scheduler(choice, None)],
+    "answers": [lambda choice: AnswerFormat(kind=choice).wanted],
     "answer_reward": [lambda choice: expected_reward(TrainConfig(answer_reward=choice), {})],
     "reference": [plan, reference],
     "completion_format": [lambda choice: own_reward(lambda completions: [], (), choice)],

@@ -1,6 +1,7 @@
 """A trainer's state in a checkpoint: another trainer takes it over, and older files are still read."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
