@@ -220,7 +220,7 @@ def _lean(known: Evidence) -> str:
 
 
 def _behind_the_lean(known: Evidence) -> str:
-    """What the probabilities tell apart all the same; "" if that could be chance."""
+    """Say what the probabilities tell apart all the same; "" if that could be chance."""
     area, interval = known.grade(AFTER, "auc"), known.grades(AFTER).get("auc_interval")
     if area is None or not interval or interval[0] <= CHANCE_AUC:
         return ""
