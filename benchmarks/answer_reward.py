@@ -88,7 +88,7 @@ def measure(config: TrainConfig, questions: list, redraws: int) -> dict[str, Noi
     policy = LogprobModel(model, vocab_size=len(tokenizer), temperature=config.temperature, chunk_mib=64)
     sampler = Sampler(
         model, tokenizer, max_completion_length=config.max_completion_length, stop=config.answer_format.stop,
-        label_ids=label_ids_for(config, tokenizer),
+        label_ids=label_ids_for(config, tokenizer, print),
     )  # fmt: skip
     parameters = [it for it in model.parameters() if it.requires_grad]
     noise = {kind: Noise(parameters) for kind in KINDS}

@@ -10,7 +10,7 @@ LossType = Literal["grpo", "dapo", "dr_grpo", "bnpo", "gspo", "cispo", "sapo", "
 KlEstimator = Literal["k1", "k2", "k3", "k3_corrected"]
 RewardScale = Literal["group", "batch", "none"]
 RewardAggregation = Literal["sum_then_normalize", "normalize_then_sum"]
-AnswerReward = Literal["sampled", "expected"]
+AnswerReward = Literal["auto", "sampled", "expected"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

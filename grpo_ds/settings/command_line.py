@@ -23,6 +23,7 @@ from grpo_ds.settings.saved_config import with_copied_prompt
 from grpo_ds.settings.shipped import CONFIGS
 from grpo_ds.settings.values import Written, is_listed, kind_of, may_be_null, read_values
 from grpo_ds.system.invocation import program
+from grpo_ds.task.rewards import BARE_LABEL
 from grpo_ds.task.worked_examples import worked_examples
 
 ConfigType = TypeVar("ConfigType", bound=AskConfig)
@@ -69,13 +70,24 @@ class Parsed(Generic[ConfigType]):
         flags, recipe = all_flags(self.config_type), recipe or {}
         own = {flag.name: recipe[flag.name] for flag in flags if flag.name in recipe}
         values: dict[str, Any] = {flag.name: flag.default for flag in flags} | own | {**self.given, **decided}
-        if "few_shot" in own and "few_shot" not in self.given:  # the recipe's examples that fit the answers
-            values["few_shot"] = min(values["few_shot"], _fitting_examples(values))
-        if "prefill" in own and "prefill" not in self.given and values["answers"] == "none":
-            values["prefill"] = False  # no answer is read, so none is begun
+        values |= self._suited({name: values[name] for name in own if name not in self.given}, values)
         if values.get("max_steps") is not None:
             values |= {"num_steps": values["max_steps"], "max_steps": None}
         return self.config_type(**values)
+
+    def _suited(self, recipe: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those flags of the recipe that other flags change: the kind of the answers, a warm-up of their own."""
+        suited = {}
+        if "few_shot" in recipe:  # the examples that fit the answers
+            suited["few_shot"] = min(recipe["few_shot"], _fitting_examples(values))
+        if "prefill" in recipe and values["answers"] == "none":
+            suited["prefill"] = False  # no answer is read, so none is begun
+        if "reward_funcs" in recipe and values["answers"] != "labels":
+            named = recipe["reward_funcs"].split(",")
+            suited["reward_funcs"] = ",".join(name for name in named if name != BARE_LABEL)
+        if "warmup_steps" in recipe and "warmup_ratio" in self.given:
+            suited["warmup_steps"] = 0
+        return suited
 
     def _length_problems(self, config: ConfigType) -> list[str]:
         """Report a run whose length is said twice, or in all where it is the length of an iteration."""

@@ -116,7 +116,7 @@ def resolve_ds_config(path: str | Path, *, fill: DsSizes, explicit: frozenset[st
         *fill_autos(engine, schedule_values(engine, fill), explicit),
         *fill_autos(engine, adamw8bit_values() if has_our_optimizer(engine) else [], explicit),
         *fill_peak(engine),
-        *two_schedules(engine, fill),
+        *two_schedules(engine, fill, explicit),
         *check_zero(engine),
         *check_optimizer(engine),
         *check_fp16(engine),
@@ -273,9 +273,9 @@ def fill_peak(engine: dict[str, Any]) -> Iterator[str]:
     set_value(engine, path, peak)
 
 
-def two_schedules(engine: dict[str, Any], fill: DsSizes) -> Iterator[str]:
-    """Report a schedule of the flags beside one of the JSON."""
-    if "scheduler" in engine and fill.lr_scheduler_type != "constant":
+def two_schedules(engine: dict[str, Any], fill: DsSizes, explicit: frozenset[str]) -> Iterator[str]:
+    """Report a schedule that was typed beside one of the JSON, which replaces a recipe's."""
+    if "scheduler" in engine and "lr_scheduler_type" in explicit:
         yield f"scheduler is in it, but --lr_scheduler_type {fill.lr_scheduler_type} was given: keep one"
 
 

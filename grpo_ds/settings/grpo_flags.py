@@ -90,7 +90,7 @@ class RewardFlags(Flags):
     reward_timeout: float = flag(60.0, "seconds that a call of a reward function may take; 0: no limit")
     on_reward_error: OnRewardError = flag("stop", "if a reward function fails; zero: continue without its rewards")
     answer_reward: AnswerReward = flag(
-        "sampled", "correctness of the answer that was drawn, or its expectation over all labels"
+        "auto", "correctness of the answer that was drawn, or its expectation over all labels; auto: where it can be"
     )
     correctness_reward: float = flag(2.0, "reward for the correct answer in a well-formed completion")
     format_reward: float = flag(0.2, "reward for each of the two tag pairs that is well-formed")

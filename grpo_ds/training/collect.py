@@ -56,7 +56,7 @@ class Collector:
         self.score = partial(
             score, functions=reward_functions, timeout=config.reward_timeout, on_error=config.on_reward_error
         )
-        self.expected_reward = expected_reward(config, reward_functions)
+        self.expected_reward = expected_reward(config, reward_functions) if sampler.label_ids else 0.0
         weights = {name: weight for name, (_, weight) in reward_functions.items()}
         self.reward_weights = {**weights, OVERLONG: config.overlong_penalty}
         self.gain_weight = reward_functions[REASONING_GAIN][1] if REASONING_GAIN in reward_functions else 0.0
@@ -174,10 +174,14 @@ class Collector:
 
 
 def expected_reward(config: TrainConfig, functions: WeightedFunctions) -> float:
-    """Reward for a right answer, weight applied, of which --answer_reward expected takes the expectation; else 0."""
-    if config.answer_reward == "sampled":
+    """Reward for a right answer, weight applied, of which the expectation is taken over the labels; 0 if it is drawn.
+
+    GDPO divides the rewards of drawn answers by their deviation, so auto draws them there.
+    """
+    decoupled = config.multi_objective_aggregation == "normalize_then_sum"
+    if config.answer_reward == "sampled" or (config.answer_reward == "auto" and decoupled):
         return 0.0
-    if config.answer_reward == "expected":
+    if config.answer_reward in ("auto", "expected"):
         return config.correctness_reward * functions[CORRECTNESS][1] if CORRECTNESS in functions else 0.0
     raise ValueError(
         f"answer_reward is {config.answer_reward!r}; it must be one of {', '.join(get_args(AnswerReward))}."

@@ -106,7 +106,7 @@ class Trainer:
         style = style or prompt_style(config)
         for line in style.check(self.tokenizer):  # before the model is loaded
             console.line(line)
-        label_ids = label_ids_for(config, self.tokenizer)
+        label_ids = label_ids_for(config, self.tokenizer, console.line)
         self.engine = self.make_engine(weights_of(config, origin))
         self.choose_rows()
         self.sampler = Sampler(

@@ -1,6 +1,7 @@
 """Flags in groups, and the order in which defaults, recipes and typed flags win."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -96,6 +97,19 @@ def test_typed_flags_win_over_a_recipe_and_a_recipe_over_defaults():
     assert parsed.typed == {"num_steps"}
 
 
+def test_a_recipe_gives_way_to_the_kind_of_the_answers_and_to_a_warm_up_of_ones_own():
+    def settings(*argv):
+        return parse(TrainConfig, [*argv], about="").config(LAPTOP)
+
+    usual = settings()
+    assert (usual.reward_funcs, usual.prefill, usual.few_shot) == ("correctness,format,bare_label", True, 2)
+    assert (usual.warmup_steps, usual.warmup_ratio) == (4, 0.0)
+    numbers = settings("--answers", "number", "--warmup_ratio", "0.5")
+    assert (numbers.reward_funcs, numbers.warmup_steps, numbers.warmup_ratio) == ("correctness,format", 0, 0.5)
+    prompts = settings("--answers", "none", "--reward_funcs", "rewards.py:mine")
+    assert (prompts.reward_funcs, prompts.prefill) == (str(Path("rewards.py").resolve()) + ":mine", False)
+
+
 def test_the_length_of_a_run_may_be_said_with_trls_flags(tmp_path):
     (tmp_path / "a.yaml").write_text("num_steps: 40\nnum_iterations: 1\n")
     parsed = parse(TrainConfig, ["--config", str(tmp_path / "a.yaml"), "--max_steps", "7"], about="")
@@ -126,7 +140,7 @@ def test_epochs_become_steps_when_the_questions_are_counted(monkeypatch):
     """2 epochs of 33 questions, 2 a step: 33 steps; on 3 ranks 11. A share of them is warm-up, of mu updates each."""
     monkeypatch.setattr("grpo_ds.commands.settle.gpu_memory_gib", lambda: None)
     flags = ["--num_train_epochs", "2", "--warmup_ratio", "0.1", "--mu", "2", "--lr_scheduler_type", "linear"]
-    settled = settle(["--model", EMBEDDED, *flags])
+    settled = settle(["--model", EMBEDDED, "--batch_size", "2", *flags])
     assert with_epochs(settled, 33).config.num_steps == 33
     assert with_epochs(settled, 33).config.num_train_epochs is None
     monkeypatch.setenv("WORLD_SIZE", "3")

@@ -237,7 +237,9 @@ def test_a_schedule_in_the_json_takes_the_flags_warm_up_and_no_second_schedule(r
     json = zero2({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}})
     config = resolve(json)
     assert (config.schedule, config.warmup_steps) == (None, 3)
-    message = message_of(resolve, json, fill=replace(SIZES, lr_scheduler_type="linear"))
+    recipe = replace(SIZES, lr_scheduler_type="linear")  # a schedule that nobody typed gives way
+    assert resolve(json, fill=recipe).schedule is None
+    message = message_of(resolve, json, fill=recipe, typed={"lr_scheduler_type"})
     assert "scheduler is in it, but --lr_scheduler_type linear was given: keep one" in message
 
 

@@ -207,7 +207,7 @@ def values_of(flag):
     return st.none() | values if may_be_null(flag) else values
 
 
-SAVED = [flag for flag in all_flags(TrainConfig) if flag.name not in (*OF_ONE_RUN, "system_prompt")]
+SAVED = [flag for flag in all_flags(TrainConfig) if flag.name not in (*OF_ONE_RUN, "system_prompt", "max_steps")]
 
 
 SOME = st.lists(st.sampled_from(SAVED).flatmap(lambda flag: st.tuples(st.just(flag.name), values_of(flag)))).map(dict)
