@@ -71,7 +71,7 @@ def test_a_missing_data_file_is_named(tmp_path):
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (["--reward_funcs", "correctnes"], ["correctnes", "repetition_penalty", "FILE.py:FUNCTION"]),
         (["--reward_funcs", "nowhere.py:concise"], ["nowhere.py:concise", "no file", "docs/rewards.md"]),
-        (["--reward_weights", "1"], ["reward_weights", "2 numbers"]),
+        (["--reward_weights", "1"], ["reward_weights", "3 numbers"]),
         (["--on_reward_error", "skip"], ["on_reward_error", "stop, zero"]),
         (["--reward_timeout", "-1"], ["reward_timeout"]),
         (["--labels", "A,B", "--few_shot", "1"], ["few_shot is 1", "0 examples fit labels A,B: --few_shot 0"]),
@@ -323,8 +323,8 @@ def test_references_and_adapters_that_go_together(flags):
         ([], 1e-6),
         (["--lora_r", "8"], 1e-5),  # an adapter needs ten times the rate
         (["--lora_r", "8", "--learning_rate", "3e-6"], 3e-6),  # a typed flag wins
-        (["--model", EMBEDDED], 5e-6),
-        (["--model", EMBEDDED, "--lora_r", "8"], 5e-5),
+        (["--model", EMBEDDED], 1.5e-5),
+        (["--model", EMBEDDED, "--lora_r", "8"], 1.5e-4),
     ],
 )
 def test_an_adapter_has_a_learning_rate_of_its_own(flags, rate):
