@@ -219,7 +219,10 @@ def test_numbers_that_the_json_decides_are_written_as_the_run_uses_them(tmp_path
 WORKED = {  # file in configs/ -> its machine: GiB of GPU memory and of RAM
     "qwen2.5-1.5b-16gb.yaml": (16, 32),
     "qwen2.5-3b-24gb.yaml": (24, 32),
+    "gsm8k-1.5b-16gb.yaml": (16, 32),
+    "medqa-1.5b-16gb.yaml": (16, 32),
     "smollm2-laptop.yaml": (0, 8),
+    "summaries-laptop.yaml": (0, 8),
 }
 
 
