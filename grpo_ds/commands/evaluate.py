@@ -5,13 +5,14 @@ A model trained here is asked every question of --data that it was not trained o
 """
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from grpo_ds.commands.settle import subject_of
-from grpo_ds.errors import DataError
+from grpo_ds.errors import DataError, UsageError
 from grpo_ds.memory.choose import choose_model
 from grpo_ds.models.shapes import shape_of
 from grpo_ds.report.lax import lax_block, lax_lines
@@ -122,16 +123,20 @@ def main(argv: list[str]) -> None:
     rewards = reward_functions(config, asked.questions) if config.reward_funcs else {}
     console = Console(prints_results=True)
     console.line(f"Model: {config.model} ({why})\nData: {asked.described()}")
-    models = [config.model, *filter(None, [config.compare_with])]
-    for name in models:  # before the first one is asked, which takes minutes
-        shape_of(name, trust_remote_code=config.trust_remote_code)
+    shape_of(config.model, trust_remote_code=config.trust_remote_code)
+    if config.compare_with:  # before the first one is asked, which takes minutes
+        with _naming_its_flag():
+            shape_of(config.compare_with, trust_remote_code=config.trust_remote_code)
     result, prompts = _ask(config, asked, rewards, console)
     more: dict[str, Any] = {"trained_on": asked.trained_on, "left_out_as_trained_on": asked.left_out}
     if config.compare_with:
-        other, _ = _ask(replace(config, model=config.compare_with), asked, rewards, console)
+        with _naming_its_flag():
+            other, _ = _ask(replace(config, model=config.compare_with), asked, rewards, console)
         more["compared_with"] = {"model": config.compare_with, **other.figures()}
         more |= paired_tests(asked.questions, other, result)
-        console.before_and_after(other, result, asked.questions, names=(Path(models[1]).name, Path(models[0]).name))
+        console.before_and_after(
+            other, result, asked.questions, names=(Path(config.compare_with).name, Path(config.model).name)
+        )
     if result.grades and (warning := small_sample(result.grades.count, result.grades.accuracy_interval)):
         console.line(f"Warning: {warning}")
     if config.grading == "lax" and result.grades:
@@ -139,6 +144,15 @@ def main(argv: list[str]) -> None:
         console.line(lax_lines(result.grades, found))
         more["lax"] = lax_block(found)
     console.line(json.dumps({**result.figures(), **more}, indent=1))
+
+
+@contextmanager
+def _naming_its_flag() -> Iterator[None]:
+    """Errors about the second model name --compare_with, not --model."""
+    try:
+        yield
+    except UsageError as error:
+        raise type(error)(str(error).replace("--model ", "--compare_with ")) from None
 
 
 def _ask(
