@@ -173,22 +173,43 @@ struct Dynamic {
     }
 };
 
-// Computed codes: companding, so that small values have finer steps, by roots and squares, which vectorise. With c a code:
-//   first moment   m = sign(c) (c / 127)^2 x the block's largest |m|, c from -127 to 127
-//   second moment  sqrt(v) = (c / 255)^2 x the block's largest sqrt(v), c from 0 to 255
-// Only a v of 0 has code 0: a small one rounded to 0 would divide the first moment by eps alone.
+// Computed codes: companding as in telephony (mu-law, in straight pieces), by integer arithmetic, which vectorises. u in
+// [0, 1] is shifted to y = u (1 - OFFSET) + OFFSET, and the code is the exponent and the first bits of the mantissa of y,
+// counted from those of OFFSET. So steps are a fixed part of an octave of y, and fine near zero: 0 has code 0.
+template <int SHIFT, uint32_t LAST> struct Law {  // SHIFT: bits of the mantissa that are rounded away
+    static constexpr uint32_t FIRST = (0x3f800000u >> SHIFT) - LAST;  // so that 1.0 has the last code
+    static ALWAYS_INLINE float offset() { return float_of(FIRST << SHIFT); }
+    static ALWAYS_INLINE float expand(uint32_t code) { return float_of((code + FIRST) << SHIFT) - offset(); }
+    // size: u x (1 - OFFSET)
+    static ALWAYS_INLINE uint32_t compress(float size) {
+        return ((bits_of(size + offset()) + (1u << (SHIFT - 1))) >> SHIFT) - FIRST;
+    }
+    static ALWAYS_INLINE float scale(float absmax) { return absmax / (1.0f - offset()); }
+    // (1 - OFFSET) / absmax; a block too small to have it becomes zero.
+    static ALWAYS_INLINE float inverse(float* absmax) {
+        if (*absmax > SMALLEST) return (1.0f - offset()) / *absmax;
+        *absmax = 0.0f;
+        return 0.0f;
+    }
+};
+
+// First moment: a sign and 127 codes, 16 an octave. Second moment: its root, 255 codes, 32 an octave, as it changes by
+// less in a step; only 0 has code 0, because a small root rounded to 0 would divide the first moment by eps alone.
 struct Companded {
+    using First = Law<19, 127>;
+    using Root = Law<18, 255>;
     static ALWAYS_INLINE void decode_block(const Job& job, int64_t start, int n, float* moment1, float* moment2) {
         const int8_t* codes1 = (const int8_t*)job.codes1 + start;
         const uint8_t* codes2 = job.codes2 + start;
         for (int i = 0; i < n; i++) {
-            const int32_t c = codes1[i], d = codes2[i];
-            moment1[i] = float(c * (c < 0 ? -c : c));
-            moment2[i] = float(d * d);
+            const int32_t c = codes1[i];
+            const float size = First::expand(uint32_t(c < 0 ? -c : c));
+            moment1[i] = float_of(bits_of(size) | (uint32_t(c) & 0x80000000u));
+            moment2[i] = Root::expand(codes2[i]);
         }
     }
-    static ALWAYS_INLINE float scale1(float absmax) { return absmax / (127.0f * 127.0f); }
-    static ALWAYS_INLINE float scale2(float absmax) { return absmax / (255.0f * 255.0f); }
+    static ALWAYS_INLINE float scale1(float absmax) { return First::scale(absmax); }
+    static ALWAYS_INLINE float scale2(float absmax) { return Root::scale(absmax); }
     static ALWAYS_INLINE float variance(float decoded, float scale) {
         const float root = decoded * scale;
         return root * root;
@@ -196,24 +217,19 @@ struct Companded {
     static ALWAYS_INLINE float kept(float, float root) { return root; }
     static ALWAYS_INLINE void encode_block(const Job& job, int64_t block, int64_t start, int n,
                                            const float* moment1, const float* moment2) {
-        const float inverse1 = inverse(job.absmax1 + block), inverse2 = inverse(job.absmax2 + block);
+        const float inverse1 = First::inverse(job.absmax1 + block), inverse2 = Root::inverse(job.absmax2 + block);
         int8_t* codes1 = (int8_t*)job.codes1 + start;
         uint8_t* codes2 = job.codes2 + start;
         for (int i = 0; i < n; i++) {
-            const float size = float_of(bits_of(moment1[i]) & 0x7fffffff);
-            const int32_t c = int32_t(__builtin_fmaf(__builtin_sqrtf(size * inverse1), 127.0f, 0.5f));
-            codes1[i] = int8_t(moment1[i] < 0.0f ? -c : c);
+            const uint32_t bits = bits_of(moment1[i]), sign = uint32_t(int32_t(bits) >> 31);
+            const uint32_t c = First::compress(float_of(bits & 0x7fffffff) * inverse1);
+            codes1[i] = int8_t((c ^ sign) - sign);
         }
         for (int i = 0; i < n; i++) {
-            const int32_t d = int32_t(__builtin_fmaf(__builtin_sqrtf(moment2[i] * inverse2), 255.0f, 0.5f));
-            codes2[i] = uint8_t(d + int32_t(d == 0 && moment2[i] * inverse2 > 0.0f));
+            const float size = moment2[i] * inverse2;
+            const uint32_t d = Root::compress(size);
+            codes2[i] = uint8_t(d + uint32_t(d == 0 && size > 0.0f));
         }
-    }
-    // 1 / absmax; a block too small to have one becomes zero.
-    static ALWAYS_INLINE float inverse(float* absmax) {
-        if (*absmax > SMALLEST) return 1.0f / *absmax;
-        *absmax = 0.0f;
-        return 0.0f;
     }
 };
 

