@@ -186,7 +186,7 @@ def test_a_second_model_is_asked_the_same_and_compared_in_pairs(formed_folder, t
 
 
 def test_a_second_model_that_is_not_there_is_named_before_the_first_is_asked(tiny_folder, tmp_path, capsys):
-    with pytest.raises(UsageError, match="--compare_with .*nowhere") as caught:
+    with pytest.raises(UsageError, match=r"--compare_with .*nowhere") as caught:
         main(["--model", str(tiny_folder), "--data", "sample", "--compare_with", str(tmp_path / "nowhere")])
     assert "Evaluation" not in capsys.readouterr().err and len(str(caught.value).splitlines()) <= MAX_LINES
     with pytest.raises(UsageError, match="compare_with is auto; name a model"):
