@@ -35,7 +35,7 @@ NOTHING = "It learned nothing that these numbers can show."
 # far as they go; the last line is an expectation.
 OUTLOOKS = (
     (300e6, "learns the form of an answer; on questions that need knowledge its answers stay near chance"),
-    (1e9, "learns the form in a few steps; where knowledge is needed it begins near chance: expect a few points"),
+    (1e9, "learns the form in a few steps; where knowledge is needed it begins near chance and takes 60 steps or more"),
     (2e9, "knows more than its answers show: expect training to remove its lean to one label and to raise accuracy"),
     (float("inf"), "knows enough to gain from training; how much has not been measured here"),
 )
