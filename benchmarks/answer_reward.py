@@ -88,7 +88,7 @@ def measure(config: TrainConfig, questions: list, redraws: int) -> dict[str, Noi
     policy = LogprobModel(model, vocab_size=len(tokenizer), temperature=config.temperature, chunk_mib=64)
     sampler = Sampler(
         model, tokenizer, max_completion_length=config.max_completion_length, stop=config.answer_format.stop,
-        label_ids=label_ids_for(config, tokenizer),
+        label_ids=label_ids_for(config, tokenizer, print),
     )  # fmt: skip
     parameters = [it for it in model.parameters() if it.requires_grad]
     noise = {kind: Noise(parameters) for kind in KINDS}
@@ -103,7 +103,9 @@ def measure(config: TrainConfig, questions: list, redraws: int) -> dict[str, Noi
             logprobs = policy(rows)
             for kind, rollout in rollouts.items():
                 own = logprobs[:, : wide.counted.shape[1] + rollout.label_columns]
-                loss = part_loss(own, own.detach(), rollout, part, weights[part], config.objective).loss
+                loss = part_loss(
+                    own, own.detach(), rollout, part, weights[part], rollout.counted[part], config.objective
+                ).loss
                 parts = torch.autograd.grad(loss, parameters, retain_graph=kind == KINDS[0], allow_unused=True)
                 for total, gradient in zip(gradients[kind], parts, strict=True):
                     total += 0 if gradient is None else gradient

@@ -15,6 +15,7 @@ from grpo_ds.task.grading import graded
 from grpo_ds.task.lax import PARSERS, lax_grades
 from grpo_ds.task.prompts import build_messages
 from grpo_ds.task.questions import Question, read_questions
+from grpo_ds.task.worked_examples import BIOMEDICAL
 
 Answerer = Callable[[Question, str, AnswerFormat], str]
 PLAIN = "It is in the abstract."  # holds the letters of neither yes nor no
@@ -54,15 +55,15 @@ def rows(questions: Sequence[Question], form: AnswerFormat) -> list[list[str]]:
     made = []
     for name, answer in ANSWERERS.items():
         texts = [answer(question, prompt, form) for question, prompt in zip(questions, prompts, strict=True)]
-        lax = lax_grades(texts, prompts, questions, labels=form.labels)
+        lax = lax_grades(texts, prompts, questions, form)
         every = [graded(texts, questions, form).grades, *lax.values()]
-        made.append([name, *(f"{grades.accuracy:.1%}" for grades in every)])
+        made.append([name, *(f"{grades.accuracy:.1%}" for grades in every if grades)])
     return made
 
 
 def prompt_text(question: Question, form: AnswerFormat) -> str:
     """Return the chat's texts, without a model's template."""
-    return "\n".join(str(turn["content"]) for turn in build_messages(question, answer_format=form, few_shot=0))
+    return "\n".join(str(turn["content"]) for turn in build_messages(question, answer_format=form, subject=BIOMEDICAL))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from grpo_ds.commands.evaluate import ROWS_AT_ONCE
 from grpo_ds.errors import DataError, UsageError, one_error
@@ -22,8 +22,11 @@ from grpo_ds.settings.config import AskConfig
 from grpo_ds.settings.flags import Flags, failed, flag, path_flag
 from grpo_ds.settings.paths import absolute_unless
 from grpo_ds.system.hardware import Precision, check_torch, gpu_memory_gib, native_precision, ram_gib
+from grpo_ds.task.answers import AnswerFormat
+from grpo_ds.task.grading import is_right
 from grpo_ds.task.questions import Question, fingerprint, unanswered_questions
 from grpo_ds.task.records import NO_CONTEXT, Unusable, sound_text
+from grpo_ds.task.scoring import right_answers
 from grpo_ds.task.sources import Source, parse_file
 from grpo_ds.terminal import escape_control_chars
 
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from grpo_ds.training.sampling import Sampler
 
 STDIN = "-"
+TRAINED_ON = " (the model was trained on this question)"
 WAYS = ("question", "file", "interactive")
 HOW = "Give --question and --context, or --file FILE (-: standard input). At a terminal both may be left out."
 
@@ -42,10 +46,12 @@ class QuestionFlags(Flags):
 
     heading: ClassVar[str] = "questions"
 
-    question: str = flag("", "a question whose answer is one of the labels")
+    question: str = flag("", "a question")
     context: str = flag("", "the text that answers it")
     file: str = path_flag(
-        "", "JSON or JSONL with questions, labels not needed; -: standard input", path=absolute_unless(STDIN)
+        "",
+        "JSON, CSV or Parquet with questions, labels not needed; -: standard input",
+        path=absolute_unless(STDIN),
     )
     interactive: bool = flag(False, "type questions one after another; default: at a terminal, if no question is given")
     json: bool = flag(
@@ -79,28 +85,34 @@ class Answered:
     """A question and the model's answer.
 
     Example:
-        Answered(question, "<reasoning>It fell.</reasoning><answer>yes</answer>", "It fell.", "<answer>...", "yes")
+        answered(question, "<reasoning>It fell.</reasoning><answer>yes</answer>", AnswerFormat(), None).reasoning
+        # "It fell."
     """
 
     question: Question
     text: str  # the complete completion
     reasoning: str
     rest: str  # the text after the reasoning
-    answer: str | None  # a label; None if the completion is not in the required form
+    answer: str | None  # as AnswerFormat.parse returns it; None if the completion is not in the required form
+    right: bool | None  # None: the right answer is not known, or none is right
     trained_on: bool | None = None  # the model was trained on this question; None: not recorded beside the model
+    in_form: bool = True  # False: no form is asked for (--answers none), so the text is the answer
 
     def as_text(self) -> str:
+        if not self.in_form:
+            return escape_control_chars(f"Answer: {self.text}{TRAINED_ON * bool(self.trained_on)}")
         answer = self.answer or f"none in the required form; the model wrote {self.rest!r}"
         label = f" (the label: {self.question.label})" if self.question.label else ""
-        label += " (the model was trained on this question)" * bool(self.trained_on)
+        label += TRAINED_ON * bool(self.trained_on)
         return escape_control_chars(f"Reasoning: {self.reasoning}\nAnswer: {answer}{label}")
 
     def as_json(self) -> str:
         """One line of ASCII, which cannot control a terminal."""
         question = self.question
-        known = {"label": question.label, "right": self.answer == question.label} if question.label else {}
+        known: dict[str, Any] = {} if self.right is None else {"label": question.label, "right": self.right}
         known |= {} if self.trained_on is None else {"trained_on": self.trained_on}
-        found = {"reasoning": self.reasoning, "answer": self.answer, "text": self.text}
+        found: dict[str, Any] = {"reasoning": self.reasoning, "answer": self.answer} if self.in_form else {}
+        found["text"] = self.text
         return json.dumps({"id": question.id, "question": question.text, **found, **known})
 
 
@@ -140,7 +152,7 @@ def loaded(config: QuestionConfig, *, precision: Precision) -> "tuple[Sampler, P
 def given_questions(config: QuestionConfig) -> list[Question]:
     """Return the questions of the file, or the single question of the flags."""
     if config.file:
-        return unanswered_questions(opened(config.file), labels=config.label_names, fields=config.field_names)
+        return unanswered_questions(opened(config.file), **config.reading)
     texts, problems = {"question": "", "context": ""}, []
     for name, text in (("question", config.question), ("context", config.context)):
         if text or name == "question" or config.context_field != NO_CONTEXT:
@@ -186,9 +198,17 @@ def answers(
         some = questions[first : first + ROWS_AT_ONCE]
         completions = sampler(style.encode(sampler.tokenizer, some), group_size=1, temperature=0.0, advance=advance)
         for question, text in zip(some, style.texts(sampler.tokenizer, completions), strict=True):
-            form = style.answer_format
             known = None if trained_on is None else fingerprint(question) in trained_on
-            yield Answered(question, text, *form.split(text), form.parse(text).answer, known)
+            yield answered(question, text, style.answer_format, known)
+
+
+def answered(question: Question, text: str, form: AnswerFormat, trained_on: bool | None) -> Answered:
+    """Return the answer that a completion gives."""
+    if form.kind == "none":
+        return Answered(question, text, "", text, None, None, trained_on, in_form=False)
+    answer = form.parse(text).answer
+    right = is_right(answer, question, form) if right_answers(question) else None
+    return Answered(question, text, *form.split(text), answer, right, trained_on)
 
 
 def show_as(config: QuestionConfig) -> Callable[[Answered], None]:

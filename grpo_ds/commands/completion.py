@@ -7,6 +7,7 @@ from dataclasses import Field
 from typing import Any, Literal, get_args, get_origin
 
 from grpo_ds.commands.ask import QuestionConfig
+from grpo_ds.commands.data import DataConfig
 from grpo_ds.commands.evaluate import GradingConfig
 from grpo_ds.commands.main import COMMANDS
 from grpo_ds.commands.select import SelectConfig
@@ -21,6 +22,7 @@ from grpo_ds.task.sources import SAMPLE
 CONFIGS: dict[str, type[AskConfig]] = {
     "train": TrainConfig,
     "eval": GradingConfig,
+    "data": DataConfig,
     "select": SelectConfig,
     "profile": TrainConfig,
     "ask": QuestionConfig,

@@ -10,6 +10,7 @@ from grpo_ds.system.script import run_script
 COMMANDS = {  # name -> module, meaning
     "train": ("train", "fine-tune a model by GRPO"),
     "eval": ("evaluate", "grade a model's answers"),
+    "data": ("data", "show how a data file is understood, and its prompts"),
     "select": ("select", "find the model that fits this card and this RAM"),
     "profile": ("profile", "measure a run's memory, phase by phase"),
     "ask": ("ask", "ask a model: one question, a file of questions, or typed questions"),

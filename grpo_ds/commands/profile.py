@@ -31,7 +31,7 @@ def profile_from(argv: list[str]) -> None:
         raise UsageError("A profile starts at the first step: leave --resume_from_checkpoint out.")
     output_is_optional()
     config = settled.config
-    questions = read_questions(config.data, labels=config.label_names, fields=config.field_names)
+    questions = read_questions(config.data, **config.reading)
     train, _ = split_for_training(config, questions, read_trained_on(Path(config.model)) or frozenset())
     rewards, folder = reward_functions(config, questions), output_folder(config)
 

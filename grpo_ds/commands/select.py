@@ -93,7 +93,7 @@ def all_candidates(one: str, config: SelectConfig, typed: frozenset[str], gpu: f
     models = [one] if one else [name for name, preset in PRESETS.items() if preset.hub_id]
     ds_files = resolved(config, typed, on_gpu=gpu > 0)
     given = "reference" in typed or config.lora_r > 0
-    references = (config.reference,) if given else ("int8", "bf16-cpu")
+    references = (config.reference,) if given else ("int8", "streamed", "bf16-cpu")
     shapes = [shape_of(model, trust_remote_code=config.trust_remote_code) for model in models]
     return [
         candidate

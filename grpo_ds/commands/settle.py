@@ -1,5 +1,6 @@
 """Settle a run before anything heavy is loaded: its flags, model, DeepSpeed JSON, memory plan and checkpoint."""
 
+import math
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -26,7 +27,8 @@ from grpo_ds.system.hardware import (
     ram_gib,
 )
 from grpo_ds.task.questions import Question, QuestionSet, split_questions
-from grpo_ds.task.sources import data_or_default
+from grpo_ds.task.sources import SAMPLE, data_or_default
+from grpo_ds.task.worked_examples import BIOMEDICAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,10 @@ def settle(argv: list[str], *, about: str = "") -> Settled:
         max_grad_norm=ds.max_grad_norm,
     )
     job = fitted(Job(shape, config, ds, "cuda" if gpu else "cpu"), gpu or 0, ram)
+    if job.config.reference != config.reference:
+        warnings.append(
+            f"Reference: {job.config.reference} from its files, as the run fits only without one in memory."
+        )
     return Settled(choice, job.config, job, job.plan(), gpu, ram, origin, warnings)
 
 
@@ -146,7 +152,11 @@ def split_for_training(
     trained_on: fingerprints. Raises DataError if nothing can be held out.
     """
     parts = split_questions(
-        questions.questions, eval_fraction=config.eval_fraction, seed=config.seed, trained_on=trained_on
+        questions.questions,
+        eval_fraction=config.eval_fraction,
+        seed=config.seed,
+        trained_on=trained_on,
+        by_class=config.answer_format.is_closed,
     )
     if not parts[1]:
         raise DataError(
@@ -155,6 +165,28 @@ def split_for_training(
             "all the same; their accuracy then says nothing about new questions."
         )
     return parts
+
+
+def subject_of(subject: str | None, data: str | None, questions: QuestionSet) -> str:
+    """Return --subject; if it is not given that of PubMedQA's records and of the packaged ones, "" for all others."""
+    if subject is not None:
+        return subject
+    name = Path(data_or_default(data)).name.lower()
+    known = "final_decision" in questions.questions[0].columns or "pubmedqa" in name or name == SAMPLE
+    return BIOMEDICAL if known else ""
+
+
+def with_epochs(settled: Settled, training: int) -> Settled:
+    """Turn num_train_epochs into num_steps, once the number of training questions is known."""
+    config = settled.config
+    if config.num_train_epochs is None:
+        return settled
+    per_step = config.batch_size * ranks() * config.num_iterations
+    steps = math.ceil(config.num_train_epochs * training / per_step)
+    config = replace(config, num_steps=steps, num_train_epochs=None)
+    native = native_precision(on_gpu=settled.gpu_gib is not None)
+    ds = resolve_ds_config(config.ds, fill=config.ds_sizes(native=native, world_size=ranks()))
+    return replace(settled, config=config, job=replace(settled.job, config=config, ds=ds))
 
 
 def ranks() -> int:

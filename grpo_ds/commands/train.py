@@ -8,13 +8,22 @@ import shlex
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from shutil import disk_usage
 from typing import TYPE_CHECKING
 
 from grpo_ds.commands.seeds import folder_of_seeds, train_seeds
-from grpo_ds.commands.settle import Settled, check_local, ranks, settle, split_for_training
+from grpo_ds.commands.settle import (
+    Settled,
+    check_local,
+    ranks,
+    settle,
+    split_for_training,
+    subject_of,
+    with_epochs,
+)
 from grpo_ds.errors import CheckpointError
 from grpo_ds.memory.plan import GIB, MemoryKind
 from grpo_ds.models.base_weights import base_hash
@@ -26,6 +35,7 @@ from grpo_ds.run_folder.resume import check_complete, check_steps
 from grpo_ds.run_folder.trained_on import read_trained_on
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import TrainConfig
+from grpo_ds.settings.ds_config import DsConfig
 from grpo_ds.settings.paths import absolute
 from grpo_ds.system.hardware import Precision, check_versions
 from grpo_ds.system.invocation import command
@@ -41,6 +51,7 @@ from grpo_ds.task.questions import (
 )
 from grpo_ds.task.reward_files import find_reward_functions, form_lines
 from grpo_ds.task.rewards import WeightedFunctions, ready_made
+from grpo_ds.task.scoring import columns_for_rewards
 from grpo_ds.terminal import escape_control_chars
 
 if TYPE_CHECKING:
@@ -82,13 +93,17 @@ def train_from(argv: list[str]) -> None:
     output_is_optional()
     if config.preflight:
         check_versions()
-    questions = read_questions(config.data, labels=config.label_names, fields=config.field_names)
+    questions = read_questions(config.data, **config.reading)
+    config = replace(config, subject=subject_of(config.subject, config.data, questions))
+    settled = replace(settled, config=config)
     rewards = reward_functions(config, questions)
     # A checkpoint's record has the model's own and the run's: with it the parts are the same again.
     before = read_trained_on(settled.resume_from or Path(config.model)) or frozenset()
     train, held_out = split_for_training(config, questions, before)
+    settled = with_epochs(settled, len(train))
+    config = settled.config
     this_run = inputs_of(train, held_out, config, settled.job.ds, rewards, ranks())
-    held_out = first_in_proportion(held_out, config.eval_limit)
+    held_out = first_in_proportion(held_out, config.eval_limit, by_class=config.answer_format.is_closed)
     if config.lora_r and Path(config.model).is_dir() and (base := base_hash(config.model)):
         this_run[BASE] = base  # a model of the hub is known when it is loaded
     changed = check_resumable(settled, this_run)
@@ -132,7 +147,7 @@ def reward_functions(config: TrainConfig, questions: QuestionSet) -> WeightedFun
     return find_reward_functions(
         config.reward_funcs,
         config.reward_weights,
-        columns=questions.questions[0].columns,
+        columns=columns_for_rewards(questions.questions),
         completion_format=config.completion_format,
         ready_made=ready_made(
             answer_format=config.answer_format,
@@ -258,12 +273,22 @@ def first_lines(settled: Settled, questions: QuestionSet, train: int, held_out: 
         *settled.warnings,
         f"Model: {config.model} ({choice.why}), in {PRECISIONS[ds.precision]}{adapter_line(settled)}",
         f"Data: {questions.source}{f' ({left_out})' if left_out else ''}; {train} to train on, {held_out} held out",
+        f"Read as: {questions.form}",
         f"Plan: {config.total_steps} steps of {per_step} {config.max_completion_length} tokens; "
-        f"learning rate {ds.learning_rate:g}, beta {config.beta:g}, seed {config.seed}",
+        f"learning rate {ds.learning_rate:g}{schedule_words(ds)}, beta {config.beta:g}, seed {config.seed}",
         plan_line(settled.job, settled.plan, settled.gpu_gib, settled.ram_gib),
         *checkpoint_lines(settled, folder),
         f"Output folder: {folder}",
     ]
+
+
+def schedule_words(ds: DsConfig) -> str:
+    """Describe the flags' schedule behind the learning rate; "" for a constant rate or the JSON's schedule."""
+    if not ds.schedule:
+        return ""
+    short = " (the run is not longer)" if ds.warmup_steps >= ds.total_steps else ""
+    warm_up = f" after {ds.warmup_steps} updates of warm-up{short}" if ds.warmup_steps else ""
+    return f" {ds.schedule.removesuffix('_with_warmup')}{warm_up}"
 
 
 def checkpoint_lines(settled: Settled, folder: Path) -> list[str]:

@@ -29,6 +29,36 @@ def group_advantages(
     return centred(rewards, group_size=group_size) / spread
 
 
+def decoupled_sum(
+    rewards: Float[Tensor, "B R"], weights: Float[Tensor, " R"], *, group_size: int
+) -> Float[Tensor, " B"]:
+    """Standardise each of R rewards within its group, then sum them by weight: GDPO (Liu et al. 2026, eq. 4 and 5).
+
+    A sum of rewards has few values that differ (1 + 0 is 0 + 1), and so few advantages; these are told apart.
+    0 for a completion whose rewards are those of its group; divide by their deviation in the step.
+
+    rewards: weights applied; NaN where a function does not apply, which counts neither for a mean nor in the sum.
+    weights: of the rewards. Their signs are in `rewards`, and |w| (r - mean) / (std + |w| EPS) is what w r gives there.
+    """
+    groups = rewards.view(-1, group_size, rewards.shape[1])  # [Q, G, R]
+    count = (~groups.isnan()).sum(dim=1, keepdim=True)
+    mean = groups.nansum(dim=1, keepdim=True) / count.clamp(min=1)
+    largest = groups.nan_to_num(nan=-torch.inf).amax(dim=1, keepdim=True)
+    equal = (groups.isnan() | (groups == largest)).all(dim=1, keepdim=True)  # a mean is rounded: as in `centred`
+    off = (groups - mean).masked_fill(equal | groups.isnan(), 0)
+    std = (off.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    size = weights.abs()
+    return (size * off / (std + size * EPS).masked_fill(equal, 1)).sum(dim=2).flatten()
+
+
+def step_spread(sums: Float[Tensor, " N"]) -> Float[Tensor, ""]:
+    """Return the number by which GDPO divides: the deviation of `decoupled_sum` over the step's completions, plus EPS.
+
+    sums: of the completions of all ranks that any function scored. Their mean is 0, as each group's is.
+    """
+    return (sums.std() if len(sums) > 1 else sums.new_zeros(())) + EPS
+
+
 def centred(rewards: Float[Tensor, " B"], *, group_size: int) -> Float[Tensor, " B"]:
     """Subtract from each reward the mean of its group; exactly 0 if all are equal."""
     groups = rewards.view(-1, group_size)  # [Q, G]

@@ -69,7 +69,7 @@ def token_logprobs(
 
     vocab_size: rows of the head that count. Later rows are padding without a token: they are never sampled.
     chunk_mib: memory for one block, MiB: its tiles, and its rows if they must be converted.
-    entropy: return (log-probs, entropies in nats); an entropy is a metric and has no gradient.
+    entropy: return (log-probs, entropies in nats). Both are differentiable, in the same two tiles.
     """
     logprobs, entropies = _TokenLogprobs.apply(hidden, head, targets, vocab_size, temperature, chunk_mib, entropy)
     return (logprobs, entropies) if entropy else logprobs
@@ -93,24 +93,31 @@ class _TokenLogprobs(torch.autograd.Function):
                 mean_logit = mean_logit.lerp(block_total - block_entropy, (block_total - log_total).exp())
         logprobs = chosen - log_total
         entropies = log_total - mean_logit if entropy else None
-        if entropy:
-            ctx.mark_non_differentiable(entropies)
+        ctx.set_materialize_grads(False)  # None: the loss has no entropy in it, and backward does less
         tensor = isinstance(head, Tensor)
-        ctx.save_for_backward(hidden, head if tensor else None, targets, logprobs, log_total)
+        ctx.save_for_backward(hidden, head if tensor else None, targets, logprobs, log_total, entropies)
         ctx.options = None if tensor else head, vocab_size, temperature, chunk_mib
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx, grad, _):
-        hidden, weight, targets, logprobs, log_total = ctx.saved_tensors
+    def backward(ctx, grad, entropy_grad):
+        hidden, weight, targets, logprobs, log_total, entropies = ctx.saved_tensors
         rows_only, vocab_size, temperature, chunk_mib = ctx.options
         head = rows_only if weight is None else weight
         dtype = _factor_dtype(hidden)
-        # d logprob / d logit = [token is the target] - softmax. The tile holds its negative, and the factor of each
-        # row is applied to the [N, H] tensors, which are smaller.
-        scale = (grad.float() / -temperature)[:, None]
+        # d logprob / d logit = [token is the target] - p, d entropy / d logit = -p (log p + entropy). The tile holds
+        # the negative, and the factor of each row is applied to the [N, H] tensors, which are smaller.
+        grad = torch.zeros_like(logprobs) if grad is None else grad.float()
+        target_error = logprobs.expm1()  # p - 1, exact even if p rounds to 1
+        if entropy_grad is not None:
+            # One factor for both, so that 16 bits hold the tile: of_logprob and of_entropy are at most 1.
+            both = grad.abs() + entropy_grad.abs()
+            of_logprob, of_entropy = ((part / both).nan_to_num() for part in (grad, entropy_grad))  # 0 / 0: 0
+            target_error = of_logprob * target_error + of_entropy * logprobs.exp() * (logprobs + entropies)
+            grad = both
+        scale = (grad / -temperature)[:, None]
         scaled_hidden = (hidden * scale).to(dtype)
-        target_error = logprobs.expm1().to(dtype)[:, None]  # p - 1, exact even if p rounds to 1
+        target_error = target_error.to(dtype)[:, None]
         hidden_grad = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         head_grad = None
         if ctx.needs_input_grad[1]:
@@ -118,6 +125,8 @@ class _TokenLogprobs(torch.autograd.Function):
             head_grad[vocab_size:] = 0
         for start, rows, logits, spare in _tiles(hidden, head, vocab_size, temperature, chunk_mib, dtype):
             error = torch.exp(logits.sub_(log_total[:, None]), out=spare)
+            if entropy_grad is not None:
+                error.mul_(logits.add_(entropies[:, None]).mul_(of_entropy[:, None]).add_(of_logprob[:, None]))
             inside, column = _columns(targets, start, len(rows))
             error.scatter_(1, column, torch.where(inside[:, None], target_error, error.gather(1, column)))
             _matmul(error, rows, out=hidden_grad, add=True)

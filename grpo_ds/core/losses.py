@@ -1,6 +1,6 @@
 """The GRPO loss: a weighted sum over tokens of beta * KL - surrogate.
 
-`clipped_surrogate` and `cispo_surrogate` are the surrogates; `choose_surrogate` picks one by loss type.
+surrogates.py has the surrogates.
 `token_weights` fixes the weight of each token once per optimizer step, before the batch is split. The loss is then a
 plain sum, the same for any micro-batches and any number of ranks. The exception is bnpo, which is defined as a mean
 over micro-batches.
@@ -10,14 +10,14 @@ docs/losses.md has all formulas side by side. B completions, C tokens in the lon
 """
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from grpo_ds.core.objective import KlEstimator, LossType, Objective
+from grpo_ds.core.objective import KlEstimator, LossType, Objective, unknown_name
+from grpo_ds.core.surrogates import choose_surrogate
 
 MAX_LOG_RATIO = 20.0  # e^20 = 5e8: larger ratios overflow and are useless for a step
 
@@ -41,43 +41,56 @@ class LossTerms:
     clipped: Bool[Tensor, "B C"]  # low, high, or beyond delta
 
 
-@dataclass(frozen=True, slots=True)
-class Surrogate:
-    """Surrogate of every token, masked ones included, and masks of the clipped tokens.
-
-    Example: ratios 1.5 and 0.5 of a completion with advantage 1; only the first is clipped.
-        >>> surrogate = clipped_surrogate(torch.tensor([[1.5, 0.5]]), torch.ones(1, 1), epsilon=0.2, epsilon_high=0.2)
-        >>> surrogate.values, surrogate.high
-        (tensor([[1.2000, 0.5000]]), tensor([[ True, False]]))
-    """
-
-    values: Float[Tensor, "B C"]
-    low: Bool[Tensor, "B C"]  # clipped at the lower bound
-    high: Bool[Tensor, "B C"]  # clipped at the upper bound
-    beyond_delta: Bool[Tensor, "B C"]  # clipped at delta
-
-
 def token_weights(
     mask: Bool[Tensor, "B C"], *, loss_type: LossType, sequences: int, tokens: int, max_completion_length: int
 ) -> Float[Tensor, "B C"]:
     """Share of each counted token in the step's loss; other tokens weigh 0.
 
-    grpo, gspo: each sequence weighs 1 / sequences, shared evenly by its tokens (DeepSeekMath eq. 3, GSPO eq. 5).
-    dapo, cispo, bnpo: each token weighs 1 / tokens (DAPO eq. 8, MiniMax-M1 eq. 4).
+    grpo, gspo, sapo: each sequence weighs 1 / sequences, shared evenly by its tokens (DeepSeekMath eq. 3, GSPO eq. 5).
+    dapo, cispo, vespo, bnpo: each token weighs 1 / tokens (DAPO eq. 8, MiniMax-M1 eq. 4).
+    luspo: each token weighs 1 / sequences, so that a sequence counts by its length (LUSPO, 2026).
     dr_grpo: each token weighs 1 / (sequences * max_completion_length) (Liu et al. 2025, section 3.2).
 
     sequences, tokens: counted in the optimizer step, over all micro-batches and ranks. For bnpo
         `tokens` is the number in this micro-batch times the number of micro-batches.
     max_completion_length: tokens.
     """
-    if loss_type in ("grpo", "gspo"):
+    if loss_type in ("grpo", "gspo", "sapo"):
         lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
         return mask / (lengths * max(sequences, 1))
     if loss_type == "dr_grpo":
         return mask / (max(sequences, 1) * max_completion_length)
-    if loss_type in ("dapo", "cispo", "bnpo"):
+    if loss_type in ("dapo", "cispo", "vespo", "bnpo"):
         return mask / max(tokens, 1)
-    raise _unknown("loss_type", loss_type, LossType)
+    if loss_type == "luspo":
+        return mask / max(sequences, 1)
+    raise unknown_name("loss_type", loss_type, LossType)
+
+
+def entropy_bonus(
+    entropies: Float[Tensor, "B C"], chosen: Bool[Tensor, "B C"], objective: Objective, *, tokens: int
+) -> Float[Tensor, ""]:
+    """entropy_coef times the sum of these tokens' share of the step's mean entropy; the loss subtracts it.
+
+    The same for every loss type, as in TRL: a mean over tokens.
+
+    entropies: nats, with gradient. chosen: tokens that count. tokens: their number in the step, on all ranks.
+    """
+    if not objective.entropy_coef:
+        return entropies.new_zeros(())
+    return objective.entropy_coef * (entropies * chosen).sum() / max(tokens, 1)
+
+
+def most_uncertain(
+    entropies: Float[Tensor, "B C"], counted: Bool[Tensor, "B C"], *, share: float, step_entropies: Float[Tensor, " N"]
+) -> Bool[Tensor, "B C"]:
+    """Counted tokens with an entropy from the (1 - share) quantile up (Wang et al. 2025, Beyond the 80/20 Rule).
+
+    share: from 0 (only the highest) to 1 (all). step_entropies: of the counted tokens of this step on all ranks.
+    """
+    if not len(step_entropies):
+        return counted
+    return counted & (entropies >= torch.quantile(step_entropies, 1 - share))
 
 
 def importance_ratio(
@@ -87,13 +100,13 @@ def importance_ratio(
     *,
     loss_type: LossType,
 ) -> Float[Tensor, "B W"]:
-    """Ratio policy / old of each token; under gspo the sequence's geometric mean, at each token (GSPO eq. 7).
+    """Ratio policy / old of each token; under gspo and luspo the sequence's geometric mean, at each token (GSPO eq. 7).
 
-    With labels, the columns after C, advantages differ within a sequence: gspo's ratio then has the value of the
+    With labels, the columns after C, advantages differ within a sequence: this ratio then has the value of the
     sequence's and the gradient of the token's or label's (GSPO-token, GSPO section 4.3).
     """
     log_ratio = policy_logprobs - old_logprobs
-    if loss_type == "gspo":
+    if loss_type in ("gspo", "luspo"):
         lengths = counted.sum(dim=1, keepdim=True).clamp(min=1)
         own = log_ratio[:, : counted.shape[1]].where(counted, 0)
         sequence = own.sum(dim=1, keepdim=True) / lengths
@@ -102,76 +115,8 @@ def importance_ratio(
         else:
             log_ratio = sequence.detach() + policy_logprobs - policy_logprobs.detach()
     elif loss_type not in get_args(LossType):
-        raise _unknown("loss_type", loss_type, LossType)
+        raise unknown_name("loss_type", loss_type, LossType)
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-
-
-def clipped_surrogate(
-    ratio: Float[Tensor, "B C"],
-    advantages: Float[Tensor, "B _"],
-    *,
-    epsilon: float,
-    epsilon_high: float,
-    delta: float | None = None,
-) -> Surrogate:
-    """PPO's clipped surrogate, min(ratio A, clip(ratio) A) (DeepSeekMath eq. 3); with delta, two-sided clipping.
-
-    A clipped token has no gradient. Without delta, a token of negative advantage whose ratio has grown is not clipped.
-
-    ratio: policy / old, of the token or of its sequence.
-    advantages: A of each token, or one column: the same for all tokens of a completion.
-    epsilon: the clip's lower bound is 1 - epsilon.
-    epsilon_high: the clip's upper bound is 1 + epsilon_high (more than epsilon: DAPO's clip-higher, eq. 10).
-    delta: bound of the unclipped ratio, which matters if A < 0: min(min(ratio, delta) A, clip(ratio) A)
-        (INTELLECT-2, two-sided clipping). More than 1 + epsilon_high; None: no bound.
-    """
-    lower_bound, upper_bound = 1 - epsilon, 1 + epsilon_high
-    unclipped = ratio.clamp(max=delta) * advantages if delta else ratio * advantages
-    return Surrogate(
-        values=torch.minimum(unclipped, ratio.clamp(lower_bound, upper_bound) * advantages),
-        low=(ratio < lower_bound) & (advantages < 0),
-        high=(ratio > upper_bound) & (advantages > 0),
-        beyond_delta=(ratio > (delta or torch.inf)) & (advantages < 0),
-    )
-
-
-def cispo_surrogate(
-    ratio: Float[Tensor, "B C"],
-    advantages: Float[Tensor, "B _"],
-    policy_logprobs: Float[Tensor, "B C"],
-    *,
-    epsilon_high: float,
-) -> Surrogate:
-    """CISPO's surrogate, min(ratio, 1 + epsilon_high) A log policy, with the clipped ratio as a constant factor.
-
-    The gradient flows only through log policy, so a clipped token keeps a bounded gradient (MiniMax-M1, 2025, eq. 4
-    and 5, without a lower bound).
-
-    ratio: policy / old of the token.
-    advantages: A, as in `clipped_surrogate`.
-    policy_logprobs: log policy, nats.
-    epsilon_high: the clip's upper bound is 1 + epsilon_high.
-    """
-    upper_bound = 1 + epsilon_high
-    high = ratio > upper_bound
-    never = torch.zeros_like(high)
-    values = ratio.detach().clamp(max=upper_bound) * advantages * policy_logprobs
-    return Surrogate(values, low=never, high=high, beyond_delta=never)
-
-
-def choose_surrogate(
-    ratio: Float[Tensor, "B C"],
-    advantages: Float[Tensor, "B _"],
-    policy_logprobs: Float[Tensor, "B C"],
-    objective: Objective,
-) -> Surrogate:
-    """Compute the surrogate of the objective's loss type; arguments as in the surrogates above."""
-    epsilon, epsilon_high = objective.epsilon, objective.epsilon_high
-    if objective.loss_type == "cispo":
-        return cispo_surrogate(ratio, advantages, policy_logprobs, epsilon_high=epsilon_high)
-    if objective.loss_type in ("grpo", "dapo", "dr_grpo", "bnpo", "gspo"):
-        return clipped_surrogate(ratio, advantages, epsilon=epsilon, epsilon_high=epsilon_high, delta=objective.delta)
-    raise _unknown("loss_type", objective.loss_type, LossType)
 
 
 def kl_k3(policy_logprobs: Float[Tensor, "B C"], ref_logprobs: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
@@ -201,7 +146,7 @@ def kl_estimate(
         return kl_k3(policy_logprobs, ref_logprobs)
     if estimator == "k3_corrected":
         return kl_k3(policy_logprobs, ref_logprobs) * ratio
-    raise _unknown("kl_estimator", estimator, KlEstimator)
+    raise unknown_name("kl_estimator", estimator, KlEstimator)
 
 
 def grpo_loss(
@@ -211,6 +156,8 @@ def grpo_loss(
     advantages: Float[Tensor, "B _"],
     weights: Float[Tensor, "B W"],
     objective: Objective,
+    *,
+    kl_weights: Float[Tensor, "B C"] | None = None,
 ) -> LossTerms:
     """Sum over tokens of weights * (beta * KL - surrogate).
 
@@ -221,19 +168,16 @@ def grpo_loss(
         sampled, and of the reference (not read if beta is 0).
     advantages: of each token, or one column: the same for all tokens of a completion.
     weights: from `token_weights`. A masked token must have weight 0 and finite log-probs (0 works).
+    kl_weights: of the KL, from `token_weights`, if `weights` leaves counted tokens out; None: the same.
     """
-    tokens, labels = slice(ref_logprobs.shape[1]), policy_logprobs.shape[1] - ref_logprobs.shape[1]
-    counted = weights[:, tokens] > 0
+    tokens = slice(ref_logprobs.shape[1])
+    kl_weights = weights[:, tokens] if kl_weights is None else kl_weights
+    counted = kl_weights > 0
     ratio = importance_ratio(policy_logprobs, old_logprobs, counted, loss_type=objective.loss_type)
-    surrogate = choose_surrogate(ratio, advantages, policy_logprobs, objective)
+    surrogate = choose_surrogate(ratio, advantages, policy_logprobs, counted, objective)
     kl = torch.zeros_like(ref_logprobs)
     if objective.beta:
         kl = kl_estimate(policy_logprobs[:, tokens], ref_logprobs, ratio[:, tokens], estimator=objective.kl_estimator)
-    loss = (weights * (objective.beta * F.pad(kl, (0, labels)) - surrogate.values)).sum()
+    loss = objective.beta * (kl_weights * kl).sum() - (weights * surrogate.values).sum()
     low, high, beyond = (it[:, tokens] & counted for it in (surrogate.low, surrogate.high, surrogate.beyond_delta))
     return LossTerms(loss, (kl * counted).detach(), low, high, low | high | beyond)
-
-
-def _unknown(setting: str, name: str, names: Any) -> ValueError:
-    """Return the error for a name that is not in the Literal `names`."""
-    return ValueError(f"{setting} is {name!r}; it must be one of {', '.join(get_args(names))}.")

@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo_ds.memory.plan import make_plan
-from grpo_ds.memory.select import fits
+from grpo_ds.memory.select import Job, fits, with_room_for_its_reference
 from grpo_ds.models.presets import EMBEDDED, LAPTOP, PRESETS
 from grpo_ds.models.shapes import shape_of
 from grpo_ds.settings.config import TrainConfig
@@ -53,9 +52,13 @@ def choose_model(
         return Choice(EMBEDDED, "no GPU here, so the model that comes with the installation", LAPTOP, needs_gpu=False)
     config, ds = run()
     qwens = [preset for preset in PRESETS.values() if preset.hub_id]
-    fitting = [q for q in qwens if fits(make_plan(shape_of(q.name), config, ds), gpu_gib, ram_gib)]
+    fitting = [q for q in qwens if _fits(Job(shape_of(q.name), config, ds), gpu_gib, ram_gib)]
     machine = f"{gpu_gib:.0f} GiB of GPU memory and {ram_gib:.0f} GiB of RAM"
     if not fitting:
         return Choice(EMBEDDED, f"no Qwen fits {machine}", LAPTOP, needs_gpu=True)
     best = max(fitting, key=lambda preset: preset.parameters)
     return Choice(best.name, f"the largest Qwen that fits {machine}", best.recipe, needs_gpu=True)
+
+
+def _fits(job: Job, gpu_gib: float, ram_gib: float) -> bool:
+    return fits(with_room_for_its_reference(job, gpu_gib, ram_gib).plan(), gpu_gib, ram_gib)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from grpo_ds.memory.activations import ActivationMemory
-from grpo_ds.models.shapes import QUANTIZE_BYTES, SHARD_BYTES, ModelShape
+from grpo_ds.models.shapes import AHEAD, QUANTIZE_BYTES, SHARD_BYTES, ModelShape
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsConfig
 
@@ -170,6 +170,7 @@ class _RunMemory:
     def reference_bytes(self) -> int:
         sizes = {"int8": self.shape.int8_bytes(self.w), "llm.int8": self.shape.llm_int8_bytes(self.w)}
         sizes |= dict.fromkeys(("bf16", "bf16-cpu"), self.weights)
+        sizes["streamed"] = 0
         sizes["adapter"] = self.trained * self.w  # a copy of the adapter; the policy has the base
         return sizes[self.config.reference_kind]
 
@@ -195,25 +196,33 @@ class _RunMemory:
     def initialise(self) -> list[Moment]:
         """deepspeed.initialize copies the trained weights into one flat buffer and clones the masters from it.
 
-        The moments are made later, by the first step.
+        On a card with an optimizer in RAM both copies are made in RAM (zero_staging.py: weights_once). The moments are
+        made later, by the first step.
         """
         flat, trained = Bytes({"weights": self.weights}), self.trained * self.w
-        twice = flat + Bytes({"second copy of the weights": trained})  # unflattened, or cloned for the masters
+        copy = Bytes({"second copy of the weights": trained})  # unflattened, or cloned for the masters
         moves = self.on_gpu and self.config.base_bits == 16
         moved = self.process + Bytes({"weights in transfer": self.weights * moves})
         every = self.optimizer(stepped=False)
         masters = Bytes({"master weights": self.trained * self.master})
         if not self.ds.offload:  # ZeRO allocates a gradient buffer once and drops it
-            return [(twice, moved), (flat + every + Bytes({"gradients": masters.total()}), self.process)]
+            return [(flat + copy, moved), (flat + every + Bytes({"gradients": masters.total()}), self.process)]
         buffers = Bytes({"buffers of the largest parameter": self.largest * self.w})  # engine.py frees them later,
         every["staging buffer"] = self._block(trained)  # and this
         every["accumulated gradients"] = 0
         if self.pins:  # masters and staging buffer exist twice while they are pinned: pageable and pinned
             every["pageable originals"] = masters.total() + trained
-        moments = [(twice, moved), (flat + buffers, self.process + every + buffers)]
-        if self.on_gpu or self.w != self.master:  # otherwise the clone is the master
-            moments.append((twice, self.process + masters))
-        return moments
+        begun = (flat + buffers, self.process + every + buffers)
+        if not self.on_gpu:  # on a CPU a clone in the masters' dtype is the master
+            return [(flat + copy, moved), begun, *[(flat + copy, self.process + masters)] * (self.w != self.master)]
+        in_ram = Bytes({"weights in transfer": trained})
+        cloned = in_ram if self.w != self.master else Bytes()  # else the clone is the master
+        return [
+            (flat, moved),
+            (Bytes({"weights": self.weights - trained}), self.process + in_ram + copy),
+            (flat, self.process + cloned + masters),
+            begun,
+        ]
 
     def evaluate(self) -> list[Moment]:
         return [self._during(moment) for moment in self.activations.answering(self.dequantised)]
@@ -228,12 +237,25 @@ class _RunMemory:
             return [self.resident()]
         if kind == "bf16-cpu":  # copied on the card first
             return [self._during({"reference in transfer": self.weights * self.on_gpu}), self._during({}, forward)]
+        if kind == "streamed":
+            return self._streamed(forward)
         if kind != "int8":
             return [self._during(forward)]
         gpu, ram = self.resident(stepped=self.config.num_iterations > 1)
         gpu["reference"] *= not self.shape.tied  # the largest matrix is quantised first, an untied head last
         making = gpu + Bytes({"quantising the largest matrix": self.largest * QUANTIZE_BYTES[self.w]})
         return [(making, ram), self._during(self.activations.forward(self.shape.widest * self.w))]
+
+    def _streamed(self, forward: dict[str, int]) -> list[Moment]:
+        """Comparing the policy with its files, a matrix at a time, and log-probs with layers that pass through."""
+        layer, stored = self.shape.in_a_layer, 2  # bytes of a stored weight
+        compared = self.largest * self.w * (self.on_gpu or self.w != stored)  # a copy, from the card or converted
+        passing = {"streamed layers": layer * self.w * (1 + AHEAD) * self.on_gpu}
+        converted = {"streamed layer": layer * self.w * (not self.on_gpu and self.w != stored)}
+        return [
+            self._during({}, {MAPPED: self.largest * stored, "compared weights": compared}),
+            self._during(forward | passing, {MAPPED: (self.largest + layer) * stored} | converted),
+        ]
 
     def update(self) -> list[Moment]:
         """Forward and backward: the head forward and backward, then the layers', and at the end the embedding's."""

@@ -57,9 +57,11 @@ class Job:
 def fitted(job: Job, gpu_gib: float, ram_gib: float) -> Job:
     """Fill the flags that the memory plan chooses.
 
+    Reference: streamed from its files if the run fits only then.
     Completions sampled at once: as many as possible while evaluation needs less than the largest other phase.
     Gradient checkpointing: off if the run fits without it and leaves room, for a faster update.
     """
+    job = with_room_for_its_reference(job, gpu_gib, ram_gib)
     if job.config.gradient_checkpointing is None:
         without = replace(job, config=replace(job.config, gradient_checkpointing=False))
         plenty = fits(without.plan(), gpu_gib * ROOM, ram_gib * ROOM)
@@ -69,6 +71,15 @@ def fitted(job: Job, gpu_gib: float, ram_gib: float) -> Job:
         kind: MemoryKind = "gpu" if job.device == "cuda" else "ram"
         job = next((it for it in sizes if it.plan().binding(kind).name != "evaluate"), sizes[-1])
     return job
+
+
+def with_room_for_its_reference(job: Job, gpu_gib: float, ram_gib: float) -> Job:
+    """Return the job with a streamed reference if --reference is auto and only that makes it fit, else unchanged."""
+    if job.config.reference != "auto" or job.config.lora_r or not job.config.beta:
+        return job
+    streamed = replace(job, config=replace(job.config, reference="streamed"))
+    fit = [fits(it.plan(), gpu_gib, ram_gib) for it in (job, streamed)]
+    return streamed if fit == [False, True] else job
 
 
 ROOM = 0.8  # share of a memory that may be filled only for speed
@@ -160,6 +171,7 @@ REMEDIES = (
     ),
     Remedy('"type": "AdamW8bit"', "moments in 8 bits", lambda job: job.ds.offload and not _ours(job), ds=EIGHT_BIT),
     _another_reference("int8", "a KL floor"),
+    _another_reference("streamed", "the reference read from its files at every step"),
     Remedy(
         "--ds ds_configs/zero2_lowram.json",
         "gradients in bf16",

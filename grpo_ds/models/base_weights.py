@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_ds.models.embedded import embedded_folder
+from grpo_ds.models.gguf_files import gguf_folder, is_gguf
 from grpo_ds.models.presets import EMBEDDED, PRESETS
 
 READ_AT_ONCE = 1 << 22
@@ -29,7 +30,7 @@ def base_hash(model: str) -> str | None:
     None if it is not here or cannot be read, which loading it reports.
     """
     try:
-        if (folder := _folder(model)) is None:
+        if (folder := model_folder(model)) is None:
             return None
         settings, pieces = {name: _settings(folder / name) for name in CONFIGS}, sorted(_pieces(folder))
         with ThreadPoolExecutor(THREADS) as pool:  # hashing does not hold Python's lock
@@ -40,9 +41,12 @@ def base_hash(model: str) -> str | None:
     return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
 
 
-def _folder(model: str) -> Path | None:
+def model_folder(model: str) -> Path | None:
+    """Return the folder of a model on this machine, in the hub's cache or anywhere else; None if it is not here."""
     if model == EMBEDDED:
         return embedded_folder()
+    if is_gguf(model):
+        return gguf_folder(model)
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import try_to_load_from_cache

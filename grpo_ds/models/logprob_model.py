@@ -33,20 +33,22 @@ class LogprobModel(nn.Module):
     """`model` as a function PackedRows -> [B, C] fp32 log-probs, 0 if masked; [B, C + n] for rows with n labels.
 
     vocab_size: number of ids of the tokenizer; the head's padding rows above it are left out.
-    In training mode `entropies` holds the last call's entropies: [B, C] in nats, without gradient, 0 if masked.
+    In training mode `entropies` holds the last call's entropies: [B, C] in nats, 0 if masked; without gradient unless
+    the call asks for `entropy_gradient`.
     """
-
-    entropies: Tensor
 
     def __init__(self, model: PreTrainedModel, *, vocab_size: int, temperature: float, chunk_mib: float) -> None:
         super().__init__()
         check_plain_head(model)
         use_our_attention(model)
         self.model = model
+        self.entropies = torch.empty(0)
         self.packs = True  # False: each row holds one completion, and the plain causal mask is right
         self.options: dict[str, Any] = {"vocab_size": vocab_size, "temperature": temperature, "chunk_mib": chunk_mib}
 
-    def forward(self, rows: PackedRows) -> Float[Tensor, "B W"]:
+    def forward(self, rows: PackedRows, *, entropy_gradient: bool = False) -> Float[Tensor, "B W"]:
+        if self.entropies.requires_grad:
+            self.entropies = self.entropies.detach()  # those of a call that failed may hold its activations
         if self.packs:
             attend = PackedAttention(rows, self.model.dtype)
             layout = {"position_ids": rows.position_ids, **attending(attend, rows.input_ids.device)}
@@ -61,8 +63,9 @@ class LogprobModel(nn.Module):
         chosen = F.embedding(sources, hidden.flatten(0, 1))
         if not self.training:
             return _at_mask(token_logprobs(chosen, self.head, targets, **self.options), mask)
-        # Kept here, not returned: DeepSpeed would hook the gradient of a second output, but entropies have none.
+        # Kept here, not returned: DeepSpeed would hook the gradient of a second output, which most losses do not give.
         logprobs, entropies = token_logprobs(chosen, self.head, targets, **self.options, entropy=True)
+        entropies = entropies if entropy_gradient else entropies.detach()
         self.entropies = _at_mask(entropies, mask)[:, : rows.mask.shape[1]]
         return _at_mask(logprobs, mask)
 

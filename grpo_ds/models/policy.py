@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from grpo_ds.errors import UsageError, in_one_line
 from grpo_ds.models.chat_texts import keep_chat_texts
 from grpo_ds.models.embedded import embedded_folder
+from grpo_ds.models.gguf_files import gguf_folder, is_gguf
 from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.models.lora import add_adapter, keep_trainable_layout, merged, quantization
 from grpo_ds.models.parts import check_loaded, check_parts, check_tied, check_tokenizer
@@ -40,9 +41,11 @@ transformers_logging.disable_progress_bar()  # our own lines and bars show the p
 
 
 def model_source(name: str) -> str:
-    """Return the argument of from_pretrained: a preset's hub id, the embedded model's folder, or the name itself."""
+    """Return the argument of from_pretrained: a preset's hub id, a converted model's folder, or the name itself."""
     if name == EMBEDDED:
         return str(embedded_folder())
+    if is_gguf(name):
+        return str(gguf_folder(name))
     if Path(name).is_dir():
         return name
     try:

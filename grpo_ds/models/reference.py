@@ -7,6 +7,7 @@ reference is the policy with an earlier state of its adapter.
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from grpo_ds.core.packing import PackedRows
 from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.models.quantized import Int8Embedding, Int8Linear
 from grpo_ds.models.shapes import LARGEST_LAYER
+from grpo_ds.models.stored_weights import StoredWeights, weights_again
+from grpo_ds.models.streamed import StreamedModel
 
 
 class Reference:
@@ -94,9 +97,40 @@ class AdapterReference(Reference):
         return sum(weight.nbytes for weight in self.weights)
 
 
-def make_reference(policy: LogprobModel, kind: str) -> Reference:
-    """Make a reference of this kind: a key of MAKERS below, or "adapter"."""
+class StreamedReference(Reference):
+    """The weights of files, which pass through memory while it scores (streamed.py)."""
+
+    def __init__(self, policy: LogprobModel, stored: StoredWeights) -> None:
+        self.model, self.stored, self.device = StreamedModel(policy, stored), stored, policy.model.device
+
+    def bytes(self) -> int:
+        return 0
+
+    def state(self) -> dict[str, Any]:
+        """Return where the files are, and their hashes."""
+        return {"folder": str(self.stored.folder.absolute()), "hashes": dict(self.stored.hashes)}
+
+
+def make_reference(policy: LogprobModel, kind: str, store: Callable[[], StoredWeights]) -> Reference:
+    """Make a reference of this kind: a key of MAKERS below, "streamed" or "adapter".
+
+    store: finds or writes files with the policy's weights, if the reference is streamed from them.
+    """
+    if kind == "streamed":
+        return StreamedReference(policy, store())
     return AdapterReference(policy) if kind == "adapter" else Reference(policy, kind)
+
+
+def restore_reference(policy: LogprobModel, kind: str, state: dict[str, Any], *, run: Path) -> Reference:
+    """Make the reference whose `state()` a checkpoint has kept. run: the run's folder. Raises CheckpointError."""
+
+    def stored() -> StoredWeights:
+        return weights_again(Path(state["folder"]), state["hashes"], run=run)
+
+    reference = make_reference(policy, kind, stored)
+    if kind != "streamed":
+        reference.load_state(state)
+    return reference
 
 
 def _trained(policy: LogprobModel) -> list[nn.Parameter]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_ds.errors import UsageError, in_one_line, one_error
+from grpo_ds.models.gguf_files import gguf_folder, is_gguf
 from grpo_ds.system.hub import check_hub
 
 # Weights that share an int8 scale. 64 divides all hidden sizes in use; 128 saves 1.5 % of memory, raises the KL floor.
@@ -21,6 +22,7 @@ SCALE_GROUP = 64
 MIN_SCALE_GROUP = 16  # for odd widths: with smaller groups the scales would cost more than they save
 QUANTIZE_BYTES = {2: 9, 4: 5}  # models/quantized.py, per weight of that size: its fp32 copy, the quotient, the code
 LARGEST_LAYER = 40_000  # output rows: more than in any hidden layer, fewer than in any vocabulary in use
+AHEAD = 2  # layers of a streamed reference that are copied to a card before they are needed
 SHARD_BYTES = 2 * 10**9  # of a saved model; on its way to the file a shard is copied from the card to RAM
 
 ALL_LINEAR = "all-linear"
@@ -76,6 +78,11 @@ class ModelShape:
     def widest(self) -> int:
         """Elements of the largest matrix of a layer, which exists in 16 bits while an int8 layer multiplies."""
         return max(rows * columns for rows, columns, _ in self.matrices if rows <= LARGEST_LAYER)
+
+    @property
+    def in_a_layer(self) -> int:
+        """Elements of the matrices of one layer."""
+        return sum(rows * columns for _, rows, columns, _ in self.linears)
 
     def lora_parameters(self, r: int, targets: Sequence[str]) -> int:
         """Elements of A [r, columns] and B [rows, r] of every targeted layer. Raises UsageError for an unknown name."""
@@ -167,13 +174,15 @@ def _check_sizes(model: str, config: Mapping[str, Any]) -> None:
 
 
 def read_config(model: str) -> dict[str, Any]:
-    """Read the config.json of a folder, or of a hub id from the cache or the hub."""
+    """Read the config.json of a folder, of a converted GGUF file, or of a hub id from the cache or the hub."""
+    if is_gguf(model):
+        model = str(gguf_folder(model))
     adapter, base = model, adapter_base(model)
     model = base or model
     if not base and (fault := _fault(model)):
         raise UsageError(
             f"--model {model} {fault}.\n"
-            f"Name a folder saved by save_pretrained, a hub id, or a preset: {', '.join(PRESET_CONFIGS)}"
+            f"Name a folder saved by save_pretrained, a GGUF file, a hub id, or a preset: {', '.join(PRESET_CONFIGS)}"
         )
     if model in PRESET_CONFIGS:
         return PRESET_CONFIGS[model]

@@ -31,7 +31,7 @@ class Pair:
 
     @property
     def change(self) -> str:
-        if self.after is None or self.before.right == self.after.right:
+        if self.after is None or self.after.right is None or self.before.right == self.after.right:
             return ""
         return "gained" if self.after.right else "lost"
 
@@ -76,13 +76,14 @@ def _pair(row: JsonObject) -> Pair:
 
 
 def _held_out(row: JsonObject, label: str) -> Answer:
-    right, answer = row["answer"] == label, row["answer"]
+    answer = row["answer"]
+    right = row.get("right", answer == label) if label else None  # an older version did not write it
     wrong = "wrong: no answer in the required form" if answer is None else f"wrong: {as_label(answer)}"
     by_name = as_object(row.get("rewards", {}))
     rewards = _shown_rewards(row.get("reward"), by_name) if "reward" in row else []
     if (p := as_number(as_object(row.get("p", {})).get(label))) is not None:
         rewards.append(("p(right)", f"{p:.2f}"))
-    return Answer(as_text(row["text"]), right, "right" if right else wrong, rewards)
+    return Answer(as_text(row["text"]), right, "" if right is None else "right" if right else wrong, rewards)
 
 
 def _sampled_step(step: int, rows: Sequence[JsonObject]) -> SampledStep:

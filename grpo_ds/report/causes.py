@@ -13,7 +13,7 @@ from grpo_ds.report.metric_names import CLIPPED_RATIO
 from grpo_ds.report.run_files import as_label
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.task.grading import FEWEST_TO_COLLAPSE, FEWEST_TO_COMPARE, wilson_interval
-from grpo_ds.task.prompts import worked_examples
+from grpo_ds.task.worked_examples import worked_examples
 
 MOST_CAUSES = 3  # shown: the first ones explain the later ones more often than the other way round
 FLAT = 0.5  # share of groups without a gradient: above it most of the sampling, the dearest part, teaches nothing
@@ -35,7 +35,7 @@ PASSES = 4  # over the questions; up to four passes old data is nearly as good a
 OVERFIT = 0.2  # accuracy in training above held-out accuracy; 20 to 40 questions have an interval of 0.15 to 0.2
 FEWEST_STEPS = 60  # in 15 to 40 steps a small model learns the form (docs/results.md); the task comes after it
 LONGER, LONG_RUN = 4, 100  # times as many steps as now, up to this number; twice beyond it, which already takes hours
-KEEPS_GRADIENT = ("gspo", "cispo")  # losses in which many clipped tokens are normal
+KEEPS_GRADIENT = ("gspo", "luspo", "cispo")  # losses in which many clipped tokens are normal
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,9 @@ def rewards_flat(known: Evidence) -> Cause | None:
         return None
     if (known.late(CLIPPED_RATIO) or 0) >= ALWAYS:
         return None  # none ended, so none could earn: completions_cut says so
+    if share >= ALWAYS and not any(rewards) and known.kind == "none":
+        found = "Every completion of the run earned 0, so the rewards ask for what the model never does."
+        return Cause("rewards all 0", found, ("--reward_funcs with one that pays a part of it", "a larger --model"))
     if share >= ALWAYS and not any(rewards):
         found = "Every completion of the run earned 0: none had the required form, so no answer was ever paid."
         return Cause("rewards all 0", found, _form_flags(known))
@@ -258,9 +261,10 @@ def _form_flags(known: Evidence) -> tuple[str, ...]:
 
 def _spread_flags(known: Evidence) -> tuple[str, ...]:
     """Flags that make the rewards of a group differ."""
-    if not _pays_form(known):
+    if not _pays_form(known) and known.kind != "none":
         return ("--reward_funcs correctness,format",)
     sampled = known.setting("answer_reward") == "sampled" and known.values("rewards/correctness/mean")
+    sampled = sampled if known.kind == "labels" else []
     expected = ("--answer_reward expected",) if sampled and (known.late("well_formed") or 0) >= FLAT else ()
     redraw = () if known.setting("dynamic_sampling") else ("--dynamic_sampling 2",)
     return (*expected, f"--num_generations {2 * known.setting('num_generations')}", *redraw)

@@ -14,15 +14,15 @@ from rich.text import Text
 
 from grpo_ds.memory.phases import Profiler
 from grpo_ds.memory.plan import GIB, MEMORY_NAMES, MemoryKind, Plan
-from grpo_ds.report.figures import change_line, confidence_rows, grade_rows
-from grpo_ds.report.held_out import answered_right, compared
+from grpo_ds.report.figures import change_lines, confidence_rows, grade_line, grade_rows, reward_rows
+from grpo_ds.report.held_out import paired_tests
 from grpo_ds.report.live import LOSS_NOTE, PHASES, History, LiveView, clock, memory_line
 from grpo_ds.report.long_work import Advance, ProgressLines, Work
 from grpo_ds.report.memory_measured import Comparison, compare, diagnosis
 from grpo_ds.report.memory_plan import phase_table
 from grpo_ds.report.metric_names import MEAN_LENGTH, reward_name
 from grpo_ds.system.invocation import command
-from grpo_ds.task.grading import FEWEST_TO_COMPARE, Evaluation, mcnemar
+from grpo_ds.task.grading import Evaluation
 from grpo_ds.task.questions import Question
 from grpo_ds.terminal import escape_control_chars
 
@@ -110,9 +110,10 @@ class Console:
         # A step resumed between its updates was sampled in the run before, so it has no such time.
         seconds = " ".join(f"{phase} {metrics.get(f'seconds/{phase}', 0):.1f}" for phase in PHASES)
         floor = f" (floor {metrics['kl_floor']:.4f})" if metrics.get("kl_floor") else ""
+        accuracy = f"accuracy {metrics['accuracy']:.0%}  " if "accuracy" in metrics else ""
         self.line(
             f"step {step:>{len(str(total))}}/{total}  reward {metrics['reward']:.2f} ({rewards})  "
-            f"accuracy {metrics['accuracy']:.0%}  kl {metrics['kl']:.4f}{floor}  "
+            f"{accuracy}kl {metrics['kl']:.4f}{floor}  "
             f"length {metrics[MEAN_LENGTH]:.0f}  {metrics['tokens_per_second']:.0f} tok/s  {seconds} s  "
             f"{memory_line(metrics)}  loss {metrics['loss']:+.4f}  left {clock(seconds_left)}"
         )
@@ -130,7 +131,8 @@ class Console:
                 for name, value in row.items()
                 if name.startswith("rewards/") and value is not None
             )
-            self.line(f"  {row['question']} ({row['label']})\n    {' '.join(row['completion'].split())}")
+            label = f" ({row['label']})" if row["label"] else ""
+            self.line(f"  {row['question']}{label}\n    {' '.join(row['completion'].split())}")
             self.line(f"    reward {row['reward']:.2f} ({earned})")
 
     def reference(self, kind: str, size: int, floor: float) -> None:
@@ -142,14 +144,7 @@ class Console:
 
     def grades(self, when: str, evaluation: Evaluation) -> None:
         """Print the grades of an evaluation in a line. when: a heading such as "Before training"."""
-        grades, known = evaluation.grades, evaluation.confidence
-        p_right = f"p(right) {known.mean_p_right:.3f}, " if known else ""
-        low, high = grades.accuracy_interval
-        few = f"; 95 % interval {low:.0%} to {high:.0%}: too few" if grades.count < FEWEST_TO_COMPARE else ""
-        self.line(
-            f"{when}: accuracy {grades.accuracy:.1%}, {p_right}macro-F1 {grades.macro_f1:.3f}, well-formed "
-            f"{grades.well_formed:.1%} of {grades.count} (majority baseline: {grades.majority_baseline:.1%}{few})"
-        )
+        self.line(f"{when}: {grade_line(evaluation)}")
 
     def memory(self, profiler: Profiler) -> None:
         """Print each phase's peak beside its plan, and the largest phase."""
@@ -182,24 +177,20 @@ class Console:
         *,
         names: tuple[str, str] = ("before", "after"),
     ) -> None:
-        """Print the grades before and after training, with McNemar's test and the majority baseline.
+        """Print the grades before and after training, with the paired tests and the majority baseline.
 
         names: of two other sides, such as two models.
         """
-        table = Table(title=f"Held-out questions ({before.grades.count}, greedy)", title_justify="left")
+        table = Table(title=f"Held-out questions ({len(questions)}, greedy)", title_justify="left")
         table.add_column("")
         for name in names:
             table.add_column(Text(escape_control_chars(name)), justify="right")
         figures = before.figures(), after.figures()
-        for name, show in [*grade_rows(figures), *confidence_rows(figures)]:
+        for name, show in [*grade_rows(figures), *confidence_rows(figures), *reward_rows(figures)]:
             table.add_row(Text(escape_control_chars(name)), *(escape_control_chars(show(side)) for side in figures))
         self._rich.print(table)
-        self.line(
-            f"Majority baseline (always the most common label): {before.grades.majority_baseline:.1%}.  "
-            f"McNemar p = {mcnemar(answered_right(before, questions), answered_right(after, questions)):.3f}"
-        )
-        if change := compared(questions, before, after):
-            self.line(change_line(change))
+        for line in change_lines({**before.figures(), **paired_tests(questions, before, after)}):
+            self.line(line)
 
 
 def _memory_cells(row: Comparison) -> list[str]:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from statistics import fmean
-from typing import Any
+from typing import Any, get_args
 
 from grpo_ds.models.presets import PRESETS
 from grpo_ds.report.run_files import JsonObject, RunFiles, as_number, as_object, as_objects
 from grpo_ds.settings.config import TrainConfig
-from grpo_ds.task.answers import AnswerFormat
+from grpo_ds.task.answers import AnswerFormat, AnswerKind
 
 DEFAULTS = {flag.name: flag.default for flag in fields(TrainConfig)}
 BEFORE, AFTER = "before", "after"
@@ -93,11 +93,25 @@ class Evidence:
 
     @property
     def answer_format(self) -> AnswerFormat:
-        labels = tuple(label.strip() for label in self.setting("labels").split(","))
-        return AnswerFormat(labels, self.setting("reasoning_tag"), self.setting("answer_tag"))
+        labels, units = self.setting("labels"), self.config.get("units")
+        return AnswerFormat(
+            tuple(label.strip() for label in labels.split(",")),
+            self.setting("reasoning_tag"),
+            self.setting("answer_tag"),
+            self.kind,
+            tuple(unit.strip() for unit in units.split(",")) if isinstance(units, str) else (),
+        )
+
+    @property
+    def kind(self) -> AnswerKind:
+        """Kind of the answers; labels in a run of an older version."""
+        kind = self.setting("answers")
+        return kind if kind in get_args(AnswerKind) else "labels"
 
     def class_shares(self) -> dict[str, float]:
         """Share of each label among the held-out questions; {} if it is not known."""
+        if self.kind != "labels":
+            return {}
         if shares := self.by_label(AFTER, "class_shares"):
             return shares
         labels = [str(row.get("label")) for row in self.questions]

@@ -11,6 +11,7 @@ from typing import Any
 from grpo_ds.run_folder.files import HELD_OUT_FILE
 from grpo_ds.system.files import write_whole
 from grpo_ds.task.answer_probs import compare_p_right, p_right
+from grpo_ds.task.earned import compare_rewards
 from grpo_ds.task.grading import Evaluation, mcnemar
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import Rewards
@@ -21,13 +22,15 @@ Score = Callable[[Sequence[str], Sequence[Question]], Rewards]
 def write_held_out(
     folder: Path, questions: Sequence[Question], evaluations: dict[str, Evaluation], score: Score | None
 ) -> None:
-    """Write held_out.json. evaluations: "before" and, once made, "after". score: computes rewards; None: leave out."""
+    """Write held_out.json. evaluations: "before" and, once made, "after".
+
+    score: computes rewards that an evaluation does not have; None: leave them out.
+    """
     lines: list[dict[str, Any]] = [{"id": q.id, "question": q.text, "label": q.label} for q in questions]
     for when, evaluation in evaluations.items():
         for i, line in enumerate(lines):
             line[when] = {"text": evaluation.texts[i], "answer": evaluation.answers[i], **_more(evaluation, i)}
-        if score:
-            earned = score(evaluation.texts, questions)
+        if earned := evaluation.rewards or (score and score(evaluation.texts, questions)):
             for row, line in enumerate(lines):
                 by_name = {name: values[row] for name, values in earned.by_name.items()}
                 line[when] |= {"reward": earned.total[row], "rewards": by_name}
@@ -36,7 +39,7 @@ def write_held_out(
 
 
 def grades(questions: Sequence[Question], evaluations: dict[str, Evaluation]) -> dict[str, Any]:
-    """Return the figures before and after; if both exist, also McNemar's p, and the change of p(right) with its own."""
+    """Return the figures before and after; if both exist, also the paired tests that fit."""
     report: dict[str, Any] = {when: evaluation.figures() for when, evaluation in evaluations.items()}
     if len(evaluations) > 1:
         report |= paired_tests(questions, *evaluations.values())
@@ -44,23 +47,24 @@ def grades(questions: Sequence[Question], evaluations: dict[str, Evaluation]) ->
 
 
 def paired_tests(questions: Sequence[Question], before: Evaluation, after: Evaluation) -> dict[str, Any]:
-    """Return McNemar's p-value, and the change of p(right) with its interval and p-value where it is known."""
-    answers = (answered_right(evaluation, questions) for evaluation in (before, after))
-    return {"mcnemar": mcnemar(*answers), **compared(questions, before, after)}
+    """Return McNemar's p, and the change of p(right) or of the reward with its interval and p-value.
 
-
-def compared(questions: Sequence[Question], before: Evaluation, after: Evaluation) -> dict[str, Any]:
-    """Return the change of p(right), its interval and p-value; {} if the probabilities of one side are not known."""
-    if before.confidence is None or after.confidence is None:
-        return {}
-    labels = tuple(after.confidence.lean)
-    sides = [p_right(side.probs or [], questions, labels=labels) for side in (before, after)]
-    return compare_p_right(*sides)
+    What is not known on one side is left out.
+    """
+    found: dict[str, Any] = {}
+    if before.right and after.right:
+        found["mcnemar"] = mcnemar(before.right, after.right)
+    if before.confidence and after.confidence:
+        labels = tuple(after.confidence.lean)
+        found |= compare_p_right(*(p_right(side.probs or [], questions, labels=labels) for side in (before, after)))
+    if before.rewards and after.rewards:
+        found |= compare_rewards(before.rewards.total, after.rewards.total)
+    return found
 
 
 def _more(evaluation: Evaluation, i: int) -> dict[str, Any]:
-    """Return the label probabilities and the sampled answers of the question at index i."""
-    more: dict[str, Any] = {}
+    """Return if the answer at index i is right, its label probabilities and its sampled answers, if they are known."""
+    more: dict[str, Any] = {"right": evaluation.right[i]} if evaluation.right else {}
     if evaluation.probs and evaluation.confidence:
         probs, labels = evaluation.probs[i], evaluation.confidence.lean
         more["p"] = dict(zip(labels, probs.answer, strict=True))
@@ -71,8 +75,3 @@ def _more(evaluation: Evaluation, i: int) -> dict[str, Any]:
     if evaluation.sampled:
         more["sampled"] = evaluation.sampled[i]
     return more
-
-
-def answered_right(evaluation: Evaluation, questions: Sequence[Question]) -> list[bool]:
-    """Return a bool for each question: True if its answer is right."""
-    return [answer == q.label for answer, q in zip(evaluation.answers, questions, strict=True)]

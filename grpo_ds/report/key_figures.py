@@ -4,12 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from grpo_ds.memory.plan import MEMORY_NAMES
-from grpo_ds.report.figures import confidence_rows
+from grpo_ds.report.figures import confidence_rows, reward_rows
 from grpo_ds.report.memory_page import kinds, peak_gib
 from grpo_ds.report.run_files import JsonObject, RunFiles, as_label, as_number, as_object, as_text
 from grpo_ds.run_folder.status import CHANGED_INPUTS
 
 MAJORITY = "majority baseline (always the most common label)"
+LOGGED = {"mean_reward": "reward"}  # a figure -> its name in metrics.jsonl, if that is another
 RUNNING = {"training": "training", "evaluating": "evaluating"}  # state -> its words
 ENDED_EARLY = {"stopped": "Stopped", "failed": "Failed"}
 
@@ -58,17 +59,29 @@ def grades_table(run: RunFiles) -> list[tuple[str, list[str]]]:
     both = [as_object(run.held_out[when]) for when in ("before", "after") if when in run.held_out]
     if not both:
         return []
-    shown: list[tuple[str, Callable[[JsonObject], str]]] = [
-        ("Accuracy", lambda g: percent(g["accuracy"])),
-        ("95% interval", lambda g: " to ".join(percent(bound) for bound in g["accuracy_interval"])),
-        ("Macro-F1", lambda g: f"{g['macro_f1']:.3f}"),
-        *[(f"Recall of {label}", lambda g, label=label: percent(g["recall"][label])) for label in both[0]["recall"]],
-        ("Well-formed", lambda g: percent(g["well_formed"])),
-        ("Answers given", lambda g: ", ".join(f"{label} {count}" for label, count in g["predicted"].items())),
-        (MAJORITY.capitalize(), lambda g: percent(g["majority_baseline"])),
-        *[(name[0].upper() + name[1:], show) for name, show in confidence_rows(both)],
+    first = both[0]
+    shown: list[tuple[str, Callable[[JsonObject], str]]] = []
+    if "accuracy" in first:
+        shown.append(("Accuracy", lambda g: percent(g["accuracy"])))
+        shown.append(("95% interval", lambda g: " to ".join(percent(bound) for bound in g["accuracy_interval"])))
+    if "macro_f1" in first:
+        shown.append(("Macro-F1", lambda g: f"{g['macro_f1']:.3f}"))
+    shown += [(f"Recall of {label}", _recall(label)) for label in first.get("recall", ())]
+    if "well_formed" in first:
+        shown.append(("Well-formed", lambda g: percent(g["well_formed"])))
+    if "predicted" in first:
+        given = lambda g: ", ".join(f"{label} {count}" for label, count in g["predicted"].items())  # noqa: E731
+        shown.append(("Answers given", given))
+        shown.append((MAJORITY.capitalize(), lambda g: percent(g["majority_baseline"])))
+    shown += [
+        (name.strip()[0].upper() + name.strip()[1:], show)
+        for name, show in [*confidence_rows(both), *reward_rows(both)]
     ]
     return [(as_label(title), [as_text(show(grades)) for grades in both]) for title, show in shown]
+
+
+def _recall(label: str) -> Callable[[JsonObject], str]:
+    return lambda grades: percent(grades["recall"][label])
 
 
 def quarters(run: RunFiles) -> tuple[float, float] | None:
@@ -89,6 +102,7 @@ def _grade_tiles(run: RunFiles) -> list[Tile]:
         "mean_p_right": ("Mean p(right)", lambda value: f"{value:.3f}"),
         "macro_f1": ("Macro-F1", lambda value: f"{value:.3f}"),
         "well_formed": ("Well-formed", percent),
+        "mean_reward": ("Mean reward, held out", lambda value: f"{value:.3f}"),
     }
     if not before:
         return []
@@ -103,7 +117,7 @@ def _grade_tiles(run: RunFiles) -> list[Tile]:
 def _latest(run: RunFiles, title: str, show: Callable[[float], str], key: str, before: float) -> Tile:
     """Return the tile of the latest evaluation during training."""
     for row in reversed(run.evaluations):
-        if (value := as_number(row.get(f"eval/{key}"))) is not None:
+        if (value := as_number(row.get(f"eval/{LOGGED.get(key, key)}"))) is not None:
             return Tile(title, show(value), f"after step {row['step']:.0f}; before: {show(before)}")
     return Tile(title, show(before), "before training")
 

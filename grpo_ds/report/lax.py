@@ -3,21 +3,22 @@
 from collections.abc import Mapping
 from typing import Any
 
-from grpo_ds.task.grading import Grades
-from grpo_ds.task.lax import PARSERS
+from grpo_ds.task.grading import ClassGrades, Grades
+from grpo_ds.task.lax import OTHER_PARSERS, PARSERS
 
 HEADING = "Under the strict parser, and under lax ones, for comparison with figures that were made so:"
-STRICT = "one label, in the required form"
+STRICT = "one answer, in the required form"
 
 
 def lax_lines(strict: Grades, lax: Mapping[str, Grades]) -> str:
     """Return a line for the strict parser and one for each lax one."""
-    rows = [("strict", strict, STRICT), *((name, grades, PARSERS[name]) for name, grades in lax.items())]
+    takes = {**PARSERS, **OTHER_PARSERS}
+    rows = [("strict", strict, STRICT), *((name, grades, takes[name]) for name, grades in lax.items())]
     width = max(len(name) for name, _, _ in rows)
     lines = [
-        f"  {name:{width}}  accuracy {grades.accuracy:6.1%}  macro-F1 {grades.macro_f1:.3f}  "
-        f"answered {grades.well_formed:6.1%}  ({takes})"
-        for name, grades, takes in rows
+        f"  {name:{width}}  accuracy {grades.accuracy:6.1%}  {_macro_f1(grades)}"
+        f"answered {grades.well_formed:6.1%}  ({read})"
+        for name, grades, read in rows
     ]
     return "\n".join([HEADING, *lines])
 
@@ -28,10 +29,18 @@ def lax_block(lax: Mapping[str, Grades]) -> dict[str, dict[str, Any]]:
         name: {
             "accuracy": grades.accuracy,
             "accuracy_interval": grades.accuracy_interval,
-            "macro_f1": grades.macro_f1,
-            "recall": grades.recall,
             "answered": grades.well_formed,
-            "predicted": grades.predicted,
+            **_of_classes(grades),
         }
         for name, grades in lax.items()
     }
+
+
+def _macro_f1(grades: Grades) -> str:
+    return f"macro-F1 {grades.macro_f1:.3f}  " if isinstance(grades, ClassGrades) else ""
+
+
+def _of_classes(grades: Grades) -> dict[str, Any]:
+    if not isinstance(grades, ClassGrades):
+        return {}
+    return {"macro_f1": grades.macro_f1, "recall": grades.recall, "predicted": grades.predicted}

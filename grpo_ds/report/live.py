@@ -66,7 +66,8 @@ def _series(steps: History) -> list[tuple[str, str, list[float | None]]]:
     for metric in steps[-1]:
         if name := reward_name(metric):
             rows.append((f"  {name}", "{:.2f}", [line.get(metric) for line in steps]))
-    rows.append(("accuracy", "{:.0%}", [line.get("accuracy") for line in steps]))
+    if "accuracy" in steps[-1]:
+        rows.append(("accuracy", "{:.0%}", [line.get("accuracy") for line in steps]))
     if "kl_floor" in steps[-1]:
         rows.append(("KL above its floor", "{:.4f}", [above_floor(line) for line in steps]))
     rows.append(("length", "{:.0f}", [line.get(MEAN_LENGTH) for line in steps]))

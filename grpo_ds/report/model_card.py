@@ -17,7 +17,7 @@ from grpo_ds.memory.plan import MEMORY_NAMES
 from grpo_ds.models.presets import EMBEDDED, PRESETS
 from grpo_ds.models.shapes import ADAPTER_FILE
 from grpo_ds.report import verdict
-from grpo_ds.report.figures import change_line, confidence_rows, grade_rows
+from grpo_ds.report.figures import confidence_rows, grade_rows, mean_change_lines, reward_rows
 from grpo_ds.report.markdown import fenced, plain, table
 from grpo_ds.report.run_files import memory_by_phase, read_json, read_run, read_settings
 from grpo_ds.run_folder.files import CARD_FILE, ENVIRONMENT_FILE, HELD_OUT_FILE, SUMMARY_FILE
@@ -25,10 +25,12 @@ from grpo_ds.run_folder.status import CHANGED_INPUTS, STATUS_FILE
 from grpo_ds.settings.config import EvaluateConfig
 from grpo_ds.settings.saved_config import prompt_recipe
 from grpo_ds.system.files import write_whole
+from grpo_ds.task.hub_records import HUB_ID, hub_id, is_hub_id
 from grpo_ds.task.prompts import default_system_prompt
 from grpo_ds.task.records import NO_CONTEXT
 from grpo_ds.task.rewards import READY_MADE
-from grpo_ds.task.sources import HUB_ID, SAMPLE, is_hub_id
+from grpo_ds.task.sources import SAMPLE
+from grpo_ds.task.worked_examples import BIOMEDICAL
 
 TEMPLATE = "model_card.md.jinja"
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -38,6 +40,8 @@ SETTINGS = (
     *("max_prompt_length", "max_completion_length", "reward_funcs", "reward_weights", "balance_classes"),
     *("max_grad_norm", "weight_decay", "ds", "seed"),
 )
+ANSWERS = {"number": "with a number", "text": "with a text", "none": "none is right: the rewards decide"}
+HUB_METRICS = {"accuracy": "accuracy", "f1": "macro_f1", "reward": "mean_reward"}  # the hub's name -> ours
 ADAPTER_SETTINGS = ("lora_r", "lora_alpha", "lora_target", "load_in_4bit", "load_in_8bit")
 WITHOUT_PEFT = "AutoModelForCausalLM", "from transformers import AutoModelForCausalLM, AutoTokenizer"
 WITH_PEFT = (
@@ -49,8 +53,7 @@ ASK = """{imports}
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 model = {auto}.from_pretrained("THIS_FOLDER")
 messages = [
-    {{"role": "system", "content": {system}}},
-    {{"role": "user", "content": {user}}},
+{turns}
 ]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 output = model.generate(**inputs, max_new_tokens={length}, do_sample=False)
@@ -74,11 +77,13 @@ def card(folder: Path) -> str:
         name=folder.resolve().name,
         base=base_model(config["model"]) or Path(config["model"]).name,
         steps=summary["steps"],
-        data={"name": _data_name(config), "labels": _either(config["labels"]), "table": _data(config, summary)},
+        data={"name": _data_name(config), "trained_to": _trained_to(config), "table": _data(config, summary)},
         before=before,
         after=after,
         verdict=verdict.of(read_run(folder)),
-        p_right_change=change_line(held_out) if "p_right_change" in held_out else "",
+        mean_changes=mean_change_lines(held_out),
+        of_labels="p_right_change" in held_out,
+        biomedical=config.get("subject", BIOMEDICAL) == BIOMEDICAL,
         grades=table(("", "before", "after"), _figure_rows(before, after)),
         snippet=_snippet(folder, is_adapter=is_adapter),
         settings=table(("setting", "value"), _settings(config)),
@@ -111,11 +116,11 @@ def _template() -> Template:
 def _header(folder: Path, config: dict[str, Any], after: dict[str, Any], *, is_adapter: bool) -> str:
     """Return the YAML that the hub reads, without a base model or data set that others cannot find."""
     base, data = base_model(config["model"]), _data_name(config)
-    scores = [("accuracy", after["accuracy"]), ("f1", after["macro_f1"])]
+    scores = [(kind, after[figure]) for kind, figure in HUB_METRICS.items() if figure in after]
     metrics = [{"type": kind, "value": round(value, 4), "name": f"held-out {kind}"} for kind, value in scores]
     result = {
         "task": {"type": "text-generation"},
-        "dataset": {"name": data, "type": data if _is_hub_data(config) else "own", "split": "held out"},
+        "dataset": {"name": data, "type": hub_id(data) if _is_hub_data(config) else "own", "split": "held out"},
         "metrics": metrics,
     }
     header = {
@@ -123,7 +128,7 @@ def _header(folder: Path, config: dict[str, Any], after: dict[str, Any], *, is_a
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation",
         **({"base_model": base, "base_model_relation": "adapter" if is_adapter else "finetune"} if base else {}),
-        **({"datasets": [data]} if _is_hub_data(config) else {}),
+        **({"datasets": [hub_id(data)]} if _is_hub_data(config) else {}),
         "tags": ["grpo", "deepspeed", "grpo_ds", *(["lora"] if is_adapter else [])],
         "model-index": [{"name": folder.resolve().name, "results": [result]}],
     }
@@ -132,7 +137,7 @@ def _header(folder: Path, config: dict[str, Any], after: dict[str, Any], *, is_a
 
 def _figure_rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
     sides = before, after
-    rows = [*grade_rows(sides), *confidence_rows(sides)]
+    rows = [*grade_rows(sides), *confidence_rows(sides), *reward_rows(sides)]
     return [(name.strip(), show(before), show(after)) for name, show in rows]
 
 
@@ -145,13 +150,14 @@ def _settings(config: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _data(config: dict[str, Any], summary: dict[str, Any]) -> str:
-    counts = summary["questions"]
+    counts, closed, part = summary["questions"], _is_closed(config), config["eval_fraction"]
+    share = f"by class, {part} of each set aside" if closed else f"{part} set aside"
     rows = [
         ("source", _data_name(config)),
-        ("labels", config["labels"]),
+        *([("labels", config["labels"])] if closed else [("answers", ANSWERS[config["answers"]])]),
         ("trained on", f"questions drawn from {counts['train']}"),
         ("held out", f"{counts['held_out']} questions that were not used in training"),
-        ("split", f"by class, {config['eval_fraction']} of each set aside, drawn by seed {config['seed']}"),
+        ("split", f"{share}, drawn by seed {config['seed']}"),
     ]
     return table(("", ""), rows)
 
@@ -169,8 +175,16 @@ def _is_hub_data(config: dict[str, Any]) -> bool:
     return is_hub_id(data) and not Path(data).exists()
 
 
-def _either(labels: str) -> str:
-    return " or ".join(label.strip() for label in labels.split(","))
+def _is_closed(config: dict[str, Any]) -> bool:
+    return config.get("answers", "labels") == "labels"
+
+
+def _trained_to(config: dict[str, Any]) -> str:
+    """Say what the model was trained to do."""
+    if config.get("answers") == "none":
+        return "to earn the rewards below"
+    wanted = " or ".join(label.strip() for label in config["labels"].split(","))
+    return f"to answer {wanted if _is_closed(config) else ANSWERS[config['answers']]} in the required form"
 
 
 def _snippet(folder: Path, *, is_adapter: bool) -> str:
@@ -178,11 +192,15 @@ def _snippet(folder: Path, *, is_adapter: bool) -> str:
     recipe = prompt_recipe(folder)
     config = EvaluateConfig(**{flag.name: recipe[flag.name] for flag in fields(EvaluateConfig) if flag.name in recipe})
     has_context = config.context_field != NO_CONTEXT
-    system = config.system_prompt_text or default_system_prompt(config.answer_format, has_context)
+    given, form = config.system_prompt_text, config.answer_format
+    system = default_system_prompt(form, has_context, config.subject or "") if given is None else given
     auto, imports = WITH_PEFT if is_adapter else WITHOUT_PEFT
-    texts = {"system": system, "user": "Context: ...\n\n" * has_context + "Question: ..."}
-    quoted = {name: json.dumps(text, ensure_ascii=False) for name, text in texts.items()}
-    return fenced(ASK.format(imports=imports, auto=auto, length=config.max_completion_length, **quoted), "python")
+    heading = ("", "") if form.kind == "none" else ("Context: ", "Question: ")
+    user = f"{heading[0]}...\n\n" * has_context + f"{heading[1]}..."
+    turns = [("system", system)] * bool(system) + [("user", user)]
+    shown = [f'    {{"role": "{role}", "content": {json.dumps(text, ensure_ascii=False)}}},' for role, text in turns]
+    code = ASK.format(imports=imports, auto=auto, length=config.max_completion_length, turns="\n".join(shown))
+    return fenced(code, "python")
 
 
 def _memory(folder: Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from grpo_ds.report.figures import CHANGES
 from grpo_ds.report.markdown import table
 from grpo_ds.report.run_files import as_number
 from grpo_ds.run_folder.files import SEEDS_REPORT_FILE, SUMMARY_FILE
@@ -24,7 +25,9 @@ FIGURES = {  # as in the summary of a run -> its name
     "reasoning_gain": "reasoning gain",
     "calibration_error": "calibration error",
     "vote_accuracy": "accuracy of votes",
+    "mean_reward": "mean reward",
 }
+CHANGE_NAMES = {f"{key}_change": name for key, name in CHANGES.items()}
 WHEN = ("before", "after")
 
 
@@ -48,9 +51,8 @@ def spread(summaries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {"seeds": sorted(summaries)}
     for when in WHEN:
         found[when] = {name: it for name in FIGURES if (it := _spread([run.get(when, {}).get(name) for run in runs]))}
-    if change := _spread([run.get("p_right_change") for run in runs]):
-        found["p_right_change"] = change
-    return found
+    changes = {name: _spread([run.get(name) for run in runs]) for name in CHANGE_NAMES}
+    return found | {name: change for name, change in changes.items() if change}
 
 
 def spread_lines(found: Mapping[str, Any]) -> list[str]:
@@ -60,9 +62,8 @@ def spread_lines(found: Mapping[str, Any]) -> list[str]:
     for name, title in FIGURES.items():
         sides = [f"{when} {_shown(found[when][name])}" for when in WHEN if name in found[when]]
         lines += [f"  {title}: {', '.join(sides)}"] if sides else []
-    if "p_right_change" in found:
-        lines.append(f"  change of mean p(right): {_shown(found['p_right_change'], sign='+')}")
-    return lines
+    known = [(name, title) for name, title in CHANGE_NAMES.items() if name in found]
+    return [*lines, *(f"  change of {title}: {_shown(found[name], sign='+')}" for name, title in known)]
 
 
 def _spread(values: Sequence[Any]) -> dict[str, Any] | None:

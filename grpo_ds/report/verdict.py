@@ -3,6 +3,7 @@
 `judge` is a pure function of the evidence. The console's end, the report page and the model card show its result.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from grpo_ds.report.causes import CUT, SOLVED, Cause, causes, lean_of, more_steps
@@ -11,15 +12,18 @@ from grpo_ds.report.key_figures import percent
 from grpo_ds.report.metric_names import CLIPPED_RATIO, MEAN_LENGTH
 from grpo_ds.report.run_files import RunFiles, as_label, as_number
 from grpo_ds.settings.saved_config import CONFIG_FILE
+from grpo_ds.task.answers import AnswerKind
 from grpo_ds.task.grading import small_sample, wilson_interval
+from grpo_ds.task.rewards import BARE_LABEL
 
 SIGNIFICANT = 0.05
 FORMED = 0.9  # share of well-formed answers: the form is known, and a tenth is left to odd questions
 CHANCE_AUC = 0.5
 FEW_WORDS = 10  # of reasoning; a sentence has more
-BARE_LABEL = "bare_label"  # reward against a reasoning that is nothing but a label
 
 TASK = "It learned the task: more answers are right than before, and more than the most common label alone would give."
+RIGHT = "It learned the task: more answers are right than before."
+PAID = "It learned what the rewards pay: held-out completions earn more than before."
 PART = "It learned some of the task: the right answers have become more likely."
 FORM = "It learned the form of an answer, but not the task."
 FORM_ONLY = "It learned the form of an answer, but the right answers have become less likely."
@@ -30,8 +34,8 @@ NOTHING = "It learned nothing that these numbers can show."
 # What a model of up to so many parameters can be expected to learn. From this project's own runs (docs/results.md) as
 # far as they go; the last line is an expectation.
 OUTLOOKS = (
-    (300e6, "learns the form of an answer; on questions that need knowledge its answers stay near a coin toss"),
-    (1e9, "learns the form in a few steps; where knowledge is needed it begins near a coin toss: expect a few points"),
+    (300e6, "learns the form of an answer; on questions that need knowledge its answers stay near chance"),
+    (1e9, "learns the form in a few steps; where knowledge is needed it begins near chance and takes 60 steps or more"),
     (2e9, "knows more than its answers show: expect training to remove its lean to one label and to raise accuracy"),
     (float("inf"), "knows enough to gain from training; how much has not been measured here"),
 )
@@ -81,15 +85,19 @@ def judge(known: Evidence) -> Verdict:
     if not known.grades(AFTER):
         return Verdict(_so_far(known), ())
     headline = _headline(known)
-    fine = headline in (TASK, EASY)
+    fine = headline in (TASK, RIGHT, PAID, EASY)
     found = () if fine else causes(known)
-    aspects = (_form(known), _accuracy(known), _lean(known), _reasoning(known))
+    aspects = tuple(aspect(known) for aspect in ASPECTS[known.kind])
     no_cause = "" if found or fine else f"No known cause shows in the numbers of these {_steps(known)}."
     return Verdict(headline, aspects, found, no_cause, _outlook(known), _changes(known, found))
 
 
 def _headline(known: Evidence) -> str:
+    if known.kind == "none":
+        return {1: PAID, -1: WORSE}.get(_change(known, "reward"), NOTHING)
     task, form = _task(known), _shift(known, "well_formed")
+    if task > 0 and known.kind != "labels":
+        return RIGHT
     if task > 0 and _difference(known, "accuracy") > 0 and _above_majority(known):
         return TASK
     if task < 0 or form < 0:
@@ -106,11 +114,16 @@ def _task(known: Evidence) -> int:
 
     By the change of mean p(right), which a paired test sees first, if it was measured; else by McNemar's test.
     """
-    change, accuracy = as_number(known.outcome.get("p_right_change")), _difference(known, "accuracy")
-    if change is None:
+    accuracy = _difference(known, "accuracy")
+    if as_number(known.outcome.get("p_right_change")) is None:
         p = as_number(known.outcome.get("mcnemar"))
         return 0 if p is None or p >= SIGNIFICANT or not accuracy else 1 if accuracy > 0 else -1
-    p = as_number(known.outcome.get("p_right_p_value"))
+    return _change(known, "p_right")
+
+
+def _change(known: Evidence, mean: str) -> int:
+    """1 if a mean became larger by more than chance, by its paired test, -1 if smaller, else 0."""
+    change, p = (as_number(known.outcome.get(f"{mean}_{figure}")) for figure in ("change", "p_value"))
     return 0 if p is None or p >= SIGNIFICANT or not change else 1 if change > 0 else -1
 
 
@@ -132,7 +145,7 @@ def _difference(known: Evidence, grade: str) -> float:
     return (known.grade(AFTER, grade) or 0.0) - (known.grade(BEFORE, grade) or 0.0)
 
 
-# --- the four aspects ----------------------------------------------------------------------------------------------
+# --- the aspects ----------------------------------------------------------------------------------------------
 
 
 def _form(known: Evidence) -> str:
@@ -148,16 +161,38 @@ def _form(known: Evidence) -> str:
 def _accuracy(known: Evidence) -> str:
     grades = known.grades(AFTER)
     low, high = grades["accuracy_interval"]
-    baseline, count = known.grade(AFTER, "majority_baseline") or 0.0, known.count
-    test = ""
+    baseline, count, test = known.grade(AFTER, "majority_baseline"), known.count, ""
     if (p := as_number(known.outcome.get("mcnemar"))) is not None:
         test = f"; McNemar {_p_value(p)}: the change {'is more than' if p < SIGNIFICANT else 'could be'} chance"
-    position = "above" if low > baseline else "below" if high < baseline else "not clearly different from"
+    compared = ""
+    if baseline is not None:
+        position = "above" if low > baseline else "below" if high < baseline else "not clearly different from"
+        compared = f", {position} the {percent(baseline)} of always giving the most common label"
     return (
         f"Accuracy: {_moved(known, 'right answers', 'accuracy')} of {count} held-out questions (95% interval "
-        f"{percent(low)} to {percent(high)}{test}), {position} the {percent(baseline)} of always giving the most "
-        f"common label. {_p_right(known)}{small_sample(count, (low, high))}".rstrip()
+        f"{percent(low)} to {percent(high)}{test}){compared}. "
+        f"{_p_right(known)}{small_sample(count, (low, high))}".rstrip()
     )
+
+
+def _reward(known: Evidence) -> str:
+    before, after = known.grade(BEFORE, "mean_reward"), known.grade(AFTER, "mean_reward")
+    if before is None or after is None:
+        return "Reward: of the held-out questions it is not known."
+    p, test = as_number(known.outcome.get("reward_p_value")), ""
+    if p is not None:
+        test = f" (paired test {_p_value(p)}: the change {'is more than' if p < SIGNIFICANT else 'could be'} chance)"
+    moved = "stayed at" if before == after else f"{'rose' if after > before else 'fell'} from {before:.3f} to"
+    names = ", ".join(f"{as_label(name)} {value:.3f}" for name, value in known.by_label(AFTER, "mean_rewards").items())
+    return f"Reward: its mean over {known.count} held-out questions {moved} {after:.3f}{test}; now {names}."
+
+
+def _length(known: Evidence) -> str:
+    first, last = known.early(MEAN_LENGTH), known.late(MEAN_LENGTH)
+    if first is None or last is None:
+        return "Length: not known."
+    cut = f", {known.late(CLIPPED_RATIO) or 0.0:.0%} of the last cut at the limit"
+    return f"Length: {first:.0f} tokens per sample at first, {last:.0f} at the end{cut}."
 
 
 def _p_right(known: Evidence) -> str:
@@ -213,9 +248,19 @@ def _reasoning(known: Evidence) -> str:
     return f"Reasoning: {said:.0f} word{'' if said == 1 else 's'} per answer{was}{why}; {helps}."
 
 
+ASPECTS: Mapping[AnswerKind, tuple[Callable[[Evidence], str], ...]] = {
+    "labels": (_form, _accuracy, _lean, _reasoning),
+    "number": (_form, _accuracy, _reasoning),
+    "text": (_form, _accuracy, _reasoning),
+    "none": (_reward, _length),
+}
+
+
 def _pay_for_reasoning(known: Evidence) -> str:
     functions = str(known.setting("reward_funcs"))
-    if BARE_LABEL in functions or known.config.get("reward_weights"):  # a weight would be missing
+    if (
+        known.kind != "labels" or BARE_LABEL in functions or known.config.get("reward_weights")
+    ):  # a weight would be missing
         return ""
     return f", as no reward pays for it: --reward_funcs {functions},{BARE_LABEL}"
 
@@ -224,7 +269,7 @@ def _pay_for_reasoning(known: Evidence) -> str:
 
 
 def _outlook(known: Evidence) -> str:
-    if not (size := known.parameters):
+    if known.kind != "labels" or not (size := known.parameters):  # other answers have not been measured here
         return ""
     expected = next(text for most, text in OUTLOOKS if size <= most)
     shown = f"{size / 1e9:.1f}B" if size >= 1e9 else f"{size / 1e6:.0f}M" if size >= 1e6 else f"{size:,}"
@@ -247,12 +292,15 @@ def _so_far(known: Evidence) -> str:
         reward = f" The mean reward was {first:.2f} in the first quarter of the steps and {last:.2f} in the last."
     if not known.grades(BEFORE):
         return f"No held-out answers were compared.{reward}"
-    accuracy, baseline = known.grade(BEFORE, "accuracy") or 0.0, known.grade(BEFORE, "majority_baseline") or 0.0
-    return (
-        f"Before training, {percent(accuracy)} of {known.count} held-out questions were answered right (majority "
-        f"baseline (always the most common label): {percent(baseline)}); the answers after training do not exist "
-        f"yet.{reward}"
-    )
+    accuracy, baseline = known.grade(BEFORE, "accuracy"), known.grade(BEFORE, "majority_baseline")
+    if accuracy is None:
+        earned = known.grade(BEFORE, "mean_reward") or 0.0
+        found = f"the mean reward of {known.count} held-out questions was {earned:.3f}"
+    else:
+        found = f"{percent(accuracy)} of {known.count} held-out questions were answered right"
+    if baseline is not None:
+        found += f" (majority baseline (always the most common label): {percent(baseline)})"
+    return f"Before training, {found}; the answers after training do not exist yet.{reward}"
 
 
 def _steps(known: Evidence) -> str:

@@ -48,7 +48,7 @@ def inputs_of(
         **{f"the column {name}": hashed for name, hashed in _columns(rewards, [*train, *held_out]).items()},
         REWARDS: _hash([text.strip().rpartition("/")[2] for text in config.reward_funcs.split(",")]),
         **{f"the reward file {name}": _hash(text) for name, text in reward_sources(config.reward_funcs).items()},
-        "the system prompt": _hash(config.system_prompt_text),
+        "the system prompt": _hash(config.system_prompt_text or ""),
         **(split if config.loss_type == "bnpo" else {}),
         "the DeepSpeed JSON": _hash({**ds.engine, "optimizer": asdict(ds.optimizer), "rounding": ds.rounding}),
         "the number of ranks": str(ranks),
@@ -107,7 +107,8 @@ def _listed(names: Sequence[str]) -> str:
 
 def question_key(question: Question) -> str:
     """Return a hash of everything that a prompt and a grade take from a question."""
-    return _hash([question.id, question.text, question.context, question.label])
+    more = [part for part in (question.accepted, [dict(turn) for turn in question.messages]) if part]
+    return _hash([question.id, question.text, question.context, question.label, *more])
 
 
 def _columns(rewards: WeightedFunctions, questions: Sequence[Question]) -> Inputs:

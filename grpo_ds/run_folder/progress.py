@@ -24,6 +24,7 @@ from grpo_ds.task.answer_probs import AnswerProbs
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.grading import Evaluation, graded
 from grpo_ds.task.questions import Question
+from grpo_ds.task.scoring import summed
 
 STATE_FILE = "trainer_state.json"
 # Fields of transformers.TrainerState; the rest is ours.
@@ -64,7 +65,7 @@ class Progress:
     first_weights: str = ""  # a sample of the weights that the run began with (training/weight_sample.py)
     kl_floor: float | None = None  # KL of the reference to the policy that it was made from
     before: dict[str, str] | list[str] | None = None  # held-out answers before training, by question_key
-    # Label probabilities and sampled answers of the same: {"probs": [reasoned, empty, misled], "sampled": [...]}
+    # Of the same: {"probs": [reasoned, empty, misled], "sampled": [...], "rewards": {name: value}}, what is known
     before_more: dict[str, dict[str, Any]] = field(default_factory=dict)
     best_metric: float | None = None  # best accuracy of the evaluations during training
     best_global_step: int | None = None
@@ -88,11 +89,12 @@ class Progress:
         """Keep the held-out answers before training, so that a resumed run need not ask again."""
         keys = [question_key(question) for question in questions]
         self.before = dict(zip(keys, evaluation.texts, strict=True))
-        probs, sampled = evaluation.probs, evaluation.sampled
+        probs, sampled, rewards = evaluation.probs, evaluation.sampled, evaluation.rewards
         self.before_more = {
             key: {
                 **({"probs": [probs[i].reasoned, probs[i].empty, probs[i].misled]} if probs else {}),
                 **({"sampled": sampled[i]} if sampled else {}),
+                **({"rewards": {name: it[i] for name, it in rewards.by_name.items()}} if rewards else {}),
             }
             for i, key in enumerate(keys)
         }
@@ -102,13 +104,18 @@ class Progress:
         more = [self.before_more.get(question_key(question), {}) for question in answered]
         probs = [AnswerProbs(*(p and (*p,) for p in it["probs"])) for it in more if "probs" in it]
         sampled = [it["sampled"] for it in more if "sampled" in it]
-        return graded(
+        rewards = [it["rewards"] for it in more if "rewards" in it]
+        evaluation = graded(
             [*answered.values()],
             [*answered],
             answer_format,
             probs if len(probs) == len(answered) else None,
             sampled if len(sampled) == len(answered) else None,
         )
+        if not rewards or len(rewards) < len(answered):
+            return evaluation
+        by_name = {name: [row.get(name) for row in rewards] for name in rewards[0]}
+        return evaluation.rewarded(summed(by_name))
 
     def answered_before(self, questions: Sequence[Question]) -> dict[Question, str]:
         """Return those of the held-out questions that were answered before training, with their answers.

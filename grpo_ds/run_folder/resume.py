@@ -28,6 +28,8 @@ MAY_CHANGE = {
         "system_prompt",
         "output_dir",
         "num_steps",
+        "max_steps",
+        "num_train_epochs",
         "save_steps",
         "save_total_limit",
     ),
@@ -130,7 +132,9 @@ def flags_of(checkpoint: Path) -> dict[str, Any]:
 
 def refuse_other_flags(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Path) -> None:
     """Raise CheckpointError if the flags would change the numbers of the run."""
-    same = MAY_CHANGE - ({"num_steps"} if config.num_iterations > 1 else set())  # with several it sets the outer loop
+    # With several iterations it sets the outer loop, with a schedule the learning rate.
+    length_decides = config.num_iterations > 1 or config.depends_on_length
+    same = MAY_CHANGE - ({"num_steps", "num_train_epochs"} if length_decides else set())
     known = Progress.read(checkpoint).identity
     same |= {flag for flag, compared in COMPARED.items() if compared in known}
     changed = [

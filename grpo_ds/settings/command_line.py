@@ -18,16 +18,18 @@ import yaml
 from grpo_ds.errors import UsageError, one_error
 from grpo_ds.settings.config import AskConfig
 from grpo_ds.settings.config_file import read_settings
-from grpo_ds.settings.flags import Flags, all_flags, flags_by_heading
+from grpo_ds.settings.flags import Flags, all_flags, failed, flags_by_heading
 from grpo_ds.settings.saved_config import with_copied_prompt
 from grpo_ds.settings.shipped import CONFIGS
 from grpo_ds.settings.values import Written, is_listed, kind_of, may_be_null, read_values
 from grpo_ds.system.invocation import program
-from grpo_ds.task.prompts import worked_examples
+from grpo_ds.task.rewards import BARE_LABEL
+from grpo_ds.task.worked_examples import worked_examples
 
 ConfigType = TypeVar("ConfigType", bound=AskConfig)
 SECRET = re.compile(r"[\w-]*(api_?key|token|secret|passw(or)?d)|([\w-]*[_-])?key", re.IGNORECASE)
 OWN = ("help", "config", "print_config", "local_rank")  # of no group; the deepspeed launcher adds --local_rank
+LENGTHS = ("num_steps", "max_steps", "num_train_epochs")  # flags that say how long a run is
 REMEDY = "Correct it or leave it out; --help lists every flag and its default."
 
 
@@ -54,7 +56,7 @@ class Parsed(Generic[ConfigType]):
         decided: flags that the command itself sets, such as the model that "auto" stands for.
         """
         config = self.unchecked(recipe, **decided)
-        if problems := config.problems():
+        if problems := [*config.problems(), *self._length_problems(config)]:
             resumed = self.given.get("resume_from_checkpoint")
             where = " in a resumed run; what is not typed comes from its checkpoint" if resumed else ""
             raise one_error(UsageError, f"These settings cannot work{where}:", problems)
@@ -68,9 +70,33 @@ class Parsed(Generic[ConfigType]):
         flags, recipe = all_flags(self.config_type), recipe or {}
         own = {flag.name: recipe[flag.name] for flag in flags if flag.name in recipe}
         values: dict[str, Any] = {flag.name: flag.default for flag in flags} | own | {**self.given, **decided}
-        if "few_shot" in own and "few_shot" not in self.given:  # the recipe's examples that fit the labels
-            values["few_shot"] = min(values["few_shot"], _fitting_examples(values))
+        values |= self._suited({name: values[name] for name in own if name not in self.given}, values)
+        if values.get("max_steps") is not None:
+            values |= {"num_steps": values["max_steps"], "max_steps": None}
         return self.config_type(**values)
+
+    def _suited(self, recipe: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those flags of the recipe that other flags change: the kind of the answers, a warm-up of their own."""
+        suited = {}
+        if "few_shot" in recipe:  # the examples that fit the answers
+            suited["few_shot"] = min(recipe["few_shot"], _fitting_examples(values))
+        if "prefill" in recipe and values["answers"] == "none":
+            suited["prefill"] = False  # no answer is read, so none is begun
+        if "reward_funcs" in recipe and values["answers"] != "labels":
+            named = recipe["reward_funcs"].split(",")
+            suited["reward_funcs"] = ",".join(name for name in named if name != BARE_LABEL)
+        if "warmup_steps" in recipe and "warmup_ratio" in self.given:
+            suited["warmup_steps"] = 0
+        return suited
+
+    def _length_problems(self, config: ConfigType) -> list[str]:
+        """Report a run whose length is said twice, or in all where it is the length of an iteration."""
+        said = [name for name in LENGTHS if self.given.get(name) is not None]
+        several = "max_steps" in said and getattr(config, "num_iterations", 1) > 1
+        return failed(
+            (len(said) > 1, f"{' and '.join(said)} both say how long the run is: keep one"),
+            (several, "max_steps is for one iteration; with num_iterations write num_steps, the steps of each"),
+        )
 
 
 def parse(config_type: type[ConfigType], argv: list[str], *, about: str) -> Parsed[ConfigType]:
@@ -94,6 +120,8 @@ def parse(config_type: type[ConfigType], argv: list[str], *, about: str) -> Pars
     typed, problems = read_values(flags, {name: _as_typed(flags[name], words[name]) for name in words if name in flags})
     if problems:
         raise one_error(UsageError, "These flags cannot be read:", problems, REMEDY)
+    if any(name in typed for name in LENGTHS):
+        given = {name: value for name, value in given.items() if name not in LENGTHS}
     parsed = Parsed(config_type, given | typed)
     if "print_config" in words:
         config = parsed.unchecked()

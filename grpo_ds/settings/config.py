@@ -6,6 +6,7 @@ A preset's recipe (models/presets.py) replaces defaults, never typed flags.
 Nothing heavy is imported here, so `--help` and a mistyped flag are answered at once.
 """
 
+import math
 from dataclasses import dataclass
 
 from grpo_ds.core.objective import Objective
@@ -16,8 +17,9 @@ from grpo_ds.settings.grpo_flags import LossFlags, OptimizerFlags, ReferenceFlag
 from grpo_ds.settings.run_flags import AdapterFlags, MemoryFlags, OutputFlags, SafetyFlags, SamplingFlags
 from grpo_ds.system.hardware import Precision
 from grpo_ds.task.answers import TAG_NAME, AnswerFormat
-from grpo_ds.task.prompts import worked_examples
+from grpo_ds.task.rewards import BARE_LABEL, CORRECTNESS, REASONING_GAIN
 from grpo_ds.task.spelling import label_key
+from grpo_ds.task.worked_examples import worked_examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,17 +28,35 @@ class AskConfig(ModelFlags, RecordFlags, PromptFlags):
 
     @property
     def answer_format(self) -> AnswerFormat:
-        return AnswerFormat(self.label_names, self.reasoning_tag, self.answer_tag)
+        return AnswerFormat(self.label_names, self.reasoning_tag, self.answer_tag, self.answers, self.unit_names)
 
     def problems(self) -> list[str]:
         examples = len(worked_examples(self.answer_format))
         unread = self._unread_labels()
-        few_shot = f"few_shot is {self.few_shot}, but {examples} examples fit labels {self.labels}: --few_shot 0"
+        fitting = f"fit labels {self.labels}" if self.answers == "labels" else f"exist for answers {self.answers}"
+        few_shot = f"few_shot is {self.few_shot}, but {examples} examples {fitting}: --few_shot {examples}"
+        prefill = "prefill begins an answer in tags, but answers is none: leave it out"
         return [
             *super().problems(),
             *failed(
                 (bool(unread), f"labels: the answer {unread} would not be recognised; avoid full stops and tags"),
                 (not 0 <= self.few_shot <= examples, few_shot),
+                (self.prefill and self.answers == "none", prefill),
+            ),
+        ]
+
+    def reward_checks(self, reward_funcs: str) -> list[tuple[bool, str]]:
+        """Checks of rewards that need another kind of answer."""
+        named, closed = [name.strip() for name in reward_funcs.split(",")], self.answers == "labels"
+        of_labels = " and ".join(name for name in (REASONING_GAIN, BARE_LABEL) if name in named)
+        return [
+            (
+                not closed and bool(of_labels),
+                f"reward_funcs has {of_labels}, for labels alone, but answers is {self.answers}",
+            ),
+            (
+                self.answers == "none" and CORRECTNESS in named,
+                "reward_funcs has correctness, but answers is none: name rewards of your own, FILE.py:FUNCTION",
             ),
         ]
 
@@ -44,7 +64,7 @@ class AskConfig(ModelFlags, RecordFlags, PromptFlags):
         """Labels that no answer can be read as; "" if tags are wrong or a label is there twice, a separate problem."""
         tags = {self.reasoning_tag, self.answer_tag}
         twice = len(set(map(label_key, self.label_names))) < len(self.label_names)
-        if twice or len(tags) < 2 or not all(map(TAG_NAME.fullmatch, tags)):
+        if self.answers != "labels" or twice or len(tags) < 2 or not all(map(TAG_NAME.fullmatch, tags)):
             return ""
         return ", ".join(repr(label) for label in self.label_names if not self.answer_format.reads_back(label))
 
@@ -52,6 +72,17 @@ class AskConfig(ModelFlags, RecordFlags, PromptFlags):
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(DataFlags, AskConfig, SamplingFlags):
     """A model, and the questions to evaluate it on."""
+
+    def problems(self) -> list[str]:
+        misled = f"eval_misled claims another label, but answers is {self.answers}: leave it out"
+        votes = "eval_samples counts votes for an answer, but answers is none: leave it out"
+        return [
+            *super().problems(),
+            *failed(
+                (self.eval_misled and self.answers != "labels", misled),
+                (self.eval_samples > 0 and self.answers == "none", votes),
+            ),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +115,14 @@ class TrainConfig(
                     f"pack_tokens is {self.pack_tokens}, but a prompt with one completion may have {self.longest}; "
                     "0: the complete step in one batch",
                 ),
+                *self.reward_checks(self.reward_funcs),
+                (
+                    self.answers != "labels" and self.answer_reward == "expected",
+                    f"answer_reward expected needs labels, but answers is {self.answers}: leave it out",
+                ),
                 *self._adapter_checks(),
                 *self._reference_checks(),
+                *self._aggregation_checks(),
             ),
         ]
 
@@ -104,7 +141,8 @@ class TrainConfig(
         if self.lora_r:
             reason = "a mix of two adapters is no adapter of that rank: --ref_model_mixup_alpha 1"
         else:
-            reason = "8 bits cannot be mixed, only made again: --reference bf16, or --ref_model_mixup_alpha 1"
+            kind = "weights on disk" if self.reference_kind == "streamed" else "8 bits"
+            reason = f"{kind} cannot be mixed, only made again: --reference bf16, or --ref_model_mixup_alpha 1"
         return [
             (
                 self.lora_r > 0 and self.reference != "auto",
@@ -115,6 +153,23 @@ class TrainConfig(
                 mixing and not mixes and self.ref_model_mixup_alpha < 1,
                 f"ref_model_mixup_alpha is {self.ref_model_mixup_alpha:g}, but {reason}",
             ),
+        ]
+
+    def _aggregation_checks(self) -> list[tuple[bool, str]]:
+        """Checks of flags that GDPO does not read: it divides each reward by its own deviation."""
+        decoupled = self.multi_objective_aggregation == "normalize_then_sum"
+        remedies = {
+            "scale_rewards": "leave it out",
+            "answer_reward": "leave one of them out",
+            "correctness_reward": "weigh it by --reward_weights",
+            "format_reward": "weigh it by --reward_weights",
+        }
+        return [
+            (
+                decoupled and getattr(self, name) != getattr(TrainConfig, name),
+                f"{name} {getattr(self, name)} has no effect with normalize_then_sum: {remedy}",
+            )
+            for name, remedy in remedies.items()
         ]
 
     def saves_at(self, step: int) -> bool:
@@ -129,8 +184,16 @@ class TrainConfig(
             epsilon=self.epsilon,
             epsilon_high=self.upper_epsilon,
             delta=self.delta,
+            sapo_temperature_pos=self.sapo_temperature_pos,
+            sapo_temperature_neg=self.sapo_temperature_neg,
+            vespo_k_pos=self.vespo_k_pos,
+            vespo_lambda_pos=self.vespo_lambda_pos,
+            vespo_k_neg=self.vespo_k_neg,
+            vespo_lambda_neg=self.vespo_lambda_neg,
             beta=self.beta,
             kl_estimator=self.kl_estimator,
+            entropy_coef=self.entropy_coef,
+            top_entropy_quantile=self.top_entropy_quantile,
             max_completion_length=self.max_completion_length,
         )
 
@@ -141,12 +204,14 @@ class TrainConfig(
 
     def ds_sizes(self, *, native: Precision, world_size: int = 1) -> DsSizes:
         """Sizes that the DeepSpeed JSON takes from the flags, and what this machine computes in (see DsSizes)."""
+        updates = self.total_steps * self.mu
         return DsSizes(
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
-            warmup_steps=0,
-            total_steps=self.total_steps * self.mu,
+            warmup_steps=self.warmup_steps or math.ceil(self.warmup_ratio * updates),
+            total_steps=updates,
+            lr_scheduler_type=self.lr_scheduler_type,
             micro_batch_size=self.batch_size * self.num_generations,
             world_size=world_size,
             native=native,

@@ -2,16 +2,18 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from grpo_ds.settings.flags import Flags, failed, flag, list_flag, path_flag
 from grpo_ds.settings.paths import absolute_if_there
-from grpo_ds.task.answers import TAG_NAME
+from grpo_ds.task.answers import TAG_NAME, AnswerKind
+from grpo_ds.task.numbers import UNIT
 from grpo_ds.task.prompts import read_system_prompt
 from grpo_ds.task.records import NO_CONTEXT, Unusable
 from grpo_ds.task.sources import SAMPLE
 from grpo_ds.task.spelling import label_key, nfc
 
+LABELS = "yes,no"  # PubMedQA's, without maybe
 MODEL_NAMES = ("auto", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b", "smollm2-135m")  # models/presets.py
 
 
@@ -23,7 +25,7 @@ class ModelFlags(Flags):
 
     model: str = path_flag(
         "auto",
-        "preset (qwen2.5-0.5b, -1.5b, -3b, -7b, smollm2-135m), hub id or folder; auto: what fits",
+        "preset (qwen2.5-0.5b, -1.5b, -3b, -7b, smollm2-135m), hub id, folder or GGUF file; auto: what fits",
         path=absolute_if_there(*MODEL_NAMES),
     )
     trust_remote_code: bool = flag(False, "run the Python code that a model brings, with all your rights")
@@ -35,16 +37,36 @@ class RecordFlags(Flags):
 
     heading: ClassVar[str] = "data"
 
-    labels: str = list_flag("yes,no", "allowed answers, comma-separated; add maybe to keep PubMedQA's maybe questions")
-    question_field: str | None = flag(None, "field of a record with the question; default: found as in PubMedQA")
+    answers: AnswerKind = flag(
+        "labels", "answers: one of --labels, a number, a text, or none is right and the reward functions decide"
+    )
+    labels: str = list_flag(LABELS, "allowed answers, comma-separated; add maybe to keep PubMedQA's maybe questions")
+    units: str | None = list_flag(
+        None, "with --answers number: units that may stand beside a number, comma-separated: $,dollars,km"
+    )
+    question_field: str | None = flag(None, "field of a record with the question; default: found (docs/data.md)")
     context_field: str | None = flag(
         None, f"field of a record with the context; {NO_CONTEXT}: no context; default: found"
     )
-    label_field: str | None = flag(None, "field of a record with the correct answer; default: found as in PubMedQA")
+    label_field: str | None = flag(None, "field of a record with the correct answer; default: found (docs/data.md)")
 
     @property
     def label_names(self) -> tuple[str, ...]:
         return tuple(label.strip() for label in self.labels.split(","))
+
+    @property
+    def unit_names(self) -> tuple[str, ...]:
+        return tuple(unit.strip() for unit in self.units.split(",")) if self.units else ()
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """Arguments of task/questions.py that say how records are read."""
+        return {
+            "labels": self.label_names,
+            "fields": self.field_names,
+            "answers": self.answers,
+            "units": self.unit_names,
+        }
 
     @property
     def field_names(self) -> dict[str, str]:
@@ -54,9 +76,19 @@ class RecordFlags(Flags):
 
     def problems(self) -> list[str]:
         names, different = self.label_names, {label_key(label) for label in self.label_names}
-        named = self.field_names
+        named, odd = self.field_names, [unit for unit in self.unit_names if not UNIT.fullmatch(unit)]
+        closed = self.answers == "labels"
         return [
             *failed(
+                (
+                    not closed and self.labels != LABELS,
+                    f"labels is {self.labels}, but answers is {self.answers}: leave one of them out",
+                ),
+                (
+                    bool(self.units) and self.answers != "number",
+                    f"units is {self.units}, but answers is {self.answers}; units belong to --answers number",
+                ),
+                (bool(odd), f"units: {', '.join(map(repr, odd))} would be read as a part of the number or of a tag"),
                 (len(names) < 2 or "" in different, "labels needs two answers or more: yes,no"),
                 (len(different) < len(names), f"labels is {self.labels}, which has one answer twice"),
                 (
@@ -75,11 +107,16 @@ class PromptFlags(Flags):
     heading: ClassVar[str] = "prompt"
 
     system_prompt: str | None = path_flag(
-        None, "text file, used unchanged; default: our own, which asks for the two tags"
+        None, 'text file, used unchanged; "": none; default: our own, which asks for the two tags', may_be_empty=True
+    )
+    subject: str | None = flag(
+        None,
+        "of the questions, for our own prompt and examples; default: biomedical for PubMedQA's, else not said",
+        may_be_empty=True,
     )
     reasoning_tag: str = flag("reasoning", "tag around the reasoning")
     answer_tag: str = flag("answer", "tag around the answer; the closing tag ends a completion")
-    few_shot: int = flag(0, "worked examples (yes or no, biomedical) in the prompt: 0, 1 or 2")
+    few_shot: int = flag(0, "worked examples (yes or no, a number, a text) in the prompt: 0, 1 or 2")
     prefill: bool = flag(False, "put <reasoning> at the end of the prompt, so that the model continues from it")
     max_prompt_length: int = flag(
         768, "tokens; a context that is too long loses its beginning, the question is never cut"
@@ -87,9 +124,12 @@ class PromptFlags(Flags):
     max_completion_length: int = flag(300, "tokens; a longer completion is cut")
 
     @cached_property
-    def system_prompt_text(self) -> str:
-        """Text of the file, read once: it may change during a run. "" if none is named; `problems` reports errors."""
-        return read_system_prompt(self.system_prompt) if self.system_prompt is not None else ""
+    def system_prompt_text(self) -> str | None:
+        """Text of the file, read once: it may change during a run. None: the default, "": no system prompt.
+
+        `problems` reports errors.
+        """
+        return read_system_prompt(self.system_prompt) if self.system_prompt else self.system_prompt
 
     @property
     def longest(self) -> int:
@@ -115,9 +155,10 @@ class PromptFlags(Flags):
 
     def _system_prompt_fault(self) -> str:
         try:
-            return self.system_prompt_text and ""
+            _ = self.system_prompt_text
         except Unusable as fault:
             return str(fault)
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +169,7 @@ class DataFlags(Flags):
 
     data: str | None = path_flag(
         None,
-        "JSON/JSONL file, hub id or sample; default: the golden 500 if here, else sample",
+        "JSON, CSV or Parquet file, hub id (NAME:CONFIG@SPLIT) or sample; default: the golden 500 if here, else sample",
         path=absolute_if_there(SAMPLE),
     )
     eval_fraction: float = flag(0.2, "share of the questions held out for evaluation, by class")

@@ -45,10 +45,11 @@ class DsSizes:
     learning_rate: float
     weight_decay: float
     max_grad_norm: float  # 0: no clipping
-    warmup_steps: int
+    warmup_steps: int  # optimizer steps
     total_steps: int  # optimizer steps of the run
     micro_batch_size: int  # completions that a rank trains on in one step: questions x generations
     world_size: int
+    lr_scheduler_type: str = "constant"  # transformers' name of a schedule
     native: Precision = "bf16"  # what this machine computes in; many CPUs emulate bf16, 80 times slower than fp32
 
 
@@ -81,7 +82,9 @@ class DsConfig:
     weight_decay: float
     max_grad_norm: float
     warmup_steps: int
-    has_scheduler: bool  # DeepSpeed steps the JSON's schedule; the trainer must not add its own
+    total_steps: int  # optimizer steps of the run
+    has_scheduler: bool  # DeepSpeed builds the JSON's schedule
+    schedule: str | None  # transformers' name of the flags' schedule; None: the JSON's, or a constant rate
 
     @property
     def bf16(self) -> bool:
@@ -113,6 +116,7 @@ def resolve_ds_config(path: str | Path, *, fill: DsSizes, explicit: frozenset[st
         *fill_autos(engine, schedule_values(engine, fill), explicit),
         *fill_autos(engine, adamw8bit_values() if has_our_optimizer(engine) else [], explicit),
         *fill_peak(engine),
+        *two_schedules(engine, fill, explicit),
         *check_zero(engine),
         *check_optimizer(engine),
         *check_fp16(engine),
@@ -269,6 +273,12 @@ def fill_peak(engine: dict[str, Any]) -> Iterator[str]:
     set_value(engine, path, peak)
 
 
+def two_schedules(engine: dict[str, Any], fill: DsSizes, explicit: frozenset[str]) -> Iterator[str]:
+    """Report a schedule that was typed beside one of the JSON, which replaces a recipe's."""
+    if "scheduler" in engine and "lr_scheduler_type" in explicit:
+        yield f"scheduler is in it, but --lr_scheduler_type {fill.lr_scheduler_type} was given: keep one"
+
+
 # --- result ------------------------------------------------------------------------------------------------
 
 
@@ -293,5 +303,14 @@ def split(engine: dict[str, Any], fill: DsSizes) -> DsConfig:
         weight_decay=optimizer.params["weight_decay"],
         max_grad_norm=engine["gradient_clipping"],
         warmup_steps=get_value(engine, "scheduler.params.warmup_num_steps") if has_scheduler else fill.warmup_steps,
+        total_steps=fill.total_steps,
         has_scheduler=has_scheduler,
+        schedule=None if has_scheduler else schedule_of(fill),
     )
+
+
+def schedule_of(fill: DsSizes) -> str | None:
+    """Return transformers' name of the flags' schedule; None for a rate that never changes."""
+    if fill.lr_scheduler_type in ("constant", "constant_with_warmup"):
+        return "constant_with_warmup" if fill.warmup_steps else None
+    return fill.lr_scheduler_type

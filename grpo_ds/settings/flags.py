@@ -13,9 +13,9 @@ HEADINGS = (
 )
 
 
-def flag(default: Any, meaning: str) -> Any:
-    """Declare a flag: a field with its default and its line of --help."""
-    return field(default=default, metadata={"help": meaning})
+def flag(default: Any, meaning: str, **more: Any) -> Any:
+    """Declare a flag: a field with its default and its line of --help. more: may_be_empty, "" is not a mistake."""
+    return field(default=default, metadata={"help": meaning, **more})
 
 
 def list_flag(default: str | None, meaning: str, **more: Any) -> Any:
@@ -23,9 +23,9 @@ def list_flag(default: str | None, meaning: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": meaning, "listed": True, **more})
 
 
-def path_flag(default: str | None, meaning: str, *, path: Callable[[str], str] = absolute) -> Any:
-    """Declare a flag that names a file or a folder. path: makes it absolute (settings/paths.py)."""
-    return field(default=default, metadata={"help": meaning, "path": path})
+def path_flag(default: str | None, meaning: str, *, path: Callable[[str], str] = absolute, **more: Any) -> Any:
+    """Declare a flag that names a file or a folder. path: makes it absolute (settings/paths.py). more: as of `flag`."""
+    return field(default=default, metadata={"help": meaning, "path": path, **more})
 
 
 def failed(*checks: tuple[bool, str]) -> list[str]:

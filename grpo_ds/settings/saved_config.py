@@ -14,6 +14,7 @@ from grpo_ds.settings.data_flags import DataFlags
 from grpo_ds.settings.flags import all_flags
 from grpo_ds.settings.paths import absolute
 from grpo_ds.system.files import write_whole
+from grpo_ds.task.worked_examples import BIOMEDICAL
 
 CONFIG_FILE = "grpo_config.yaml"
 SYSTEM_PROMPT_FILE = "system_prompt.txt"  # a copy of --system_prompt
@@ -58,5 +59,12 @@ def _recipe(folder: Path, allowed: "list[Field[Any]]") -> dict[str, Any]:
 
 def with_copied_prompt(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """Return the settings that `file` holds; a run's saved config has a copy of its system prompt beside it."""
+    if file.name != CONFIG_FILE:
+        return dict(values)
     copy = {"system_prompt": absolute(str(file.with_name(SYSTEM_PROMPT_FILE)))}
-    return {**values, **(copy if file.name == CONFIG_FILE and values.get("system_prompt") else {})}
+    older = "few_shot" in values and "subject" not in values  # a version whose prompts were all biomedical
+    return {
+        **values,
+        **(copy if values.get("system_prompt") else {}),
+        **({"subject": BIOMEDICAL} if older else {}),
+    }

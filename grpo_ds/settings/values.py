@@ -64,7 +64,7 @@ def _read(flag: "Field[Any]", written: Written) -> Any:
     if written is None and may_be_null(flag):
         return None
     text = _joined(written) if is_listed(flag) else written
-    if not isinstance(text, str) or (not text and flag.default != ""):
+    if not isinstance(text, str) or not (text or flag.default == "" or flag.metadata.get("may_be_empty")):
         raise ValueError
     kind = kind_of(flag)
     if get_origin(kind) is Literal:

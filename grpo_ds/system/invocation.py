@@ -13,6 +13,7 @@ LOCAL_RANK = "--local_rank="  # the deepspeed launcher puts it before all other 
 SCRIPTS = {  # command -> its script in launch/
     "train": "train.py",
     "eval": "evaluate_model.py",
+    "data": "show_data.py",
     "select": "select_model.py",
     "profile": "profile_memory.py",
     "ask": "ask.py",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grpo_ds.task.questions import Question
-from grpo_ds.task.statistics import auc, bootstrap_interval, calibration_error, mean, sign_flip_p
+from grpo_ds.task.statistics import auc, bootstrap_interval, calibration_error, mean, paired_change
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +100,8 @@ def reasoning_gains(
 
 def compare_p_right(before: Sequence[float], after: Sequence[float]) -> dict[str, float | tuple[float, float]]:
     """Return the mean change of p(right) on the same questions, its interval, and the p-value of no change."""
-    changes = [b - a for a, b in zip(before, after, strict=True)]
-    return {
-        "p_right_change": mean(changes),
-        "p_right_change_interval": bootstrap_interval(changes),
-        "p_right_p_value": sign_flip_p(changes),
-    }
+    change, interval, p_value = paired_change(before, after)
+    return {"p_right_change": change, "p_right_change_interval": interval, "p_right_p_value": p_value}
 
 
 def wrong_label(right: str, labels: Sequence[str]) -> int:

@@ -1,15 +1,23 @@
-"""The answer contract: <reasoning>...</reasoning><answer>label</answer>, and nothing else.
+"""The answer contract: <reasoning>...</reasoning><answer>one answer</answer>, and nothing else.
 
 Prompts, rewards and grading all use one `AnswerFormat`. `parse` splits a completion at its tags in one pass (the
 pattern reads each character at most a few times) and looks up the order of the tags in a table. Tags that are doubled,
 nested, misspelled or out of order are not in the table and earn nothing. Completions and labels are compared in one
 Unicode form (spelling.py).
+
+What stands between the answer tags depends on the kind of answer: one of a few labels, a number (numbers.py), a text,
+or anything, if no answer is right and the reward functions decide.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from grpo_ds.task.spelling import label_key, nfc
+from grpo_ds.task.numbers import number_of, number_text
+from grpo_ds.task.spelling import label_key, nfc, text_key
+
+AnswerKind = Literal["labels", "number", "text", "none"]
 
 TAG_NAME = re.compile(r"[A-Za-z][\w-]*", re.ASCII)  # ASCII: sampling estimates a tag's tokens from its characters
 CONTROL = r"<[|\uff5c][^<>\s]*[|\uff5c]>"  # a chat template's control token: <|im_end|>
@@ -24,9 +32,9 @@ class ParsedAnswer:
         ParsedAnswer(answer=None, reasoning_tags=True, answer_tags=False)
     """
 
-    answer: str | None  # one of the labels; None unless the complete text satisfies the contract
+    answer: str | None  # as `AnswerFormat.read` returns it; None unless the complete text satisfies the contract
     reasoning_tags: bool  # one reasoning pair in its place, with words in it
-    answer_tags: bool  # one answer pair in its place, with a label in it
+    answer_tags: bool  # one answer pair in its place, with an answer in it
 
     @property
     def well_formed(self) -> bool:
@@ -36,7 +44,7 @@ class ParsedAnswer:
 
 @dataclass(frozen=True, slots=True)
 class AnswerFormat:
-    """The labels that are allowed as answers, and the names of the tags.
+    """The answers that are allowed, and the names of the tags.
 
     Example:
         >>> answer_format = AnswerFormat(labels=("yes", "no", "maybe"))
@@ -44,11 +52,25 @@ class AnswerFormat:
         '<reasoning>It fell by half.</reasoning><answer>yes</answer>'
         >>> answer_format.parse("<reasoning>It fell by half.</reasoning> <answer>Yes.</answer>").answer
         'yes'
+        >>> AnswerFormat(kind="number").parse("<reasoning>2 and 2.</reasoning><answer>4.0</answer>").answer
+        '4'
     """
 
     labels: tuple[str, ...] = ("yes", "no")  # spelled as in prompts; no two have the same label_key
     reasoning_tag: str = "reasoning"
     answer_tag: str = "answer"
+    kind: AnswerKind = "labels"
+    units: tuple[str, ...] = ()  # of a number
+
+    @property
+    def is_closed(self) -> bool:
+        """True if the answer is one of a few labels, so that classes can be counted and have probabilities."""
+        return self.kind == "labels"
+
+    @property
+    def wanted(self) -> str:
+        """Allowed answers, in words."""
+        return {"labels": " or ".join(self.labels), "number": "a number", "text": "a text", "none": "a text"}[self.kind]
 
     @property
     def reasoning_pair(self) -> tuple[str, str]:
@@ -65,8 +87,8 @@ class AnswerFormat:
 
     @property
     def stop(self) -> str:
-        """Tag at which sampling stops."""
-        return self.answer_pair[1]
+        """Tag at which sampling stops; "" if no answer is right: the completion need not have tags."""
+        return "" if self.kind == "none" else self.answer_pair[1]
 
     @property
     def tag_pattern(self) -> str:
@@ -84,10 +106,32 @@ class AnswerFormat:
         both = self.reasoning_pair + self.answer_pair
         # both[:3]: cut within the answer, at the token limit
         has_reasoning = tags in (self.reasoning_pair, both[:3], both) and _has_words(texts[1])
-        label = self.label_of(texts[-2]) if tags in (self.answer_pair, both) else None
+        answer = self.read(texts[-2]) if tags in (self.answer_pair, both) else None
         prose = any(text.strip() for text in texts[0::2])  # before, between and after the pairs
         well_formed = tags == both and has_reasoning and not prose
-        return ParsedAnswer(label if well_formed else None, has_reasoning, label is not None)
+        return ParsedAnswer(answer if well_formed else None, has_reasoning, answer is not None)
+
+    def read(self, text: str) -> str | None:
+        """Return the answer between the tags: the label, the number in its canonical spelling, or the text itself.
+
+        None if it is not an answer of this kind.
+        """
+        if self.kind == "labels":
+            return self.label_of(text)
+        if self.kind == "number":
+            number = number_of(text, self.units)
+            return None if number is None else number_text(number)
+        return nfc(text.strip()) if text_key(text) else None
+
+    def is_right(self, answer: str | None, accepted: Sequence[str]) -> bool:
+        """Return True if the answer equals one of the accepted ones; no answer is right without any."""
+        if answer is None or self.kind == "none" or (key := self.key(answer)) is None:
+            return False
+        return key in map(self.key, filter(None, accepted))
+
+    def key(self, answer: str) -> str | None:
+        """Return what two spellings of one answer share; None for a text that is no answer."""
+        return text_key(answer) if self.kind == "text" else self.read(answer)
 
     def label_of(self, text: str) -> str | None:
         """Return the label in this text, ignoring case, white space and one full stop; None for any other text."""

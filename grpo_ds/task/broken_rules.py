@@ -32,6 +32,6 @@ def broken_rule(completion: str, answer_format: AnswerFormat) -> str:
         ("".join(texts[:1]).strip(), "text before the reasoning"),
         ("".join(texts[2:3]).strip(), "text between reasoning and answer"),
         ("".join(texts[4:]).strip(), "text after the answer"),
-        (True, f"an answer that is not {' or '.join(answer_format.labels)}"),
+        (True, f"an answer that is not {answer_format.wanted}"),
     )
     return next(rule for broken, rule in rules if broken)

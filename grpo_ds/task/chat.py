@@ -21,6 +21,7 @@ DEFAULT_CHAT_TEMPLATE = (
 # Private-use characters: no chat template has a reason to contain or remove them.
 CONTEXT_MARK = "\ue000context\ue001"
 QUESTION_MARK = "\ue000question\ue001"
+TURN_MARK = "\ue000turn{}\ue001"  # an earlier turn of a chat of the data's own
 # What may begin a part of the assistant's turn: <think>, <seed:think>, <think mode="long">, [THINK], a control token.
 BRACKETS = "<>\\[\\]\u2039\u203a\u25c1\u25b7"  # < > [ ] and the like, in a character class
 OPENS_OR_CLOSES = re.compile(
@@ -49,6 +50,7 @@ class Chat:
     between: str  # between context and question
     after: str  # from the question to the completion: end of the turn, the assistant's header, a prefilled tag
     notes: tuple[str, ...] = ()  # what the template would have edited, and where it stands now
+    lead: str = " "  # in front of context and question: tokenizers join a word with the space before it
 
     def opening(self, answer_format: AnswerFormat) -> str:
         """Return the reasoning that the completion continues, from its tag on; "" if the tag is not open.
@@ -75,7 +77,9 @@ def render_chat(tokenizer: Any, messages: Messages, *, answer_format: AnswerForm
             continue
         text = _lost(rendered, arranged)
         if not text:
-            chat = Chat(*_cut_at_marks(rendered, CONTEXT_MARK in messages[-1]["content"]), notes)
+            asked = messages[-1]["content"]
+            lead = " " if f" {QUESTION_MARK}" in asked else ""
+            chat = Chat(*_cut_at_marks(rendered, CONTEXT_MARK in asked, lead), notes, lead)
             tag = answer_format.opening * (prefill and not chat.opening(answer_format))
             return replace(chat, after=chat.after + tag)
         lost = lost or f"does not repeat {text} unchanged"
@@ -87,6 +91,8 @@ def render_chat(tokenizer: Any, messages: Messages, *, answer_format: AnswerForm
 def check_chat_template(tokenizer: Any, messages: Messages, *, answer_format: AnswerFormat) -> tuple[str, ...]:
     """Return warnings about the template, one line each. Raises UsageError if no completion after it could be read."""
     chat = render_chat(tokenizer, messages, answer_format=answer_format, prefill=False)
+    if answer_format.kind == "none":  # no answer is read
+        return chat.notes
     header, own = _assistant_header(tokenizer), answer_format.reasoning_tag
     # Some templates put the system prompt behind the question; it may name any tag.
     tail = chat.after.rpartition(messages[0]["content"])[2]
@@ -118,13 +124,16 @@ def ensure_chat_template(tokenizer: Any) -> None:
 
 def _arrangements(messages: Messages) -> Iterator[tuple[Messages, tuple[str, ...]]]:
     """Yield the chat and notes on it: unchanged, then with instructions and examples as text of the user's turn."""
-    system, *turns = messages
     yield messages, ()
-    yield _without_system_role(messages), (NO_SYSTEM_ROLE,)
-    if len(turns) > 1:
-        alone = [system, {"role": "user", "content": _examples_as_text(turns)}]
+    system = [turn for turn in messages[:1] if turn["role"] == "system"]
+    if system:
+        yield _without_system_role(messages), (NO_SYSTEM_ROLE,)
+    # Turns before a chat's own last one are no examples, and a template that edits them is refused.
+    if len(turns := messages[len(system) :]) > 1 and turns[-1]["content"] != QUESTION_MARK:
+        alone = [*system, {"role": "user", "content": _examples_as_text(turns)}]
         yield alone, (EDITS_TURNS,)
-        yield _without_system_role(alone), (NO_SYSTEM_ROLE, EDITS_TURNS)
+        if system:
+            yield _without_system_role(alone), (NO_SYSTEM_ROLE, EDITS_TURNS)
 
 
 def _without_system_role(messages: Messages) -> Messages:
@@ -223,13 +232,13 @@ def _apply_template(tokenizer: Any, messages: Messages) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def _cut_at_marks(rendered: str, has_context: bool) -> tuple[str, str, str]:
+def _cut_at_marks(rendered: str, has_context: bool, lead: str) -> tuple[str, str, str]:
     """Return the template's text before the context ("" without one), between context and question, and after.
 
     The space before a mark belongs to the user's text, because tokenizers join a word with the space before it.
     """
-    mark = f" {CONTEXT_MARK}"
+    mark = f"{lead}{CONTEXT_MARK}"
     # The last occurrence of each mark: a system prompt before them may hold any text.
-    rest, _, after = rendered.rpartition(f" {QUESTION_MARK}")
+    rest, _, after = rendered.rpartition(f"{lead}{QUESTION_MARK}")
     before, _, between = rest.rpartition(mark) if has_context else ("", mark, rest)
     return before, between, after

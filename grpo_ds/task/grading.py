@@ -1,23 +1,25 @@
-"""Grading: accuracy and macro-F1 of a set of answers, and a test if a model became better.
+"""Grading: the figures that fit a kind of answer, and a test if a model became better.
 
-Accuracy alone is misleading: the answer "yes" to every question is right for 62 % of PubMedQA's yes/no test items. So
-macro-F1, recall by class and the majority baseline are reported with it. An answer that did not parse (None) is wrong
-and counts as a prediction of no class.
+Accuracy alone is misleading for labels: the answer "yes" to every question is right for 62 % of PubMedQA's yes/no test
+items. So macro-F1, recall by class and the majority baseline are reported with it. An answer that did not parse (None)
+is wrong and counts as a prediction of no class. Where no answer is right, the mean of each reward is the grade.
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from math import comb, sqrt
 from typing import Any
 
 from grpo_ds.errors import DataError
 from grpo_ds.task.answer_probs import AnswerProbs, Confidence, confidence
 from grpo_ds.task.answers import AnswerFormat
+from grpo_ds.task.earned import Earned, earned
 from grpo_ds.task.questions import Question
+from grpo_ds.task.scoring import Rewards, right_answers
 
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
-EVAL_ACCURACY = "eval/accuracy"
+EVAL_ACCURACY, EVAL_REWARD = "eval/accuracy", "eval/reward"
 COLLAPSED_SHARE = 0.95
 FEWEST_TO_COLLAPSE = 5  # parsed answers; four equal ones can be chance
 FEWEST_TO_COMPARE = 20  # questions; fewer have an interval of 40 points or more around a half
@@ -25,7 +27,23 @@ FEWEST_TO_COMPARE = 20  # questions; fewer have an interval of 40 points or more
 
 @dataclass(frozen=True, slots=True)
 class Grades:
-    """Accuracy and related figures; every share is in [0, 1], the dicts are by label.
+    """Figures of answers that are right or wrong; every share is in [0, 1].
+
+    Example: two numbers, one of them right.
+        >>> questions = [Question("1", "6 x 7?", "", "42"), Question("2", "1 / 2?", "", "0.5")]
+        >>> grade_answers(["42", "2"], questions, AnswerFormat(kind="number")).accuracy
+        0.5
+    """
+
+    count: int
+    accuracy: float
+    accuracy_interval: tuple[float, float]  # Wilson, 95 %
+    well_formed: float  # share of answers that parsed
+
+
+@dataclass(frozen=True, slots=True)
+class ClassGrades(Grades):
+    """Figures of answers that are one of a few labels; the dicts are by label.
 
     Example: one question of each class, both answered "yes".
         >>> questions = [Question("1", "Is it?", "", "yes"), Question("2", "Was it?", "", "no")]
@@ -34,12 +52,8 @@ class Grades:
         (0.5, {'yes': 1.0, 'no': 0.0}, {'yes': 2, 'no': 0})
     """
 
-    count: int
-    accuracy: float
-    accuracy_interval: tuple[float, float]  # Wilson, 95 %
     macro_f1: float  # mean F1 of the classes that occur among the questions
     recall: dict[str, float]  # the same classes
-    well_formed: float  # share of answers that parsed
     majority_baseline: float  # accuracy of always giving the most common label
     predicted: dict[str, int]  # number of parsed answers
     collapsed: bool  # nearly all parsed answers are one class, but the labels are not
@@ -68,15 +82,25 @@ class Evaluation:
 
     texts: list[str]
     answers: list[str | None]
-    grades: Grades
+    grades: Grades | None  # ClassGrades of labels; None: no answer is right
+    right: list[bool] | None  # None: no answer is right
     probs: list[AnswerProbs] | None = None  # None: no token tells the labels apart, or an older version answered
     confidence: Confidence | None = None  # figures of probs
     sampled: list[list[str | None]] | None = None  # further answers to each question: --eval_samples
     votes: Votes | None = None  # figures of them
+    rewards: Rewards | None = None  # of the texts, if they are the grade
+    earned: Earned | None = None  # figures of them
+
+    @property
+    def quality(self) -> float | None:
+        """Accuracy, or the mean reward if no answer is right; None if neither is known."""
+        if self.grades:
+            return self.grades.accuracy
+        return self.earned.mean_reward if self.earned else None
 
     def figures(self) -> dict[str, Any]:
         """Return all figures under their names in the summary of a run."""
-        parts = (self.grades, self.confidence, self.votes)
+        parts = (self.grades, self.confidence, self.votes, self.earned)
         return {name: value for part in parts if part is not None for name, value in asdict(part).items()}
 
     def of(self, chosen: Sequence[int], questions: Sequence[Question], answer_format: AnswerFormat) -> "Evaluation":
@@ -85,8 +109,13 @@ class Evaluation:
         def some(every: list[Any] | None) -> list[Any] | None:
             return None if every is None else [every[i] for i in chosen]
 
-        asked = [questions[i] for i in chosen]
-        return graded([self.texts[i] for i in chosen], asked, answer_format, some(self.probs), some(self.sampled))
+        asked, texts = [questions[i] for i in chosen], [self.texts[i] for i in chosen]
+        picked = graded(texts, asked, answer_format, some(self.probs), some(self.sampled))
+        return picked.rewarded(self.rewards.rows(chosen)) if self.rewards else picked
+
+    def rewarded(self, rewards: Rewards) -> "Evaluation":
+        """The evaluation with the rewards of its texts as the grade."""
+        return replace(self, rewards=rewards, earned=earned(rewards))
 
 
 def graded(
@@ -101,22 +130,23 @@ def graded(
     return Evaluation(
         texts,
         answers,
-        grade(answers, questions, labels=labels),
+        grade_answers(answers, questions, answer_format),
+        None if answer_format.kind == "none" else answered_right(answers, questions, answer_format),
         probs,
         confidence(probs, questions, labels=labels) if probs else None,
         sampled,
-        count_votes(sampled, questions) if sampled else None,
+        count_votes(sampled, questions, answer_format) if sampled else None,
     )
 
 
 def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
     """Return the figures that are logged at every --eval_steps, in a line of metrics.jsonl of their own."""
-    grades, known = evaluation.grades, evaluation.confidence
-    metrics = {
-        EVAL_ACCURACY: grades.accuracy,
-        "eval/macro_f1": grades.macro_f1,
-        "eval/well_formed": grades.well_formed,
-    }
+    grades, known, rewards = evaluation.grades, evaluation.confidence, evaluation.earned
+    metrics: dict[str, float] = {}
+    if grades:
+        metrics |= {EVAL_ACCURACY: grades.accuracy, "eval/well_formed": grades.well_formed}
+    if isinstance(grades, ClassGrades):
+        metrics["eval/macro_f1"] = grades.macro_f1
     if known:
         metrics |= {"eval/mean_p_right": known.mean_p_right, "eval/calibration_error": known.calibration_error}
         metrics |= {f"eval/lean/{label}": p for label, p in known.lean.items()}
@@ -124,20 +154,70 @@ def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
             metrics["eval/auc"] = known.auc
         if known.reasoning_gain is not None:
             metrics["eval/reasoning_gain"] = known.reasoning_gain
+    if rewards:
+        means = rewards.mean_rewards.items()
+        metrics[EVAL_REWARD] = rewards.mean_reward
+        metrics |= {f"eval/rewards/{name}/mean": value for name, value in means if value is not None}
     return metrics
 
 
-def count_votes(sampled: Sequence[Sequence[str | None]], questions: Sequence[Question]) -> Votes:
+def is_evaluation(line: Mapping[str, Any]) -> bool:
+    """Return True for a line of metrics that `evaluation_metrics` made."""
+    return EVAL_ACCURACY in line or EVAL_REWARD in line
+
+
+def is_right(answer: str | None, question: Question, answer_format: AnswerFormat) -> bool:
+    """Return True if an answer, as `AnswerFormat.parse` returns it, is a right one."""
+    return answer_format.is_right(answer, right_answers(question))
+
+
+def answered_right(
+    answers: Sequence[str | None], questions: Sequence[Question], answer_format: AnswerFormat
+) -> list[bool]:
+    """Return a bool for each question: True if its answer is right."""
+    return [is_right(answer, question, answer_format) for answer, question in zip(answers, questions, strict=True)]
+
+
+def count_votes(
+    sampled: Sequence[Sequence[str | None]], questions: Sequence[Question], answer_format: AnswerFormat
+) -> Votes:
     """Grade the most common of each question's answers; of equally common ones the one that was drawn first."""
-    votes = [Counter(answer for answer in answers if answer is not None).most_common(1) for answers in sampled]
-    right = sum(bool(vote) and vote[0][0] == q.label for vote, q in zip(votes, questions, strict=True))
+    right = sum(answered_right([_vote(answers, answer_format) for answers in sampled], questions, answer_format))
     return Votes(len(sampled[0]), right / len(questions), wilson_interval(right, len(questions)))
 
 
-def grade(answers: Sequence[str | None], questions: Sequence[Question], *, labels: Sequence[str]) -> Grades:
-    """Grade answers[i] against questions[i].label. Raises DataError if there are no questions."""
+def _vote(answers: Sequence[str | None], answer_format: AnswerFormat) -> str | None:
+    """Return the most common answer, spelled as it was first; None if none parsed."""
+    spelled: dict[str | None, str] = {}
+    keys = [answer_format.key(answer) for answer in answers if answer is not None]
+    for key, answer in zip(keys, [answer for answer in answers if answer is not None], strict=True):
+        spelled.setdefault(key, answer)
+    return spelled[Counter(keys).most_common(1)[0][0]] if keys else None
+
+
+def grade_answers(
+    answers: Sequence[str | None], questions: Sequence[Question], answer_format: AnswerFormat
+) -> Grades | None:
+    """Grade answers of any kind; None if no answer is right. Raises DataError if there are no questions."""
+    _refuse_none(questions)
+    if answer_format.kind == "none":
+        return None
+    if answer_format.is_closed:
+        return grade(answers, questions, labels=answer_format.labels)
+    count = len(questions)
+    right = sum(answered_right(answers, questions, answer_format))
+    parsed = sum(answer is not None for answer in answers)
+    return Grades(count, right / count, wilson_interval(right, count), parsed / count)
+
+
+def _refuse_none(questions: Sequence[Question]) -> None:
     if not questions:
         raise DataError("There is no question to grade. Give a data file with at least one record.")
+
+
+def grade(answers: Sequence[str | None], questions: Sequence[Question], *, labels: Sequence[str]) -> ClassGrades:
+    """Grade labels: answers[i] against questions[i].label. Raises DataError if there are no questions."""
+    _refuse_none(questions)
     count = len(questions)
     predicted = Counter(answer for answer in answers if answer is not None)
     actual = Counter(question.label for question in questions)
@@ -146,7 +226,7 @@ def grade(answers: Sequence[str | None], questions: Sequence[Question], *, label
     # F1 = 2 tp / (2 tp + fp + fn), and predicted + actual = 2 tp + fp + fn.
     f1 = [2 * hits[label] / (predicted[label] + actual[label]) for label in classes]
     baseline = max(actual.values()) / count
-    return Grades(
+    return ClassGrades(
         count=count,
         accuracy=hits.total() / count,
         accuracy_interval=wilson_interval(hits.total(), count),

@@ -7,15 +7,23 @@ each finds an answer in texts that give none (docs/the_recipe.md shows how far t
 import re
 from collections.abc import Sequence
 
-from grpo_ds.task.grading import Grades, grade
+from grpo_ds.task.answers import AnswerFormat
+from grpo_ds.task.grading import Grades, grade_answers
+from grpo_ds.task.numbers import number_of, number_text
 from grpo_ds.task.questions import Question
-from grpo_ds.task.spelling import label_key, nfc
+from grpo_ds.task.scoring import right_answers
+from grpo_ds.task.spelling import label_key, nfc, text_key
 
-PARSERS = {  # name -> what it takes for the answer
+PARSERS = {  # of labels: name -> what it takes for the answer
     "last_label": "the last label that stands as a word, in any case",
     "any_label": "the first label, in the order of --labels, whose letters are anywhere in the text",
     "any_label_with_prompt": "the same, with the prompt in front of the text",
 }
+OTHER_PARSERS = {  # of numbers and of texts
+    "last_number": "the last number in the text",
+    "accepted_anywhere": "an accepted answer, if its words are anywhere in the text",
+}
+LONE_NUMBER = re.compile(r"(?:(?<![0-9])-)?[0-9](?:[0-9,]*[0-9])?(?:\.[0-9]+)?")
 
 
 def last_label(text: str, labels: Sequence[str]) -> str | None:
@@ -41,17 +49,39 @@ def any_label(text: str, labels: Sequence[str]) -> str | None:
     return next((label for label in labels if nfc(label) in composed), None)
 
 
-def lax_grades(
-    texts: Sequence[str], prompts: Sequence[str], questions: Sequence[Question], *, labels: Sequence[str]
-) -> dict[str, Grades]:
-    """Grade texts[i], the completion of prompts[i], under each of PARSERS; `well_formed` is the share with an answer.
+def last_number(text: str) -> str | None:
+    """Return the last number in digits, in its canonical spelling; None without one.
 
-    The script of docs/the_recipe.md evaluates by `any_label_with_prompt`: it decodes prompt and completion together.
+    lm-eval's `flexible-extract` reads GSM8K so; units and markup around a number do not matter.
     """
-    both = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
-    read = {
-        "last_label": [last_label(text, labels) for text in texts],
-        "any_label": [any_label(text, labels) for text in texts],
-        "any_label_with_prompt": [any_label(text, labels) for text in both],
-    }
-    return {name: grade(answers, questions, labels=labels) for name, answers in read.items()}
+    numbers = (number_of(found) for found in reversed(LONE_NUMBER.findall(text)))
+    return next((number_text(number) for number in numbers if number is not None), None)
+
+
+def accepted_anywhere(text: str, accepted: Sequence[str]) -> str | None:
+    """Return the first accepted answer whose words are in the text, in their order; None without one."""
+    words = f" {text_key(text)} "
+    return next((answer for answer in accepted if text_key(answer) and f" {text_key(answer)} " in words), None)
+
+
+def lax_grades(
+    texts: Sequence[str], prompts: Sequence[str], questions: Sequence[Question], answer_format: AnswerFormat
+) -> dict[str, Grades]:
+    """Grade texts[i], the completion of prompts[i], under each parser of this kind of answer.
+
+    `well_formed` is the share with an answer. The script of docs/the_recipe.md evaluates by `any_label_with_prompt`: it
+    decodes prompt and completion together.
+    """
+    labels, both = answer_format.labels, [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+    read: dict[str, list[str | None]] = {}
+    if answer_format.is_closed:
+        read["last_label"] = [last_label(text, labels) for text in texts]
+        read["any_label"] = [any_label(text, labels) for text in texts]
+        read["any_label_with_prompt"] = [any_label(text, labels) for text in both]
+    if answer_format.kind == "number":
+        read["last_number"] = [last_number(text) for text in texts]
+    if answer_format.kind == "text":
+        pairs = zip(texts, questions, strict=True)
+        read["accepted_anywhere"] = [accepted_anywhere(text, right_answers(question)) for text, question in pairs]
+    graded = {name: grade_answers(answers, questions, answer_format) for name, answers in read.items()}
+    return {name: grades for name, grades in graded.items() if grades}

@@ -7,43 +7,23 @@ without rendering again (the chat itself: chat.py).
 """
 
 import os
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from grpo_ds.errors import DataError
 from grpo_ds.task.answers import AnswerFormat
-from grpo_ds.task.chat import CONTEXT_MARK, QUESTION_MARK, Chat, Messages, render_chat
+from grpo_ds.task.chat import CONTEXT_MARK, QUESTION_MARK, TURN_MARK, Chat, Messages, render_chat
 from grpo_ds.task.questions import Question
 from grpo_ds.task.records import Unusable, sound_text
+from grpo_ds.task.worked_examples import worked_examples
 
 # Characters; twice Qwen's longest token, 128 spaces. A context is cut to this many characters for each token before it
 # is tokenised, because tokenising 10 MB takes half a minute and 1.5 GB.
 LONGEST_TOKEN = 256
-
-WORKED_EXAMPLES = (
-    (
-        Question(
-            id="worked-example-yes",
-            text="Does hand washing by ward staff reduce the spread of intestinal infections?",
-            context="Two wards were compared for a year. The ward with a hand-washing programme had 4 infections "
-            "in 400 patients, the other 21 in 410 (p < 0.01).",
-            label="yes",
-        ),
-        "Infections were five times rarer in the ward with the programme, and the difference is significant.",
-    ),
-    (
-        Question(
-            id="worked-example-no",
-            text="Does an evening glass of water shorten the common cold?",
-            context="In a trial of 300 adults, colds lasted 7.1 days with an evening glass of water and 7.0 days "
-            "without it (p = 0.81).",
-            label="no",
-        ),
-        "The colds lasted equally long in both groups, and the difference is not significant.",
-    ),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,55 +52,87 @@ def read_system_prompt(file: str) -> str:
         raise Unusable(f"cannot be read: {error.strerror or error}") from None
 
 
-def worked_examples(answer_format: AnswerFormat) -> list[tuple[Question, str]]:
-    """Worked examples (question, reasoning) whose answer is one of the labels, spelled as the labels are."""
-    spelled = [(replace(q, label=answer_format.label_of(q.label) or ""), reasoning) for q, reasoning in WORKED_EXAMPLES]
-    return [example for example in spelled if example[0].label]
-
-
 def build_messages(
-    question: Question, *, answer_format: AnswerFormat, few_shot: int, system_prompt: str = ""
+    question: Question,
+    *,
+    answer_format: AnswerFormat,
+    few_shot: int = 0,
+    system_prompt: str | None = None,
+    subject: str = "",
 ) -> Messages:
-    """Build the chat: system prompt ("": the default), `few_shot` worked examples as separate turns, the question."""
-    turns = [
-        {"role": "system", "content": system_prompt or default_system_prompt(answer_format, bool(question.context))}
-    ]
-    for example, reasoning in worked_examples(answer_format)[:few_shot]:
-        turns.append({"role": "user", "content": _user_text(example)})
+    """Build the chat: system prompt, `few_shot` worked examples as separate turns, the question.
+
+    system_prompt: None: the default one; "": none. A chat of the data's own keeps its system prompt, if it has one, and
+    gets no examples. subject: of the data, for the default prompt and the examples.
+    """
+    if system_prompt is None:
+        system_prompt = default_system_prompt(answer_format, bool(question.context), subject)
+    if question.messages:
+        return [*_system_turn(question.messages, system_prompt), *map(dict, question.messages)]
+    turns = _system_turn((), system_prompt)
+    for example, reasoning in worked_examples(answer_format, subject)[:few_shot]:
+        turns.append({"role": "user", "content": _user_text(example, answer_format)})
         turns.append({"role": "assistant", "content": answer_format.write(reasoning, example.label)})
-    return [*turns, {"role": "user", "content": _user_text(question)}]
+    return [*turns, {"role": "user", "content": _user_text(question, answer_format)}]
 
 
-def marked_messages(
-    *, answer_format: AnswerFormat, few_shot: int, system_prompt: str, has_context: bool = True
-) -> Messages:
-    """Build the chat of any question, with marks in place of its texts."""
+def _system_turn(messages: Sequence[Mapping[str, str]], system_prompt: str) -> Messages:
+    """Return the system prompt as a turn; [] for none, or if the chat begins with its own."""
+    own = messages and messages[0]["role"] == "system"
+    return [{"role": "system", "content": system_prompt}] if system_prompt and not own else []
+
+
+def marked_messages(*, answer_format: AnswerFormat, has_context: bool = True, **how: Any) -> Messages:
+    """Build the chat of any question, with marks in place of its texts. how: of build_messages."""
     question = Question(id="", text=QUESTION_MARK, context=CONTEXT_MARK * has_context, label="")
-    return build_messages(question, answer_format=answer_format, few_shot=few_shot, system_prompt=system_prompt)
+    return build_messages(question, answer_format=answer_format, **how)
 
 
-def default_system_prompt(answer_format: AnswerFormat, has_context: bool = True) -> str:
-    """The default instructions. A model that repeats their placeholders ("...", "yes|no") earns nothing."""
-    labels, source = answer_format.labels, " from the given context" * has_context
-    return (
-        f"You answer biomedical questions{source}. First reason briefly, then answer with "
-        f"{' or '.join(labels)}. Reply in exactly this form:\n{answer_format.write('...', '|'.join(labels))}"
-    )
+def default_system_prompt(answer_format: AnswerFormat, has_context: bool = True, subject: str = "") -> str:
+    """The default instructions; "" if no answer is right: the task is then the data's own.
+
+    A model that repeats their placeholders ("...", "yes|no", "number") earns nothing.
+    """
+    labels, kind = answer_format.labels, answer_format.kind
+    if kind == "none":
+        return ""
+    how, placeholder = {
+        "labels": (f"First reason briefly, then answer with {' or '.join(labels)}.", "|".join(labels)),
+        "number": ("First reason step by step, then answer with one number alone.", "number"),
+        "text": ("First reason briefly, then answer in as few words as possible.", "..."),
+    }[kind]
+    questions, source = f"{subject} questions".strip(), " from the given context" * has_context
+    form = answer_format.write("...", placeholder)
+    return f"You answer {questions}{source}. {how} Reply in exactly this form:\n{form}"
 
 
-def chat_of_any_question(
-    tokenizer: Any, *, answer_format: AnswerFormat, few_shot: int, prefill: bool, system_prompt: str, has_context: bool
-) -> Chat:
-    """Render the chat, once for all questions; after a change other than of chat_template forget_chats() first."""
-    settings = (answer_format, few_shot, prefill, system_prompt, has_context)
-    return _rendered_chat(tokenizer, str(tokenizer.chat_template), *settings)
+def chat_of_any_question(tokenizer: Any, **how: Any) -> Chat:
+    """Render the chat, once for all questions; after a change other than of chat_template forget_chats() first.
+
+    how: of _rendered_chat.
+    """
+    return _rendered_chat(tokenizer, str(tokenizer.chat_template), **how)
 
 
 @lru_cache(maxsize=16)
 def _rendered_chat(
-    tokenizer: Any, _template: str, answer_format: AnswerFormat, few_shot: int, prefill: bool, system: str, has: bool
+    tokenizer: Any,
+    _template: str,
+    *,
+    answer_format: AnswerFormat,
+    prefill: bool,
+    roles: tuple[str, ...] = (),
+    **how: Any,
 ) -> Chat:
-    messages = marked_messages(answer_format=answer_format, few_shot=few_shot, system_prompt=system, has_context=has)
+    """roles: of the turns of a chat of the data's own, with marks in place of their texts. how: of build_messages."""
+    if roles:
+        turns = [{"role": role, "content": TURN_MARK.format(i)} for i, role in enumerate(roles[:-1])]
+        chat = (*turns, {"role": roles[-1], "content": QUESTION_MARK})
+        has_context = how.pop("has_context")
+        question = Question("", "", CONTEXT_MARK * has_context, "", messages=chat)
+        messages = build_messages(question, answer_format=answer_format, **how)
+    else:
+        messages = marked_messages(answer_format=answer_format, **how)
     return render_chat(tokenizer, messages, answer_format=answer_format, prefill=prefill)
 
 
@@ -135,13 +147,14 @@ def encode_prompt(
     few_shot: int,
     prefill: bool,
     max_prompt_length: int,
-    system_prompt: str = "",
+    system_prompt: str | None = None,
+    subject: str = "",
 ) -> EncodedPrompt:
     """Encode a prompt. If it is too long, the front of the context is cut: an abstract has its results at the end.
 
     prefill: end the prompt with an opening <reasoning> tag, which the completion continues.
     max_prompt_length: tokens.
-    Raises DataError if the prompt does not fit even without any context.
+    Raises DataError if the prompt does not fit even without any context; a chat of the data's own is never cut.
     """
     chat = chat_of_any_question(
         tokenizer,
@@ -149,12 +162,19 @@ def encode_prompt(
         few_shot=few_shot,
         prefill=prefill,
         system_prompt=system_prompt,
+        subject=subject,
         has_context=bool(question.context),
+        roles=tuple(turn["role"] for turn in question.messages),
     )
-    head = _template_ids(tokenizer, chat.before)
+    if question.messages:
+        ids = _chat_ids(tokenizer, chat, [turn["content"] for turn in question.messages])
+        if len(ids) > max_prompt_length:
+            raise _too_long(question, len(ids), max_prompt_length)
+        return EncodedPrompt(ids, 0)
+    head, lead = _template_ids(tokenizer, chat.before), chat.lead
     reach = (max_prompt_length + 1) * LONGEST_TOKEN
-    context = _text_ids(tokenizer, f" {question.context}"[-reach:]) if question.context else []
-    middle = _template_ids(tokenizer, chat.between) + _text_ids(tokenizer, f" {question.text}")
+    context = _text_ids(tokenizer, f"{lead}{question.context}"[-reach:]) if question.context else []
+    middle = _template_ids(tokenizer, chat.between) + _text_ids(tokenizer, f"{lead}{question.text}")
     tail = _template_ids(tokenizer, chat.after)
     fixed = len(head) + len(middle) + len(tail)
     if fixed > max_prompt_length:
@@ -163,8 +183,19 @@ def encode_prompt(
     return EncodedPrompt(head + context[dropped:] + middle + tail, dropped)
 
 
-def _user_text(question: Question) -> str:
-    return f"Context: {question.context}\n\n" * bool(question.context) + f"Question: {question.text}"
+def _chat_ids(tokenizer: Any, chat: Chat, contents: Sequence[str]) -> list[int]:
+    """Tokenise a chat of the data's own: its turns are a user's texts between the template's pieces."""
+    pieces, ids = re.split(TURN_MARK.format("([0-9]+)"), chat.between), list[int]()
+    for i, piece in enumerate(pieces):  # template, number of a turn, template, ...
+        ids += _text_ids(tokenizer, contents[int(piece)]) if i % 2 else _template_ids(tokenizer, piece)
+    return [*ids, *_text_ids(tokenizer, contents[-1]), *_template_ids(tokenizer, chat.after)]
+
+
+def _user_text(question: Question, answer_format: AnswerFormat) -> str:
+    """Return the user's turn; if no answer is right, the texts of the data alone."""
+    heading = ("", "") if answer_format.kind == "none" else ("Context: ", "Question: ")
+    context = f"{heading[0]}{question.context}\n\n" if question.context else ""
+    return f"{context}{heading[1]}{question.text}"
 
 
 def _template_ids(tokenizer: Any, text: str) -> list[int]:
@@ -178,6 +209,11 @@ def _text_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _too_long(question: Question, needed: int, max_prompt_length: int) -> DataError:
+    if not question.context:
+        return DataError(
+            f"Question {question.id} needs {needed} tokens, but --max_prompt_length is {max_prompt_length}.\n"
+            f"Only a context is ever cut: raise --max_prompt_length to {needed}, or lower --few_shot."
+        )
     return DataError(
         f"Question {question.id} needs {needed} tokens without any context, but --max_prompt_length is "
         f"{max_prompt_length}.\nThe question and the instructions are never cut: "

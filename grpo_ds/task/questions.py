@@ -5,37 +5,29 @@ resumed run asks the same questions as an uninterrupted one.
 """
 
 import hashlib
-from collections import ChainMap, Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, lru_cache
 from math import ceil, floor
 from random import Random
-from typing import Any
 
-from grpo_ds.errors import DataError, UsageError, one_error
-from grpo_ds.task.records import check_record, quote
-from grpo_ds.task.sources import ACCEPTED, Source, open_source
-from grpo_ds.task.spelling import label_key, nfc
+from grpo_ds.errors import DataError, UsageError
+from grpo_ds.task.answers import AnswerKind
+from grpo_ds.task.checked_questions import checked_questions, counted
+from grpo_ds.task.question import Question
+from grpo_ds.task.record_checks import chat_text
+from grpo_ds.task.record_remedies import EXAMPLES
+from grpo_ds.task.record_shapes import OPTIONS, names_of
+from grpo_ds.task.sources import Source, open_source
+from grpo_ds.task.spelling import label_key
 
-PUBMEDQA_LABELS = ("yes", "no", "maybe")
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A question, the abstract that answers it, and the right answer.
-
-    Example:
-        >>> Question("17", "Did it fall?", "It fell by half.", "yes", columns={"year": 2011}).columns["year"]
-        2011
-    """
-
-    id: str  # from the file, or a hash of the texts
-    text: str
-    context: str  # "" if the data has none
-    label: str  # the right answer, spelled as in `labels`; "" if unknown
-    columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # the record as it was read
+NOUNS: dict[AnswerKind, tuple[str, str]] = {  # of a data set without classes: what it holds, and the answers
+    "number": ("question", " (answers are numbers)"),
+    "text": ("question", " (answers are texts)"),
+    "none": ("prompt", ""),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,41 +43,60 @@ class QuestionSet:
     questions: tuple[Question, ...]  # in the order of the file
     source: str  # name and counts, on one line
     left_out: dict[str, int]  # number of records by label, for PubMedQA labels that are not among `labels`
+    form: str = ""  # how it was read: the form of the file, and the fields taken
 
 
 def read_questions(
-    data: str | None, *, labels: tuple[str, ...] = ("yes", "no"), fields: Mapping[str, str] | None = None
+    data: str | None,
+    *,
+    labels: tuple[str, ...] = ("yes", "no"),
+    fields: Mapping[str, str] | None = None,
+    answers: AnswerKind = "labels",
+    units: Sequence[str] = (),
 ) -> QuestionSet:
     """Read --data (file, hub id, "sample", None for the default). Raises one DataError that names every bad record.
 
-    labels: the answers to keep.
+    labels: the answers to keep, if the answers are labels.
     fields: names of a record's fields for "question", "context" and "label"; a name that is not given is detected.
+    answers: the kind of the right answers; with "none" a record needs none. units: of numbers.
     """
     source = open_source(data)
-    found = _checked_questions(source, labels, fields or {})
+    found = checked_questions(source, labels, fields or {}, answers=answers, units=units)
+    if not found:
+        raise DataError(f"{source.name} has no records.\n{EXAMPLES[answers]}")
+    form = _form(source, fields or {}, answers)
+    if answers != "labels":
+        noun, kind = NOUNS[answers]
+        return QuestionSet(tuple(found), f"{source.name}: {counted(len(found), noun)}{kind}", {}, form)
     kept = tuple(question for question in found if question.label in labels)
     left_out = dict(Counter(question.label for question in found if question.label not in labels))
     if not kept:
         raise _none_left(source.name, labels, left_out)
-    return QuestionSet(kept, _summary(source.name, kept, labels, left_out), left_out)
+    return QuestionSet(kept, _summary(source.name, kept, labels, left_out), left_out, form)
 
 
 def unanswered_questions(
-    source: Source, *, labels: tuple[str, ...] = ("yes", "no"), fields: Mapping[str, str] | None = None
+    source: Source,
+    *,
+    labels: tuple[str, ...] = ("yes", "no"),
+    fields: Mapping[str, str] | None = None,
+    answers: AnswerKind = "labels",
+    units: Sequence[str] = (),
 ) -> list[Question]:
     """Questions of a source that may have no labels; a missing label becomes ""."""
-    if found := _checked_questions(source, labels, fields or {}, label_needed=False):
+    if found := checked_questions(source, labels, fields or {}, label_needed=False, answers=answers, units=units):
         return found
-    raise _none_left(source.name, labels, {})
+    raise DataError(f"{source.name} has no records.\n{EXAMPLES[answers]}")
 
 
 @cache  # a command compares its questions with the record several times
 def fingerprint(question: Question) -> str:
-    """Return a hash of question and context, 12 hex digits, which case, spacing and Unicode form do not change.
+    """Return a hash of question, context and turns, 12 hex digits, which case, spacing and Unicode form do not change.
 
     48 bits: the chance that any of 10,000 new questions has the hash of one of 200,000 others is 1e-5.
     """
-    parts = (label_key(part).split() for part in (question.text, question.context))
+    turns = [chat_text(question.messages)] if len(question.messages) > 1 else []
+    parts = (label_key(part).split() for part in (question.text, question.context, *turns))
     return hashlib.sha256("\n".join(map(" ".join, parts)).encode()).hexdigest()[:12]
 
 
@@ -100,7 +111,12 @@ def in_random_order(questions: Sequence[Question], *, seed: int) -> list[Questio
 
 
 def split_questions(
-    questions: Sequence[Question], *, eval_fraction: float, seed: int, trained_on: Collection[str] = ()
+    questions: Sequence[Question],
+    *,
+    eval_fraction: float,
+    seed: int,
+    trained_on: Collection[str] = (),
+    by_class: bool = True,
 ) -> tuple[list[Question], list[Question]]:
     """Split into (training, held-out), stratified by class; the order of the records does not matter.
 
@@ -108,22 +124,26 @@ def split_questions(
     at 0.2 give 400 and 100, for any mix of classes.
 
     trained_on: fingerprints of questions that are never held out, even if the held-out part then stays smaller.
+    by_class: False for answers that are no closed set: the random order alone decides.
     """
     if not 0 < eval_fraction < 1:
         raise UsageError(f"eval_fraction is {eval_fraction}, but it must lie between 0 and 1. Try --eval_fraction 0.2.")
     mixed = in_random_order(questions, seed=seed)
     by_label = defaultdict(list)
     for question in not_among(trained_on, mixed):
-        by_label[question.label].append(question.id)
-    places = _held_out_places(Counter(question.label for question in mixed), eval_fraction)
+        by_label[_class(question, by_class)].append(question.id)
+    places = _held_out_places(Counter(_class(question, by_class) for question in mixed), eval_fraction)
     held_out = {id_ for label, ids in by_label.items() for id_ in ids[: places[label]]}
     return [q for q in mixed if q.id not in held_out], [q for q in mixed if q.id in held_out]
 
 
-def first_in_proportion(questions: Sequence[Question], limit: int | None) -> list[Question]:
-    """Return the first `limit` questions, the classes in the proportion of all (largest remainder); None: all."""
-    if limit is None or limit >= len(questions):
-        return list(questions)
+def first_in_proportion(questions: Sequence[Question], limit: int | None, *, by_class: bool = True) -> list[Question]:
+    """Return the first `limit` questions, the classes in the proportion of all (largest remainder); None: all.
+
+    by_class: False for answers that are no closed set.
+    """
+    if limit is None or limit >= len(questions) or not by_class:
+        return list(questions[:limit])
     left = _apportion(Counter(question.label for question in questions), Fraction(limit, len(questions)), limit)
     chosen = []
     for question in questions:
@@ -152,6 +172,10 @@ def questions_at(
         count = len(pools[kind])
         asked.append(pools[kind][_permutation(count, seed, turn // count)[turn % count]])
     return asked
+
+
+def _class(question: Question, by_class: bool) -> str:
+    return question.label if by_class else ""
 
 
 @lru_cache(maxsize=8)  # a step needs at most two epochs of each class, unless they are tiny
@@ -189,72 +213,7 @@ def _fewest_to_split(fraction: Fraction) -> int:
     return max(ceil(1 / (2 * fraction)), floor(1 / (2 * (1 - fraction))) + 1)
 
 
-def _checked_questions(
-    source: Source, labels: tuple[str, ...], fields: Mapping[str, str], *, label_needed: bool = True
-) -> list[Question]:
-    """Return a question for each record, or raise one DataError that names every bad record."""
-    # If all labels are PubMedQA's, its other labels are accepted here and left out later; otherwise they are errors.
-    asked = {label_key(label) for label in labels}
-    others = [label for label in PUBMEDQA_LABELS if label not in asked] if asked <= set(PUBMEDQA_LABELS) else []
-    found, problems = _check_all(source, (*labels, *others), fields, label_needed)
-    if problems:
-        headline = (
-            f"{source.name}: {_counted(len(problems), 'problem')} ({_counted(len(source.records), 'record')} read):"
-        )
-        optional = "" if label_needed else " Labels may be missing."
-        raise one_error(DataError, headline, problems, _accepted(labels, fields) + optional)
-    return found
-
-
-def _check_all(
-    source: Source, known_labels: tuple[str, ...], names: Mapping[str, str], label_needed: bool
-) -> tuple[list[Question], list[str]]:
-    """Return the usable records as questions, and every problem of the others with its place."""
-    placed, problems = [], list(source.problems)
-    columns = {name: None for _, record in source.records if isinstance(record, dict) for name in record}
-    for place, record in source.records:
-        fields, wrong = check_record(record, known_labels=known_labels, names=names, label_needed=label_needed)
-        if isinstance(record, dict) and not wrong:
-            # A view of the two dicts: if every record has a different field, copies would fill the memory.
-            placed.append((place, _question(fields, ChainMap(record, columns))))
-        else:
-            problems.append(f"{place}: {', '.join(wrong)}" if isinstance(record, dict) else f"{place} {wrong[0]}")
-    return [question for _, question in placed], [*problems, *_duplicates(placed)]
-
-
-def _question(fields: dict[str, str], columns: Mapping[str, Any]) -> Question:
-    content = f"{fields['text']}\n{fields['context']}".encode()
-    return Question(**{"id": hashlib.sha256(content).hexdigest()[:12], "label": "", **fields}, columns=columns)
-
-
-def _accepted(labels: Sequence[str], fields: Mapping[str, str]) -> str:
-    """Describe a valid record, by flags if fields or labels were given."""
-    if not fields and {"yes", "no"} >= set(labels):
-        return ACCEPTED
-    return f"Labels: {' or '.join(labels)} (--labels). Fields: --question_field, --context_field, --label_field."
-
-
-def _duplicates(placed: Sequence[tuple[str, Question]]) -> Iterator[str]:
-    """Yield a problem for each record that appears twice: it could be both trained on and held out."""
-    by_id: dict[str, str] = {}
-    by_content: dict[tuple[str, str], tuple[str, str]] = {}
-    for place, question in placed:
-        content, own_id = (nfc(question.text), nfc(question.context)), nfc(question.id)
-        if content in by_content:
-            first, label = by_content[content]
-            conflict = (
-                "" if label == question.label else f", but its answer is {quote(label)}, not {quote(question.label)}"
-            )
-            yield f"{place}: same question and context as {first}{conflict}; remove one"
-        elif own_id in by_id:
-            yield f"{place}: id {quote(question.id)} is taken by {by_id[own_id]}; ids must differ"
-        by_id.setdefault(own_id, place)
-        by_content.setdefault(content, (place, question.label))
-
-
 def _none_left(name: str, labels: Sequence[str], left_out: dict[str, int]) -> DataError:
-    if not left_out:
-        return DataError(f"{name} has no records.\n{ACCEPTED}")
     counts = ", ".join(f"{count} {label}" for label, count in left_out.items())
     everything = ",".join(dict.fromkeys([*labels, *left_out]))
     return DataError(f"{name} has no record labelled {' or '.join(labels)}, only {counts}.\nTry --labels {everything}.")
@@ -264,8 +223,19 @@ def _summary(name: str, kept: Sequence[Question], labels: Sequence[str], left_ou
     actual = Counter(question.label for question in kept)
     mix = ", ".join(f"{actual[label]} {label}" for label in labels)
     rest = "".join(f", {count} {label} left out" for label, count in left_out.items())
-    return f"{name}: {_counted(len(kept), 'question')} ({mix}{rest})"
+    return f"{name}: {counted(len(kept), 'question')} ({mix}{rest})"
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def _form(source: Source, given: Mapping[str, str], answers: AnswerKind) -> str:
+    """Say in a few words how the source was read, by the fields that most of its records have."""
+    counts: Counter[str] = Counter()
+    for _, record in source.records:
+        if isinstance(record, dict):
+            names = names_of(record, given, answers=answers)
+            options = next((f"options {name!r}" for name in OPTIONS if name in record), "")
+            taken = [f"question {names.question!r}", options, f"context {names.context!r}" * (names.context in record)]
+            taken.append(f"answer {names.label!r}" * (answers != "none"))
+            counts[", ".join(filter(None, taken))] += 1
+    (most, count), others = counts.most_common(1)[0], len(counts) - 1
+    mixed = f" in {count} of {len(source.records)} records, {counted(others, 'other shape')}" * bool(others)
+    return f"{source.form}; {most}{mixed}"

@@ -18,8 +18,9 @@ WeightedFunctions = Mapping[str, tuple[RewardFunction, float]]  # name in metric
 ARGUMENTS = ("completions", "prompts", "completion_ids", "trainer_state", "log_extra", "log_metric")  # TRL's
 OF_SAMPLING = {"prompts", "completion_ids", "trainer_state"}  # made only for a function that takes one
 COLUMNS = ("id", "question", "context", "label")  # of every question; with ARGUMENTS they hide fields of these names
-CORRECTNESS, REASONING_GAIN = "correctness", "reasoning_gain"
-READY_MADE = (CORRECTNESS, "format", "length_penalty", "repetition_penalty", "bare_label", REASONING_GAIN)
+ACCEPTED = "accepted"  # a column of questions whose answer is a text: all right ones
+CORRECTNESS, REASONING_GAIN, BARE_LABEL = "correctness", "reasoning_gain", "bare_label"
+READY_MADE = (CORRECTNESS, "format", "length_penalty", "repetition_penalty", BARE_LABEL, REASONING_GAIN)
 OVERLONG = "overlong"  # name of the penalty that --overlong_buffer adds to the rewards
 CHARACTERS_PER_TOKEN = 4  # roughly, for English and a vocabulary of 50,000 or more
 NGRAM = 3  # words
@@ -55,11 +56,21 @@ class OwnReward:
 
 
 def correctness(
-    completions: Sequence[str], label: Sequence[str], *, answer_format: AnswerFormat, reward: float = 1.0, **_: object
+    completions: Sequence[str],
+    label: Sequence[str],
+    *,
+    answer_format: AnswerFormat,
+    accepted: Sequence[Sequence[str]] | None = None,
+    reward: float = 1.0,
+    **_: object,
 ) -> list[float]:
-    """Give `reward` to a completion that satisfies the answer contract with the right answer, else 0."""
-    pairs = zip(completions, label, strict=True)
-    return [reward * (answer_format.parse(completion).answer == right) for completion, right in pairs]
+    """Give `reward` to a completion that satisfies the answer contract with a right answer, else 0.
+
+    accepted: all right answers of each question; None: its label alone.
+    """
+    right = accepted or [(it,) for it in label]
+    pairs = zip(completions, right, strict=True)
+    return [reward * answer_format.is_right(answer_format.parse(text).answer, answers) for text, answers in pairs]
 
 
 def tag_pairs(
@@ -139,5 +150,5 @@ def ready_made(
         "length_penalty": _with_options(length_penalty, full_length=CHARACTERS_PER_TOKEN * max_completion_length),
         "repetition_penalty": repetition_penalty,
         REASONING_GAIN: reasoning_gain,
-        "bare_label": _with_options(bare_label, answer_format=answer_format),
+        BARE_LABEL: _with_options(bare_label, answer_format=answer_format),
     }

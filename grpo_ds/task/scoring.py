@@ -12,7 +12,7 @@ from typing import Any, Literal
 from grpo_ds.errors import RewardError
 from grpo_ds.task.questions import Question
 from grpo_ds.task.reward_calls import LONGEST_QUOTE, Columns, Faulty, call_all
-from grpo_ds.task.rewards import ARGUMENTS, OwnReward, Prompt, RewardFunction, WeightedFunctions
+from grpo_ds.task.rewards import ACCEPTED, ARGUMENTS, OwnReward, Prompt, RewardFunction, WeightedFunctions
 
 OnRewardError = Literal["stop", "zero"]
 REMEDY = "Fix it, or continue without its rewards if it fails: --on_reward_error zero."
@@ -49,13 +49,18 @@ class Rewards:
     def replaced(self, name: str, values: Sequence[float | None]) -> "Rewards":
         """Put other values, [B], in the place of a reward."""
         by_name = {**self.by_name, name: list(values)}
-        return replace(self, total=_total(by_name, len(self.total)), by_name=by_name)
+        return replace(self, total=summed(by_name).total, by_name=by_name)
 
     def rows(self, order: Sequence[int]) -> "Rewards":
         """Return the rewards of these completions, in this order."""
         by_name = {name: [values[i] for i in order] for name, values in self.by_name.items()}
         extra = {name: [values[i] for i in order] for name, values in self.extra.items()}
         return replace(self, total=[self.total[i] for i in order], by_name=by_name, extra=extra)
+
+
+def summed(by_name: Mapping[str, Sequence[float | None]]) -> Rewards:
+    """Return the rewards of one or more functions with their sum, in which None counts as 0."""
+    return Rewards([sum(value or 0.0 for value in row) for row in zip(*by_name.values(), strict=True)], by_name)
 
 
 def joined(parts: Sequence[Rewards]) -> Rewards:
@@ -120,25 +125,35 @@ def score(
                 indices = fault.indices or _find_faulty(function, columns, state, timeout)
                 raise RewardError(f"{errors[name]}\n{_place(indices, columns)}\n{_remedy(function, fault)}") from None
             by_name[name] = [None] * len(completions)
-    return Rewards(_total(by_name, len(completions)), by_name, errors, extra, metrics)
+    return Rewards(summed(by_name).total, by_name, errors, extra, metrics)
+
+
+def right_answers(question: Question) -> tuple[str, ...]:
+    """Return the answers that are right; () if none is known."""
+    return question.accepted or ((question.label,) if question.label else ())
+
+
+def columns_for_rewards(questions: Sequence[Question]) -> list[str]:
+    """Return the names of the columns that a reward function may ask for, beside those of every question."""
+    accepted = [ACCEPTED] if any(question.accepted for question in questions) else []
+    return [*questions[0].columns, *accepted]
 
 
 def columns_of(completions: Sequence[str], questions: Sequence[Question], sampled: Sampled | None = None) -> Columns:
     """Build the arguments that have an entry for each completion; ours replace a record's fields of the same name."""
     names = [name for name in questions[0].columns if name not in ARGUMENTS] if questions else []
+    texts = any(question.accepted for question in questions)
+    accepted = {ACCEPTED: [right_answers(question) for question in questions]} if texts else {}
     return {
         **{name: [question.columns.get(name) for question in questions] for name in names},
         "id": [question.id for question in questions],
         "question": [question.text for question in questions],
         "context": [question.context for question in questions],
         "label": [question.label for question in questions],
+        **accepted,
         "completions": completions,
         **({"prompts": sampled.prompts, "completion_ids": sampled.completion_ids} if sampled else {}),
     }
-
-
-def _total(by_name: Mapping[str, Sequence[float | None]], count: int) -> list[float]:
-    return [sum(column[i] or 0.0 for column in by_name.values()) for i in range(count)]
 
 
 def _weighted(values: Sequence[float | None], weight: float) -> list[float | None]:

@@ -40,6 +40,12 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     return (sum(sums) + counted) / (len(sums) + counted)
 
 
+def paired_change(before: Sequence[float], after: Sequence[float]) -> tuple[float, tuple[float, float], float]:
+    """Return the mean change of paired values, its interval, and the p-value of no change."""
+    changes = [b - a for a, b in zip(before, after, strict=True)]
+    return mean(changes), bootstrap_interval(changes), sign_flip_p(changes)
+
+
 def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple[float, tuple[float, float]]:
     """Return the share of pairs with the positive above the negative, a tie counting half, and its 95 % interval.
 

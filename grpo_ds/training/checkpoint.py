@@ -121,6 +121,7 @@ def _read(trainer: Trainer, folder: Path, branch: bool) -> None:
             "progress": progress,
             "partial_step": partial_step,
             "reference": _mapped(reference) if reference.exists() else None,
+            "run": folder.parent,
         }
     )
     _set_random_states(random_states)  # last: loading may draw

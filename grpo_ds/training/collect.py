@@ -56,7 +56,9 @@ class Collector:
         self.score = partial(
             score, functions=reward_functions, timeout=config.reward_timeout, on_error=config.on_reward_error
         )
-        self.expected_reward = expected_reward(config, reward_functions)
+        self.expected_reward = expected_reward(config, reward_functions) if sampler.label_ids else 0.0
+        weights = {name: weight for name, (_, weight) in reward_functions.items()}
+        self.reward_weights = {**weights, OVERLONG: config.overlong_penalty}
         self.gain_weight = reward_functions[REASONING_GAIN][1] if REASONING_GAIN in reward_functions else 0.0
         self.needs_sampling = any(isinstance(f, OwnReward) and f.needs_sampling for f, _ in reward_functions.values())
         self.progress, self.console = progress, console
@@ -65,7 +67,10 @@ class Collector:
     def collect(self, step: int, questions: list[Question]) -> tuple[Groups, int]:
         """Return batch_size groups, and how many groups --dynamic_sampling exchanged for them."""
         draw = partial(self.draw, step, questions)
-        groups, exchanged = draw_groups(draw, count=self.config.batch_size, attempts=self.config.dynamic_sampling)
+        by_name = self.config.multi_objective_aggregation == "normalize_then_sum"
+        groups, exchanged = draw_groups(
+            draw, count=self.config.batch_size, attempts=self.config.dynamic_sampling, by_name=by_name
+        )
         self.warn_of_failures(groups.rewards)
         return groups, exchanged
 
@@ -125,10 +130,23 @@ class Collector:
             sampled = Sampled(prompts, ids(), TrainerState(**self.progress().shared()))
         return self.score(texts, questions, sampled=sampled, **options)
 
+    def held_out_rewards(self, texts: Sequence[str], questions: Sequence[Question]) -> Rewards:
+        """Score one text for each question, in calls of the size of training: --reward_timeout is set for that number.
+
+        A function that fails counts as one that does not apply.
+        """
+        size, encode = self.config.batch_size * self.config.num_generations, self.sampler.tokenizer.encode
+
+        def scored(part: slice) -> Rewards:
+            ids = lambda: [encode(text, add_special_tokens=False) for text in texts[part]]  # noqa: E731
+            return self.rewards(texts[part], list(questions[part]), ids, on_error="zero")
+
+        return joined([scored(slice(start, start + size)) for start in range(0, len(texts), size)])
+
     def rank_questions(self, step: int, questions: list[Question], seed: int) -> list[Question]:
         """Questions of the step (questions_at) that this rank asks."""
         size, first = self.config.batch_size, self.world.rank * self.config.batch_size
-        balanced = self.config.balance_classes
+        balanced = self.config.balance_classes and self.config.answer_format.is_closed
         asked = questions_at(step, questions, per_step=size * self.world.size, seed=seed, balanced=balanced)
         return asked[first : first + size]
 
@@ -156,10 +174,14 @@ class Collector:
 
 
 def expected_reward(config: TrainConfig, functions: WeightedFunctions) -> float:
-    """Reward for a right answer, weight applied, of which --answer_reward expected takes the expectation; else 0."""
-    if config.answer_reward == "sampled":
+    """Reward for a right answer, weight applied, of which the expectation is taken over the labels; 0 if it is drawn.
+
+    GDPO divides the rewards of drawn answers by their deviation, so auto draws them there.
+    """
+    decoupled = config.multi_objective_aggregation == "normalize_then_sum"
+    if config.answer_reward == "sampled" or (config.answer_reward == "auto" and decoupled):
         return 0.0
-    if config.answer_reward == "expected":
+    if config.answer_reward in ("auto", "expected"):
         return config.correctness_reward * functions[CORRECTNESS][1] if CORRECTNESS in functions else 0.0
     raise ValueError(
         f"answer_reward is {config.answer_reward!r}; it must be one of {', '.join(get_args(AnswerReward))}."
@@ -183,12 +205,12 @@ def reasoning_gains(labels: LabelProbs, unreasoned: Float[Tensor, "B n"]) -> lis
     return [gain if known else None for gain, known in zip(gains, placed, strict=True)]
 
 
-def draw_groups(draw: Draw, *, count: int, attempts: int) -> tuple[Groups, int]:
+def draw_groups(draw: Draw, *, count: int, attempts: int, by_name: bool = False) -> tuple[Groups, int]:
     """Return `count` groups and how many were exchanged: attempt 0 draws all, later attempts redraw
-    groups of equal rewards."""
+    groups of equal rewards. by_name: of every function."""
     groups, exchanged = draw(0, range(count)), 0
     for attempt in range(1, attempts + 1):
-        places = groups.without_spread()
+        places = groups.without_spread(by_name=by_name)
         if not places:
             break
         groups = exchange(groups, places, draw(attempt, places))

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, get_scheduler
 
 from grpo_ds.core.packing import PackedRows
 from grpo_ds.errors import CheckpointError, UsageError
@@ -22,7 +22,13 @@ from grpo_ds.optim.adamw8bit import build_optimizer
 from grpo_ds.settings.ds_config import DsConfig
 from grpo_ds.system.determinism import deterministic_kernels
 from grpo_ds.training.loss_scale import LossScale
-from grpo_ds.training.zero_staging import allow_accumulation, clear_unwritten_gradients, replace_staging_and_optimizer
+from grpo_ds.training.zero_staging import (
+    allow_accumulation,
+    clear_unwritten_gradients,
+    plain_partitions,
+    replace_staging_and_optimizer,
+    weights_once,
+)
 
 # DeepSpeed compiles small extensions on first use with ninja, which pip installs beside the interpreter. This line
 # finds it even if the environment was not activated.
@@ -50,6 +56,11 @@ Item = TypeVar("Item")
 DEEPSPEED_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]  # allowed in its checkpoints
 
 
+def on_card() -> bool:
+    """Return True if DeepSpeed computes on a card."""
+    return get_accelerator().device_name() != "cpu"
+
+
 class Engine:
     """The policy and its optimizer under DeepSpeed.
 
@@ -69,26 +80,38 @@ class Engine:
             )
         parameters = [p for p in policy.parameters() if p.requires_grad]
         logging.getLogger("DeepSpeed").addFilter(_not_of_our_optimizer)
-        self._engine, *_ = deepspeed.initialize(
-            model=policy,
-            model_parameters=parameters,
-            optimizer=_client_optimizer(parameters, config),
-            config=config.engine,
-        )
+        once = config.offload and on_card()
+        with weights_once(DeepSpeedZeroOptimizer, get_accelerator()) if once else nullcontext():
+            self._engine, *_ = deepspeed.initialize(
+                model=policy,
+                model_parameters=parameters,
+                optimizer=_client_optimizer(parameters, config),
+                config=config.engine,
+            )
+        if once:
+            plain_partitions(self._engine.optimizer)
         self.loss_scale = LossScale(self._engine.optimizer, fp16=config.precision == "fp16")
         self._shares_staging = config.share_staging and not config.bf16_masters
         self._offload = config.offload
         if config.offload:
             replace_staging_and_optimizer(self._engine, config, seed=seed, version=deepspeed.__version__)
         self._engine.checkpoint_engine = _SafeFiles()
+        if config.schedule:
+            # Not by the JSON: DeepSpeed's schedules begin with two steps of 0, and need a warm-up.
+            self._engine.lr_scheduler = get_scheduler(
+                config.schedule,
+                self._engine.basic_optimizer,
+                num_warmup_steps=config.warmup_steps,
+                num_training_steps=config.total_steps,
+            )
         self.policy = policy
         self._kernels = deterministic_kernels if deterministic else nullcontext
 
-    def __call__(self, rows: PackedRows) -> Tensor:
-        """[B, C] log-probs, in training mode (gradient checkpointing on)."""
+    def __call__(self, rows: PackedRows, *, entropy_gradient: bool = False) -> Tensor:
+        """[B, C] log-probs, in training mode (gradient checkpointing on). entropy_gradient: of `policy.entropies`."""
         self._engine.train()
         with self._kernels():
-            return self._engine(rows)
+            return self._engine(rows, entropy_gradient=entropy_gradient)
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Add the gradients of a loss that is already normalised over micro-batches and ranks of the step.

@@ -6,6 +6,7 @@ from typing import Any
 
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.broken_rules import broken_rule
+from grpo_ds.task.grading import is_right
 from grpo_ds.training.rollout import Rollout
 
 FLAT_STEPS = 5  # in a row; fewer happen by chance with few groups a step
@@ -43,6 +44,10 @@ def _is_flat(line: Mapping[str, Any]) -> bool:
 
 def _what_is_wrong(rollout: Rollout, row: int, answer_format: AnswerFormat) -> str:
     text, question = rollout.texts[row], rollout.questions[row // rollout.group_size]
+    ended = rollout.completions.ended[row]
+    if answer_format.kind == "none":
+        return f"reward {rollout.rewards.total[row]:.2f}" if ended else "cut at --max_completion_length"
     if rule := broken_rule(text, answer_format):
-        return rule if rollout.completions.ended[row] else "cut at --max_completion_length"
-    return "right" if answer_format.parse(text).answer == question.label else "well-formed, but wrong"
+        return rule if ended else "cut at --max_completion_length"
+    right = is_right(answer_format.parse(text).answer, question, answer_format)
+    return "right" if right else "well-formed, but wrong"

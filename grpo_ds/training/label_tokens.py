@@ -3,7 +3,7 @@
 The labels are a closed set, so the probabilities of their first tokens at that place are those of the answers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -17,8 +17,10 @@ from grpo_ds.task.rewards import REASONING_GAIN
 from grpo_ds.training.sampling import Completions
 
 
-def label_ids_for(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the labels' tokens; () if they cannot be told apart and no reward needs them.
+def label_ids_for(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
+) -> tuple[int, ...]:
+    """Return the labels' tokens; () if they cannot be told apart and no reward needs them: auto is sampled then.
 
     Raises UsageError if one does.
     """
@@ -27,14 +29,18 @@ def label_ids_for(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tu
     except UsageError:
         if config.answer_reward == "expected" or REASONING_GAIN in map(str.strip, config.reward_funcs.split(",")):
             raise
+        if config.answer_reward == "auto":
+            say("Rewards are those of drawn answers: here the labels do not each begin with a token of their own.")
         return ()
 
 
 def label_tokens(tokenizer: PreTrainedTokenizerBase, answer_format: AnswerFormat) -> tuple[int, ...]:
-    """Return the first token of each label behind the answer tag.
+    """Return the first token of each label behind the answer tag; () unless the answer is a label.
 
     Raises UsageError if two labels begin with the same token, or one shares a token with the tag.
     """
+    if not answer_format.is_closed:
+        return ()
     first = {label: _first_token(tokenizer, answer_format, label) for label in answer_format.labels}
     alike = [label for label, id in first.items() if id is None or list(first.values()).count(id) > 1]
     if alike:

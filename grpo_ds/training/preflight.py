@@ -18,8 +18,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from grpo_ds.core.losses import grpo_loss
+from grpo_ds.core.losses import entropy_bonus, grpo_loss
 from grpo_ds.core.objective import Objective
+from grpo_ds.core.packing import PackedRows
 from grpo_ds.errors import PreflightError, one_error
 from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.models.policy import first_bad_weight
@@ -164,14 +165,19 @@ def gradient_problems(engine: Engine, batch: ProbeBatch, world: World, *, object
     advantages = torch.ones(len(COMPLETIONS), device=batch.weights.device)
     advantages[1::GROUP] = -0.5  # not -1: completions with the same beginning would cancel out
 
-    def loss_of(logprobs: Tensor, part: Tensor) -> Tensor:
+    mask, with_entropy = batch.completions.mask, objective.entropy_coef != 0
+    tokens = int(world.sum(mask.sum()))
+
+    def loss_of(run: Callable[..., Tensor], rows: PackedRows, part: Tensor) -> Tensor:
+        logprobs = run(rows, entropy_gradient=with_entropy)
         old = logprobs.detach()
-        return grpo_loss(logprobs, old, old, advantages[part, None], batch.weights[part], objective).loss
+        terms = grpo_loss(logprobs, old, old, advantages[part, None], batch.weights[part], objective)
+        return terms.loss - entropy_bonus(engine.policy.entropies, mask[part], objective, tokens=tokens)
 
     for scale in LOSS_SCALES if engine.loss_scale.fp16 else (1.0,):
         with engine.loss_scale.unchanged(scale):
             for (rows, part), last in flag_last(batch.parts):
-                engine.backward(loss_of(engine(rows), part), last=last)
+                engine.backward(loss_of(engine, rows, part), last=last)
             found = {name: engine.gradient(parameter) for name, parameter in chosen.items()}
         engine.abandon()
         if all(gradient.isfinite().all() for gradient in found.values()):  # of all ranks together, so on every rank
@@ -179,7 +185,7 @@ def gradient_problems(engine: Engine, batch: ProbeBatch, world: World, *, object
     plain = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in chosen.items()}
     engine.policy.train()
     for rows, part in batch.parts:
-        loss = loss_of(engine.policy(rows), part) * scale
+        loss = loss_of(engine.policy, rows, part) * scale
         parts = torch.autograd.grad(loss, list(chosen.values()), allow_unused=True)
         for total, gradient in zip(plain.values(), parts, strict=True):
             total += 0 if gradient is None else gradient.float() / scale

@@ -6,6 +6,7 @@ Training, evaluation and `ask` all use it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
@@ -34,7 +35,8 @@ class PromptStyle:
     few_shot: int  # worked examples
     prefill: bool  # the prompt ends with the opening reasoning tag, also if the chat template does not open it
     max_prompt_length: int  # tokens
-    system_prompt: str = ""  # "": the packaged one
+    system_prompt: str | None = None  # None: our own; "": none
+    subject: str = ""  # of the questions, for our own prompt and examples
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
         """Return warnings about the tokenizer's chat template. Raises UsageError if it cannot be used."""
@@ -42,9 +44,7 @@ class PromptStyle:
 
     def messages(self) -> Messages:
         """The chat of any question with a context."""
-        return marked_messages(
-            answer_format=self.answer_format, few_shot=self.few_shot, system_prompt=self.system_prompt
-        )
+        return marked_messages(**self.how())
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[list[int]]:
         """Token ids of each question's prompt. Raises DataError if a question alone is too long for a prompt."""
@@ -56,10 +56,13 @@ class PromptStyle:
         return [made[question] for question in questions]
 
     def _prompt(self, tokenizer: PreTrainedTokenizerBase, question: Question) -> Prompt:
-        messages = build_messages(
-            question, answer_format=self.answer_format, few_shot=self.few_shot, system_prompt=self.system_prompt
-        )
+        messages = build_messages(question, **self.how())
         return Prompt(str(tokenizer.decode(_prompt_ids(tokenizer, question, self))), messages)
+
+    def how(self) -> dict[str, Any]:
+        """Arguments that all functions of task/prompts.py take."""
+        names = ("answer_format", "few_shot", "system_prompt", "subject")
+        return {name: getattr(self, name) for name in names}
 
     def encode_again(self, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[list[int]]:
         """Encode prompts whose template text has changed since they were encoded."""
@@ -96,7 +99,12 @@ class PromptStyle:
 def prompt_style(config: AskConfig) -> PromptStyle:
     """Return the style that this config asks for."""
     return PromptStyle(
-        config.answer_format, config.few_shot, config.prefill, config.max_prompt_length, config.system_prompt_text
+        config.answer_format,
+        config.few_shot,
+        config.prefill,
+        config.max_prompt_length,
+        config.system_prompt_text,
+        config.subject or "",
     )
 
 
@@ -111,25 +119,12 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, " C"]) -> str:
 
 def _opening(tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> str:
     """Reasoning tag at the end of every prompt, put there by --prefill or by the chat template; "" without one."""
-    chat = chat_of_any_question(
-        tokenizer,
-        answer_format=style.answer_format,
-        few_shot=style.few_shot,
-        prefill=style.prefill,
-        system_prompt=style.system_prompt,
-        has_context=True,
-    )
+    chat = chat_of_any_question(tokenizer, **style.how(), prefill=style.prefill, has_context=True)
     return chat.opening(style.answer_format)
 
 
 @lru_cache(maxsize=20_000)  # a run checks all prompts before its first step and asks each again every epoch
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, question: Question, style: PromptStyle) -> list[int]:
     return encode_prompt(
-        tokenizer,
-        question,
-        answer_format=style.answer_format,
-        few_shot=style.few_shot,
-        prefill=style.prefill,
-        max_prompt_length=style.max_prompt_length,
-        system_prompt=style.system_prompt,
+        tokenizer, question, **style.how(), prefill=style.prefill, max_prompt_length=style.max_prompt_length
     ).ids

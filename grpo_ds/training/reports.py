@@ -17,7 +17,7 @@ from grpo_ds.run_folder.files import HELD_OUT_FILE
 from grpo_ds.system.invocation import command
 from grpo_ds.task.grading import Evaluation
 from grpo_ds.task.questions import Question
-from grpo_ds.task.scoring import Rewards, joined
+from grpo_ds.task.scoring import Rewards
 from grpo_ds.training.trainer import Trainer
 
 
@@ -75,20 +75,12 @@ class Reports:
     def held_out(self, questions: Sequence[Question], evaluations: dict[str, Evaluation]) -> None:
         """Write held_out.json; rewards are added only at the end, because a user's function may count its calls."""
         if self.writes:
-            score = self._score_in_parts if "after" in evaluations else None
+            score = self._score if "after" in evaluations else None
             with self._at_most_a_warning(HELD_OUT_FILE):
                 write_held_out(self.folder, questions, evaluations, score)
 
-    def _score_in_parts(self, texts: Sequence[str], questions: Sequence[Question]) -> Rewards:
-        """Score as many texts per call as in training, because --reward_timeout is set for that number."""
-        size, encode = self.config.batch_size * self.config.num_generations, self.trainer.tokenizer.encode
-
-        def score(part: slice) -> Rewards:
-            ids = lambda: [encode(text, add_special_tokens=False) for text in texts[part]]  # noqa: E731
-            return self.trainer.collector.rewards(texts[part], questions[part], ids, on_error="zero")
-
-        parts = [score(part) for part in (slice(start, start + size) for start in range(0, len(texts), size))]
-        rewards = joined(parts)
+    def _score(self, texts: Sequence[str], questions: Sequence[Question]) -> Rewards:
+        rewards = self.trainer.collector.held_out_rewards(texts, questions)
         for error in rewards.errors.values():
             self.console.line(f"Warning: {error}\nThese answers have no such reward in {HELD_OUT_FILE}.")
         return rewards

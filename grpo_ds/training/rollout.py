@@ -4,7 +4,7 @@ Q questions on this rank, G completions each, B = Q * G; P prompt tokens, C toke
 collect.py makes groups, `make_rollout` adds the tensors of an update, update.py trains on it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,14 +12,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from grpo_ds.core.advantages import group_advantages
+from grpo_ds.core.advantages import decoupled_sum, group_advantages, step_spread
 from grpo_ds.core.expected_reward import LabelAdvantages, LabelProbs, expected_advantages, reasoning_share, with_labels
-from grpo_ds.core.objective import RewardScale
+from grpo_ds.core.objective import RewardAggregation, RewardScale, unknown_name
 from grpo_ds.core.packing import Labels, PackedRows, fill_rows, pack
 from grpo_ds.core.tally import Tally
 from grpo_ds.models.reference import Reference
 from grpo_ds.system.ranks import World
 from grpo_ds.task.answers import AnswerFormat
+from grpo_ds.task.grading import is_right
 from grpo_ds.task.questions import Question
 from grpo_ds.task.rewards import CORRECTNESS
 from grpo_ds.task.scoring import Rewards
@@ -55,11 +56,12 @@ class Groups:
         """G, the completions of one question."""
         return len(self.texts) // len(self.questions)
 
-    def without_spread(self) -> list[int]:
-        """Indices of the groups whose completions all have the same reward, and so no advantage."""
-        totals, size = self.rewards.total, self.group_size
-        groups = [totals[start : start + size] for start in range(0, len(totals), size)]
-        return [q for q, group in enumerate(groups) if min(group) == max(group)]
+    def without_spread(self, *, by_name: bool = False) -> list[int]:
+        """Indices of the groups whose completions all have the same reward. by_name: the same of every function."""
+        columns = self.rewards.by_name.values() if by_name else [self.rewards.total]
+        rows, size = list(zip(*columns, strict=True)), self.group_size
+        groups = [rows[start : start + size] for start in range(0, len(rows), size)]
+        return [q for q, group in enumerate(groups) if all(row == group[0] for row in group)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +90,22 @@ class Rollout(Groups):
             return self.advantages[:, None]
         return with_labels(self.advantages, self.of_labels, self.labels.places, self.counted.shape[1])
 
+    def without_advantage(self) -> int:
+        """Number of groups that teach nothing, as their completions have equal rewards."""
+        return int((self.advantages.view(-1, self.group_size) == 0).all(dim=1).sum())
+
     def count_into(self, tally: Tally, answer_format: AnswerFormat) -> None:
         """Add this rank's part of the logged means, under TRL's names if TRL has them."""
         count, size = len(self.texts), self.group_size
-        answers = [answer_format.parse(text).answer for text in self.texts]
-        correct = [answer == self.questions[i // size].label for i, answer in enumerate(answers)]
-        tally.add("accuracy", sum(correct), count)
-        tally.add("well_formed", sum(answer is not None for answer in answers), count)
+        if answer_format.kind != "none":
+            answers = [answer_format.parse(text).answer for text in self.texts]
+            right = [is_right(answer, self.questions[i // size], answer_format) for i, answer in enumerate(answers)]
+            tally.add("accuracy", sum(right), count)
+            tally.add("well_formed", sum(answer is not None for answer in answers), count)
         tally.add("reward", sum(self.rewards.total), count)
         for name, values in self.rewards.by_name.items():
             tally.add_all({f"rewards/{name}/mean": [value for value in values if value is not None]})
-        tally.add("frac_reward_zero_std", len(self.without_spread()), len(self.questions))
+        tally.add("frac_reward_zero_std", self.without_advantage(), len(self.questions))
         tally.add("completions/mean_length", self.completions.lengths().double().sum(), count)
         tally.add("completions/clipped_ratio", (~self.completions.ended).sum(), count)
         if self.labels:
@@ -204,13 +211,16 @@ def make_rollout(
     reference: Reference | None,
     pack_tokens: int,
     expected_reward: float = 0.0,
+    aggregation: RewardAggregation = "sum_then_normalize",
+    reward_weights: Mapping[str, float] | None = None,
 ) -> Rollout:
     """Add advantages, the tokens that train, and the reference's log-probs; every rank calls it.
 
     expected_reward: reward for a right answer, of which `groups.rewards` has the expectation; 0: it was drawn.
+    reward_weights: of each reward's name, for the aggregation normalize_then_sum.
     """
     completions = groups.completions
-    advantages, of_labels = advantages_of(groups, world, scale_rewards, expected_reward)
+    advantages, of_labels = advantages_of(groups, world, scale_rewards, expected_reward, aggregation, reward_weights)
     counted = completions.mask & completions.ended[:, None] if mask_truncated else completions.mask
     ref_logprobs = torch.zeros(completions.mask.shape, device=counted.device)
     if reference:
@@ -221,9 +231,18 @@ def make_rollout(
 
 
 def advantages_of(
-    groups: Groups, world: World, scale: RewardScale, expected_reward: float
+    groups: Groups,
+    world: World,
+    scale: RewardScale,
+    expected_reward: float,
+    aggregation: RewardAggregation = "sum_then_normalize",
+    weights: Mapping[str, float] | None = None,
 ) -> tuple[Float[Tensor, " B"], LabelAdvantages | None]:
     """Return the advantages of the completions, and those of the labels if rewards are expectations."""
+    if aggregation == "normalize_then_sum":
+        return decoupled_advantages(groups, world, weights or {}), None
+    if aggregation != "sum_then_normalize":
+        raise unknown_name("multi_objective_aggregation", aggregation, RewardAggregation)
     device, labels = groups.completions.ids.device, groups.labels
     rewards = torch.tensor(groups.rewards.total, device=device)
 
@@ -237,3 +256,16 @@ def advantages_of(
     answers = torch.tensor([value or 0.0 for value in groups.rewards.by_name[CORRECTNESS]], device=device)
     options["step_hidden_variance"] = on_all_ranks(expected_reward**2 * labels.variance)
     return expected_advantages(rewards, answers, labels, reward=expected_reward, **options)
+
+
+def decoupled_advantages(groups: Groups, world: World, weights: Mapping[str, float]) -> Float[Tensor, " B"]:
+    """Return GDPO's advantages: each reward is normalised by itself. weights: of each reward's name."""
+    by_name, nan = groups.rewards.by_name, float("nan")
+    columns = [[nan if value is None else value for value in values] for values in by_name.values()]
+    rewards = torch.tensor(columns, device=groups.completions.ids.device).T  # [B, R]
+    sums = decoupled_sum(
+        rewards, torch.tensor([weights[name] for name in by_name], device=rewards.device), group_size=groups.group_size
+    )
+    scored = sums[~rewards.isnan().all(dim=1)]
+    everywhere = [value for rank in world.gather(scored.tolist()) for value in rank]
+    return sums / step_spread(torch.tensor(everywhere, device=sums.device))

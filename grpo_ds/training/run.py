@@ -26,7 +26,7 @@ from grpo_ds.run_folder.status import CHANGED_INPUTS, RunStatus, resume_command
 from grpo_ds.system.invocation import typed_here
 from grpo_ds.system.ranks import stop
 from grpo_ds.system.signals import Interrupted, Stopping, name
-from grpo_ds.task.grading import EVAL_ACCURACY, evaluation_metrics
+from grpo_ds.task.grading import evaluation_metrics, is_evaluation
 from grpo_ds.task.questions import Question
 from grpo_ds.training.checkpoint import save_checkpoint, write_beside
 from grpo_ds.training.nonfinite import refuse_bad_weights
@@ -193,12 +193,12 @@ class Run:
         """Evaluate during training every --eval_steps, once a step, and note the best saved step."""
         step, progress = self.progress.global_step, self.progress
         due = self.config.eval_steps and step and step % self.config.eval_steps == 0 and step < self.config.total_steps
-        if not due or any(line["step"] == step and EVAL_ACCURACY in line for line in progress.log_history):
+        if not due or any(line["step"] == step and is_evaluation(line) for line in progress.log_history):
             return
         evaluation = self.trainer.evaluate(f"After step {step}", self.held_out, briefly=True)
-        accuracy, best = evaluation.grades.accuracy, progress.best_metric
-        if self.config.saves_at(step) and (best is None or accuracy > best):
-            progress.set_best(accuracy, step)
+        quality, best = evaluation.quality, progress.best_metric
+        if self.config.saves_at(step) and quality is not None and (best is None or quality > best):
+            progress.set_best(quality, step)
         self.log(evaluation_metrics(evaluation))
 
     def save_checkpoint(self) -> None:

@@ -84,8 +84,9 @@ class Sampler:
         cuda_graphs: bool = True,
         poll: Callable[[], None] = lambda: None,
     ) -> None:
-        """max_completion_length: tokens. stop: text that ends a completion. poll: called before every token; may raise.
+        """max_completion_length: tokens. stop: text that ends a completion; "": none.
 
+        poll: called before every token; may raise.
         label_ids: tokens whose log-probs are recorded at every token.
         cuda_graphs: on a GPU, launch all kernels of a token at once, if the model is of a kind known to work so.
         """
@@ -100,7 +101,7 @@ class Sampler:
         self.full_length = False  # True: no row ends early, for rehearsals and benchmarks
         self.eos_ids = _eos_ids(model, tokenizer)
         tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        self.may_close = {id for id, token in enumerate(tokens) if stop[-1] in token}
+        self.may_close = {id for id, token in enumerate(tokens) if stop and stop[-1] in token}
 
     @torch.no_grad()
     def __call__(

@@ -21,6 +21,7 @@ run.py does the evaluation, logging, checkpoints and signals around the steps.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from grpo_ds.memory.phases import Profiler
 from grpo_ds.memory.plan import Plan
 from grpo_ds.models.logprob_model import why_not_packed
 from grpo_ds.models.policy import load_tokenizer, trainable_policy
-from grpo_ds.models.reference import Reference, kl_floor, make_reference
+from grpo_ds.models.reference import Reference, kl_floor, make_reference, restore_reference
+from grpo_ds.models.stored_weights import store_weights
 from grpo_ds.report.console import Console
 from grpo_ds.run_folder.progress import Progress
 from grpo_ds.run_folder.resume import weights_of
@@ -44,6 +46,7 @@ from grpo_ds.system.signals import Interruption
 from grpo_ds.task.grading import Evaluation
 from grpo_ds.task.questions import Question
 from grpo_ds.task.rewards import WeightedFunctions
+from grpo_ds.task.scoring import Rewards
 from grpo_ds.training.collect import Collector
 from grpo_ds.training.draws import seed_at
 from grpo_ds.training.engine import Engine
@@ -103,7 +106,7 @@ class Trainer:
         style = style or prompt_style(config)
         for line in style.check(self.tokenizer):  # before the model is loaded
             console.line(line)
-        label_ids = label_ids_for(config, self.tokenizer)
+        label_ids = label_ids_for(config, self.tokenizer, console.line)
         self.engine = self.make_engine(weights_of(config, origin))
         self.choose_rows()
         self.sampler = Sampler(
@@ -116,6 +119,7 @@ class Trainer:
             poll=self.guard.poll,
         )
         self.collector = Collector(config, world, self.sampler, style, reward_functions, lambda: self.progress, console)
+        self.folder: Path | None = None  # of the run
         self.reference: Reference | None = None
         self.partial_step: PartialStep | None = None  # a rollout whose mu updates are not all done
         self.completions: list[dict[str, Any]] = []  # the last step's on this rank, for the logs
@@ -167,6 +171,8 @@ class Trainer:
             reference=self.reference,
             pack_tokens=self.limits.tokens,
             expected_reward=self.collector.expected_reward,
+            aggregation=self.config.multi_objective_aggregation,
+            reward_weights=self.collector.reward_weights,
         )
 
     def update(self, partial: PartialStep) -> Updated:
@@ -271,9 +277,11 @@ class Trainer:
         kind = self.config.reference_kind
         if not self.config.beta:
             return
+        policy, name, step = self.engine.policy, self.config.model, self.progress.global_step
+        copy = self.folder and self.folder / f"reference-{step}"
         self.reference = self.progress.reference_step = None  # frees the old copy first; a checkpoint now has none
         with self.profiler.phase("reference"):  # not by the guard: smaller limits make no smaller copy
-            self.reference = make_reference(self.engine.policy, kind)
+            self.reference = make_reference(policy, kind, partial(store_weights, policy, name, copy, self.world))
         floor = self.progress.kl_floor = self.guard.run("floor", self.measure_floor, self.reference, questions)
         self.console.reference(kind, self.reference.bytes(), floor)
 
@@ -318,12 +326,24 @@ class Trainer:
                 advance=advance,
                 run=self.guard.run,
             )
+        if self.config.answers == "none":
+            result = result.rewarded(self.held_out_rewards(result.texts, questions))
         self.console.grades(when, result)
         return result
 
+    def held_out_rewards(self, texts: Sequence[str], questions: Sequence[Question]) -> Rewards:
+        """Score the answers on the first rank, so that a reward function sees each once."""
+
+        def score() -> Rewards | None:
+            return self.collector.held_out_rewards(texts, questions) if self.world.is_first else None
+
+        rewards = self.world.gather(self.guard.run("evaluate", score))[0]
+        self.collector.warn_of_failures(rewards)
+        return rewards
+
     def use_folder(self, folder: Path) -> None:
-        """Set the folder for bad_batch.json, which is written if numbers stay not finite."""
-        self.bad_steps.folder = folder
+        """Set the run's folder: for bad_batch.json if numbers stay not finite, and for weights to stream."""
+        self.folder = self.bad_steps.folder = folder
 
     def state_dict(self) -> dict[str, Any]:
         """Return the trainer's state. Weights and optimizer are not in it: Engine.save_checkpoint writes them.
@@ -344,7 +364,7 @@ class Trainer:
         self.bad_steps.in_a_row = list(self.progress.bad_steps)
         self.partial_step = state["partial_step"]
         if state["reference"] is not None:
-            self.reference = make_reference(self.engine.policy, self.config.reference_kind)
-            self.reference.load_state(state["reference"])
+            kind = self.config.reference_kind
+            self.reference = restore_reference(self.engine.policy, kind, state["reference"], run=state["run"])
         self.limits.lower_to(self.progress.limits)
         self.apply_limits()

@@ -8,21 +8,21 @@ B completions, C tokens in the longest; W = C, or C + n with n labels (core/expe
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from grpo_ds.core.expected_reward import label_weights
-from grpo_ds.core.losses import LossTerms, grpo_loss, token_weights
+from grpo_ds.core.losses import LossTerms, entropy_bonus, grpo_loss, most_uncertain, token_weights
 from grpo_ds.core.objective import Objective
 from grpo_ds.core.tally import Tally
 from grpo_ds.memory.phases import Profiler
 from grpo_ds.system.ranks import World
 from grpo_ds.training.engine import Engine, flag_last
 from grpo_ds.training.nonfinite import find_bad, is_overflow
-from grpo_ds.training.rollout import Rollout
+from grpo_ds.training.rollout import MicroBatch, Rollout
 
 TOKEN_METRICS = ("kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
 
@@ -64,21 +64,25 @@ def update(
     batches = rollout.micro_batches(pack_tokens, only=contributing(rollout, objective))
     weights = step_weights(counted, [part for _, part in batches], world, objective)
     backwards = world.largest(len(batches))
+    chosen = chosen_tokens(engine, batches, counted, world, objective)
+    chosen_count = int(world.sum(chosen.sum()))
     # Ranks exchange gradients in every backward, so a rank with fewer batches adds some of weight 0.
     spare = (batches or rollout.micro_batches(pack_tokens))[:1] * (backwards - len(batches))
     logprobs = torch.zeros(len(counted), counted.shape[1] + rollout.label_columns, device=counted.device)
     for number, ((rows, part), last) in enumerate(flag_last([*spare, *batches])):
-        policy_logprobs = engine(rows)
+        policy_logprobs = engine(rows, entropy_gradient=objective.entropy_coef != 0)
         if number < len(spare):
             engine.backward(0 * policy_logprobs.sum(), last=last)
             continue
         logprobs[part] = policy_logprobs.detach()
         old = (logprobs if old_logprobs is None else old_logprobs)[part]
-        terms = part_loss(policy_logprobs, old, rollout, part, weights[part], objective)
+        terms = part_loss(policy_logprobs, old, rollout, part, weights[part], chosen[part], objective)
+        bonus = entropy_bonus(engine.policy.entropies, chosen[part], objective, tokens=chosen_count)
+        terms = replace(terms, loss=terms.loss - bonus)
         engine.backward(terms.loss, last=last)
         advance(len(part), 0)
         step_loss += float(terms.loss.detach())
-        add_token_metrics(tally, terms, engine.policy.entropies, counted[part])
+        add_token_metrics(tally, terms, engine.policy.entropies.detach(), counted[part])
     bad, overflow, scale = [], False, engine.loss_scale.value
     with profiler.phase("step"):
         # Without a backward there is no gradient, and momentum and weight decay must not change the weights.
@@ -103,14 +107,39 @@ def part_loss(
     rollout: Rollout,
     part: Int[Tensor, " b"],
     weights: Float[Tensor, "b C"],
+    chosen: Bool[Tensor, "b C"],
     objective: Objective,
 ) -> LossTerms:
-    """Share of some completions in the step's loss. part: their indices; weights: of their tokens."""
+    """Share of some completions in the step's loss, without the entropy bonus.
+
+    part: their indices; weights: of their tokens; chosen: tokens with a surrogate, as of `chosen_tokens`.
+    """
+    kl_weights, weights = weights, weights * chosen
     if rollout.label_columns and rollout.labels:
         of_labels = label_weights(weights, old_logprobs[:, weights.shape[1] :], rollout.labels.places[part])
         weights = torch.cat([weights, of_labels], dim=1)
     advantages = rollout.all_advantages()[part]
-    return grpo_loss(policy_logprobs, old_logprobs, rollout.ref_logprobs[part], advantages, weights, objective)
+    ref_logprobs = rollout.ref_logprobs[part]
+    return grpo_loss(policy_logprobs, old_logprobs, ref_logprobs, advantages, weights, objective, kl_weights=kl_weights)
+
+
+def chosen_tokens(
+    engine: Engine, batches: Sequence[MicroBatch], counted: Bool[Tensor, "B C"], world: World, objective: Objective
+) -> Bool[Tensor, "B C"]:
+    """Counted tokens, with top_entropy_quantile only the most uncertain of the step; every rank calls it.
+
+    These are known only after a forward of all backwards, which is one more.
+    """
+    if objective.top_entropy_quantile == 1:
+        return counted
+    entropies = torch.zeros(counted.shape, device=counted.device)
+    with torch.no_grad():
+        for rows, part in batches:
+            engine(rows)
+            entropies[part] = engine.policy.entropies
+    everywhere = [entropy for rank in world.gather(entropies[counted].tolist()) for entropy in rank]
+    of_step = torch.tensor(everywhere, device=counted.device)
+    return most_uncertain(entropies, counted, share=objective.top_entropy_quantile, step_entropies=of_step)
 
 
 def add_token_metrics(
@@ -125,11 +154,12 @@ def add_token_metrics(
 def contributing(rollout: Rollout, objective: Objective) -> list[int]:
     """Indices of the completions whose gradient is not exactly 0.
 
-    Completions without counted tokens are left out. Without a KL, completions of advantage 0 are too, except with
-    bnpo, which divides by the tokens of its micro-batch.
+    Completions without counted tokens are left out. Without a KL and an entropy bonus, completions of advantage 0 are
+    too, except with bnpo, which divides by the tokens of its micro-batch, and top_entropy_quantile, which compares all.
     """
     some = rollout.counted.any(dim=1)
-    if not objective.beta and objective.loss_type != "bnpo":
+    everywhere = objective.beta or objective.entropy_coef or objective.top_entropy_quantile < 1
+    if not everywhere and objective.loss_type != "bnpo":
         some &= (rollout.all_advantages() != 0).any(dim=1)
     return some.nonzero().flatten().tolist()
 

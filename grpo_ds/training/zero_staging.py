@@ -4,7 +4,10 @@ After each step DeepSpeed copies the fp32 masters in RAM to a bf16 staging buffe
 in DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py; docs/decisions/0004-host-ladder.md counts the bytes per parameter.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -12,6 +15,37 @@ from torch import Tensor
 from grpo_ds.errors import GrpoError
 from grpo_ds.optim.adamw8bit import build_optimizer
 from grpo_ds.settings.ds_config import DsConfig
+
+
+class _ClonedInRam(Tensor):
+    """A tensor whose clone is in RAM."""
+
+    def clone(self, **_: Any) -> Tensor:  # type: ignore[override]
+        return self.as_subclass(Tensor).to("cpu", copy=True)
+
+
+@contextmanager
+def weights_once(zero_class: Any, accelerator: Any) -> Iterator[None]:
+    """Within it DeepSpeed's initialize keeps the weights on the card once, for an optimizer in RAM.
+
+    Else it flattens them there if they fit twice, and clones the flat buffer there before it becomes masters in RAM.
+    """
+    partitions = zero_class.get_data_parallel_partitions
+
+    def cloned_in_ram(zero: Any, flat: Tensor, group: int) -> list[Tensor]:
+        return [part.as_subclass(_ClonedInRam) for part in partitions(zero, flat, group)]
+
+    with (
+        patch.object(accelerator, "available_memory", lambda *_: 0),  # so it flattens in RAM
+        patch.object(zero_class, "get_data_parallel_partitions", cloned_in_ram),
+    ):
+        yield
+
+
+def plain_partitions(zero: Any) -> None:
+    """Replace the partitions that initialize made within `weights_once` by ordinary views of the flat buffers."""
+    for group, flat in enumerate(zero.bit16_groups_flat):
+        zero.parallel_partitioned_bit16_groups[group] = zero.get_data_parallel_partitions(flat, group)
 
 
 def replace_staging_and_optimizer(engine: Any, config: DsConfig, *, seed: int, version: str) -> None:

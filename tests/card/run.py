@@ -122,7 +122,7 @@ class _Run:
 
     def make_reference(self) -> None:
         if self.config.beta:
-            self.reference_model = make_reference(self.policy, self.config.reference_kind)
+            self.reference_model = make_reference(self.policy, self.config.reference_kind, store=lambda: None)
 
     def sample(self) -> None:
         config = self.config

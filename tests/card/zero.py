@@ -1,8 +1,8 @@
 """ZeRO-2's memory on the card, moment by moment: weights in one buffer, gradients that leave or stay.
 
 Follows DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py, on one rank, with the changes of grpo_ds/training/engine.py
-and zero_staging.py: no buffer of the largest parameter unless a step has several backwards, and no fp64 copy for the
-norm of a gradient that leaves. Method names are DeepSpeed's.
+and zero_staging.py: the weights of an offloaded run are there once, no buffer of the largest parameter unless a step
+has several backwards, and no fp64 copy for the norm of a gradient that leaves. Method names are DeepSpeed's.
 """
 
 import torch
@@ -37,17 +37,22 @@ class Zero:
 
     def flatten(self) -> None:
         """Copy the weights into one buffer; make the masters."""
-        flat = torch.cat([parameter.detach().flatten() for parameter in self.parameters])
+        shapes = [parameter.shape for parameter in self.parameters]
+        if self.offload:  # zero_staging.py: weights_once
+            count, dtype = sum(parameter.numel() for parameter in self.parameters), self.parameters[0].dtype
+            for parameter in self.parameters:
+                parameter.data = torch.empty(1, dtype=dtype, device=CARD)  # its weights are in RAM
+            flat = torch.empty(count, dtype=dtype, device=CARD)
+        else:
+            flat = torch.cat([parameter.detach().flatten() for parameter in self.parameters])
         offset = 0
-        for parameter in self.parameters:
-            parameter.data = flat.narrow(0, offset, parameter.numel()).view(parameter.shape)
-            offset += parameter.numel()
-        masters = flat.clone()  # on its way to RAM, where it is converted
-        self.masters = None if self.offload else masters.to(self.master_dtype)
-        del masters
+        for parameter, shape in zip(self.parameters, shapes, strict=True):
+            parameter.data = flat.narrow(0, offset, shape.numel()).view(shape)
+            offset += shape.numel()
         if self.offload:
             torch.zeros(max(p.numel() for p in self.parameters), dtype=flat.dtype, device=CARD)  # replaced at once
         else:
+            self.masters = flat.clone().to(self.master_dtype)
             torch.zeros_like(self.masters)  # initialize_optimizer_states
 
     def process_gradients(self, parameter: nn.Parameter) -> None:

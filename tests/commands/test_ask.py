@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from grpo_ds.commands import ask
-from grpo_ds.commands.ask import Answered, QuestionConfig, opened
+from grpo_ds.commands.ask import QuestionConfig, opened
 from grpo_ds.commands.evaluate import ROWS_AT_ONCE
 from grpo_ds.errors import MAX_LINES, DataError, GrpoError
 from grpo_ds.run_folder.trained_on import write_trained_on
@@ -135,7 +135,7 @@ def test_a_question_stays_text_even_if_it_is_valid_yaml(text):
 
 def answered(text, *, label=""):
     form = AnswerFormat()
-    return Answered(Question("7", "Is it?", "It is.", label), text, *form.split(text), form.parse(text).answer)
+    return ask.answered(Question("7", "Is it?", "It is.", label), text, form, None)
 
 
 @pytest.mark.parametrize(

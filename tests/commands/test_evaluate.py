@@ -6,16 +6,16 @@ from dataclasses import fields
 import pytest
 
 from grpo_ds.commands import evaluate
-from grpo_ds.commands.evaluate import main, prepare
-from grpo_ds.commands.settle import split_for_training
+from grpo_ds.commands.evaluate import GradingConfig, main, prepare
+from grpo_ds.commands.settle import split_for_training, subject_of
 from grpo_ds.errors import MAX_LINES, DataError, UsageError
 from grpo_ds.run_folder.trained_on import TRAINED_ON_FILE, write_trained_on
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.saved_config import CONFIG_FILE, write_config
-from grpo_ds.task.grading import Grades
+from grpo_ds.task.grading import ClassGrades
 from grpo_ds.task.lax import PARSERS
-from grpo_ds.task.questions import fingerprint, not_among, read_questions, split_questions
+from grpo_ds.task.questions import Question, QuestionSet, fingerprint, not_among, read_questions, split_questions
 
 SAMPLE = read_questions("sample")  # 80 yes, 80 no
 TRAIN, HELD_OUT = split_questions(SAMPLE.questions, eval_fraction=0.1, seed=3)
@@ -149,7 +149,7 @@ def test_lax_figures_stand_beside_the_strict_ones(tiny_folder, capsys):
     assert "lax" not in strict and "lax" not in lines
     lines, both = printed(tiny_folder, capsys, "--grading", "lax")
     lax = both.pop("lax")
-    assert both == strict and {field.name for field in fields(Grades)} <= both.keys()
+    assert both == strict and {field.name for field in fields(ClassGrades)} <= both.keys()
     assert [*lax] == [*PARSERS]
     shown = [line.split()[0] for line in lines.splitlines() if line.startswith("  ")]
     assert shown == ["strict", *PARSERS]
@@ -186,7 +186,7 @@ def test_a_second_model_is_asked_the_same_and_compared_in_pairs(formed_folder, t
 
 
 def test_a_second_model_that_is_not_there_is_named_before_the_first_is_asked(tiny_folder, tmp_path, capsys):
-    with pytest.raises(UsageError, match="nowhere") as caught:
+    with pytest.raises(UsageError, match=r"--compare_with .*nowhere") as caught:
         main(["--model", str(tiny_folder), "--data", "sample", "--compare_with", str(tmp_path / "nowhere")])
     assert "Evaluation" not in capsys.readouterr().err and len(str(caught.value).splitlines()) <= MAX_LINES
     with pytest.raises(UsageError, match="compare_with is auto; name a model"):
@@ -207,3 +207,33 @@ def test_progress_of_an_evaluation_is_not_among_its_results(tiny_folder, capsys,
     assert lines[0] == "Evaluation: 0 of 3 questions" and lines[-1].startswith("Evaluation: 3 of 3 questions, ")
     assert "Evaluation:" not in printed.out
     assert json.loads(printed.out[printed.out.index("{") :])["count"] == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "columns", "given", "subject"),
+    [
+        ("sample", {}, None, "biomedical"),
+        (None, {}, None, "biomedical"),  # the sample, too
+        ("qiaojin/PubMedQA", {}, None, "biomedical"),
+        ("/data/pubmedqa_500.json", {}, None, "biomedical"),
+        ("/data/mine.json", {"final_decision": "yes"}, None, "biomedical"),  # PubMedQA's field
+        ("/data/mine.json", {}, None, ""),
+        ("/pubmedqa/mine.json", {}, None, ""),  # a folder's name says nothing
+        ("/data/mine.json", {}, "chess", "chess"),
+        ("sample", {}, "", ""),
+    ],
+)
+def test_questions_are_called_biomedical_only_if_they_are(data, columns, given, subject, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = QuestionSet((Question("1", "Is it?", "", "yes", columns=columns),), "mine: 1 question", {})
+    assert subject_of(given, data, found) == subject
+
+
+def test_eval_needs_rewards_where_no_answer_is_right():
+    with pytest.raises(UsageError, match="only rewards can grade: --reward_funcs"):
+        parse(GradingConfig, ["--answers", "none"], about="").config()
+    with pytest.raises(UsageError, match="grading lax reads answers"):
+        words = ["--answers", "none", "--grading", "lax", "--reward_funcs", "format"]
+        parse(GradingConfig, words, about="").config()
+    with pytest.raises(UsageError, match="reasoning_gain, which only training measures"):
+        parse(GradingConfig, ["--reward_funcs", "reasoning_gain"], about="").config()

@@ -71,11 +71,27 @@ def test_a_missing_data_file_is_named(tmp_path):
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (["--reward_funcs", "correctnes"], ["correctnes", "repetition_penalty", "FILE.py:FUNCTION"]),
         (["--reward_funcs", "nowhere.py:concise"], ["nowhere.py:concise", "no file", "docs/rewards.md"]),
-        (["--reward_weights", "1"], ["reward_weights", "2 numbers"]),
+        (["--reward_weights", "1"], ["reward_weights", "3 numbers"]),
         (["--on_reward_error", "skip"], ["on_reward_error", "stop, zero"]),
         (["--reward_timeout", "-1"], ["reward_timeout"]),
         (["--labels", "A,B", "--few_shot", "1"], ["few_shot is 1", "0 examples fit labels A,B: --few_shot 0"]),
         (["--labels", "A,a"], ["labels"]),
+        (["--answers", "numbers"], ["answers", "labels, number, text, none"]),
+        (["--answers", "number", "--labels", "A,B"], ["labels is A,B, but answers is number: leave one of them out"]),
+        (["--units", "$"], ["units is $, but answers is labels", "--answers number"]),
+        (["--answers", "number", "--units", "$,5,<b>"], ["units: '5', '<b>' would be read as a part of the number"]),
+        (["--answers", "number", "--few_shot", "3"], ["2 examples exist for answers number: --few_shot 2"]),
+        (["--answers", "text", "--answer_reward", "expected"], ["answer_reward expected needs labels", "text"]),
+        (
+            ["--answers", "number", "--reward_funcs", "correctness,reasoning_gain,bare_label"],
+            ["reward_funcs has reasoning_gain and bare_label, for labels alone, but answers is number"],
+        ),
+        (["--answers", "number", "--eval_misled"], ["eval_misled claims another label, but answers is number"]),
+        (["--answers", "none"], ["reward_funcs has correctness, but answers is none", "FILE.py:FUNCTION"]),
+        (
+            ["--answers", "none", "--reward_funcs", "format", "--eval_samples", "4", "--prefill", "--few_shot", "1"],
+            ["eval_samples", "prefill begins an answer", "0 examples exist for answers none: --few_shot 0"],
+        ),
         (["--answer_tag", "<answer>"], ["answer_tag", "without its brackets"]),
         (["--answer_tag", "reasoning"], ["must differ"]),
         (["--system_prompt", "nowhere.txt"], ["system_prompt", "nowhere.txt"]),
@@ -203,7 +219,10 @@ def test_numbers_that_the_json_decides_are_written_as_the_run_uses_them(tmp_path
 WORKED = {  # file in configs/ -> its machine: GiB of GPU memory and of RAM
     "qwen2.5-1.5b-16gb.yaml": (16, 32),
     "qwen2.5-3b-24gb.yaml": (24, 32),
+    "gsm8k-1.5b-16gb.yaml": (16, 32),
+    "medqa-1.5b-16gb.yaml": (16, 32),
     "smollm2-laptop.yaml": (0, 8),
+    "summaries-laptop.yaml": (0, 8),
 }
 
 
@@ -307,8 +326,8 @@ def test_references_and_adapters_that_go_together(flags):
         ([], 1e-6),
         (["--lora_r", "8"], 1e-5),  # an adapter needs ten times the rate
         (["--lora_r", "8", "--learning_rate", "3e-6"], 3e-6),  # a typed flag wins
-        (["--model", EMBEDDED], 5e-6),
-        (["--model", EMBEDDED, "--lora_r", "8"], 5e-5),
+        (["--model", EMBEDDED], 1.5e-5),
+        (["--model", EMBEDDED, "--lora_r", "8"], 1.5e-4),
     ],
 )
 def test_an_adapter_has_a_learning_rate_of_its_own(flags, rate):
@@ -353,6 +372,15 @@ def test_several_wrong_values_raise_one_error():
         ("--delta 1.2", ["delta is 1.2", "1 + epsilon_high, 1.2"]),
         ("--delta 1.5 --epsilon_high 0.6", ["1 + epsilon_high, 1.6"]),
         ("--delta 4 --loss_type cispo", ["delta", "cispo"]),
+        ("--epsilon 0.1 --epsilon_high 0.3 --loss_type sapo", ["epsilon has no effect with sapo", "epsilon_high has"]),
+        (
+            "--multi_objective_aggregation normalize_then_sum --scale_rewards none --format_reward 1",
+            ["scale_rewards none has no effect with normalize_then_sum", "format_reward 1.0 has", "--reward_weights"],
+        ),
+        ("--top_entropy_quantile 20", ["top_entropy_quantile is 20; it must be a share between 0 and 1"]),
+        ("--sapo_temperature_neg 2", ["sapo_temperature_neg has no effect with grpo: leave it out"]),
+        ("--vespo_k_pos 1 --loss_type sapo", ["vespo_k_pos has no effect with sapo"]),
+        ("--vespo_lambda_neg 0 --loss_type vespo", ["vespo_lambda_neg is 0; it must be more than 0"]),
         ("--overlong_buffer -1", ["overlong_buffer is -1", "max_completion_length"]),
         ("--overlong_buffer 301", ["overlong_buffer is 301"]),
         ("--overlong_penalty -1", ["overlong_penalty must be 0 or more"]),

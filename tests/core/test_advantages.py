@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_ds.core import advantages
-from grpo_ds.core.advantages import group_advantages, overlong
+from grpo_ds.core.advantages import decoupled_sum, group_advantages, overlong, step_spread
 from tests.conftest import load_unchecked
 
 REWARDS = torch.tensor([0.0, 2.0, 2.0, 4.0, 1.0, 1.0, 1.0, 3.0])
@@ -52,6 +52,44 @@ def test_adding_a_constant_to_a_group_changes_nothing():
     torch.testing.assert_close(
         group_advantages(rewards, group_size=4), group_advantages(shifted, group_size=4), atol=1e-5, rtol=1e-5
     )
+
+
+NAN = float("nan")
+# Right and well-formed, right, well-formed, neither: two of each, so each has mean 1/2 and deviation sqrt(1/3).
+TWO_REWARDS = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+Z = 0.5 / ((1 / 3) ** 0.5 + 1e-4)
+
+
+def test_each_reward_is_standardised_before_they_are_summed_by_hand():
+    # 100 times the first reward changes nothing but the part of EPS; its weight does: 3 Z where it is 1, -3 Z where 0
+    sums = decoupled_sum(TWO_REWARDS * torch.tensor([3.0, 1.0]), torch.tensor([3.0, 1.0]), group_size=4)
+    torch.testing.assert_close(sums, torch.tensor([4 * Z, 2 * Z, -2 * Z, -4 * Z]))
+    larger = decoupled_sum(TWO_REWARDS * torch.tensor([100.0, 1.0]), torch.ones(2), group_size=4)
+    torch.testing.assert_close(larger, torch.tensor([2 * Z, 0, 0, -2 * Z]), atol=1e-3, rtol=0)  # EPS / 57
+
+
+def test_a_negative_weight_turns_an_advantage_round_and_a_weight_of_0_leaves_none():
+    sums = decoupled_sum(TWO_REWARDS * torch.tensor([-1.0, 0.0]), torch.tensor([-1.0, 0.0]), group_size=4)
+    torch.testing.assert_close(sums, torch.tensor([-Z, -Z, Z, Z]))
+
+
+def test_a_function_that_does_not_apply_counts_neither_in_the_mean_nor_in_the_sum():
+    # the second: 1, none, 0, none: mean 1/2, deviation sqrt(1/2); the third applies once: no deviation, no advantage
+    rewards = torch.tensor([[1.0, 1.0, NAN], [1.0, NAN, NAN], [0.0, 0.0, 5.0], [0.0, NAN, NAN]])
+    own = 0.5 / (0.5**0.5 + 1e-4)
+    sums = decoupled_sum(rewards, torch.ones(3), group_size=4)
+    torch.testing.assert_close(sums, torch.tensor([Z + own, Z, -Z - own, -Z]))
+
+
+@given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=2, max_size=2), st.integers(2, 16))
+def test_a_group_whose_rewards_are_equal_by_name_has_no_advantage(rewards, size):
+    values = torch.cat([torch.tensor([rewards]).expand(size, 2), torch.rand(size, 2)])
+    assert torch.equal(decoupled_sum(values, torch.ones(2), group_size=size)[:size], torch.zeros(size))
+
+
+def test_the_spread_of_a_step_is_a_deviation_and_that_of_one_completion_is_not_its_own():
+    assert float(step_spread(torch.tensor([0.0, 2.0]))) == pytest.approx(2**0.5 + 1e-4)
+    assert float(step_spread(torch.zeros(1))) == float(step_spread(torch.zeros(0))) == pytest.approx(1e-4)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 import pytest
 
-from grpo_ds.core.losses import LossTerms, Surrogate
+from grpo_ds.core.losses import LossTerms
 from grpo_ds.core.objective import Objective
 from grpo_ds.core.packing import PackedRows, RowContents
+from grpo_ds.core.surrogates import Surrogate
 from grpo_ds.core.tally import Tally
 from tests.conftest import check_example
 

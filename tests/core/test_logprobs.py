@@ -95,12 +95,56 @@ def test_entropies_equal_those_of_the_full_softmax(scale, block, temperature, mo
 def test_asking_for_entropies_changes_no_gradient():
     hidden, head, targets, vocab = inputs()
     plain = token_logprobs(hidden, head, targets, vocab_size=vocab, chunk_mib=0)
-    values, entropies = token_logprobs(hidden, head, targets, vocab_size=vocab, chunk_mib=0, entropy=True)
-    assert not entropies.requires_grad
+    values, _ = token_logprobs(hidden, head, targets, vocab_size=vocab, chunk_mib=0, entropy=True)
     expected = torch.autograd.grad(plain.square().sum(), (hidden, head))
     got = torch.autograd.grad(values.square().sum(), (hidden, head))
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
+
+
+def entropy_loss(values, entropies, kind):
+    """Weights of either sign for each token; the first token has none."""
+    weigh = torch.linspace(0, 1, len(entropies), dtype=values.dtype)
+    return {
+        "entropy": (weigh * entropies).sum(),
+        "both": (weigh * (entropies.square() - 3 * values)).sum(),
+        "one each": (weigh * torch.where(torch.arange(len(values)) % 2 == 0, values, -entropies)).sum(),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["entropy", "both", "one each"])
+@pytest.mark.parametrize(("block", "temperature"), [(7, 0.7), (450, 1.0), (5000, 0.7)])
+@pytest.mark.parametrize("scale", [0.02, 0.2, 0.8])  # nearly uniform, model-like, nearly certain
+def test_gradients_of_entropies_are_those_of_the_full_softmax(kind, scale, block, temperature, monkeypatch):
+    hidden, head, targets, vocab = inputs()
+    hidden.data *= scale
+    monkeypatch.setattr(logprobs, "MIN_BLOCK", block)
+    options = {"vocab_size": vocab, "temperature": temperature, "chunk_mib": 0}
+    ours = entropy_loss(*token_logprobs(hidden, head, targets, **options, entropy=True), kind)
+    full = ((hidden.double() @ head.double().T)[:, :vocab] / temperature).log_softmax(-1)
+    theirs = entropy_loss(full.gather(1, targets[:, None]).squeeze(1), -(full.exp() * full).sum(-1), kind)
+    got, expected = (torch.autograd.grad(loss, (hidden, head)) for loss in (ours, theirs))
+    for a, b in zip(got, expected, strict=True):
+        # relative to the largest: a factor log p + entropy is a difference of logits up to 30, in fp32
+        torch.testing.assert_close(a, b.float(), atol=2e-5 * float(b.abs().max()), rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_entropies_in_16_bits_are_off_by_roundings_only(dtype, monkeypatch):
+    """Also with a loss scale, whose product with a probability 16 bits could not hold."""
+    monkeypatch.setattr(logprobs, "_factor_dtype", lambda hidden: hidden.dtype)  # as on a GPU
+    hidden, head, targets, vocab = inputs(dtype)
+    hidden.data *= 0.3
+    values, entropies = token_logprobs(hidden, head, targets, vocab_size=vocab, chunk_mib=0, entropy=True)
+    full = (hidden.float() @ head.float().T)[:, :vocab].log_softmax(-1)
+    chosen, exact = full.gather(1, targets[:, None]).squeeze(1), -(full.exp() * full).sum(-1)
+    scale = 2.0**16 if dtype == torch.float16 else 1.0
+    got, expected = (
+        torch.autograd.grad(scale * (0.01 * h.sum() + v.mean()), hidden)[0].float() / scale
+        for v, h in ((values, entropies), (chosen, exact))
+    )
+    # two roundings of 2^-9 or 2^-12 for each of 900 columns; those of the sum over columns do not grow
+    assert (got - expected).norm() < 2e-2 * expected.norm()
 
 
 def test_a_tied_head_collects_the_gradient_of_both_its_uses():
@@ -171,3 +215,16 @@ def test_no_tensor_of_tokens_by_vocabulary_exists_beyond_one_chunk():
     # 1 MiB holds two fp32 tiles of 131,072 elements; the head and its gradient are 320,000
     assert ours.elements == vocab * width
     assert naive_way.elements == tokens * vocab  # the check itself works: it sees the full tensor of the naive way
+
+
+def test_the_gradient_of_an_entropy_takes_no_more_memory_than_that_of_a_logprob():
+    tokens, width, vocab = 512, 16, 20_000
+    hidden, head = torch.randn(tokens, width, requires_grad=True), torch.randn(vocab, width, requires_grad=True)
+    targets = torch.randint(0, vocab, (tokens,))
+    watches = []
+    for weight in (0.0, 0.1):
+        with LargestTensor() as watch:
+            values, entropies = token_logprobs(hidden, head, targets, vocab_size=vocab, chunk_mib=1, entropy=True)
+            (values + weight * entropies if weight else values).sum().backward()
+        watches.append(watch.elements)
+    assert watches == [vocab * width] * 2

@@ -6,9 +6,10 @@ from typing import get_args
 import pytest
 import torch
 
-from grpo_ds.core import losses
-from grpo_ds.core.losses import cispo_surrogate, clipped_surrogate, grpo_loss, kl_estimate, kl_k3, token_weights
+from grpo_ds.core import losses, surrogates
+from grpo_ds.core.losses import entropy_bonus, grpo_loss, kl_estimate, kl_k3, most_uncertain, token_weights
 from grpo_ds.core.objective import KlEstimator, LossType, Objective
+from grpo_ds.core.surrogates import cispo_surrogate, clipped_surrogate, sapo_surrogate, vespo_surrogate
 from tests.conftest import load_unchecked
 
 LOSS_TYPES, LN2 = get_args(LossType), math.log(2)
@@ -37,6 +38,9 @@ def weigh(mask, loss_type="grpo", length=5):
     [
         ("grpo", 1 / 2, 1 / 8),  # the same for each sequence, whatever its length
         ("gspo", 1 / 2, 1 / 8),
+        ("sapo", 1 / 2, 1 / 8),
+        ("luspo", 1 / 2, 1 / 2),  # a sequence counts by its length
+        ("vespo", 1 / 5, 1 / 5),
         ("dapo", 1 / 5, 1 / 5),  # the same for each token
         ("cispo", 1 / 5, 1 / 5),
         ("bnpo", 1 / 5, 1 / 5),
@@ -75,6 +79,29 @@ def test_a_step_in_which_nothing_counts_has_a_loss_of_0(loss_type):
         ({"loss_type": "cispo"}, 1.5, 1.0, 1.2 * (1 - math.log(1.5)), (0, 1, 1), -1.2),
         ({"loss_type": "cispo"}, 0.5, -1.0, -0.5 * (1 + LN2), (0, 0, 0), 0.5),
         ({"loss_type": "cispo", "epsilon_high": 4.0}, 3.0, 1.0, 3 * (1 - math.log(3)), (0, 0, 0), -3.0),
+        # sapo: -4 A sigmoid(t (ratio - 1)) / t, slope in log policy -4 A ratio sigmoid (1 - sigmoid); A at ratio 1
+        ({"loss_type": "sapo"}, 1.0, 1.0, -2.0, (0, 0, 0), -1.0),
+        ({"loss_type": "sapo", "sapo_temperature_neg": 2.0}, 1.0, -1.0, 1.0, (0, 0, 0), 1.0),
+        ({"loss_type": "sapo"}, 1 + LN2, 1.0, -4 * 2 / 3, (0, 0, 0), -4 * (1 + LN2) * 2 / 9),
+        (
+            {"loss_type": "sapo", "sapo_temperature_neg": 2.0},
+            1 + LN2,
+            -1.0,
+            2 * 4 / 5,
+            (0, 0, 0),
+            4 * (1 + LN2) * 4 / 25,
+        ),
+        # vespo: -phi A log policy with phi = ratio^k e^(lambda (1 - ratio)), here 2^2 e^-3 and 2^3 e^-2
+        ({"loss_type": "vespo"}, 2.0, 1.0, -4 * math.exp(-3) * (LN2 - 1), (0, 0, 0), -4 * math.exp(-3)),
+        ({"loss_type": "vespo"}, 2.0, -1.0, 8 * math.exp(-2) * (LN2 - 1), (0, 0, 0), 8 * math.exp(-2)),
+        (
+            {"loss_type": "vespo", "vespo_k_pos": 1.0, "vespo_lambda_pos": 2.0},
+            0.5,
+            1.0,
+            -math.e / 2 * (-LN2 - 1),
+            (0, 0, 0),
+            -math.e / 2,
+        ),
     ],
 )
 def test_the_surrogate_of_one_token(settings, ratio, advantage, expected, flags, slope):
@@ -118,18 +145,57 @@ def test_cispo_surrogates_and_their_gradients_by_hand():
     torch.testing.assert_close(gradient, torch.tensor([[0.5, 1.1, 1.2], [-0.5, -1.1, -1.2]]))
 
 
+def test_the_gate_of_sapo_closes_sooner_for_negative_advantages_by_hand():
+    # at ratio 1 + ln 2 / t the sigmoid is 2/3: 4 / t * 2/3 A; at 1 it is 1/2
+    ratio = torch.tensor([[1.0, 1 + LN2], [1.0, 1 + LN2 / 2]])
+    surrogate = sapo_surrogate(ratio, SIGNS, temperature_pos=1.0, temperature_neg=2.0)
+    torch.testing.assert_close(surrogate.values, torch.tensor([[2.0, 8 / 3], [-1.0, -4 / 3]]))
+    assert not (surrogate.low | surrogate.high | surrogate.beyond_delta).any()
+
+
+def test_vespo_weighs_by_the_product_of_a_sequences_ratios_by_hand():
+    # Log-ratios ln 2, ln 2 and a masked 9: w = 4, phi = 4^2 e^-9 if A >= 0. The second sequence: w = 1/2 with A = -1,
+    # phi = e / 8. log policy is -2, and phi has no gradient.
+    ratio = torch.tensor([[2.0, 2.0, math.e**9], [0.5, 1.0, 1.0]], requires_grad=True)
+    policy_logprobs = torch.full((2, 3), -2.0, requires_grad=True)
+    mask = torch.tensor([[True, True, False], [True] * 3])
+    surrogate = vespo_surrogate(ratio, SIGNS, policy_logprobs, mask, pos=(2.0, 3.0), neg=(3.0, 2.0))
+    phi = torch.tensor([[16 * math.exp(-9)], [math.e / 8]])
+    torch.testing.assert_close(surrogate.values, (-2 * phi * SIGNS).expand(2, 3))
+    slope, none = torch.autograd.grad(surrogate.values.sum(), (policy_logprobs, ratio), allow_unused=True)
+    torch.testing.assert_close(slope, (phi * SIGNS).expand(2, 3))
+    assert none is None
+
+
+def test_a_sequence_far_from_its_old_policy_has_no_weight_and_no_overflow_under_vespo():
+    ratio = torch.tensor([[math.exp(20.0)] * 5, [math.exp(-20.0)] * 5])
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    values = vespo_surrogate(ratio, SIGNS, torch.full((2, 5), -1.0), mask, pos=(2.0, 3.0), neg=(3.0, 2.0)).values
+    torch.testing.assert_close(values, torch.zeros(2, 5), atol=1e-20, rtol=0)  # 1e-8^3 e^2 = 7e-24
+
+
+def test_luspo_sums_a_sequence_where_gspo_takes_its_mean():
+    policy, old, ref, advantages, mask = batch()
+    lengths = mask.sum(dim=1, keepdim=True)
+    sums, means = (
+        grpo_loss(policy, old, ref, advantages * scale, weigh(mask, kind), objective(kind)).loss
+        for kind, scale in (("luspo", 1), ("gspo", lengths))
+    )
+    torch.testing.assert_close(sums, means)
+
+
 def test_an_unknown_loss_type_is_refused_by_everything_that_depends_on_it():
     unchecked = load_unchecked(losses)
     policy, old, ref, advantages, mask = batch()
     unknown = objective()
     object.__setattr__(unknown, "loss_type", "ppo")
-    message = r"loss_type is 'ppo'; it must be one of grpo, dapo, dr_grpo, bnpo, gspo, cispo\."
+    message = r"loss_type is 'ppo'; it must be one of grpo, dapo, dr_grpo, bnpo, gspo, cispo, sapo, luspo, vespo\."
     with pytest.raises(ValueError, match=message):
         unchecked.token_weights(mask, loss_type="ppo", sequences=8, tokens=20, max_completion_length=5)
     with pytest.raises(ValueError, match=message):
         unchecked.importance_ratio(policy, old, mask, loss_type="ppo")
     with pytest.raises(ValueError, match=message):
-        unchecked.choose_surrogate(policy, advantages, policy, unknown)
+        load_unchecked(surrogates).choose_surrogate(policy, advantages, policy, mask, unknown)
     with pytest.raises(ValueError, match=message):
         unchecked.grpo_loss(policy, old, ref, advantages, weigh(mask), unknown)
 
@@ -155,6 +221,44 @@ def test_gspo_has_one_ratio_a_sequence_by_hand():
     slope = math.sqrt(2) / 2 / 2
     torch.testing.assert_close(policy.grad, torch.tensor([[slope, slope, 0.0], [0.0] * 3]))
     assert terms.high.tolist() == [[False] * 3, [True] * 3]
+
+
+def test_the_entropy_bonus_is_a_share_of_the_steps_mean_by_hand():
+    # 0.1 (1 + 3) / 8, with 8 tokens in the step; each counted entropy has the slope 0.1 / 8
+    entropies = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    chosen = torch.tensor([[True, False], [True, False]])
+    bonus = entropy_bonus(entropies, chosen, objective(entropy_coef=0.1), tokens=8)
+    assert bonus.item() == pytest.approx(0.05)
+    (slope,) = torch.autograd.grad(bonus, entropies)
+    torch.testing.assert_close(slope, 0.0125 * chosen)
+    assert entropy_bonus(entropies, chosen, objective(), tokens=8) == 0
+    assert entropy_bonus(entropies, chosen & False, objective(entropy_coef=0.1), tokens=0) == 0
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),  # of the step's 1, 2, 3, 4, 5: quantiles 5, 4, 3 and 1
+    [(0.0, [False, False]), (0.25, [False, True]), (0.5, [True, True]), (1.0, [True, True])],
+)
+def test_the_most_uncertain_tokens_are_those_of_the_step_by_hand(share, expected):
+    entropies, counted = torch.tensor([[3.0, 4.0, 9.0]]), torch.tensor([[True, True, False]])
+    of_step = torch.tensor([5.0, 3.0, 1.0, 4.0, 2.0])
+    chosen = most_uncertain(entropies, counted, share=share, step_entropies=of_step)
+    assert chosen.tolist() == [[*expected, False]]
+
+
+def test_a_token_without_a_surrogate_keeps_its_kl_and_its_say_in_the_ratio_of_its_sequence():
+    # ratio of the sequence sqrt 2, advantage -1: the first token alone weighs 1/2 of sqrt 2. k2: ln(2)^2 / 2 and 0,
+    # weighed 0.1 / 2 each.
+    old = torch.full((1, 2), -1.0)
+    policy = (old + torch.tensor([[LN2, 0.0]])).requires_grad_()
+    weights = weigh(torch.tensor([[True, True]]), "gspo")
+    chosen = objective("gspo", 0.1, kl_estimator="k2")
+    some = weights * torch.tensor([[True, False]])
+    terms = grpo_loss(policy, old, old, torch.tensor([[-1.0]]), some, chosen, kl_weights=weights)
+    assert terms.loss.item() == pytest.approx(math.sqrt(2) / 2 + 0.05 * LN2**2 / 2, rel=1e-5)
+    terms.loss.backward()
+    slope = math.sqrt(2) / 4  # half of the weight, shared by the two tokens of the ratio
+    torch.testing.assert_close(policy.grad, torch.tensor([[slope + 0.05 * LN2, slope]]))
 
 
 @pytest.mark.parametrize(

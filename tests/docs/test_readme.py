@@ -67,6 +67,7 @@ WAYS = (  # the first that matches
     Way("grpo-ds train", "--plan", "Memory plan:"),
     Way("grpo-ds completion", "&& complete -p grpo-ds", "grpo-ds"),
     Way("grpo-ds --help", "", "report"),
+    Way("show_data.py", "--model {tiny}", "my_questions.json: 20 questions (10 yes, 10 no)"),
     Way("select_model.py", "", "Run: deepspeed launch/train.py"),
     Way("profile_memory.py", IN_A_FOLDER, "Worst case rehearsed"),
     # The tiny model from here on.

@@ -1,6 +1,9 @@
 """docs/recipes.md: every recipe fits its machine, and every figure on the page is the plan's."""
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,3 +63,29 @@ def test_a_flag_costs_what_the_page_says(monkeypatch, flag, values, gpu_peaks, r
 def _nth(figures: str, number: int) -> str:
     listed = [figure.strip() for figure in figures.split(",")]
     return listed[number] if len(listed) > number else ""
+
+
+def test_the_reward_and_the_prompt_of_the_page_train_a_model(tiny_folder, tmp_path):
+    blocks = {kind: re.search(rf"^```{kind}\n(.*?)^```", PAGE, re.M | re.S)[1] for kind in ("json", "python")}
+    (tmp_path / "my_rewards.py").write_text(blocks["python"])
+    (tmp_path / "data.jsonl").write_text("\n".join(blocks["json"].replace("Aspirin", name) for name in "ABCDEFGH"))
+    small = {
+        "num_steps": 1,
+        "num_generations": 2,
+        "batch_size": 1,
+        "max_completion_length": 4,
+        "max_prompt_length": 400,
+    }
+    flags = {"model": tiny_folder, "data": "data.jsonl", "output_dir": "run", "report_to": "none", **small}
+    config = ["--config", str(ROOT / "configs/summaries-laptop.yaml")]
+    command = [sys.executable, str(ROOT / "launch/train.py"), *config, *(f"--{k}={v}" for k, v in flags.items())]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (line,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert -3 < line["rewards/about_30_words/mean"] < 1 and "accuracy" not in line
+
+
+def test_the_reward_of_the_page_pays_thirty_words():
+    scope = {}
+    exec(re.search(r"^```python\n(.*?)^```", PAGE, re.M | re.S)[1], scope)
+    assert scope["about_30_words"](["word " * 30, "word " * 15, ""]) == [1.0, 0.5, 0.0]

@@ -29,9 +29,10 @@ from grpo_ds.settings.ds_config import resolve_ds_config
 from grpo_ds.settings.run_flags import TRACKERS
 from grpo_ds.settings.saved_config import CONFIG_FILE
 from grpo_ds.task.answers import AnswerFormat
-from grpo_ds.task.prompts import encode_prompt, worked_examples
+from grpo_ds.task.prompts import encode_prompt
 from grpo_ds.task.questions import read_questions, split_questions
 from grpo_ds.task.rewards import READY_MADE
+from grpo_ds.task.worked_examples import worked_examples
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "ds_configs" / "README.md"]
@@ -47,6 +48,7 @@ OTHERS = {  # flags of other programs, and of commands that take no config
     *("output", "id", "query-gpu", "format", "device", "steps", "series"),
     *("no-index", "target", "docs", "stage", "rounds", "python", "cuda"),  # of pip and of benchmarks/
     *("dtype", "preset", "completion"),
+    *("port", "max-model-len", "enable-lora", "max-lora-rank", "lora-modules", "outtype", "outfile", "jinja", "merge"),
 }  # fmt: skip
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*\b)(?:[ =](?![->])([^\s`;\"')\]}]+))?")
 NEEDS = {  # a recommended flag -> the flags that its text presupposes
@@ -54,6 +56,7 @@ NEEDS = {  # a recommended flag -> the flags that its text presupposes
     "lora_alpha": "--lora_r 16", "lora_target": "--lora_r 16", "labels": "--few_shot 0", "answer_tag": "--few_shot 0",
     "eval_steps": "--save_steps 120", "ref_model_mixup_alpha": "--sync_ref_model --reference bf16",
     "ref_model_sync_steps": "--sync_ref_model --reference bf16", "sync_ref_model": "--reference bf16",
+    "answers none": "--reward_funcs format",
     "reward_funcs": "--reward_weights null", "overlong_buffer 60": "--max_completion_length 300",
 }  # fmt: skip
 OF_EVAL = {("eval_fraction", "1")}  # train has a flag of this name, which refuses this value
@@ -170,7 +173,9 @@ SCRIPTS = {"profile_memory": "train", "select_model": "select", "evaluate_model"
 def test_a_command_of_a_page_is_accepted(command):
     name, rest = COMMAND.search(command).groups()
     rest = re.sub(r"outputs/\S+\.yaml", "configs/smollm2-laptop.yaml", rest)  # the settings of a run
-    filled = re.sub(r"outputs/\S+|NAME_OR_FOLDER|FOLDER", EMBEDDED, rest.replace("...", "text").replace("FLAGS", ""))
+    filled = re.sub(
+        r"outputs/\S+|\S+\.gguf|NAME_OR_FOLDER|FOLDER", EMBEDDED, rest.replace("...", "text").replace("FLAGS", "")
+    )
     words = shlex.split(filled)
     if words and OWNER.get(words[-1].lstrip("-"), (None, bool))[1] is not bool:
         words.append("text")  # the page leaves the value open

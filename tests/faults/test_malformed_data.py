@@ -100,7 +100,11 @@ NAMED_FILES = [  # description, the file's bytes or text, words of its error
     ("zstd", b"\x28\xb5\x2f\xfd\x04\x00\x01", [NOT_TEXT, "a zstd archive"]),
     ("zip", zipped(), [NOT_TEXT, "a zip archive"]),
     ("tar", tarred(), [NOT_TEXT, "NUL byte at offset 9"]),
-    ("Parquet", b"PAR1\x15\x04PAR1", [NOT_TEXT, "a Parquet table", "Export"]),
+    (
+        "Parquet cut off",
+        b"PAR1\x15\x04PAR1",
+        ["begins like a Parquet table, but it cannot be read: ", "cut off or damaged"],
+    ),
     ("Arrow", b"ARROW1\0\0", [NOT_TEXT, "an Arrow table"]),
     ("SQLite", b"SQLite format 3\0", [NOT_TEXT, "an SQLite database"]),
     ("PDF", b"%PDF-1.7\n%\xe2\xe3", [NOT_TEXT, "a PDF document"]),
@@ -110,7 +114,11 @@ NAMED_FILES = [  # description, the file's bytes or text, words of its error
     ("zeros, as a full disk leaves", bytes(4096), [NOT_TEXT, "NUL byte at offset 0"]),
     ("zeros at the end", LIST.encode() + bytes(8), [NOT_TEXT, f"NUL byte at offset {len(LIST)}"]),
     ("noise", random.Random(0).randbytes(1000), [NOT_TEXT]),
-    ("CSV", "question,context,ground_truth\nIs it?,It is.,yes\n", [NOT_JSON + "1, column 1"]),
+    (
+        "prose with commas",
+        "Well, this is it.\nAnd so, as I said, it was.\nThat is all.",
+        [NOT_JSON + "1, column 1", "CSV"],
+    ),
     ("YAML", "- question: Is it?\n  context: It is.\n", [NOT_JSON + "1"]),
     ("XML", "<records><record/></records>", [NOT_JSON + "1"]),
     ("a web page of an error", "<!DOCTYPE html><html><title>404</title></html>", [NOT_JSON + "1"]),
@@ -171,8 +179,8 @@ NAMED_FILES = [  # description, the file's bytes or text, words of its error
     ),
     ("a table in three parts", {"columns": ["question"], "data": [["Is it?"]]}, ["record 1 ('columns') is a list"]),
     ("rows of a viewer", {"rows": [{"row": ONE}]}, ["record 1 ('rows') is a list"]),
-    ("chats", [{"messages": [{"role": "user", "content": "Is it?"}]}], ["record 1: question is missing"]),
-    ("prompts", [{"prompt": "Is it?", "completion": "yes"}], ["record 1: question is missing, context is missing"]),
+    ("chats", [{"messages": [{"role": "user", "content": "Is it?"}]}], ["record 1: ground_truth is missing"]),
+    ("prompts", [{"prompt": "Is it?", "completion": "yes"}], ["record 1: ground_truth is missing", "--answers none"]),
     (
         "names in capitals",
         [{"Question": "a", "Context": "b", "Ground_truth": "yes"}],
@@ -642,7 +650,7 @@ def test_labels_that_look_like_markup_are_shown_as_they_are(capsys, tried):
 
     labels = ("[/b]", "[A]")
     questions = [Question(label, "Which?", "", label) for label in labels]
-    asked = Evaluation(["", ""], [None, "[A]"], grade([None, "[A]"], questions, labels=labels))
+    asked = Evaluation(["", ""], [None, "[A]"], grade([None, "[A]"], questions, labels=labels), [False, True])
     Console().before_and_after(asked, asked, questions)
     printed = capsys.readouterr().out
     assert "recall [/b]" in printed and "recall [A]" in printed

@@ -351,7 +351,6 @@ def test_every_call_that_opens_a_model_says_whether_its_code_is_trusted():
         (file, "trust_remote_code" in options)
         for file, name, options in calls()
         if name in {f"{auto}.{verb}" for auto in AUTO for verb in ("from_pretrained", "from_config")}
-        and file != "embedded.py"  # our own wheel, with a GGUF file and no code
     ]
     assert len(opened) >= 5 and all(stated for _, stated in opened), opened
 
@@ -401,7 +400,8 @@ def test_a_nasty_text_is_printed_as_text(text, capsys, monkeypatch, tried):
 def test_a_label_is_text_in_the_table_too(label, tried):
     made, written = console()
     questions = [Question(id="1", text="Q?", context="C.", label=label)]
-    result = Evaluation(texts=[""], answers=[label], grades=grade([label], questions, labels=(label, "b")))
+    grades = grade([label], questions, labels=(label, "b"))
+    result = Evaluation(texts=[""], answers=[label], grades=grades, right=[True])
     made.before_and_after(result, result, questions)
     assert f"recall {escape_control_chars(label)}" in written.getvalue()
     tried("nasty texts", "printed as text")

@@ -125,3 +125,5 @@ def test_training_leaves_the_policys_entropies_behind():
     assert not kept.requires_grad and not kept[~mask].any()
     policy.eval()(rows)
     assert policy.entropies is kept  # a reference never pays for them
+    policy.train()(rows, entropy_gradient=True)
+    assert policy.entropies.requires_grad

@@ -129,12 +129,12 @@ def test_the_seed_decides_the_adapter_and_disturbs_nothing_else(folders):
 def test_the_reference_is_the_base_and_later_the_adapter_of_that_moment(folders, bits):
     policy, batch = policy_on(folders["qwen2"], **BITS[bits]), rows()
     base = policy(batch).detach()
-    first = make_reference(policy, "adapter")
+    first = make_reference(policy, "adapter", store=None)
     assert kl_floor(policy, first, batch) == 0
     memory = [p.data_ptr() for p in policy.parameters()]
     shake(policy)
     moved = policy(batch).detach()
-    second = make_reference(policy, "adapter")
+    second = make_reference(policy, "adapter", store=None)
     shake(policy)
     assert torch.equal(first(batch), base) and torch.equal(second(batch), moved)
     assert not torch.equal(policy(batch), moved)

@@ -38,7 +38,8 @@ def finished(folder: Path, *, answers: dict[str, list[str | None]] = ANSWERS, **
 
 
 def evaluated(answers, questions, labels):
-    return Evaluation([TEXT.format(a) for a in answers], answers, grade(answers, questions, labels=labels))
+    right = [answer == question.label for answer, question in zip(answers, questions, strict=True)]
+    return Evaluation([TEXT.format(a) for a in answers], answers, grade(answers, questions, labels=labels), right)
 
 
 def earned(texts, questions):

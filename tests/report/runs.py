@@ -113,7 +113,8 @@ def said(yes: bool) -> str:
 
 def evaluation(texts: list[str], questions: list[Question]) -> Evaluation:
     answers = [FORM.parse(text).answer for text in texts]
-    return Evaluation(texts, answers, grade(answers, questions, labels=FORM.labels))
+    right = [answer == question.label for answer, question in zip(answers, questions, strict=True)]
+    return Evaluation(texts, answers, grade(answers, questions, labels=FORM.labels), right)
 
 
 def earned(texts: list[str], questions: list[Question]) -> Rewards:

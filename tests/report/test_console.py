@@ -174,7 +174,8 @@ def test_before_and_after_carry_interval_test_and_baseline():
     questions = [Question(id=str(i), text="?", context="", label=label) for i, label in enumerate(labels)]
 
     def answered(answers):
-        return Evaluation(answers, answers, grade(answers, questions, labels=("yes", "no")))
+        right = [answer == question.label for answer, question in zip(answers, questions, strict=True)]
+        return Evaluation(answers, answers, grade(answers, questions, labels=("yes", "no")), right)
 
     before, after = answered([None] * 10), answered(["yes"] * 10)
     made, written = console(terminal=False)

@@ -3,8 +3,8 @@
 import json
 import re
 
-from grpo_ds.report.figures import UNKNOWN, change_line, confidence_rows, grade_rows
-from grpo_ds.report.held_out import compared, grades, write_held_out
+from grpo_ds.report.figures import UNKNOWN, confidence_rows, grade_rows, mean_change_lines
+from grpo_ds.report.held_out import grades, paired_tests, write_held_out
 from grpo_ds.report.key_figures import grades_table, tiles
 from grpo_ds.report.model_card import write_card
 from grpo_ds.report.page import page
@@ -48,16 +48,16 @@ def test_every_figure_has_a_row_by_hand():
 def test_a_side_without_probabilities_is_said_to_be_unknown_and_two_have_no_rows():
     assert rows(evaluation(), AFTER)["mean p(right)"] == [UNKNOWN, "0.750"]
     assert not [name for name in rows(evaluation(), evaluation()) if "p(right)" in name or "lean" in name]
-    assert compared(QUESTIONS, evaluation(), AFTER) == {}
+    assert [*paired_tests(QUESTIONS, evaluation(), AFTER)] == ["mcnemar"]
 
 
 def test_the_change_is_a_line_with_interval_and_test():
     # Changes 0.4, 0.3, 0.1, 0.2: all sixteen flips, of which two reach the sum.
-    found = compared(QUESTIONS, BEFORE, AFTER)
+    found = paired_tests(QUESTIONS, BEFORE, AFTER)
     low, high = found["p_right_change_interval"]
-    assert change_line(found) == (
+    assert mean_change_lines(found) == [
         f"Change of mean p(right): +0.250, 95 % interval {low:+.3f} to {high:+.3f}, paired test p = 0.125"
-    )
+    ]
     assert 0.1 <= low < 0.25 < high <= 0.4
 
 

@@ -1,13 +1,14 @@
 """Lax figures stand below the strict ones, with what each parser takes for the answer."""
 
 from grpo_ds.report.lax import HEADING, lax_block, lax_lines
+from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.grading import grade
 from grpo_ds.task.lax import PARSERS, lax_grades
 from grpo_ds.task.questions import Question
 
 QUESTIONS = [Question(str(i), f"Is it {i}?", "", label) for i, label in enumerate(["yes", "yes", "no"])]
 STRICT = grade([None, "yes", None], QUESTIONS, labels=("yes", "no"))
-LAX = lax_grades(["Yes.", "yes", "I do not know."], ["yes or no? "] * 3, QUESTIONS, labels=("yes", "no"))
+LAX = lax_grades(["Yes.", "yes", "I do not know."], ["yes or no? "] * 3, QUESTIONS, AnswerFormat())
 
 
 def figures(line):

@@ -57,11 +57,14 @@ def test_it_stands_beside_what_training_changed(tmp_path):
     assert rows["trained on"] == ["questions drawn from 40"] and rows["source"] == ["quiz.json"]
     assert rows["loss_type"] == ["grpo"] and "lora_r" not in rows
     text = (tmp_path / "run" / "README.md").read_text()
-    assert (
-        "the 50.0% of always giving the most common label" in text
-        and "p = 1.000" in text
-        and "Not medical advice" in text
-    )
+    assert "the 50.0% of always giving the most common label" in text and "p = 1.000" in text
+
+
+@pytest.mark.parametrize(("subject", "warns"), [("biomedical", True), ("", False), ("chess", False)])
+def test_it_warns_of_medical_use_if_the_questions_are_biomedical(tmp_path, subject, warns):
+    text = write_card(finished(tmp_path / "run", subject=subject)).read_text()
+    assert ("Not medical advice" in text) == ("no diagnosis" in text) == warns
+    assert (f"You answer {subject} questions".replace("  ", " ")) in text
 
 
 @pytest.mark.parametrize(("after", "warned"), [(["yes"] * 6, True), (["yes", "no"] * 3, False)])

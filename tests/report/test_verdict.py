@@ -13,7 +13,7 @@ from grpo_ds.commands.settle import settle
 from grpo_ds.models.presets import PRESETS
 from grpo_ds.report import verdict
 from grpo_ds.report.evidence import Evidence
-from grpo_ds.report.verdict import EASY, FORM, FORM_ONLY, NOTHING, PART, TASK, WORSE, judge
+from grpo_ds.report.verdict import EASY, FORM, FORM_ONLY, NOTHING, PAID, PART, RIGHT, TASK, WORSE, judge
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.saved_config import write_config
 from tests.conftest import check_example
@@ -59,6 +59,43 @@ def test_the_headline_says_what_was_learned(before, after, tests, headline):
     found = judge(known(grades(*before), grades(*after), **tests))
     assert found.headline == headline and len(found.aspects) == 4
     assert [aspect.partition(":")[0] for aspect in found.aspects] == ["Form", "Accuracy", "Lean", "Reasoning"]
+
+
+def right(accuracy, well_formed=1.0):
+    interval = [accuracy - 0.1, accuracy + 0.1]
+    return {"count": 100, "accuracy": accuracy, "accuracy_interval": interval, "well_formed": well_formed}
+
+
+def paid(reward):
+    return {"count": 100, "mean_reward": reward, "mean_reward_interval": [0, 1], "mean_rewards": {"brief": reward}}
+
+
+OF_OTHER_ANSWERS = [  # kind, before, after, tests, headline
+    ("number", right(0.1), right(0.3), {"mcnemar": 0.001}, RIGHT),  # no majority has to be beaten
+    ("text", right(0.1, 0.2), right(0.3), {"mcnemar": 0.001}, RIGHT),
+    ("number", right(0.1, 0.2), right(0.15), {"mcnemar": 0.4}, FORM),
+    ("number", right(0.3), right(0.1), {"mcnemar": 0.001}, WORSE),
+    ("text", right(0.95), right(0.97), {"mcnemar": 0.6}, EASY),
+    ("none", paid(0.1), paid(0.4), {"reward_change": 0.3, "reward_p_value": 0.001}, PAID),
+    ("none", paid(0.4), paid(0.1), {"reward_change": -0.3, "reward_p_value": 0.001}, WORSE),
+    ("none", paid(0.1), paid(0.4), {"reward_change": 0.3, "reward_p_value": 0.2}, NOTHING),
+    ("none", paid(0.1), paid(0.1), {}, NOTHING),
+]
+
+
+@pytest.mark.parametrize(("kind", "before", "after", "tests", "headline"), OF_OTHER_ANSWERS)
+def test_other_answers_than_labels_are_judged_by_what_fits_them(kind, before, after, tests, headline):
+    pay = "rewards/brief/mean" if kind == "none" else "rewards/correctness/mean"
+    steps = [{"reward": 0.1, pay: 0.1, "completions/mean_length": 9.0, "frac_reward_zero_std": 1.0}] * 4
+    summary = {"parameters": 135_000_000}
+    found = judge(known(before, after, steps=steps, config={"answers": kind}, summary=summary, **tests))
+    assert found.headline == headline
+    names = [aspect.partition(":")[0] for aspect in found.aspects]
+    assert names == (["Reward", "Length"] if kind == "none" else ["Form", "Accuracy", "Reasoning"])
+    said = " ".join([*found.aspects, *map(str, found.causes), found.outlook, *found.changes])
+    assert not any(word in said for word in ("label", "coin", "expected", "correctness"))
+    so_far = judge(known(before, {}, config={"answers": kind})).headline
+    assert ("mean reward of 100" in so_far) == (kind == "none") and "majority" not in so_far
 
 
 def test_a_run_that_learned_the_task_has_no_causes_though_its_groups_agree_by_now():

@@ -7,11 +7,12 @@ import pytest
 from transformers import TrainerState
 
 from grpo_ds.errors import CheckpointError
-from grpo_ds.run_folder.inputs import BASE, PROMPTS
+from grpo_ds.run_folder.inputs import BASE, PROMPTS, _hash, question_key
 from grpo_ds.run_folder.progress import STATE_FILE, Progress, current_names
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.grading import graded
 from grpo_ds.task.questions import Question
+from grpo_ds.task.scoring import Rewards
 
 PROGRESS = Progress(
     max_steps=40, identity={"the questions": "5ec2"}, global_step=20, log_history=[{"step": 20, "reward": None}],
@@ -86,6 +87,29 @@ def test_held_out_answers_before_training_are_found_for_the_questions_of_now():
     progress.before = ["yes", "no"]  # of an older version: in the order of the questions
     assert progress.answered_before([one, two]) == {one: "yes", two: "no"}
     assert progress.answered_before([one, two, three]) == {}
+
+
+def test_rewards_before_training_are_kept_if_they_are_the_grade():
+    none = AnswerFormat(kind="none")
+    asked = [Question(str(i), f"Write {i}.", "", "") for i in range(2)]
+    rewards = Rewards([1.5, 0.0], {"brief": [1.0, 0.0], "cites": [0.5, None]})
+    before, progress = graded(["a", "b"], asked, none).rewarded(rewards), Progress(max_steps=9)
+    progress.keep_before(asked, before)
+    progress = Progress(max_steps=9, before=progress.before, before_more=json.loads(json.dumps(progress.before_more)))
+    assert progress.evaluation_before(progress.answered_before(asked), none) == before
+    other = Question("2", "Write 2.", "", "")
+    progress.before[question_key(other)] = "c"  # its rewards are not known
+    assert progress.evaluation_before(progress.answered_before([*asked, other]), none).earned is None
+
+
+def test_questions_of_before_other_answers_existed_keep_their_key():
+    asked = Question("1", "Is it?", "", "yes")
+    assert question_key(asked) == _hash(["1", "Is it?", "", "yes"])
+    others = [
+        replace(asked, accepted=("yes", "aye")),
+        replace(asked, messages=({"role": "user", "content": "Is it?"},)),
+    ]
+    assert len({question_key(question) for question in (asked, *others)}) == 3
 
 
 OLDER = {

@@ -57,6 +57,13 @@ TYPED = [
     ({"max_prompt_length": 2000}, "--pack_tokens 1500", (UsageError, ["pack_tokens is 1500", "2299"])),
     (SHORT, "--pack_tokens 500 --beta 0.5", (CheckpointError, ["--beta is 0.5, but was 0.04"])),
     ({"num_iterations": 2}, "--num_steps 200", (CheckpointError, ["--num_steps is 200, but was 100"])),
+    ({}, "--max_steps 200", None),
+    (
+        {"lr_scheduler_type": "linear"},
+        "--max_steps 200",
+        (CheckpointError, ["--num_steps is 200, but was 100"]),
+    ),
+    ({"warmup_ratio": 0.1}, "--num_train_epochs 2", (CheckpointError, ["--num_train_epochs is 2.0, but was None"])),
     ({}, "--model elsewhere", (CheckpointError, ["--model is elsewhere, but was"])),
     ({}, "--reward_funcs format", (CheckpointError, ["--reward_funcs is format"])),  # of an older version
 ]

@@ -7,6 +7,7 @@ from typing import Literal, get_origin
 
 import pytest
 import torch
+from transformers import get_scheduler
 
 from grpo_ds.core import advantages, losses
 from grpo_ds.errors import RewardError
@@ -20,10 +21,12 @@ from grpo_ds.run_folder.progress import Progress
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.flags import all_flags
 from grpo_ds.settings.values import kind_of
+from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.own_rewards import own_reward
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import score
 from grpo_ds.training.collect import expected_reward
+from grpo_ds.training.rollout import advantages_of
 from tests.conftest import load_unchecked
 
 ZEROS, MASK = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
@@ -47,7 +50,7 @@ def plan(choice):
 
 
 def reference(choice):
-    make_reference(SimpleNamespace(model=None), choice)
+    make_reference(SimpleNamespace(model=None), choice, store=lambda: None)
 
 
 def score_with_a_function_that_fails(choice):
@@ -58,10 +61,17 @@ def track(choice):
     trackers._make(choice, Path(), {}, Progress(max_steps=1))
 
 
+def aggregate(choice):
+    advantages_of(None, None, "group", 0.0, aggregation=choice)
+
+
 USES = {
     "loss_type": [weigh],
     "kl_estimator": [estimate],
     "scale_rewards": [standardise],
+    "multi_objective_aggregation": [aggregate],
+    "lr_scheduler_type": [lambda choice: get_scheduler(choice, None)],
+    "answers": [lambda choice: AnswerFormat(kind=choice).wanted],
     "answer_reward": [lambda choice: expected_reward(TrainConfig(answer_reward=choice), {})],
     "reference": [plan, reference],
     "completion_format": [lambda choice: own_reward(lambda completions: [], (), choice)],

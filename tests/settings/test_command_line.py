@@ -1,18 +1,19 @@
 """Flags in groups, and the order in which defaults, recipes and typed flags win."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 from grpo_ds.commands.ask import QuestionConfig
 from grpo_ds.commands.evaluate import GradingConfig
 from grpo_ds.commands.select import SelectConfig
-from grpo_ds.commands.settle import settle
+from grpo_ds.commands.settle import settle, with_epochs
 from grpo_ds.errors import MAX_LINES, CheckpointError, UsageError
 from grpo_ds.models.presets import EMBEDDED, PRESETS
 from grpo_ds.run_folder.resume import flags_of
 from grpo_ds.settings.command_line import parse
-from grpo_ds.settings.config import AskConfig, TrainConfig
+from grpo_ds.settings.config import AskConfig, EvaluateConfig, TrainConfig
 from grpo_ds.settings.flags import HEADINGS, Flags, all_flags, flags_by_heading
 from grpo_ds.settings.saved_config import CONFIG_FILE
 
@@ -64,7 +65,7 @@ def test_help_shows_the_flags_below_headings(config_type, headings, capsys):
 
 def test_every_flag_is_in_one_group_and_has_a_line_of_help():
     names = [flag.name for flag in all_flags(TrainConfig)]
-    assert len(names) == len(set(names)) == 79
+    assert len(names) == len(set(names)) == 96
     assert set(flags_by_heading(TrainConfig)) == set(HEADINGS)
     assert all(flag.metadata["help"] for flag in all_flags(TrainConfig))
 
@@ -81,6 +82,7 @@ def test_every_group_reports_its_problems():
     groups = [group for group in TrainConfig.__mro__ if issubclass(group, Flags) and "problems" in vars(group)]
     assert [group for group in groups if group is not Flags and not set(changed) & vars(group).keys()] == [
         TrainConfig,  # overlong_buffer: what concerns several groups
+        EvaluateConfig,  # eval_misled and eval_samples beside answers
         AskConfig,  # few_shot
     ]
 
@@ -93,6 +95,59 @@ def test_typed_flags_win_over_a_recipe_and_a_recipe_over_defaults():
     config = parsed.config({"num_steps": 14, "max_completion_length": 48, "no_flag_of_ours": 1}, model="mine")
     assert (config.num_steps, config.max_completion_length, config.seed, config.model) == (7, 48, 0, "mine")
     assert parsed.typed == {"num_steps"}
+
+
+def test_a_recipe_gives_way_to_the_kind_of_the_answers_and_to_a_warm_up_of_ones_own():
+    def settings(*argv):
+        return parse(TrainConfig, [*argv], about="").config(LAPTOP)
+
+    usual = settings()
+    assert (usual.reward_funcs, usual.prefill, usual.few_shot) == ("correctness,format,bare_label", True, 2)
+    assert (usual.warmup_steps, usual.warmup_ratio) == (4, 0.0)
+    numbers = settings("--answers", "number", "--warmup_ratio", "0.5")
+    assert (numbers.reward_funcs, numbers.warmup_steps, numbers.warmup_ratio) == ("correctness,format", 0, 0.5)
+    prompts = settings("--answers", "none", "--reward_funcs", "rewards.py:mine")
+    assert (prompts.reward_funcs, prompts.prefill) == (str(Path("rewards.py").resolve()) + ":mine", False)
+
+
+def test_the_length_of_a_run_may_be_said_with_trls_flags(tmp_path):
+    (tmp_path / "a.yaml").write_text("num_steps: 40\nnum_iterations: 1\n")
+    parsed = parse(TrainConfig, ["--config", str(tmp_path / "a.yaml"), "--max_steps", "7"], about="")
+    for config in (parsed.config(), parsed.config(LAPTOP)):
+        assert (config.num_steps, config.max_steps, config.total_steps) == (7, None, 7)
+    config = parse(TrainConfig, ["--num_train_epochs", "1.5"], about="").config(LAPTOP)
+    assert config.num_train_epochs == 1.5
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--max_steps", "7", "--num_steps", "7"], "num_steps and max_steps both say"),
+        (["--max_steps", "7", "--num_train_epochs", "1"], "max_steps and num_train_epochs both say"),
+        (["--max_steps", "7", "--num_iterations", "2"], "max_steps is for one iteration"),
+        (["--max_steps", "0"], "num_steps must be 1 or more"),
+        (["--num_train_epochs", "0"], "num_train_epochs is 0.0; it must be more than 0"),
+        (["--warmup_steps", "1", "--warmup_ratio", "0.1"], "warmup_steps and warmup_ratio exclude each other"),
+        (["--warmup_steps", "-1"], "warmup_steps must be"),
+        (["--warmup_ratio", "10"], "warmup_ratio must be a share"),
+    ],
+)
+def test_a_length_or_a_warm_up_that_cannot_be_is_named(argv, words):
+    assert words in error_of(parse(TrainConfig, argv, about="").config)
+
+
+def test_epochs_become_steps_when_the_questions_are_counted(monkeypatch):
+    """2 epochs of 33 questions, 2 a step: 33 steps; on 3 ranks 11. A share of them is warm-up, of mu updates each."""
+    monkeypatch.setattr("grpo_ds.commands.settle.gpu_memory_gib", lambda: None)
+    flags = ["--num_train_epochs", "2", "--warmup_ratio", "0.1", "--mu", "2", "--lr_scheduler_type", "linear"]
+    settled = settle(["--model", EMBEDDED, "--batch_size", "2", *flags])
+    assert with_epochs(settled, 33).config.num_steps == 33
+    assert with_epochs(settled, 33).config.num_train_epochs is None
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    done = with_epochs(settled, 33)
+    assert (done.config.num_steps, done.job.config.num_steps) == (11, 11)
+    assert (done.job.ds.total_steps, done.job.ds.warmup_steps, done.job.ds.schedule) == (22, 3, "linear")
+    assert with_epochs(settle(["--model", EMBEDDED]), 33).config.num_steps == LAPTOP["num_steps"]
 
 
 def test_values_are_checked_with_the_recipe_and_not_before():
@@ -144,7 +199,7 @@ def test_words_that_make_no_sense_are_named(argv, words):
     ("saved", "words"),
     [
         ("num_steps: many\n", ["num_steps is 'many'"]),
-        ("reference: int4\nepsilon_high: wide\n", ["one of auto, int8, llm.int8", "epsilon_high is 'wide'"]),
+        ("reference: int4\nepsilon_high: wide\n", ["one of auto, int8, streamed, llm.int8", "epsilon_high is 'wide'"]),
         ("loss_type:\nseed: null\n", ["loss_type is null", "seed is null"]),
         ("no_flag_of_ours: 1\nmu:\n", ["mu is null"]),
     ],

@@ -218,6 +218,31 @@ def test_a_schedule_is_filled_and_deepspeed_builds_it(resolve, name):
     getattr(lr_schedules, name)(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-5), **params)
 
 
+@pytest.mark.parametrize(
+    ("kind", "warmup", "schedule"),
+    [
+        ("constant", 0, None),
+        ("constant", 3, "constant_with_warmup"),
+        ("constant_with_warmup", 0, None),
+        ("linear", 0, "linear"),
+        ("cosine", 3, "cosine"),
+    ],
+)
+def test_a_schedule_of_the_flags_is_named_unless_the_rate_never_changes(resolve, kind, warmup, schedule):
+    config = resolve(zero2(), fill=replace(SIZES, lr_scheduler_type=kind, warmup_steps=warmup))
+    assert (config.schedule, config.warmup_steps, config.has_scheduler) == (schedule, warmup, False)
+
+
+def test_a_schedule_in_the_json_takes_the_flags_warm_up_and_no_second_schedule(resolve):
+    json = zero2({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}})
+    config = resolve(json)
+    assert (config.schedule, config.warmup_steps) == (None, 3)
+    recipe = replace(SIZES, lr_scheduler_type="linear")  # a schedule that nobody typed gives way
+    assert resolve(json, fill=recipe).schedule is None
+    message = message_of(resolve, json, fill=recipe, typed={"lr_scheduler_type"})
+    assert "scheduler is in it, but --lr_scheduler_type linear was given: keep one" in message
+
+
 # --- mistakes are named, all at once --------------------------------------------------------------------
 
 BAD_VALUES = [

@@ -17,7 +17,7 @@ from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.data_flags import MODEL_NAMES
 from grpo_ds.settings.flags import all_flags
-from grpo_ds.settings.saved_config import CONFIG_FILE, SYSTEM_PROMPT_FILE, prompt_recipe, write_config
+from grpo_ds.settings.saved_config import CONFIG_FILE, SYSTEM_PROMPT_FILE, prompt_recipe, split_recipe, write_config
 from grpo_ds.settings.shipped import DS_JSONS
 
 pytestmark = pytest.mark.faults("relative paths, ~, a changed working folder")
@@ -140,6 +140,16 @@ def test_a_saved_config_finds_the_copy_of_its_system_prompt_wherever_it_is_moved
     typed = parse(TrainConfig, ["--config", os.path.relpath(moved / CONFIG_FILE)], about="").given
     for settings in (typed, prompt_recipe(moved), flags_of(moved)):
         assert Path(settings["system_prompt"]) == moved / SYSTEM_PROMPT_FILE
+
+
+def test_a_model_of_a_version_without_subjects_keeps_its_biomedical_prompt(tmp_path):
+    write_config(TrainConfig(system_prompt=""), tmp_path)
+    assert prompt_recipe(tmp_path)["system_prompt"] == flags_of(tmp_path)["system_prompt"] == ""
+    assert prompt_recipe(tmp_path)["subject"] is None
+    older = [line for line in (tmp_path / CONFIG_FILE).read_text().splitlines() if not line.startswith("subject")]
+    (tmp_path / CONFIG_FILE).write_text("\n".join(older))
+    assert prompt_recipe(tmp_path)["subject"] == flags_of(tmp_path)["subject"] == "biomedical"
+    assert "subject" not in split_recipe(tmp_path)  # it must not hide the subject that prompt_recipe knows
 
 
 def test_a_system_prompt_that_changes_during_a_run_is_saved_as_it_was_read(tmp_path):

@@ -87,11 +87,18 @@ def test_null_can_be_typed_where_it_means_something(flag):
     assert read(flag, "null") is None
 
 
-@every(lambda flag: flag.default != "")
+@every(lambda flag: not (flag.default == "" or flag.metadata.get("may_be_empty")))
 def test_an_empty_text_is_null_as_well(tmp_path, flag):
     """As in --output_dir "$DIR" without a DIR."""
     assert "empty" in refusal(flag, "")
     assert "empty" in refusal(flag, yaml="''", folder=tmp_path)
+
+
+@every(lambda flag: flag.metadata.get("may_be_empty"))
+def test_an_empty_text_may_be_a_setting_of_its_own(tmp_path, flag):
+    """No system prompt at all is not the default one."""
+    assert flag.name in ("system_prompt", "subject") and flag.default is None
+    assert read(flag, "") == read(flag, yaml="''", folder=tmp_path) == ""
 
 
 # Wrong types, and YAML's own readings.
@@ -149,7 +156,7 @@ def test_a_list_is_not_a_text(tmp_path, flag):
 def test_these_flags_are_lists():
     """A flag whose text is split at commas must be a list_flag: if you add one, add it here."""
     assert {flag.name for flag in FLAGS.values() if is_listed(flag)} == {
-        *("labels", "reward_funcs", "reward_weights", "lora_target", "report_to"),
+        *("labels", "units", "reward_funcs", "reward_weights", "lora_target", "report_to"),
     }
     assert [flag.name for flag in FLAGS.values() if "comma" in flag.metadata["help"] and not is_listed(flag)] == []
 
@@ -200,7 +207,7 @@ def values_of(flag):
     return st.none() | values if may_be_null(flag) else values
 
 
-SAVED = [flag for flag in all_flags(TrainConfig) if flag.name not in (*OF_ONE_RUN, "system_prompt")]
+SAVED = [flag for flag in all_flags(TrainConfig) if flag.name not in (*OF_ONE_RUN, "system_prompt", "max_steps")]
 
 
 SOME = st.lists(st.sampled_from(SAVED).flatmap(lambda flag: st.tuples(st.just(flag.name), values_of(flag)))).map(dict)

@@ -171,7 +171,7 @@ def test_a_lean_leaves_the_auc_alone_and_two_labels_alone_have_one():
 
 def test_of_equally_many_votes_the_first_drawn_counts_and_no_answer_has_none():
     sampled = [["no", "yes", "yes"], ["no", "yes", None], [None, None, None], ["yes", "maybe", "maybe"]]
-    votes = count_votes(sampled, QUESTIONS)  # yes right, no right, none, maybe right
+    votes = count_votes(sampled, QUESTIONS, AnswerFormat(LABELS))  # yes right, no right, none, maybe right
     assert (votes.samples, votes.vote_accuracy) == (3, 0.75)
     assert votes.vote_accuracy_interval == grading.wilson_interval(3, 4)
 

@@ -89,7 +89,7 @@ def prompts_of(questions):
 def test_with_our_prompt_in_front_every_model_says_yes(answer):
     """The prompt names both labels, so the accuracy is the share of yes, whatever is answered."""
     questions = questions_with(["yes"] * 62 + ["no"] * 38)
-    grades = lax_grades([answer] * 100, prompts_of(questions), questions, labels=LABELS)["any_label_with_prompt"]
+    grades = lax_grades([answer] * 100, prompts_of(questions), questions, FORMAT)["any_label_with_prompt"]
     assert (grades.accuracy, grades.well_formed, grades.predicted) == (0.62, 1.0, {"yes": 100, "no": 0})
     assert grades.recall == {"yes": 1.0, "no": 0.0} and grades.collapsed
 
@@ -97,7 +97,7 @@ def test_with_our_prompt_in_front_every_model_says_yes(answer):
 def test_with_our_prompt_in_front_a_model_that_knows_everything_is_no_better():
     questions = questions_with(["yes"] * 62 + ["no"] * 38)
     texts = [FORMAT.write("It fell.", q.label) for q in questions]
-    lax = lax_grades(texts, prompts_of(questions), questions, labels=LABELS)
+    lax = lax_grades(texts, prompts_of(questions), questions, FORMAT)
     assert graded(texts, questions, FORMAT).grades.accuracy == 1.0
     assert {name: its.accuracy for name, its in lax.items()} == {
         "last_label": 1.0, "any_label": 1.0, "any_label_with_prompt": 0.62,
@@ -107,7 +107,7 @@ def test_with_our_prompt_in_front_a_model_that_knows_everything_is_no_better():
 def test_each_parser_is_graded_as_its_answers_are():
     questions = questions_with(["yes", "yes", "no", "no"])
     texts, prompts = ["Yes.", "no", "eyes", GOOD], ["", "yes or no? ", "", "yes or no? "]
-    lax = lax_grades(texts, prompts, questions, labels=LABELS)
+    lax = lax_grades(texts, prompts, questions, FORMAT)
     read = {
         "last_label": ["yes", "no", None, "no"],
         "any_label": [None, "no", "yes", "no"],
@@ -119,4 +119,4 @@ def test_each_parser_is_graded_as_its_answers_are():
 
 def test_a_prompt_for_each_text():
     with pytest.raises(ValueError, match="argument 2 is longer"):
-        lax_grades(["yes"], [], questions_with(["yes"]), labels=LABELS)
+        lax_grades(["yes"], [], questions_with(["yes"]), FORMAT)

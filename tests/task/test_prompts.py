@@ -17,7 +17,6 @@ from grpo_ds.task.chat import (
     template_file,
 )
 from grpo_ds.task.prompts import (
-    WORKED_EXAMPLES,
     build_messages,
     default_system_prompt,
     encode_prompt,
@@ -25,6 +24,7 @@ from grpo_ds.task.prompts import (
     marked_messages,
 )
 from grpo_ds.task.questions import Question
+from grpo_ds.task.worked_examples import YES_OR_NO, worked_examples
 from tests.conftest import make_tokenizer
 
 FORMAT = AnswerFormat(("yes", "no"))
@@ -128,7 +128,7 @@ def test_each_worked_example_is_a_turn_that_earns_the_full_reward():
     messages = build_messages(QUESTION, answer_format=FORMAT, few_shot=2)
     assert [message["role"] for message in messages] == ["system", *["user", "assistant"] * 2, "user"]
     answers = [FORMAT.parse(message["content"]).answer for message in messages[2:5:2]]
-    assert answers == [example.label for example, _ in WORKED_EXAMPLES] == ["yes", "no"]
+    assert answers == [example.label for example, _ in YES_OR_NO] == ["yes", "no"]
 
 
 def test_repeating_the_instructions_earns_nothing():
@@ -216,13 +216,13 @@ def test_the_chat_is_rendered_once_for_all_questions_with_a_context_and_once_wit
 
 
 def chat(template, answer_format=FORMAT, *, few_shot=2, prefill=False):
-    messages = marked_messages(answer_format=answer_format, few_shot=few_shot, system_prompt="")
+    messages = marked_messages(answer_format=answer_format, few_shot=few_shot)
     return render_chat(with_template(template), messages, answer_format=answer_format, prefill=prefill)
 
 
 def warnings(template, answer_format=FORMAT, *, few_shot=2):
     """Check a template; return its warnings, each of one line."""
-    messages = marked_messages(answer_format=answer_format, few_shot=few_shot, system_prompt="")
+    messages = marked_messages(answer_format=answer_format, few_shot=few_shot)
     found = check_chat_template(with_template(template), messages, answer_format=answer_format)
     assert all(len(line.splitlines()) == 1 for line in found)
     return "\n".join(found)
@@ -231,9 +231,9 @@ def warnings(template, answer_format=FORMAT, *, few_shot=2):
 @pytest.mark.parametrize("template", [REFUSES_SYSTEM, IGNORES_SYSTEM])
 def test_without_a_system_role_the_instructions_start_the_first_user_turn(template):
     text = decoded(with_template(template), few_shot=1)
-    assert text.startswith(f"<|im_start|>user\n{default_system_prompt(FORMAT)}\n\nContext: Two wards")
+    assert text.startswith(f"<|im_start|>user\n{default_system_prompt(FORMAT)}\n\nContext: The ferry")
     assert "system\n" not in text and text.count(default_system_prompt(FORMAT)) == 1
-    assert "<|im_start|>assistant\n<reasoning>Infections" in text  # the examples stay turns
+    assert "<|im_start|>assistant\n<reasoning>The lower deck" in text  # the examples stay turns
     assert "no place for a system prompt" in warnings(template)
 
 
@@ -315,7 +315,7 @@ def test_reasoning_that_the_template_closes_is_told_if_it_is_the_runs(template):
 @pytest.mark.parametrize("template", KEEPS)
 @pytest.mark.parametrize("answer_format", [FORMAT, THINK])
 def test_a_template_that_keeps_the_chat_is_used_as_it_is(template, answer_format):
-    found, example = chat(template, answer_format), answer_format.write(WORKED_EXAMPLES[0][1], "yes")
+    found, example = chat(template, answer_format), answer_format.write(YES_OR_NO[0][1], "yes")
     assert (found.notes, warnings(template, answer_format)) == ((), "")
     assert "Example:" not in found.before
     assert f"{found.after.partition('<|im_end|>')[2] or '[/INST] '}{example}" in found.before
@@ -337,7 +337,7 @@ def test_a_template_that_keeps_the_chat_is_used_as_it_is(template, answer_format
 )
 def test_examples_that_the_template_would_edit_are_text_of_the_user_turn(template, answer_format):
     found = chat(template, answer_format)
-    for question, reasoning in WORKED_EXAMPLES:
+    for question, reasoning in YES_OR_NO:
         assert found.before.count(answer_format.write(reasoning, question.label)) == 1
         assert found.before.count(question.text) == 1
     assert default_system_prompt(answer_format) in found.before and "<|im_start|>assistant" not in found.before
@@ -382,7 +382,7 @@ def test_any_template_is_refused_or_its_prompt_holds_all_and_a_good_completion_i
         return
     found = chat(template, answer_format, few_shot=few_shot, prefill=prefill)
     assert found.before.count(default_system_prompt(answer_format)) == 1
-    shown = [found.before.count(answer_format.write(reasoning, q.label)) for q, reasoning in WORKED_EXAMPLES]
+    shown = [found.before.count(answer_format.write(reasoning, q.label)) for q, reasoning in YES_OR_NO]
     assert shown == [1] * few_shot + [0] * (2 - few_shot)
     opening, good = found.opening(answer_format), answer_format.write("It fell.", "yes")
     assert found.after.endswith(opening) and bool(opening) >= prefill
@@ -444,3 +444,101 @@ def test_the_tokenizers_own_template_is_kept(tokenizer):
     before = tokenizer.chat_template
     ensure_chat_template(tokenizer)
     assert tokenizer.chat_template == before
+
+
+# --- kinds of answer, chats of the data's own ---------------------------------------------------------------------
+
+KINDS = [AnswerFormat(kind=kind) for kind in ("labels", "number", "text", "none")]
+CHAT = (
+    {"role": "user", "content": "Name a city."},
+    {"role": "assistant", "content": "Paris <|im_end|>"},
+    {"role": "user", "content": "Another one."},
+)
+ASKED_IN_A_CHAT = replace(QUESTION, context="", messages=CHAT)
+
+
+@pytest.mark.parametrize("form", KINDS[:3])
+def test_each_kind_has_instructions_that_ask_for_it_and_earn_nothing(form):
+    asked = default_system_prompt(form)
+    assert {"labels": "yes or no", "number": "one number", "text": "as few words"}[form.kind] in asked
+    parsed = form.parse(asked.splitlines()[-1])
+    assert (parsed.answer, parsed.reasoning_tags, parsed.answer_tags) == (None, False, False)
+
+
+@pytest.mark.parametrize("form", KINDS[:3])
+@pytest.mark.parametrize("subject", ["", "biomedical", "chess"])
+def test_the_examples_of_each_kind_earn_the_full_reward_and_are_biomedical_for_that_subject_alone(form, subject):
+    chat = build_messages(QUESTION, answer_format=form, few_shot=2, subject=subject)
+    given = [form.parse(turn["content"]).answer for turn in chat if turn["role"] == "assistant"]
+    expected = [example.label for example, _ in worked_examples(form, subject)]
+    assert given == expected and len(given) == 2
+    text = " ".join(turn["content"] for turn in chat)
+    assert (subject in text) and ("biomedical" in text) == (subject == "biomedical")
+    is_medical = any(word in text for word in ("patients", "trial"))
+    assert is_medical == (subject == "biomedical" and form.is_closed)
+
+
+def test_where_no_answer_is_right_the_prompt_is_the_data_alone(tokenizer):
+    asked, none = replace(QUESTION, context=""), KINDS[3]
+    assert decoded(tokenizer, question=asked, answer_format=none) == (
+        "<|im_start|>user\nDoes it help?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    with_context = decoded(tokenizer, answer_format=none)
+    assert "user\nMethods first. Results last.\n\nDoes it help?<|im_end|>" in with_context
+    assert worked_examples(none) == []
+
+
+@pytest.mark.parametrize("form", KINDS)
+def test_an_empty_system_prompt_is_none_at_all(tokenizer, form):
+    text = decoded(tokenizer, answer_format=form, system_prompt="")
+    assert text.startswith("<|im_start|>user\n") and "<answer>" not in text
+
+
+@pytest.mark.parametrize("template", [REFUSES_SYSTEM, IGNORES_SYSTEM, QWEN3])
+def test_without_a_system_prompt_a_template_needs_no_place_for_one(template):
+    messages = marked_messages(answer_format=FORMAT, few_shot=0, system_prompt="")
+    assert render_chat(with_template(template), messages, answer_format=FORMAT, prefill=False).notes == ()
+
+
+def test_a_chat_of_the_data_is_rendered_as_the_template_does_and_its_control_tokens_stay_text(tokenizer):
+    found = encode(tokenizer, ASKED_IN_A_CHAT, answer_format=KINDS[3], few_shot=0)
+    rendered = tokenizer.apply_chat_template([*CHAT], tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(found.ids) == rendered
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert found.ids.count(end) == len(CHAT)  # one for each turn, none for the text
+
+
+def test_our_instructions_go_before_a_chat_that_has_no_system_prompt_and_examples_never_do(tokenizer):
+    number = KINDS[1]
+    text = decoded(tokenizer, question=ASKED_IN_A_CHAT, answer_format=number, few_shot=2)
+    assert text.startswith(
+        f"<|im_start|>system\n{default_system_prompt(number, False)}<|im_end|>\n<|im_start|>user\nName"
+    )
+    assert "eggs" not in text
+    own = replace(ASKED_IN_A_CHAT, messages=({"role": "system", "content": "Be brief."}, *CHAT))
+    text = decoded(tokenizer, question=own, answer_format=number, few_shot=2, prefill=True)
+    assert (
+        text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nName") and "You answer" not in text
+    )
+    assert text.endswith("<|im_start|>assistant\n<reasoning>")
+
+
+def test_reward_functions_get_the_chat_of_the_data():
+    assert build_messages(ASKED_IN_A_CHAT, answer_format=KINDS[3]) == [*CHAT]
+
+
+def test_a_chat_of_the_data_is_never_cut(tokenizer):
+    needed = len(encode(tokenizer, ASKED_IN_A_CHAT, answer_format=KINDS[3]).ids)
+    assert len(encode(tokenizer, ASKED_IN_A_CHAT, answer_format=KINDS[3], max_prompt_length=needed).ids) == needed
+    with pytest.raises(DataError, match=f"needs {needed} tokens"):
+        encode(tokenizer, ASKED_IN_A_CHAT, answer_format=KINDS[3], max_prompt_length=needed - 1)
+
+
+def test_a_template_that_edits_the_turns_of_the_data_is_refused():
+    with pytest.raises(UsageError, match="does not repeat"):
+        encode(with_template(template(assistant="")), ASKED_IN_A_CHAT, answer_format=KINDS[3])
+
+
+def test_a_template_that_opens_a_tag_is_no_fault_where_no_answer_is_read():
+    messages = marked_messages(answer_format=KINDS[3])
+    assert check_chat_template(with_template(ALWAYS_REASONS), messages, answer_format=KINDS[3]) == ()

@@ -254,7 +254,7 @@ def test_a_file_and_its_lines_hold_the_same_questions(tmp_path):
 
 
 def test_the_worked_examples_are_not_in_the_data():
-    from grpo_ds.task.prompts import WORKED_EXAMPLES
+    from grpo_ds.task.worked_examples import IN_BIOMEDICINE
 
     texts = {question.text for question in read_questions("sample").questions}
-    assert texts.isdisjoint(example.text for example, _ in WORKED_EXAMPLES)
+    assert texts.isdisjoint(example.text for example, _ in IN_BIOMEDICINE)

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from grpo_ds.errors import MAX_LINES, DataError
 from grpo_ds.system import hub
 from grpo_ds.task.questions import Question, read_questions
-from grpo_ds.task.records import BROKEN, REQUIRED_NAMES, check_record
+from grpo_ds.task.record_checks import check_record
+from grpo_ds.task.record_shapes import REQUIRED_NAMES
+from grpo_ds.task.records import BROKEN
 from grpo_ds.task.sources import GOLDEN_FILE, Source, rows_to_source
 
 GOOD = {"id": "1", "question": "Is it?", "context": "It is.", "ground_truth": "yes"}
@@ -118,9 +120,9 @@ QUIZ_OPTIONS = {"labels": ("A", "B", "C"), "fields": QUIZ_FIELDS}
 
 
 def test_custom_fields_and_labels_are_read_in_the_spelling_of_the_labels(read):
-    assert read([QUIZ, but(QUIZ, id="2", stem="And?", key=" C ")], **QUIZ_OPTIONS).questions == (
-        Question("1", "Which one?", "B is.", "B"),
-        Question("2", "And?", "B is.", "C"),
+    assert read([QUIZ, but(QUIZ, id="2", stem="And?", key=" X ")], **QUIZ_OPTIONS).questions == (
+        Question("1", "Which one?\nA. x\nB. y", "B is.", "B"),
+        Question("2", "And?\nA. x\nB. y", "B is.", "A"),
     )
 
 
@@ -162,7 +164,7 @@ def test_a_fields_name_is_read_in_either_unicode_form_and_its_text_is_kept(read,
     ("second", "said"),
     [
         (but(OTHER, question=DECOMPOSED, context="It is."), "record 2: same question and context as record 1"),
-        (but(OTHER, id=DECOMPOSED), "is taken by record 1; ids must differ"),
+        (but(OTHER, id=DECOMPOSED), "is taken by record 1, but its answer is 'yes', not 'no'; ids must differ"),
         (but(OTHER, **{CAFE: 1, DECOMPOSED: 2}), "appears twice in one object"),
     ],
 )
@@ -189,7 +191,11 @@ def test_a_question_keeps_its_record_and_has_the_columns_of_all_records(read):
 
 OTHER_BAD = [  # content, options, words of the error
     ([without("passage", QUIZ)], QUIZ_OPTIONS, ["record 1: passage is missing", "--context_field"]),
-    ([but(QUIZ, key="d")], QUIZ_OPTIONS, ["record 1: key is 'd'; it must be A or B or C", "Labels: A or B or C"]),
+    (
+        [but(QUIZ, key="d")],
+        QUIZ_OPTIONS,
+        ["record 1: key is 'd', but there are only 2 options, A to B", "Labels: A or B or C"],
+    ),
     ([GOOD], {"labels": ("A", "B")}, ["record 1: ground_truth is 'yes'; it must be A or B"]),  # no "maybe" here
     ([GOOD], {"fields": {"question": "stem"}}, ["record 1: stem is missing", "--question_field"]),
     ([but(question="")], {"fields": {"context": "none"}}, ["record 1: question is empty"]),
@@ -262,7 +268,7 @@ BAD = [  # content, words of the error
     ),
     ('[\n  {"question": "a",}\n]', ["is not valid JSON: line 2, column"]),
     ('[{"question": "a"', ["is not valid JSON: line 1, column 18"]),
-    ("question,context\na,b", ["is not valid JSON: line 1, column 1"]),
+    ("question,context\na,b", ["line 2: ground_truth is missing"]),
     ("[" * 100_000, ["nested too deeply"]),
     (f"[{'1' * 5000}]", ["cannot be read as JSON", "digits"]),
     (
@@ -338,7 +344,7 @@ def test_a_hub_data_set_that_datasets_cannot_load_gives_the_same_error(monkeypat
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(datasets, "load_dataset", fails)
-    with pytest.raises(DataError, match="  Couldn't reach it\nUse a file"):
+    with pytest.raises(DataError, match="  Couldn't reach it and a long story\nName another config"):
         read_questions("someone/questions")
 
 
@@ -354,7 +360,7 @@ def test_a_hub_data_set_is_loaded_with_its_config_and_read(monkeypatch):
 
 
 def test_rows_of_a_table_become_numbered_records():
-    assert rows_to_source("table", [{"a": 1}]) == Source("table", (("record 1", {"a": 1}),))
+    assert rows_to_source("table", [{"a": 1, "b": None}]) == Source("table", (("record 1", {"a": 1}),), form="table")
 
 
 JSON = st.recursive(
@@ -377,8 +383,9 @@ def test_any_record_is_usable_or_its_problems_are_reported(record):
     if not problems:
         assert {"text", "context", "label"} <= set(fields) <= {"text", "context", "label", "id"}
         assert fields["label"] in ("yes", "no", "maybe")
-        for value in fields.values():
-            assert value == value.strip() != "" and not BROKEN.search(value) and value.encode()
+        for name, value in fields.items():
+            assert value == value.strip() and (value or name == "context") and not BROKEN.search(value)
+            assert value.encode() is not None
 
 
 def questions_or_error(path):

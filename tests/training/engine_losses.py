@@ -22,6 +22,18 @@ from tests.training.engine_steps import DS, GROUP, QUESTIONS, WIDTH, fixed_rollo
 
 TRUNCATED = (0, 4, 5, 10)  # rows that are not counted: three on the first of two ranks, one on the second
 
+OBJECTIVES = {
+    **{loss_type: {"loss_type": loss_type} for loss_type in get_args(LossType)},
+    "entropy_coef": {"entropy_coef": 0.5},
+    "top_entropy_quantile": {"top_entropy_quantile": 0.3},
+    "both without a KL": {"entropy_coef": 0.5, "top_entropy_quantile": 0.3, "beta": 0.0},
+}
+
+
+def objective_of(settings: dict) -> Objective:
+    common = {"beta": 0.1, "kl_estimator": "k3_corrected", "delta": 1.5, "max_completion_length": WIDTH}
+    return Objective(**{**common, **settings})
+
 
 def main(folder: str, out: str, pack_tokens: int) -> None:
     here = ranks.start()
@@ -31,17 +43,15 @@ def main(folder: str, out: str, pack_tokens: int) -> None:
     ds = resolve_ds_config(json_file, fill=DsSizes(1e-3, 0.0, 0.0, 0, 1, share * GROUP, here.size))
     rollout = fixed_rollout(slice(here.rank * share, (here.rank + 1) * share), truncated=TRUNCATED)
     done = {}
-    for loss_type in get_args(LossType):
+    for name, settings in OBJECTIVES.items():
         model = load_policy(folder, dtype=torch.float32, checkpointing=True)
         engine = Engine(LogprobModel(model, vocab_size=259, temperature=1.0, chunk_mib=1), ds)
-        objective = Objective(
-            loss_type=loss_type, beta=0.1, kl_estimator="k3_corrected", delta=1.5, max_completion_length=WIDTH
-        )
+        objective = objective_of(settings)
         # Made-up old log-probs give ratios other than 1 in the first step, before moments are rounded.
         options = {"pack_tokens": pack_tokens, "world": here, "objective": objective}
         tally = update(engine, rollout, Profiler(here.device), old_logprobs=rollout.ref_logprobs, **options).tally
         metrics = tally.means(here.sum(tally.as_tensor()))
-        done[loss_type] = {"weights": {k: v.clone() for k, v in model.state_dict().items()}, "metrics": metrics}
+        done[name] = {"weights": {k: v.clone() for k, v in model.state_dict().items()}, "metrics": metrics}
         engine.close()
     if here.is_first:
         torch.save(done, out)

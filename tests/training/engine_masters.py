@@ -15,12 +15,14 @@ import torch
 from grpo_ds.optim import slices
 from grpo_ds.settings.ds_config import DsSizes, resolve_ds_config
 from grpo_ds.system import ranks
+from grpo_ds.training import engine as engine_module
 from grpo_ds.training.engine import Engine
 
 MODES = {  # name -> (section bf16, settings of AdamW8bit)
     "own staging": ({}, {"share_staging": False}),
     "shared staging": ({}, {}),
     "residual": ({"bf16_master_weights_and_grads": True}, {}),
+    "weights once": ({}, {}),  # as on a card
     "stochastic": ({"bf16_master_weights_and_grads": True}, {"rounding": "stochastic"}),
 }
 
@@ -34,7 +36,7 @@ class Linear(torch.nn.Module):
         shapes = (700,), (300, 64), (5000,), (4,)  # no padding: ZeRO sets it back to 0 on loading
         self.weights = torch.nn.ParameterList(torch.randn(s, generator=g).mul(0.02).bfloat16() for s in shapes)
 
-    def forward(self, step):
+    def forward(self, step, **_):
         g = torch.Generator().manual_seed(step)
         return sum((w * torch.randn(w.shape, generator=g).bfloat16()).sum() for w in self.weights[1:])
 
@@ -49,6 +51,7 @@ def make_engine(mode: str, here: ranks.World, folder: Path) -> Engine:
     }
     file = folder / f"ds{here.rank}.json"
     file.write_text(json.dumps(ds), encoding="utf-8")
+    engine_module.on_card = lambda: mode == "weights once"
     return Engine(Linear(), resolve_ds_config(file, fill=DsSizes(1e-5, 0.01, 0.0, 0, 1, 1, here.size)), seed=here.rank)
 
 

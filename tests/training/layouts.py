@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import torch
 
@@ -32,21 +33,23 @@ LAYOUTS = {  # name -> (zero_optimization, bf16, settings of AdamW8bit)
 SCHEDULE = {"type": "WarmupLR", "params": {"warmup_num_steps": 5, "warmup_type": "linear", "warmup_min_lr": 5e-4}}
 
 
-def make_engine(model, folder, layout, *, rank=0, ranks=1, fp16=None, clipping="auto"):
+def make_engine(model, folder, layout, *, rank=0, ranks=1, fp16=None, clipping="auto", flags=None):
     """An engine on the model saved in `model`, with a schedule, which shows whether a step was counted.
 
-    fp16: settings of the loss scale; None: the precision is the layout's.
+    fp16: settings of the loss scale; None: the precision is the layout's. flags: sizes that replace the schedule.
     """
     start()
     zero, bf16, params = copy.deepcopy(LAYOUTS[layout])
     optimizer = {"type": "AdamW8bit", "params": {"lr": 1e-3, **params}}
     ds = {"zero_optimization": zero, "bf16": bf16, "optimizer": optimizer, "scheduler": SCHEDULE}
     ds |= {"gradient_clipping": clipping}
+    if flags is not None:
+        del ds["scheduler"]
     if fp16 is not None:
         ds |= {"fp16": {"enabled": True, **fp16}, "bf16": {}}
     file = folder / f"ds{rank}.json"
     file.write_text(json.dumps(ds), encoding="utf-8")
-    resolved = resolve_ds_config(file, fill=DsSizes(1e-3, 0.0, 1.0, 0, 5, 12 // ranks, ranks))
+    resolved = resolve_ds_config(file, fill=replace(DsSizes(1e-3, 0.0, 1.0, 0, 5, 12 // ranks, ranks), **(flags or {})))
     policy = load_policy(str(model), dtype=DTYPES[resolved.precision], checkpointing=True)
     return Engine(LogprobModel(policy, vocab_size=259, temperature=1.0, chunk_mib=1), resolved)
 

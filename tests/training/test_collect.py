@@ -1,5 +1,7 @@
 """Groups of equal rewards are exchanged, rows stay with their question, and drawing ends."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,3 +61,12 @@ def test_a_group_is_drawn_again_until_its_rewards_differ_or_the_attempts_are_ove
         ):
             assert torch.equal(ids[mask], its)
     assert groups.completions.mask.sum(dim=1).max() == groups.completions.ids.shape[1]  # no column holds only padding
+
+
+def test_with_gdpo_a_group_is_drawn_again_only_if_every_reward_is_equal():
+    """Right in no form and wrong in form earn the same sum, and two different advantages."""
+    groups = groups_at(0, [0, 1], {0: 9, 1: 9})
+    by_name = {"right": [1.5, 0.5, 1.0, 1.0, 1.0, 1.0], "form": [0.0, 1.0, 0.5, 0.5, 0.5, 0.5]}
+    groups = replace(groups, rewards=Rewards([1.5] * 6, by_name))
+    assert groups.without_spread() == [0, 1]
+    assert groups.without_spread(by_name=True) == [1]

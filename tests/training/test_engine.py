@@ -8,15 +8,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
 
 from grpo_ds.core.losses import grpo_loss, token_weights
-from grpo_ds.core.objective import LossType
 from grpo_ds.core.pick import NOWHERE
 from tests.core.test_packing import alone
+from tests.training.engine_losses import OBJECTIVES, TRUNCATED, objective_of
 from tests.training.engine_steps import OBJECTIVE, fixed_rollout
 
 
@@ -128,18 +127,53 @@ def test_two_ranks_take_the_same_step_as_one(run_steps, settings):  # an adapter
 def every_loss(tiny_folder, tmp_path_factory):
     """One step with every objective on 1 and on 2 ranks; completions of uneven length, some not counted."""
     done = {}
-    for ranks in (1, 2):
+    for ranks, pack_tokens in ((1, 74), (2, 74), (1, 0)):  # 74: two groups a backward, which bnpo needs too
         out = tmp_path_factory.mktemp("losses") / "state.pt"
-        run_ranks("engine_losses.py", tiny_folder, out, 74, ranks=ranks)  # two groups a backward, which bnpo needs too
-        done[ranks] = torch.load(out, weights_only=True)
+        run_ranks("engine_losses.py", tiny_folder, out, pack_tokens, ranks=ranks)
+        done[ranks if pack_tokens else "whole"] = torch.load(out, weights_only=True)
     return done
 
 
-@pytest.mark.parametrize("loss_type", get_args(LossType))
-def test_two_ranks_take_the_same_step_as_one_with_every_objective(every_loss, loss_type):
-    one, two = (every_loss[ranks][loss_type] for ranks in (1, 2))
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_two_ranks_take_the_same_step_as_one_with_every_objective(every_loss, name):
+    one, two = (every_loss[ranks][name] for ranks in (1, 2))
     assert one["metrics"] == pytest.approx(two["metrics"], rel=1e-4, abs=1e-6)
     assert_same(one, two, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "bnpo"])  # a mean over micro-batches
+def test_a_split_batch_takes_the_same_step_as_a_whole_one_with_every_objective(every_loss, name):
+    split, whole = (every_loss[way][name] for way in (1, "whole"))
+    assert split["metrics"] == pytest.approx(whole["metrics"], rel=1e-4, abs=1e-6)
+    assert_same(split, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["entropy_coef", "top_entropy_quantile", "both without a KL"])
+@pytest.mark.parametrize("way", [1, 2, "whole"])
+def test_entropies_have_the_gradient_that_plain_autograd_says(every_loss, tiny_folder, name, way):
+    """Full logits of one completion after another: no packed rows, no chunks, no backwards, no ranks."""
+    from transformers import Qwen2ForCausalLM
+
+    model, objective = Qwen2ForCausalLM.from_pretrained(tiny_folder), objective_of(OBJECTIVES[name])
+    rollout = fixed_rollout(slice(0, 4), truncated=TRUNCATED)
+    losses, entropies = [], []
+    for b in rollout.counted.any(dim=1).nonzero().flatten().tolist():
+        ids, prompt = rollout.completions.ids[b][rollout.counted[b]], rollout.prompts[b // 3]
+        logprobs = model(torch.cat([prompt, ids])[None]).logits[0, len(prompt) - 1 : -1, :259].log_softmax(dim=-1)
+        policy, ref = logprobs[torch.arange(len(ids)), ids], rollout.ref_logprobs[b, : len(ids)]
+        ratio, d, a = (policy - ref).exp(), ref - policy, rollout.advantages[b]
+        surrogate = torch.minimum(ratio.clamp(max=1.5) * a, ratio.clamp(0.8, 1.2) * a)
+        losses.append(torch.stack([-surrogate, objective.beta * ratio * (d.exp() - d - 1)]) / len(ids) / 8)
+        entropies.append(-(logprobs.exp() * logprobs).sum(dim=-1))
+    (surrogates, kl), entropies = torch.cat(losses, dim=1), torch.cat(entropies)
+    chosen = entropies >= entropies.detach().quantile(1 - objective.top_entropy_quantile)
+    loss = surrogates[chosen].sum() + kl.sum() - objective.entropy_coef * entropies[chosen].mean()
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    metrics = every_loss[way][name]["metrics"]
+    assert metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+    assert metrics["loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
+    assert metrics["entropy"] == pytest.approx(float(entropies.detach().mean()), rel=1e-5)
 
 
 def test_ranks_that_draw_different_numbers_of_times_train_together(tiny_folder, tmp_path):
@@ -158,7 +192,7 @@ def test_ranks_that_draw_different_numbers_of_times_train_together(tiny_folder, 
 
 def test_objectives_differ(every_loss):
     norms = {round(run["metrics"]["grad_norm"], 5) for run in every_loss[1].values()}
-    assert len(norms) == len(get_args(LossType))
+    assert len(norms) == len(OBJECTIVES)
     assert every_loss[1]["grpo"]["metrics"]["clip_ratio/region_mean"] > 0.1  # else the ratios are not tested
 
 
@@ -243,6 +277,12 @@ def test_smaller_masters_take_the_same_steps_bit_by_bit(masters):
             # ZeRO rounds ties of fp32 to even, the split away from zero: one weight in 65,536 may differ by a bit
             different = rank[mode]["straight"]["weights"] != wanted["weights"]
             assert different.double().mean() < 1e-3
+
+
+def test_flattened_and_cloned_in_ram_as_for_a_card_they_are_the_same_bit_by_bit(masters):
+    for rank in masters:
+        for part, wanted in rank["shared staging"]["straight"].items():
+            assert torch.equal(rank["weights once"]["straight"][part], wanted)
 
 
 def test_stochastic_masters_stay_near_and_differ(masters):

@@ -60,6 +60,12 @@ def test_every_loss_passes(engine, loss_type):
     check(engine, objective=Objective(loss_type=loss_type, beta=0.0, max_completion_length=5), pack_tokens=35)
 
 
+@pytest.mark.parametrize("pack_tokens", [0, 35])
+def test_an_entropy_bonus_passes(engine, pack_tokens):
+    objective = Objective(beta=0.0, entropy_coef=0.1, max_completion_length=5)
+    check(engine, objective=objective, pack_tokens=pack_tokens)
+
+
 def test_a_model_that_does_not_pack_passes(engine):
     engine.policy.packs = False
     check(engine)

@@ -46,6 +46,8 @@ KINDS = {
         "ds_configs/zero2.json",
         False,
     ),
+    "streamed reference": ({"reference": "streamed"}, "ds_configs/zero2.json", False),
+    "streamed reference in bf16": ({"reference": "streamed"}, LOWRAM, True),
     "llm.int8 reference": ({"reference": "llm.int8"}, "ds_configs/zero2.json", False),
     "no reference, dynamic sampling": ({"beta": 0.0, "dynamic_sampling": 2, "mu": 3}, "ds_configs/zero2.json", False),
     "evaluated on the way": ({"eval_steps": 1}, "ds_configs/zero2.json", False),
