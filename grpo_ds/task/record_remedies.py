@@ -1,4 +1,4 @@
-"""What to do about records that cannot be used: the flag that reads them if there is one, else a record that works."""
+"""Find remedies for records that cannot be used: the flag that reads them if there is one, else a record that works."""
 
 import shlex
 from collections import Counter

@@ -46,7 +46,7 @@ OTHERS = {  # flags of other programs, and of commands that take no config
     *("hostfile", "num_gpus", "num_nodes", "nnodes", "nproc_per_node", "include", "master_port", "module"),
     *("local_rank", "no-deps", "install", "shutdown", "logdir", "project", "tasks", "model_args", "version"),
     *("output", "id", "query-gpu", "format", "device", "steps", "series"),
-    *("no-index", "target", "docs", "stage", "rounds", "python", "cuda"),  # of pip and of benchmarks/
+    *("no-index", "no-binary", "target", "docs", "stage", "rounds", "python", "cuda"),  # of pip and of benchmarks/
     *("dtype", "preset", "completion"),
     *("port", "max-model-len", "enable-lora", "max-lora-rank", "lora-modules", "outtype", "outfile", "jinja", "merge"),
 }  # fmt: skip

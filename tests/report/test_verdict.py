@@ -154,7 +154,7 @@ def test_a_run_that_has_not_ended_says_what_is_known_so_far():
     assert judge(Evidence([], {}, {}, {})).headline == "No held-out answers were compared."
 
 
-SIZES = [("smollm2-135m", "135M", "form"), ("qwen2.5-0.5b", "494M", "coin"), ("qwen2.5-1.5b", "1.5B", "lean")]
+SIZES = [("smollm2-135m", "135M", "form"), ("qwen2.5-0.5b", "494M", "chance"), ("qwen2.5-1.5b", "1.5B", "lean")]
 
 
 @pytest.mark.parametrize(("model", "size", "expected"), SIZES)
