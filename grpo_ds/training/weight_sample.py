@@ -25,12 +25,11 @@ def sampled_weights(model: nn.Module) -> Float[Tensor, " N"]:
 
 
 def _sample(weights: Sequence[Tensor]) -> Float[Tensor, " N"]:
-    trained = [it.flatten() for it in weights]
-    every = max(1, sum(map(len, trained)) // SAMPLED) | 1  # odd: an even distance could always meet the same column
+    every = max(1, sum(map(torch.numel, weights)) // SAMPLED) | 1  # odd: an even distance could meet the same column
     picked, passed = [], 0
-    for weights in trained:
-        picked.append(weights[-passed % every :: every])
-        passed += len(weights)
+    for tensor in weights:
+        picked.append(tensor.flatten()[-passed % every :: every])
+        passed += tensor.numel()
     return torch.cat(picked).float().cpu()
 
 
