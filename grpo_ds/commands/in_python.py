@@ -7,6 +7,7 @@ raised (grpo_ds/errors.py), never exited with.
 import asyncio
 import gc
 import os
+import random
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -96,7 +97,14 @@ def train(
         )
     try:
         with ExitStack() as put_back:
-            for kept in (called_from_python, _environment_kept, _event_loop_hidden, _folder_released, _group_left):
+            for kept in (
+                called_from_python,
+                _environment_kept,
+                _random_kept,
+                _event_loop_hidden,
+                _folder_released,
+                _group_left,
+            ):
                 put_back.enter_context(kept())
             named = put_back.enter_context(_passed_functions(reward_funcs))
             run = begin(_parsed(config or TrainConfig(), data, named), _source(data))
@@ -216,6 +224,16 @@ def _environment_kept() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _random_kept() -> Iterator[None]:
+    """Put Python's own random state back: libraries draw names of files from it. A run draws from its own streams."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 @contextmanager

@@ -43,11 +43,15 @@ WAYS: dict[str, dict[str, Any]] = {
     "LoRA": {"lora_r": 16},
     "QLoRA": {"lora_r": 16, "load_in_4bit": True},
 }
-SIGNS = (
-    "GPU, RAM: GiB at the peak, and the phase of a step that needs it; !: more than there is. reference: the frozen\n"
-    "copy that KL compares with (int8: on the card, in 8 bits; streamed: from its files; bf16-cpu: in RAM; none:\n"
-    "--beta 0). All with gradient checkpointing, which a run leaves out if it has room; docs/memory.md has the rest."
-)
+REFERENCES = {
+    "int8": "on the card, in 8 bits",
+    "llm.int8": "the same by bitsandbytes",
+    "streamed": "from its files",
+    "bf16": "on the card",
+    "bf16-cpu": "in RAM",
+    "adapter": "the policy's own base",
+    "none": "--beta 0",
+}
 MEASURED = (
     "Measured on two CPU cores with bf16: `make train`, 22 steps and both evaluations, takes five to six minutes."
 )
@@ -105,7 +109,7 @@ def main(argv: list[str]) -> None:
     for line in opening(answers, gpu, ram, card):
         console.print(Text(escape_control_chars(line)))
     console.print(overview(found, gpu, ram))
-    console.print(Text(SIGNS))
+    console.print(Text(signs(found)))
     if one:
         shown = chosen or found[0]
         title = f"{shown.job.shape.name}, {shown.ds_file}, reference {shown.reference}"
@@ -241,6 +245,17 @@ def overview(found: list[Candidate], gpu: float, ram: float) -> Table:
         last = after is None or after.job.shape != candidate.job.shape
         table.add_row(*(Text(escape_control_chars(cell)) for cell in (*names, *cells, answer)), end_section=last)
     return table
+
+
+def signs(found: list[Candidate]) -> str:
+    """Explain the columns and the words of the table."""
+    references = [kind for kind in REFERENCES if kind in {candidate.reference for candidate in found}]
+    return (
+        "GPU, RAM: GiB at the peak, and the phase of a step that needs it; !: more than there is.\n"
+        "reference, the frozen copy that KL compares with: "
+        f"{'; '.join(f'{kind} {REFERENCES[kind]}' for kind in references)}.\n"
+        "All with gradient checkpointing, which a run leaves out if it has room; docs/memory.md has the rest."
+    )
 
 
 def advice(found: list[Candidate], chosen: Candidate | None, typed: str, gpu: float, ram: float) -> str:
