@@ -96,26 +96,26 @@ def train(
             "A run is in progress in this process. Wait for it, or start the other one in its own process."
         )
     try:
-        with ExitStack() as put_back:
-            for kept in (
-                called_from_python,
-                _environment_kept,
-                _random_kept,
-                _event_loop_hidden,
-                _folder_released,
-                _group_left,
-            ):
-                put_back.enter_context(kept())
-            named = put_back.enter_context(_passed_functions(reward_funcs))
-            run = begin(_parsed(config or TrainConfig(), data, named), _source(data))
-            try:
-                finish(run)
-                return TrainedRun(run.folder, list(run.progress.log_history))
-            finally:
-                run.close()
+        return _trained(config or TrainConfig(), data, reward_funcs)
     finally:
         _running.release()
-        gc.collect()  # the engine is in cycles: its memory is free for what comes next
+        _free_memory()
+
+
+def _trained(config: TrainConfig, data: Any, reward_funcs: Any) -> TrainedRun:
+    with ExitStack() as put_back:
+        for kept in (
+            *(called_from_python, _environment_kept, _random_kept),
+            *(_event_loop_hidden, _folder_released, _group_left),
+        ):
+            put_back.enter_context(kept())
+        named = put_back.enter_context(_passed_functions(reward_funcs))
+        run = begin(_parsed(config, data, named), _source(data))
+        try:
+            finish(run)
+            return TrainedRun(run.folder, list(run.progress.log_history))
+        finally:
+            run.close()
 
 
 # --- arguments --------------------------------------------------------------------------------------------------
@@ -263,3 +263,10 @@ def _group_left() -> Iterator[None]:
     finally:
         if engine := sys.modules.get("grpo_ds.training.engine"):
             engine.leave_group()
+
+
+def _free_memory() -> None:
+    """Free the run's memory for what comes next: its engine is in cycles, and torch keeps blocks of the card."""
+    gc.collect()
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
