@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from grpo_ds.settings.command_line import REMEDY, Parsed
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.flags import all_flags
 from grpo_ds.settings.values import read_values
+from grpo_ds.system.busy_machine import watch_cores
 from grpo_ds.system.invocation import called_from_python
 from grpo_ds.task.records import describe
 from grpo_ds.task.sources import Source, rows_to_source
@@ -39,6 +40,7 @@ OF_A_SHELL = {
     "plan": "grpo-ds train --plan prints it",
     "num_seeds": "call train once for each seed: dataclasses.replace(config, seed=1)",
 }
+watch_cores_once = cache(watch_cores)  # as every command does: a run is faster beside other programs
 _running = threading.Lock()  # a process has one process group, and one handler for each signal
 
 
@@ -109,6 +111,7 @@ def _trained(config: TrainConfig, data: Any, reward_funcs: Any) -> TrainedRun:
             *(_event_loop_hidden, _folder_released, _group_left),
         ):
             put_back.enter_context(kept())
+        watch_cores_once()
         named = put_back.enter_context(_passed_functions(reward_funcs))
         run = begin(_parsed(config, data, named), _source(data))
         try:
