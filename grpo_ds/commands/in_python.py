@@ -98,7 +98,7 @@ def train(
             "A run is in progress in this process. Wait for it, or start the other one in its own process."
         )
     try:
-        return _trained(config or TrainConfig(), data, reward_funcs)
+        return _trained(TrainConfig() if config is None else config, data, reward_funcs)
     finally:
         _running.release()
         _free_memory()
