@@ -89,3 +89,12 @@ def test_the_reward_of_the_page_pays_thirty_words():
     scope = {}
     exec(re.search(r"^```python\n(.*?)^```", PAGE, re.M | re.S)[1], scope)
     assert scope["about_30_words"](["word " * 30, "word " * 15, ""]) == [1.0, 0.5, 0.0]
+
+
+def test_the_pages_say_one_range_of_cards():
+    pages = [*(ROOT / "docs").glob("*.md"), ROOT / "ds_configs" / "README.md", ROOT / "setup.cfg"]
+    others = {"the_recipe.md"}  # of another project
+    found = {page.name: re.findall(r"(\d+)(?:-| to )24 GB", page.read_text(encoding="utf-8")) for page in pages}
+    assert {name: least for name, least in found.items() if least and name not in others} == {
+        name: ["12"] for name in ("comparison.md", "README.md", "setup.cfg")
+    }
