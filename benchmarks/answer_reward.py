@@ -1,6 +1,7 @@
 """Noise of the gradient with a drawn and with an expected answer: the same questions, completions and weights.
 
-usage: python benchmarks/answer_reward.py [--model smollm2-135m] [--data sample] [--questions 8] [--redraws 64] [--layers N]
+usage: python benchmarks/answer_reward.py [--model smollm2-135m] [--data sample] [--questions 8] [--redraws 64]
+    [--layers N]
 
 The completions of the same questions are drawn again and again, without a step. Each draw gives two gradients, of
 --answer_reward sampled and expected, from one forward pass. Printed: total variance of each over the draws, its
