@@ -67,9 +67,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=8)
     parser.add_argument("--num_generations", type=int, default=8)
     parser.add_argument("--redraws", type=int, default=64)
-    parser.add_argument(
-        "--layers", type=int, default=0, help="the last ones, whose gradient is taken; 0: all weights"
-    )
+    parser.add_argument("--layers", type=int, default=0, help="the last ones, whose gradient is taken; 0: all weights")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
     typed = parser.parse_args()
     config = TrainConfig(
