@@ -91,18 +91,17 @@ def marked_messages(*, answer_format: AnswerFormat, has_context: bool = True, **
 def default_system_prompt(answer_format: AnswerFormat, has_context: bool = True, subject: str = "") -> str:
     """The default instructions; "" if no answer is right: the task is then the data's own.
 
-    A model that repeats their placeholders ("...", "yes|no", "number") earns nothing.
+    A model that repeats the placeholders of the form earns nothing.
     """
-    labels, kind = answer_format.labels, answer_format.kind
-    if kind == "none":
+    if answer_format.kind == "none":
         return ""
-    how, placeholder = {
-        "labels": (f"First reason briefly, then answer with {' or '.join(labels)}.", "|".join(labels)),
-        "number": ("First reason step by step, then answer with one number alone.", "number"),
-        "text": ("First reason briefly, then answer in as few words as possible.", "..."),
-    }[kind]
+    how = {
+        "labels": f"First reason briefly, then answer with {answer_format.wanted}.",
+        "number": "First reason step by step, then answer with one number alone.",
+        "text": "First reason briefly, then answer in as few words as possible.",
+    }[answer_format.kind]
     questions, source = f"{subject} questions".strip(), " from the given context" * has_context
-    form = answer_format.write("...", placeholder)
+    form = answer_format.write(*answer_format.placeholders)
     return f"You answer {questions}{source}. {how} Reply in exactly this form:\n{form}"
 
 
