@@ -57,7 +57,8 @@ class QuestionFlags(Flags):
     interactive: bool = flag(False, "type questions one after another; default: at a terminal, if no question is given")
     json: bool = flag(
         False,
-        "print a JSON object per line: id, question, reasoning, answer, text; broken_rule, label, right, trained_on if known",
+        "print a JSON object per line: id, question, reasoning, answer, text; label, right, trained_on if known; "
+        "broken_rule if it is out of form",
     )
 
     def problems(self) -> list[str]:

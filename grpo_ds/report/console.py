@@ -28,6 +28,7 @@ from grpo_ds.task.questions import Question
 from grpo_ds.terminal import escape_control_chars
 
 SAMPLES = 4
+SHOWN_ENDS = 700, 500  # characters of a prompt: instructions and beginning, question and end
 STALE_NOTE = (
     "Freed memory is kept for the next step, so the peak of a phase may include memory of a larger phase before it; "
     "{} measures each phase alone."
@@ -122,6 +123,14 @@ class Console:
     def plan(self, plan: Plan, gpu_gib: float | None, ram_gib: float) -> None:
         """Print the planned memory of each phase."""
         self._rich.print(phase_table(plan, gpu_gib, ram_gib))
+
+    def prompt(self, question: str, text: str, *, tokens: int) -> None:
+        """Print the first prompt as the model reads it, without its middle if it is long. question: its id."""
+        shown = text
+        if (left_out := len(text) - sum(SHOWN_ENDS)) > 0:
+            begin, end = SHOWN_ENDS
+            shown = f"{text[:begin]} [... {left_out} characters ...] {text[-end:]}"
+        self.line(f"The first prompt, question {question}, {tokens} tokens:\n{shown}")
 
     def samples(self, rows: Sequence[dict[str, Any]]) -> None:
         """Print the first completions with their rewards, before any update."""

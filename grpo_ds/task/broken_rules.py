@@ -1,7 +1,6 @@
 """Names of the rule of the answer contract that a completion breaks: for people, never for rewards."""
 
 import re
-
 from collections import Counter
 from collections.abc import Iterable
 
