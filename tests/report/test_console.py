@@ -15,7 +15,8 @@ from grpo_ds.report.held_out import grades
 from grpo_ds.report.live import LOSS_NOTE, above_floor, clock, sparkline
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import resolve_ds_config
-from grpo_ds.task.grading import Evaluation, grade
+from grpo_ds.task.answers import AnswerFormat
+from grpo_ds.task.grading import Evaluation, grade, graded
 from grpo_ds.task.questions import Question
 from tests.training.test_training import ROOT
 
@@ -161,8 +162,9 @@ def test_a_completion_out_of_form_says_which_rule_it_breaks():
     made.samples([ROW, {**ROW, "broken_rule": "text after the answer"}])
     assert written.getvalue().count("reward 2.00 (correctness 2.00)  text after the answer\n") == 1
     question = Question(id="1", text="?", context="", label="yes")
-    texts = ["yes", "<reasoning></reasoning><answer>yes</answer>", "no", FORM.write("So.", "yes")]
-    made.grades("Before training", graded(texts, [question] * 4, FORM))
+    form = AnswerFormat()
+    texts = ["yes", form.write("", "yes"), "no", form.write("So.", "yes")]
+    made.grades("Before training", graded(texts, [question] * 4, form))
     assert written.getvalue().splitlines()[-1] == "Ill-formed: 2 x no tags; 1 x empty reasoning"
 
 

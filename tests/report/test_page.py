@@ -85,8 +85,8 @@ def test_a_browser_shows_all_of_it_in_the_window_and_asks_for_nothing_else(brows
     assert shown["wide"] == width and shown["overflow"] == 0 and shown["beyond"] == []
     assert [label.partition(".")[0] for label in shown["charts"]] == CHARTS
     assert shown["chartFont"] >= 10  # pixels: legible
-    for words in ("Held-out questions", "Completions during training", "Settings and machine", "Versions"):
-        assert words in shown["text"]
+    for title in ("Held-out questions", "Completions during training", "Settings and machine", "Versions"):
+        assert title in shown["text"]
 
 
 def test_light_and_dark_differ_in_page_text_and_lines(browser, finished, tmp_path):
