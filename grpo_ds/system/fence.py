@@ -55,10 +55,10 @@ def random_kept() -> Iterator[None]:
             numpy.random.set_state(of_numpy)
         if torch:
             torch.set_rng_state(of_torch)
+            if of_cards:
+                torch.cuda.set_rng_state_all(of_cards)
         elif torch := sys.modules.get("torch"):  # loaded by the call: back to where its numbers begin
             torch.manual_seed(torch.initial_seed())
-        if of_cards:
-            torch.cuda.set_rng_state_all(of_cards)
 
 
 def by_ctrl_c(error: BaseException) -> bool:
