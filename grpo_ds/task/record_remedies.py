@@ -2,27 +2,24 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 from grpo_ds.task.answers import AnswerKind
-from grpo_ds.task.numbers import number_of
+from grpo_ds.task.numbers import UNIT, number_of
 from grpo_ds.task.options import options_of, right_letter
 from grpo_ds.task.record_shapes import has_options, names_of
 from grpo_ds.task.records import NO_CONTEXT, Unusable, quote
 from grpo_ds.task.right_answers import final_answer
-from grpo_ds.task.sources import ACCEPTED, FORMS, Source
+from grpo_ds.task.sources import EXAMPLES, Source
 from grpo_ds.task.spelling import label_key
 
 MOST_LABELS, LONGEST_LABEL = 10, 20  # of answers that could be labels
+MOST_UNITS = 5
+AROUND_UNITS = "0123456789.,/%+-\u2212 "
 SHOWN_FIELDS = 8
 FLAGS = "--question_field, --context_field NAME|none, --label_field"
-EXAMPLES: dict[AnswerKind, str] = {
-    "labels": ACCEPTED,
-    "number": f'Records: {{"question": "...", "answer": "42", or "...\\n#### 42" as in GSM8K}}, {FORMS}.',
-    "text": f'Records: {{"question": "...", "answer": "a text", or a list of accepted texts}}, {FORMS}.',
-    "none": f'Records: {{"prompt": "..."}}, or turns {{"role", "content"}} as "prompt" or "messages", {FORMS}.',
-}
 WORDS = {  # role -> words that data sets in several languages use for it, without case
     "question": ("question", "frage", "pregunta", "domanda", "problem", "query", "input", "instruction", "prompt"),
     "label": ("answer", "label", "antwort", "respuesta", "risposta", "solution", "target", "output", "answerkey"),
@@ -31,37 +28,73 @@ WORDS = {  # role -> words that data sets in several languages use for it, witho
 
 
 def remedy_for(
-    source: Source, labels: Sequence[str], given: Mapping[str, str], answers: AnswerKind, *, mostly_bad: bool
+    source: Source,
+    labels: Sequence[str],
+    given: Mapping[str, str],
+    answers: AnswerKind,
+    *,
+    mostly_bad: bool,
+    label_needed: bool = True,
 ) -> str:
     """Return the line below the problems of a source. mostly_bad: fewer than half of its records can be used."""
     records = [record for _, record in source.records if isinstance(record, dict)]
+    if not records and any(isinstance(value, list) for _, value in source.records):
+        return f"Save the list of records alone, without an object around it. {EXAMPLES[answers]}"
     if records and not any(names_of(record, given, answers=answers).question in record for record in records):
-        return _fields_line(records) + source.advice
+        return _fields_line(records, source.advice)
+    if label_needed and answers != "none" and records and not any(_answers(records, given, answers)):
+        return _answer_line(records)
     if mostly_bad and answers == "labels" and (flags := _flags_for_answers(records, given)):
         return flags
-    if source.advice:
-        return source.advice.strip()
+    if mostly_bad and answers == "number" and (units := _units(records, given)):
+        return f"Try --units {shlex.quote(','.join(units))}"
+    if source.problems and source.advice:
+        return source.advice
     if answers == "labels" and (given or not {"yes", "no"} >= set(labels)):
         return f"Labels: {' or '.join(labels)} (--labels). Fields: --question_field, --context_field, --label_field."
     return EXAMPLES[answers]
 
 
-def _fields_line(records: Sequence[Mapping[str, object]]) -> str:
+def _fields_line(records: Sequence[Mapping[str, object]], advice: str) -> str:
     """Name the fields that the records have, and the flags that say which is which."""
-    names = list(dict.fromkeys(str(name) for record in records for name in record))
-    shown = ", ".join(map(quote, names[:SHOWN_FIELDS])) + ", ..." * (len(names) > SHOWN_FIELDS)
-    guessed = {role: next((name for name in names if label_key(name.strip()) in WORDS[role]), None) for role in WORDS}
+    guessed = _guessed(records)
     if guessed["question"] and guessed["label"]:
         typed = {**guessed, "context": guessed["context"] or NO_CONTEXT}
-        return f"Fields: {shown}. Try {' '.join(f'--{role}_field {shlex.quote(str(typed[role]))}' for role in typed)}"
-    return f"Fields: {shown or 'none'}. Name those of question, context and answer: {FLAGS}."
+        flags = " ".join(f"--{role}_field {shlex.quote(str(typed[role]))}" for role in typed)
+        return f"Fields: {_shown(records)}. Try {flags}"
+    return f"Fields: {_shown(records)}. Name those of question, context and answer: {FLAGS}. {advice}".rstrip()
+
+
+def _answer_line(records: Sequence[Mapping[str, object]]) -> str:
+    """Name the fields that the records have, and the flag that says which one is the answer."""
+    name = _guessed(records)["label"]
+    flag = f"Try --label_field {shlex.quote(name)}" if name else "Name the answer's: --label_field"
+    return f"Fields: {_shown(records)}. {flag}, or --answers none if rewards need no answer."
+
+
+def _guessed(records: Sequence[Mapping[str, object]]) -> dict[str, str | None]:
+    """Return role -> the field that has a usual name for it."""
+    names = _names(records)
+    return {role: next((name for name in names if label_key(name.strip()) in WORDS[role]), None) for role in WORDS}
+
+
+def _names(records: Sequence[Mapping[str, object]]) -> list[str]:
+    return list(dict.fromkeys(str(name) for record in records for name in record))
+
+
+def _shown(records: Sequence[Mapping[str, object]]) -> str:
+    names = _names(records)
+    return (", ".join(map(quote, names[:SHOWN_FIELDS])) + ", ..." * (len(names) > SHOWN_FIELDS)) or "none"
+
+
+def _answers(records: Sequence[Mapping[str, Any]], given: Mapping[str, str], answers: AnswerKind) -> Iterator[bool]:
+    """Yield for each record whether it has the field of an answer."""
+    return (names_of(record, given, answers=answers).label in record for record in records)
 
 
 def _flags_for_answers(records: Sequence[Mapping[str, object]], given: Mapping[str, str]) -> str:
     """Name the flag that accepts the answers that are there; "" if the records differ too much."""
     named = [(record, names_of(record, given).label) for record in records]
-    if not any(name in record for record, name in named):
-        return "No record has an answer: name its field (--label_field), or --answers none if rewards need no answer."
     found: Counter[str] = Counter()
     letters: set[str] = set()
     for record, name in named:
@@ -78,3 +111,17 @@ def _flags_for_answers(records: Sequence[Mapping[str, object]], given: Mapping[s
         return f"Answers found: {shown}. Try --labels {shlex.quote(','.join(labels))}"
     kind = "number" if all(number_of(answer) is not None for answer in found) else "text"
     return f"Answers found: {shown}. Try --answers {kind}"
+
+
+def _units(records: Sequence[Mapping[str, object]], given: Mapping[str, str]) -> list[str]:
+    """Return the units that stand beside the records' numbers; none if another answer is not a number, either."""
+    units: dict[str, None] = {}
+    for record in records:
+        with suppress(Unusable):
+            text = final_answer(record.get(names_of(record, given, answers="number").label))
+            unit = text.strip(AROUND_UNITS)
+            if number_of(text) is None and unit not in units:
+                if not UNIT.fullmatch(unit) or "," in unit or number_of(text, [unit]) is None:
+                    return []
+                units[unit] = None
+    return list(units) if len(units) <= MOST_UNITS else []

@@ -203,7 +203,7 @@ BAD = [  # content, options, words of the error
     ),
     (HEAD, {}, ["has no records"]),
     ('sep=;\n"question;answer\n?;yes\n', {}, ["lines 2 to 3: a double quote opens a text here, and none closes it"]),
-    ('sep="\nquestion;answer\n?;yes\n', {}, ["is not valid JSON: line 1, column 1"]),
+    ('sep="\nquestion;answer\n?;yes\n', {}, ["is not valid JSON: line 1, column 1", "Nor is it CSV: the first"]),
     ("question,answer\n6 times 7?,forty\n", NUMBER, ["line 2: answer is 'forty', which is not a number"]),
     (
         "question,options,answer\n?,\"['a', 'b']\",A\n",
@@ -211,7 +211,7 @@ BAD = [  # content, options, words of the error
         ["line 2: options is a text, not a list; a table may hold"],
     ),
     ("question,A,B,answer\n?,a,b,E\n", LABELS, ["line 2: answer is 'E', but there are only 2 options, A to B"]),
-    ("sep=,\nquestion;answer\nIs it?;yes\n", {}, ["Fields: 'question;answer'", "begin the file with a line", "sep=;"]),
+    ("sep=,\nquestion;answer\nIs it?;yes\n", {}, ["Fields: 'question;answer'", "If commas do not", "before it: sep=;"]),
     (
         "frage,x;antwort\nIst es?;ja\nWar es?;nein\n",
         {},
