@@ -92,8 +92,8 @@ def parse_file(name: str, content: bytes, answers: AnswerKind = "labels") -> Sou
     place = f"{name} is not valid JSON: {where_broken(text)}."
     if text.lstrip().startswith(("[", "{")):
         raise DataError(f"{place}\nFix it there. {example}")
-    table = (
-        "the first line names the columns, with commas, semicolons, tabs or | between them, or what sep=^ names before"
+    columns = (
+        "the first line names the columns, parted by commas, semicolons, tabs or |, or by what sep=^ before it says"
     )
     raise DataError(f"{place}\nNor is it CSV: {columns}.\n{example}")
 

@@ -89,7 +89,7 @@ BAD = [  # content, flags, words of the error
     (b"", NUMBER, ["is empty", '"answer": "42"']),
     (b"\xef\xbb\xbf \n", NONE, ["is empty", '{"prompt": "..."}']),
     ("null", TEXT, ["holds null, not records", "a list of accepted texts"]),
-    ("question^answer\n1?^1\n", NUMBER, ["line 1, column 1", "Nor is it CSV", "what sep=^", '"answer": "42"']),
+    ("question^answer\n1?^1\n", NUMBER, ["line 1, column 1", "Nor is it CSV", "what sep=^ before", '"answer": "42"']),
     ("Count to 3.\nCount to 4.\n", NONE, ["Nor is it CSV: the first line names the columns", '{"prompt": "..."}']),
     ('[{"question": "?", "answer": 1},]', NUMBER, ["is not valid JSON: line 1, column 3", "\nFix it there. Records: "]),
     (json.dumps({"train": [GOOD_SUM]}), NUMBER, ["('train') is a list", "Save the list of records alone, without"]),
