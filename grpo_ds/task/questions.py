@@ -54,7 +54,7 @@ def read_questions(
     answers: AnswerKind = "labels",
     units: Sequence[str] = (),
 ) -> QuestionSet:
-    """Read --data (file, hub id, "sample", None for the default). Raises one DataError that names every bad record.
+    """Read --data (file, hub id, "sample", None for the default). Raises one DataError for all bad records.
 
     labels: the answers to keep, if the answers are labels.
     fields: names of a record's fields for "question", "context" and "label"; a name that is not given is detected.

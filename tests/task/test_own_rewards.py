@@ -301,12 +301,12 @@ def test_trls_own_rewards_run_by_their_import_path(entry, rewards):
 
 
 FORMULAS = [  # solution, the end of a completion, reward
-    (r"\frac{1}{3}", r"\boxed{\frac{2}{6}}", 1.0),
+    (r"$\frac{1}{3}$", r"\boxed{\frac{2}{6}}", 1.0),
     (r"$(x-1)(x+1)$", r"\boxed{x^2-1}", 1.0),
     (r"\frac{1}{3}", r"<answer>\frac{2}{6}</answer>", 1.0),  # without the box it looks everywhere
     (r"\frac{1}{3}", "It is 1/3.", 0.0),  # no LaTeX
-    (r"\sqrt{2}", r"\boxed{1.41}", 0.0),
-    ("", r"\boxed{1}", None),
+    (r"$\sqrt{2}$", r"\boxed{1.41}", 0.0),
+    (r"\sqrt{2}", r"\boxed{\sqrt{2}}", None),  # a formula without $ around it may not be found
 ]
 
 
