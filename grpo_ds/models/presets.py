@@ -40,7 +40,7 @@ LAPTOP = {
     "eval_limit": 32,
 }
 
-# A 0.5B model answers with the bare label unless it has begun to reason: no answer of 24 was in form, prefilled 19 were;
+# A 0.5B model writes the bare label unless its reasoning has begun: of 24 answers none was in form, prefilled 19 were;
 # 1.5B opens the tag by itself (docs/log.md).
 HALF_BILLION = {"prefill": True}
 

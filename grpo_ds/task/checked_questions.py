@@ -1,4 +1,4 @@
-"""Records of a source as questions, or one error that names every bad record and says what to do."""
+"""Records of a source as questions, or one error that counts the bad ones, names the first and says what to do."""
 
 import hashlib
 from collections import ChainMap
@@ -26,7 +26,7 @@ def checked_questions(
     answers: AnswerKind = "labels",
     units: Sequence[str] = (),
 ) -> list[Question]:
-    """Return a question for each record, or raise one DataError that names every bad record."""
+    """Return a question for each record, or raise one DataError for all bad records."""
     # If all labels are PubMedQA's, its other labels are accepted here and left out later; otherwise they are errors.
     asked = {label_key(label) for label in labels}
     others = [label for label in PUBMEDQA_LABELS if label not in asked] if asked <= set(PUBMEDQA_LABELS) else []

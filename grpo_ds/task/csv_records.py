@@ -6,7 +6,6 @@ is that value, so that options and chats fit into a table.
 
 import csv
 import io
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from itertools import islice
 
 from grpo_ds.task.json_records import Placed
 from grpo_ds.task.record_shapes import RECORD_NAMES
-from grpo_ds.task.records import quote
+from grpo_ds.task.records import json_value, quote
 from grpo_ds.task.spelling import nfc
 
 DELIMITERS = (",", ";", "\t", "|")
@@ -67,7 +66,7 @@ def csv_records(text: str) -> tuple[str, list[Placed], list[str], str] | None:
         elif any(row.cells):
             records.append((row.place, _record(header, row.cells)))
     separated = NAMES.get(delimiter, repr(delimiter))
-    return f"CSV with {separated}", records, problems, _advice(separated)
+    return f"CSV with {separated}", records, problems, _advice(separated, "," if delimiter == ";" else ";")
 
 
 def _fit(text: str, delimiter: str) -> tuple[bool, float, int]:
@@ -113,26 +112,15 @@ def _width_fault(cells: list[str], header: list[str], delimiter: str) -> str:
     """Return what is wrong with the number of cells."""
     if len(cells) == len(header):
         return ""
+    count = f"{len(cells)} cell{'s' * (len(cells) > 1)}"
     around = f"; a text with {NAMES.get(delimiter, repr(delimiter))} or line breaks in it stands in double quotes"
-    return f"{len(cells)} cells, but the first line names {len(header)} columns{around * (len(cells) > len(header))}"
+    return f"{count}, but the first line names {len(header)} columns{around * (len(cells) > len(header))}"
 
 
 def _record(header: list[str], cells: list[str]) -> dict[str, object]:
     # A column without a name is the row numbers that pandas writes.
-    return {name: _value(cell) for name, cell in zip(header, cells, strict=True) if name and cell.strip()}
+    return {name: json_value(cell) for name, cell in zip(header, cells, strict=True) if name and cell.strip()}
 
 
-def _value(cell: str) -> object:
-    """Return the list of texts or objects, or the object, that a cell holds as JSON; any other cell is its text."""
-    if not cell.lstrip().startswith(("[", "{")):
-        return cell
-    try:
-        value = json.loads(cell)
-    except (ValueError, RecursionError):
-        return cell
-    plain = isinstance(value, list) and not all(isinstance(part, str | dict) for part in value)
-    return cell if plain or not value else value
-
-
-def _advice(separated: str) -> str:
-    return f" If columns are not separated by {separated}, begin the file with a line that says by what: sep=;"
+def _advice(separated: str, other: str) -> str:
+    return f"The first line names the columns. If {separated} do not separate them, put a line before it: sep={other}"

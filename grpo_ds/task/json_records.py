@@ -8,6 +8,7 @@ from grpo_ds.task.record_shapes import RECORD_NAMES
 from grpo_ds.task.records import describe, quote
 from grpo_ds.task.spelling import nfc
 
+LONGEST_INTEGER = 4300  # digits that int() reads, Python's default
 Placed = tuple[str, object]  # (place, JSON value); a place is "record 3" or "line 3"
 LIST, LINES, MAPPING, SINGLE = "a JSON list", "JSON Lines", "a JSON object of records by id", "a single JSON object"
 
@@ -36,7 +37,7 @@ def json_records(text: str) -> tuple[str, list[Placed], list[str]] | None:
 def where_broken(text: str) -> str:
     """Return line, column and reason of the first place that is not JSON."""
     try:
-        json.loads(text)
+        json.loads(text, parse_int=_integer)
     except json.JSONDecodeError as error:
         return f"line {error.lineno}, column {error.colno}: {error.msg}"
     return ""
@@ -62,7 +63,12 @@ def _loads(text: str, repeated: list[tuple[dict, str]]) -> object:
             repeated.extend((as_dict, name) for name in as_dict if counts[name] > 1)
         return as_dict
 
-    return json.loads(text, object_pairs_hook=note_repeated)
+    return json.loads(text, object_pairs_hook=note_repeated, parse_int=_integer)
+
+
+def _integer(digits: str) -> int | float:
+    # An integer that is too long is infinity, as a float that is too large: the record's check names its place.
+    return int(digits) if len(digits) <= LONGEST_INTEGER else float(digits)
 
 
 def _numbered(value: object) -> Iterator[Placed]:

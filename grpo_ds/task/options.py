@@ -7,7 +7,7 @@ from typing import Any
 
 from grpo_ds.task.chat_records import is_chat
 from grpo_ds.task.record_shapes import OPTIONS
-from grpo_ds.task.records import Unusable, describe, quote, text_or_integer
+from grpo_ds.task.records import Unusable, describe, json_value, quote, text_or_integer
 from grpo_ds.task.spelling import label_key
 
 NO_LIST = 'not a list; a table may hold it as JSON: ["first", "second"]'
@@ -21,10 +21,17 @@ def options_of(record: Mapping[str, Any], known_labels: Collection[str]) -> dict
     """
     name = next((name for name in OPTIONS if name in record), "")
     value = record[name] if name else _columns(record)
+    value = json_value(value) if isinstance(value, str) else value
     if _is_prose(value):
         return {}
     if not isinstance(value, list | dict):
         raise Unusable(f"{name} is {describe(value)}, {NO_LIST}")
+    if (
+        isinstance(value, dict)
+        and value.keys() == {"label", "text"}
+        and all(isinstance(it, list) for it in value.values())
+    ):
+        value = dict(zip(map(str, value["label"]), value["text"], strict=False))  # ARC
     if len(value) > len(ascii_uppercase):
         raise Unusable(f"{name} has {len(value)} options, more than there are letters")
     given = dict(zip(ascii_uppercase, value, strict=False)) if isinstance(value, list) else value
@@ -86,10 +93,12 @@ def right_letter(value: object, options: Mapping[str, str]) -> str:
     counted = [*options][int(text)] if text.isdecimal() and int(text) < len(options) else None
     if letter or isinstance(value, int):
         found = letter or counted
+    elif len(named) > 1:
+        raise Unusable(f"is {quote(text)}, the text of options {' and '.join(named)}; give the letter")
     elif named and counted and counted not in named:
         raise Unusable(f"is {quote(text)}, the text of option {named[0]} and the index of {counted}; give the letter")
     else:
-        found = named[0] if len(named) == 1 else None if named else counted
+        found = named[0] if named else counted
     if found is None:
         raise Unusable(f"is {quote(text)}, but there are only {last}" + "; an index counts from 0" * text.isdecimal())
     return found

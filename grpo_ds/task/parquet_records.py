@@ -17,10 +17,10 @@ def parquet_records(name: str, content: bytes) -> tuple[list[Placed], list[str]]
 
     try:
         table = parquet.read_table(pyarrow.BufferReader(content))
-        rows = table.to_pylist() if len({*table.column_names}) == table.num_columns else []
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        rows = table.to_pylist(maps_as_pydicts="strict") if len({*table.column_names}) == table.num_columns else []
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"{name} begins like a Parquet table, but it cannot be read: {in_one_line(error)}.\n"
+            f"{name} begins like a Parquet table, but it cannot be read: {in_one_line(error).rstrip('.')}.\n"
             "It may be cut off or damaged: write or download it again."
         ) from None
     columns = [nfc(column) for column in table.column_names]

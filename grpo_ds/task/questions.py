@@ -16,12 +16,11 @@ from random import Random
 from grpo_ds.errors import DataError, UsageError
 from grpo_ds.task.answers import AnswerKind
 from grpo_ds.task.checked_questions import checked_questions, counted
-from grpo_ds.task.options import unused_options
+from grpo_ds.task.options import options_of, unused_options
 from grpo_ds.task.question import Question
 from grpo_ds.task.record_checks import chat_text
-from grpo_ds.task.record_remedies import EXAMPLES
 from grpo_ds.task.record_shapes import OPTIONS, names_of
-from grpo_ds.task.sources import Source, open_source
+from grpo_ds.task.sources import EXAMPLES, Source, open_source
 from grpo_ds.task.spelling import label_key
 
 NOUNS: dict[AnswerKind, tuple[str, str]] = {  # of a data set without classes: what it holds, and the answers
@@ -56,7 +55,7 @@ def read_questions(
     answers: AnswerKind = "labels",
     units: Sequence[str] = (),
 ) -> QuestionSet:
-    """Read --data (file, hub id, "sample", None for the default). Raises one DataError that names every bad record.
+    """Read --data (file, hub id, "sample", None for the default). Raises one DataError for all bad records.
 
     data: or records that were read already.
 
@@ -64,11 +63,11 @@ def read_questions(
     fields: names of a record's fields for "question", "context" and "label"; a name that is not given is detected.
     answers: the kind of the right answers; with "none" a record needs none. units: of numbers.
     """
-    source = data if isinstance(data, Source) else open_source(data)
+    source = data if isinstance(data, Source) else open_source(data, answers)
     found = checked_questions(source, labels, fields or {}, answers=answers, units=units)
     if not found:
         raise DataError(f"{source.name} has no records.\n{EXAMPLES[answers]}")
-    form = _form(source, fields or {}, answers)
+    form = _form(source, labels, fields or {}, answers)
     records = [record for _, record in source.records]
     asked = lambda record: names_of(record, fields or {}, answers=answers).question  # noqa: E731
     warnings = tuple(unused_options(records, asked))
@@ -233,13 +232,14 @@ def _summary(name: str, kept: Sequence[Question], labels: Sequence[str], left_ou
     return f"{name}: {counted(len(kept), 'question')} ({mix}{rest})"
 
 
-def _form(source: Source, given: Mapping[str, str], answers: AnswerKind) -> str:
+def _form(source: Source, labels: Sequence[str], given: Mapping[str, str], answers: AnswerKind) -> str:
     """Say in a few words how the source was read, by the fields that most of its records have."""
     counts: Counter[str] = Counter()
     for _, record in source.records:
         if isinstance(record, dict):
             names = names_of(record, given, answers=answers)
             options = next((f"options {name!r}" for name in OPTIONS if name in record), "")
+            options += " left out" * bool(options and not options_of(record, labels))
             taken = [f"question {names.question!r}", options, f"context {names.context!r}" * (names.context in record)]
             taken.append(f"answer {names.label!r}" * (answers != "none"))
             counts[", ".join(filter(None, taken))] += 1

@@ -22,7 +22,7 @@ from grpo_ds.task.record_shapes import (
     has_options,
     names_of,
 )
-from grpo_ds.task.records import NO_CONTEXT, Unusable, context_text, describe, quote, sound_id, sound_text
+from grpo_ds.task.records import NO_CONTEXT, Unusable, context_text, describe, json_value, quote, sound_id, sound_text
 from grpo_ds.task.right_answers import right_answers
 
 Record = Mapping[str, Any]
@@ -96,10 +96,17 @@ def _options(record: Record, known_labels: Collection[str], problems: list[str])
 
 def _asked(value: object) -> dict[str, Any]:
     """Return the question, and the turns if it is a chat; its text is then the last turn."""
+    value = _chat_in(value) or value
     if not is_chat(value):
         return {"text": sound_text(value)}
     turns = chat_turns(value)  # type: ignore[arg-type]
     return {"text": turns[-1]["content"], "messages": turns}
+
+
+def _chat_in(value: object) -> object:
+    """Return the chat that a column of texts holds as JSON, else None."""
+    chat = json_value(value) if isinstance(value, str) else None
+    return chat if isinstance(chat, list) and all(isinstance(turn, dict) and "role" in turn for turn in chat) else None
 
 
 def _answer(

@@ -7,25 +7,21 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from grpo_ds.task.answers import AnswerKind
-from grpo_ds.task.numbers import number_of
+from grpo_ds.task.numbers import UNIT, number_of
 from grpo_ds.task.options import options_of, right_letter
 from grpo_ds.task.record_shapes import has_options, names_of
 from grpo_ds.task.records import NO_CONTEXT, Unusable, quote
 from grpo_ds.task.right_answers import final_answer
-from grpo_ds.task.sources import ACCEPTED, FORMS, Source
+from grpo_ds.task.sources import EXAMPLES, Source
 from grpo_ds.task.spelling import label_key
 
 MOST_LABELS, LONGEST_LABEL = 10, 20  # of answers that could be labels
+MOST_UNITS = 5
+AROUND_UNITS = "0123456789.,/%+-\u2212 "
 SHOWN_FIELDS = 8
 PLAIN = re.compile(r"\w[\w -]*")  # a field's name that needs no quotes
 NO_ANSWER = "name the answer's field (--label_field), or --answers none if rewards need no answer"
 FLAGS = "--question_field, --context_field NAME|none, --label_field"
-EXAMPLES: dict[AnswerKind, str] = {
-    "labels": ACCEPTED,
-    "number": f'Records: {{"question": "...", "answer": "42", or "...\\n#### 42" as in GSM8K}}, {FORMS}.',
-    "text": f'Records: {{"question": "...", "answer": "a text", or a list of accepted texts}}, {FORMS}.',
-    "none": f'Records: {{"prompt": "..."}}, or turns {{"role", "content"}} as "prompt" or "messages", {FORMS}.',
-}
 WORDS = {  # role -> words that data sets in several languages use for it, without case
     "question": (
         *("question", "frage", "pregunta", "pergunta", "domanda", "vraag"),
@@ -50,12 +46,16 @@ def remedy_for(
 ) -> str:
     """Return the line below the problems of a source. mostly_bad: fewer than half of its records can be used."""
     records = [record for _, record in source.records if isinstance(record, dict)]
+    if not records and any(isinstance(value, list) for _, value in source.records):
+        return f"Save the list of records alone, without an object around it. {EXAMPLES[answers]}"
     if missing := _missing_roles(records, given, label_needed=label_needed and answers != "none", answers=answers):
-        return _fields_line(records, missing) + source.advice
+        return f"{_fields_line(records, missing)} {source.advice}".rstrip()
     if mostly_bad and label_needed and answers == "labels" and (flags := _flags_for_answers(records, given)):
         return flags
-    if source.advice:
-        return source.advice.strip()
+    if mostly_bad and answers == "number" and (units := _units(records, given)):
+        return f"Try --units {shlex.quote(','.join(units))}"
+    if source.problems and source.advice:
+        return source.advice
     if answers == "labels" and (given or not {"yes", "no"} >= set(labels)):
         return f"Labels: {' or '.join(labels)} (--labels). Fields: --question_field, --context_field, --label_field."
     return EXAMPLES[answers]
@@ -112,3 +112,17 @@ def _flags_for_answers(records: Sequence[Mapping[str, object]], given: Mapping[s
         return f"Answers found: {shown}. Try --labels {shlex.quote(','.join(labels))}"
     kind = "number" if all(number_of(answer) is not None for answer in found) else "text"
     return f"Answers found: {shown}. Try --answers {kind}"
+
+
+def _units(records: Sequence[Mapping[str, object]], given: Mapping[str, str]) -> list[str]:
+    """Return the units that stand beside the records' numbers; none if another answer is not a number, either."""
+    units: dict[str, None] = {}
+    for record in records:
+        with suppress(Unusable):
+            text = final_answer(record.get(names_of(record, given, answers="number").label))
+            unit = text.strip(AROUND_UNITS)
+            if number_of(text) is None and unit not in units:
+                if not UNIT.fullmatch(unit) or "," in unit or number_of(text, [unit]) is None:
+                    return []
+                units[unit] = None
+    return list(units) if len(units) <= MOST_UNITS else []

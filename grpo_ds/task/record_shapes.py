@@ -50,7 +50,7 @@ def names_of(record: Mapping[str, Any], given: Mapping[str, str], *, answers: An
             if shape.question in record:
                 return _named(_with_label(shape, record), given)
     shapes = [_named(shape, given) for shape in (OURS, HUB, ORIGINAL, INDEXED, ANSWERED)]
-    if answers != "labels" and not any(shape.label in record for shape in shapes):
+    if (answers != "labels" or has_options(record)) and not any(shape.label in record for shape in shapes):
         shapes.reverse()  # so that the missing answer is called `answer`
     # The shape with the most fields in the record, so that a missing field is named in the file's spelling.
     found = max(shapes, key=lambda shape: sum(n in record for n in (shape.question, shape.context, shape.label)))

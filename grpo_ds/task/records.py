@@ -1,5 +1,6 @@
 """Values of a record: texts, contexts and ids, checked one by one, and described in errors. No files here."""
 
+import json
 import re
 from math import isfinite, isnan
 
@@ -31,6 +32,18 @@ def describe(value: object) -> str:
 def quote(value: str) -> str:
     """Quote a value, on one line and shortened to LONGEST_QUOTE characters."""
     return repr(value if len(value) <= LONGEST_QUOTE else value[: LONGEST_QUOTE - 3] + "...")
+
+
+def json_value(cell: str) -> object:
+    """Return the list of texts or objects, or the object, that a table's cell holds as JSON; else the cell's text."""
+    if not cell.lstrip().startswith(("[", "{")):
+        return cell
+    try:
+        value = json.loads(cell)
+    except (ValueError, RecursionError):
+        return cell
+    plain = isinstance(value, list) and not all(isinstance(part, str | dict) for part in value)
+    return cell if plain or not value else value
 
 
 def sound_text(value: object) -> str:

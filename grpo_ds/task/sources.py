@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from grpo_ds.errors import DataError
+from grpo_ds.task.answers import AnswerKind
 from grpo_ds.task.csv_records import csv_records
 from grpo_ds.task.decoding import decode
 from grpo_ds.task.hub_records import hub_records, is_hub_id
@@ -21,7 +22,13 @@ SAMPLE = "sample"
 GOLDEN_FILE = "golden_dataset_pubmedqa_qwen2.5_pro_test_500.json"  # the default if it is in the working folder
 ALTERNATIVES = f"Use a file (--data FILE.json), the packaged records (--data {SAMPLE}) or a hub id (qiaojin/PubMedQA)."
 FORMS = "as JSON, JSON Lines, CSV or Parquet"
-ACCEPTED = f'Records: {{"question": "...", "context": "...", "ground_truth": "yes" or "no"}}, {FORMS} (docs/data.md).'
+EXAMPLES: dict[AnswerKind, str] = {  # a record that works
+    "labels": f'Records: {{"question": "...", "context": "...", "ground_truth": "yes" or "no"}}, {FORMS} '
+    "(docs/data.md).",
+    "number": f'Records: {{"question": "...", "answer": "42", or "...\\n#### 42" as in GSM8K}}, {FORMS}.',
+    "text": f'Records: {{"question": "...", "answer": "a text", or a list of accepted texts}}, {FORMS}.',
+    "none": f'Records: {{"prompt": "..."}}, or turns {{"role", "content"}} as "prompt" or "messages", {FORMS}.',
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,44 +54,48 @@ def data_or_default(data: str | None) -> str:
     return data if data is not None else os.path.abspath(GOLDEN_FILE) if os.path.exists(GOLDEN_FILE) else SAMPLE
 
 
-def open_source(data: str | None) -> Source:
-    """Find and read the source that --data names. Raises DataError."""
+def open_source(data: str | None, answers: AnswerKind = "labels") -> Source:
+    """Find and read the source that --data names; errors show a record with such answers. Raises DataError."""
     data = data_or_default(data)
     if data == SAMPLE:
         return parse_file(SAMPLE, resources.files("grpo_ds.task").joinpath("sample.json").read_bytes())
     if BROKEN.search(data) or len(data.splitlines()) > 1:  # the saved config could not contain it
         raise DataError(f"--data {data!r} holds a broken character or a line break: rename the file.\n{ALTERNATIVES}")
     if os.path.exists(data):
-        return parse_file(data, _read_bytes(data))
+        return parse_file(data, _read_bytes(data), answers)
     if is_hub_id(data):
         form, records = hub_records(data)
         return Source(data, tuple(records), form=form)
     raise DataError(f"There is no data file {data} (in {os.getcwd()}).\n{ALTERNATIVES}")
 
 
-def parse_file(name: str, content: bytes) -> Source:
-    """Read records from the bytes of a file; its name does not matter. Raises DataError."""
+def parse_file(name: str, content: bytes, answers: AnswerKind = "labels") -> Source:
+    """Read records from the bytes of a file; its name does not matter. Raises DataError, with a record of this kind."""
+    example = EXAMPLES[answers]
     if content.startswith(MAGIC):
         records, problems = parquet_records(name, content)
         return Source(name, tuple(records), tuple(problems), "Parquet")
     text = decode(name, content)
     if not text.strip():
-        raise DataError(f"{name} is empty.\n{ACCEPTED}")
+        raise DataError(f"{name} is empty.\n{example}")
     try:
         found = json_records(text)
     except NoRecords as other:
-        raise DataError(f"{name} holds {other}, not records.\n{ACCEPTED}") from None
+        raise DataError(f"{name} holds {other}, not records.\n{example}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{name} cannot be read as JSON: {reason(error)}.\n{ACCEPTED}") from None
+        raise DataError(f"{name} cannot be read as JSON: {reason(error)}.\n{example}") from None
     table = None if found else csv_records(text)
     if found:
         return Source(name, tuple(found[1]), tuple(found[2]), found[0])
     if table:
         return Source(name, tuple(table[1]), tuple(table[2]), table[0], table[3])
-    raise DataError(
-        f"{name} is not valid JSON: {where_broken(text)}.\n"
-        f"Fix it there; in CSV the first line names the columns. {ACCEPTED}"
+    place = f"{name} is not valid JSON: {where_broken(text)}."
+    if text.lstrip().startswith(("[", "{")):
+        raise DataError(f"{place}\nFix it there. {example}")
+    columns = (
+        "the first line names the columns, parted by commas, semicolons, tabs or |, or by what sep=^ before it says"
     )
+    raise DataError(f"{place}\nNor is it CSV: {columns}.\n{example}")
 
 
 def rows_to_source(name: str, rows: Iterable[Mapping]) -> Source:

@@ -152,7 +152,7 @@ NAMED_FILES = [  # description, the file's bytes or text, words of its error
     ("a number with a leading zero", raw("id", "007"), [NOT_JSON + "1"]),
     ("nested without end", nested(50_000), ["nested too deeply"]),
     ("one line of many nested without end", f"{LINE}\n{nested(50_000)}", ["line 2: broken JSON, it is nested too dee"]),
-    ("a number of 5,000 digits", raw("id", "9" * 5000), ["cannot be read as JSON", "4300 digits"]),
+    ("a number of 5,000 digits", raw("id", "9" * 5000), ["record 1: id is infinity, not a text"]),
     # JSON, but no records.
     ("nothing", b"", ["data.json is empty"]),
     ("white space", "\r\n\t\r\n", ["data.json is empty"]),
@@ -223,7 +223,7 @@ NAMED_RECORDS = [  # description, the second record or the file's text, words of
     # The label.
     ("no label", {name: TWO[name] for name in ("id", "question", "context")}, ["record 2: ground_truth is missing"]),
     ("a label that is null", but(TWO, ground_truth=None), ["record 2: ground_truth is null, not a text"]),
-    ("false for no", but(TWO, ground_truth=False), ["record 2: ground_truth is false, not a text"]),
+    ("false for no", but(TWO, ground_truth=False), ["record 2: ground_truth is 'false'; it must be yes"]),
     ("0 for no", but(TWO, ground_truth=0), ["record 2: ground_truth is '0'; it must be yes or no or maybe"]),
     ("a number with a point", but(TWO, ground_truth=1.0), ["ground_truth is 1.0, but a number here must be an int"]),
     ("two labels", but(TWO, ground_truth=["yes", "no"]), ["record 2: ground_truth is a list, not a text"]),

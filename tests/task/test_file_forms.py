@@ -203,7 +203,7 @@ BAD = [  # content, options, words of the error
     ),
     (HEAD, {}, ["has no records"]),
     ('sep=;\n"question;answer\n?;yes\n', {}, ["lines 2 to 3: a double quote opens a text here, and none closes it"]),
-    ('sep="\nquestion;answer\n?;yes\n', {}, ["is not valid JSON: line 1, column 1"]),
+    ('sep="\nquestion;answer\n?;yes\n', {}, ["is not valid JSON: line 1, column 1", "Nor is it CSV: the first"]),
     ("question,answer\n6 times 7?,forty\n", NUMBER, ["line 2: answer is 'forty', which is not a number"]),
     (
         "question,options,answer\n?,\"['a', 'b']\",A\n",
@@ -214,7 +214,7 @@ BAD = [  # content, options, words of the error
     (
         "sep=,\nquestion;answer\nIs it?;yes\n",
         {},
-        ["Fields here: 'question;answer'", "begin the file with a line", "sep=;"],
+        ["Fields here: 'question;answer'", "put a line before it: sep=;"],
     ),
     (
         "frage,x;antwort\nIst es?;ja\nWar es?;nein\n",

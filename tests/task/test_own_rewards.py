@@ -1,6 +1,7 @@
 """Reward functions as TRL's users write them run unchanged: arguments, texts or messages, coroutines, objects."""
 
 import functools
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 from grpo_ds.errors import MAX_LINES, RewardError, UsageError
 from grpo_ds.task import reward_calls
 from grpo_ds.task.own_rewards import BadFunction, columns_read, own_reward, reads_messages
-from grpo_ds.task.questions import Question
+from grpo_ds.task.questions import Question, read_questions
 from grpo_ds.task.reward_files import find_reward_functions, form_lines
 from grpo_ds.task.rewards import Prompt
 from grpo_ds.task.scoring import Sampled, joined, score
@@ -283,23 +284,41 @@ def test_tensors_are_rewards(tmp_path):
 
 MATH = [r"<think>halves</think> \boxed{\frac{1}{2}}", r"<think>thirds</think> \boxed{\frac{1}{3}}"]
 TRLS = [  # entry, rewards of the two completions of MATH, of 3 and 25 tokens
-    ("think_format_reward", [1.0, 1.0]),
-    ("get_repetition_penalty_reward()", [0.0, -22 / 23]),
-    ("accuracy_reward", [1.0, 0.0]),
-    ("reasoning_accuracy_reward", [1.0, 0.0]),
+    pytest.param("think_format_reward", [1.0, 1.0], marks=pytest.mark.peer("trl")),
+    pytest.param("get_repetition_penalty_reward()", [0.0, -22 / 23], marks=pytest.mark.peer("trl")),
+    pytest.param("accuracy_reward", [1.0, 0.0], marks=pytest.mark.peer("math_verify")),
+    pytest.param("reasoning_accuracy_reward", [1.0, 0.0], marks=pytest.mark.peer("math_verify")),
 ]
 
 
 @pytest.mark.parametrize(("entry", "rewards"), TRLS)
 def test_trls_own_rewards_run_by_their_import_path(entry, rewards):
-    pytest.importorskip("trl.rewards", reason="TRL comes with the extra `benchmark`")
-    if "accuracy" in entry:
-        pytest.importorskip("math_verify", reason="TRL's accuracy rewards need it")
     records = [Question(str(i), "?", "", "", columns={"solution": r"$\frac{1}{2}$"}) for i in range(2)]
     functions = find_reward_functions(f"trl.rewards.{entry}", None, ready_made={}, columns=["solution"])
     sampled = Sampled(SAMPLED.prompts, [[1, 2, 3], [7] * 25], SAMPLED.trainer_state)
     (values,) = score(MATH, records, functions=functions, sampled=sampled, timeout=60).by_name.values()
     assert values == pytest.approx(rewards)
+
+
+FORMULAS = [  # solution, the end of a completion, reward
+    (r"$\frac{1}{3}$", r"\boxed{\frac{2}{6}}", 1.0),
+    (r"$(x-1)(x+1)$", r"\boxed{x^2-1}", 1.0),
+    (r"\frac{1}{3}", r"<answer>\frac{2}{6}</answer>", 1.0),  # without the box it looks everywhere
+    (r"\frac{1}{3}", "It is 1/3.", 0.0),  # no LaTeX
+    (r"$\sqrt{2}$", r"\boxed{1.41}", 0.0),
+    (r"\sqrt{2}", r"\boxed{\sqrt{2}}", None),  # a formula without $ around it may not be found
+]
+
+
+@pytest.mark.peer("math_verify")
+@pytest.mark.parametrize(("solution", "text", "reward"), FORMULAS)
+def test_formulas_in_records_are_compared_by_trls_accuracy_reward(tmp_path, solution, text, reward):
+    path = tmp_path / "formulas.jsonl"
+    path.write_text(json.dumps({"prompt": "Which number?", "solution": solution}))
+    questions = read_questions(str(path), answers="none").questions
+    entry = "trl.rewards.accuracy_reward"
+    functions = find_reward_functions(entry, None, ready_made={}, columns=list(questions[0].columns))
+    assert score([text], questions, functions=functions, timeout=60).by_name == {"accuracy_reward": [reward]}
 
 
 def traced(function):

@@ -90,7 +90,7 @@ def test_a_missing_id_is_made_from_the_text(read):
 
 
 def test_rows_of_the_hub_are_read_like_other_records(monkeypatch):
-    monkeypatch.setattr("grpo_ds.task.questions.open_source", lambda data: rows_to_source(data, [HUB_ROW]))
+    monkeypatch.setattr("grpo_ds.task.questions.open_source", lambda data, _: rows_to_source(data, [HUB_ROW]))
     read = read_questions("qiaojin/PubMedQA", labels=("yes", "no", "maybe"))
     assert read.questions == (Question("7", "Is it?", "It\nis.", "maybe"),)
 
@@ -154,7 +154,7 @@ def test_a_label_is_read_in_either_unicode_form_and_spelled_as_the_flag_spells_i
 def test_a_fields_name_is_read_in_either_unicode_form_and_its_text_is_kept(read, monkeypatch, name, as_rows):
     record, fields = {**without("question"), name: DECOMPOSED, f"{name}s": DECOMPOSED}, {"question": CAFE}
     if as_rows:
-        monkeypatch.setattr("grpo_ds.task.questions.open_source", lambda data: rows_to_source(data, [record]))
+        monkeypatch.setattr("grpo_ds.task.questions.open_source", lambda data, _: rows_to_source(data, [record]))
     (question,) = read([record], fields=fields).questions
     # A parameter of a reward function: Python composes it.
     assert (question.text, question.columns[f"{CAFE}s"]) == (DECOMPOSED, DECOMPOSED)
@@ -246,7 +246,7 @@ BAD = [  # content, words of the error
     ([but(ground_truth="perhaps")], ["record 1: ground_truth is 'perhaps'; it must be yes or no or maybe"]),
     ([but(ground_truth=LONG)], ["record 1: ground_truth is 'xxx", "...'"]),
     ([but(ground_truth="a\nb")], [r"ground_truth is 'a\nb'"]),  # a label does not break the lines of an error
-    ([but(ground_truth=True)], ["record 1: ground_truth is true, not a text"]),
+    ([but(ground_truth=True)], ["record 1: ground_truth is 'true'; it must be yes or no"]),
     ([but(ground_truth=float("nan"))], ["record 1: ground_truth is NaN (a missing value), not a text"]),
     ([but(ground_truth=["yes"])], ["record 1: ground_truth is a list, not a text"]),
     ([but(id=None)], ["record 1: id is null"]),
@@ -270,7 +270,7 @@ BAD = [  # content, words of the error
     ('[{"question": "a"', ["is not valid JSON: line 1, column 18"]),
     ("question,context\na,b", ["line 2: ground_truth is missing"]),
     ("[" * 100_000, ["nested too deeply"]),
-    (f"[{'1' * 5000}]", ["cannot be read as JSON", "digits"]),
+    (f"[{'1' * 5000}]", ["record 1 is infinity, not an object"]),
     (
         '[{"question": "caf\u00e9"}]'.encode("latin-1"),
         ["is not UTF-8 text: byte 0xe9 at offset 18", "Save it as UTF-8"],
