@@ -228,15 +228,17 @@ def test_the_commands_leave_the_files_that_the_page_names(ended):
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 20 and all({"question", "answer", "text"} <= answer.keys() for answer in answers)
     page = (ROOT / "docs" / "run_folder.md").read_text(encoding="utf-8")
-    section = page.partition("## Files")[2].partition("## Stopping")[0]
+    section = page.partition("## Files")[2].partition("\n## ")[0]
     files = re.findall(r"`([\w.]+\.(?:jsonl?|html|md|yaml|svg))`", section)
     optional = {"completions.jsonl"}  # with --log_completions
     assert len(files) > 9
     assert [name for name in files if name not in optional and not (folder / RUN / name).exists()] == []
 
 
-def test_the_readme_is_short():
+def test_the_readme_is_short_and_leads_to_every_page():
     assert len(README.splitlines()) <= 120
+    pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
+    assert pages - set(re.findall(r"\]\(([^)#]+)", README)) == set()
 
 
 @pytest.mark.parametrize(("row", "column"), [(row, column) for row in (16, 32, 64) for column in (12, 16, 24)])
