@@ -1,11 +1,12 @@
 """Noise of the gradient with a drawn and with an expected answer: the same questions, completions and weights.
 
 usage: python benchmarks/answer_reward.py [--model smollm2-135m] [--data sample] [--questions 8] [--redraws 64]
+    [--layers N]
 
 The completions of the same questions are drawn again and again, without a step. Each draw gives two gradients, of
 --answer_reward sampled and expected, from one forward pass. Printed: total variance of each over the draws, its
 ratio, the share of groups without a gradient, and the share of the squared mean gradient that is not noise.
-All figures are measured; the draws depend on the seed alone.
+All figures are measured; the draws depend on the seed alone. --layers takes the gradient of the last layers only.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from grpo_ds.training.sampling import Sampler
 from grpo_ds.training.update import part_loss, step_weights
 
 KINDS = ("sampled", "expected")
+TOKENS = 900  # of a forward pass: a group, whose graph serves both gradients
 
 
 class Noise:
@@ -65,6 +67,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=8)
     parser.add_argument("--num_generations", type=int, default=8)
     parser.add_argument("--redraws", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=0, help="the last ones, whose gradient is taken; 0: all weights")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
     typed = parser.parse_args()
     config = TrainConfig(
@@ -72,7 +75,7 @@ def main() -> None:
         num_generations=typed.num_generations, beta=0.0,
     )  # fmt: skip
     train, _ = split_questions(read_questions(config.data).questions, eval_fraction=0.2, seed=0)
-    noise = measure(config, train[: typed.questions], typed.redraws)
+    noise = measure(config, train[: typed.questions], typed.redraws, typed.layers)
     rows = {kind: noise[kind].row() for kind in KINDS}
     rows["ratio"] = {name: rows["expected"][name] / rows["sampled"][name] for name in ("variance", "mean_squared")}
     for kind, row in rows.items():
@@ -81,7 +84,7 @@ def main() -> None:
         typed.out.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
-def measure(config: TrainConfig, questions: list, redraws: int) -> dict[str, Noise]:
+def measure(config: TrainConfig, questions: list, redraws: int, layers: int = 0) -> dict[str, Noise]:
     """Draw the completions of these questions `redraws` times; return the noise of both gradients."""
     world, tokenizer, style = ranks.start(), load_tokenizer(config.model), prompt_style(config)
     model = load_policy(config.model, dtype=DTYPES[native_precision(on_gpu=False)], checkpointing=False)
@@ -90,6 +93,9 @@ def measure(config: TrainConfig, questions: list, redraws: int) -> dict[str, Noi
         model, tokenizer, max_completion_length=config.max_completion_length, stop=config.answer_format.stop,
         label_ids=label_ids_for(config, tokenizer, print),
     )  # fmt: skip
+    if layers:
+        model.requires_grad_(False)
+        model.model.layers[-layers:].requires_grad_(True)
     parameters = [it for it in model.parameters() if it.requires_grad]
     noise = {kind: Noise(parameters) for kind in KINDS}
     for draw in range(redraws):
@@ -97,7 +103,7 @@ def measure(config: TrainConfig, questions: list, redraws: int) -> dict[str, Noi
         gradients = {kind: [torch.zeros(it.shape) for it in parameters] for kind in KINDS}
         rollouts = {kind: rollout_of(groups, kind, config, world) for kind in KINDS}
         wide = rollouts["expected"]
-        batches = wide.micro_batches(1)  # a budget that no row fits: one completion each
+        batches = wide.micro_batches(TOKENS)
         weights = step_weights(wide.counted, [part for _, part in batches], world, config.objective)
         for rows, part in batches:
             logprobs = policy(rows)

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 OURS, OURS_SPLIT, OURS_STOCHASTIC = "CPUAdamW8bit", "same, bf16 + residual", "same, bf16 stochastic"
+COMPANDED, COMPANDED_SPLIT, COMPANDED_8 = "companded moments", "same, bf16 + residual ", "same, bf16 + 8 bits"
 COPY, STAGING = "torch copy_", "ZeRO's staging copy"
 BITSANDBYTES, DEEPSPEED, TORCH = "bitsandbytes AdamW8bit", "DeepSpeedCPUAdam", "torch AdamW(fused)"
 # Gradient + parameter read and written + moments read and written. Ours reads the gradient twice: first to find NaN.
@@ -27,6 +28,9 @@ BYTES = {
     OURS: 4 + 4 + 8 + 4,
     OURS_SPLIT: 2 + 2 + 8 + 4,
     OURS_STOCHASTIC: 2 + 2 + 4 + 4,
+    COMPANDED: 4 + 4 + 8 + 4,
+    COMPANDED_SPLIT: 2 + 2 + 8 + 4,
+    COMPANDED_8: 2 + 2 + 6 + 4,
     BITSANDBYTES: 4 + 8 + 4,
     DEEPSPEED: 28,
     TORCH: 28,
@@ -99,6 +103,13 @@ def optimizer_steps(elements: int) -> dict[str, Callable[[], object]]:
         OURS: prepare(lambda p: CPUAdamW8bit(p, **settings)),
         OURS_SPLIT: prepare(lambda p: CPUAdamW8bit(p, **settings, rounding="residual"), torch.bfloat16),
         OURS_STOCHASTIC: prepare(lambda p: CPUAdamW8bit(p, **settings, rounding="stochastic"), torch.bfloat16),
+        COMPANDED: prepare(lambda p: CPUAdamW8bit(p, **settings, moments="companded")),
+        COMPANDED_SPLIT: prepare(
+            lambda p: CPUAdamW8bit(p, **settings, moments="companded", rounding="residual"), torch.bfloat16
+        ),
+        COMPANDED_8: prepare(
+            lambda p: CPUAdamW8bit(p, **settings, moments="companded", rounding="residual8"), torch.bfloat16
+        ),
         BITSANDBYTES: prepare(lambda p: bitsandbytes.optim.AdamW8bit(p, **settings)),
         DEEPSPEED: prepare(lambda p: DeepSpeedCPUAdam(p, **settings)),
         TORCH: prepare(lambda p: torch.optim.AdamW(p, **settings, fused=True)),

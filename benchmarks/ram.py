@@ -21,6 +21,7 @@ WAYS = {  # name -> (section bf16, parameters of AdamW8bit, goal in bytes per pa
     "own staging copy": ({}, {"share_staging": False}, 12.1),
     "zero2.json: staging shared": ({}, {}, 10.1),
     "zero2_lowram.json: bf16 + residual": ({"bf16_master_weights_and_grads": True}, {}, 8.1),
+    "the same, residual of 8 bits": ({"bf16_master_weights_and_grads": True}, {"rounding": "residual8"}, 7.1),
     "the same, stochastic rounding": ({"bf16_master_weights_and_grads": True}, {"rounding": "stochastic"}, 6.1),
 }
 

@@ -21,6 +21,7 @@ from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import AskConfig
 from grpo_ds.settings.flags import Flags, failed, flag, path_flag
 from grpo_ds.settings.paths import absolute_unless
+from grpo_ds.settings.saved_config import CONFIG_FILE
 from grpo_ds.system.hardware import Precision, check_torch, gpu_memory_gib, native_precision, ram_gib
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.grading import is_right
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from grpo_ds.training.sampling import Sampler
 
 STDIN = "-"
+NO_SETTINGS = (
+    f"{{}} has no {CONFIG_FILE}, so the prompt that it was trained with is not known: it gets our default prompt, or\n"
+    "what --system_prompt, --few_shot and the other flags of the prompt say."
+)
 TRAINED_ON = " (the model was trained on this question)"
 WAYS = ("question", "file", "interactive")
 HOW = "Give --question and --context, or --file FILE (-: standard input). At a terminal both may be left out."
@@ -123,6 +128,8 @@ def main(argv: list[str]) -> None:
     config = parsed.config(choice.recipe, model=choice.model)
     questions = [] if config.typed_at_terminal else given_questions(config)
     trained_on = read_trained_on(Path(config.model))
+    if Path(config.model).is_dir() and not (Path(config.model) / CONFIG_FILE).is_file():
+        print(escape_control_chars(NO_SETTINGS.format(config.model)), file=sys.stderr)
     sampler, style = loaded(config, precision=native_precision(on_gpu=gpu_gib is not None))
     show = show_as(config)
     if config.typed_at_terminal:

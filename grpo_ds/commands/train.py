@@ -5,6 +5,7 @@ Arguments, data and the DeepSpeed JSON are checked before anything heavy is load
 
 import os
 import shlex
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,26 +15,26 @@ from pathlib import Path
 from shutil import disk_usage
 from typing import TYPE_CHECKING
 
+from grpo_ds.commands.planned import print_plan
 from grpo_ds.commands.seeds import folder_of_seeds, train_seeds
 from grpo_ds.commands.settle import (
     Settled,
-    check_local,
     ranks,
-    settle,
+    settle_parsed,
     split_for_training,
     subject_of,
     with_epochs,
 )
-from grpo_ds.errors import CheckpointError
-from grpo_ds.memory.plan import GIB, MemoryKind
+from grpo_ds.errors import CheckpointError, UsageError
+from grpo_ds.memory.plan import GIB
 from grpo_ds.models.base_weights import base_hash
 from grpo_ds.report.trackers import check_trackers
-from grpo_ds.run_folder.inputs import BASE, check_inputs, inputs_of
+from grpo_ds.run_folder.inputs import BASE, PASSED, check_inputs, inputs_of, passed
 from grpo_ds.run_folder.lock import FolderTaken, check_writable, lock, lock_new, release
 from grpo_ds.run_folder.progress import Progress
 from grpo_ds.run_folder.resume import check_complete, check_steps
 from grpo_ds.run_folder.trained_on import read_trained_on
-from grpo_ds.settings.command_line import parse
+from grpo_ds.settings.command_line import Parsed, parse
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import DsConfig
 from grpo_ds.settings.paths import absolute
@@ -52,27 +53,32 @@ from grpo_ds.task.questions import (
 from grpo_ds.task.reward_files import find_reward_functions, form_lines
 from grpo_ds.task.rewards import WeightedFunctions, ready_made
 from grpo_ds.task.scoring import columns_for_rewards
-from grpo_ds.terminal import escape_control_chars
+from grpo_ds.task.sources import Source
 
 if TYPE_CHECKING:
+    from grpo_ds.training.reports import Outcome
     from grpo_ds.training.run import Run
 
+RECORDS = "records from Python"  # in place of --data: a script passed them to grpo_ds.train
 PRECISIONS: dict[Precision, str] = {  # for the line of the model
     "bf16": "bf16",
     "fp16": "fp16 with a loss scale",
     "fp32": "fp32, as bf16 is off in the JSON or not native to this CPU",
 }
-PLAN_WIDTH = 120  # columns if the output is not a terminal
 
 
 def main(argv: list[str]) -> None:
     with ending_cleanly():
         parsed = parse(TrainConfig, argv, about=__doc__)
         config = parsed.unchecked()
-        if config.num_seeds > 1 and not config.plan:
+        if config.plan:
+            print_plan(settle_parsed(parsed), of_data="data" in parsed.typed)
+        elif config.num_seeds > 1:
             train_seeds(parsed, folder_of_seeds(config) or default_folder(config))
         else:
-            train_from(argv)
+            run = begin(parsed)
+            finish(run)
+            run.close()
 
 
 @contextmanager
@@ -85,15 +91,18 @@ def ending_cleanly() -> Iterator[None]:
             release()
 
 
-def train_from(argv: list[str]) -> None:
-    settled = settle(argv, about=__doc__)
+def begin(parsed: Parsed[TrainConfig], source: Source | None = None) -> "Run":
+    """Settle a run, read its data, lock its folder and load its model: everything up to its first evaluation.
+
+    source: records that a script passed, in place of --data. Raises GrpoError.
+    """
+    settled = settle_parsed(parsed)
     config = settled.config
-    if config.plan:
-        return print_plan(settled)
     output_is_optional()
     if config.preflight:
         check_versions()
-    questions = read_questions(config.data, **config.reading)
+    refuse_lost(config, source)
+    questions = read_questions(source or config.data, **config.reading)
     config = replace(config, subject=subject_of(config.subject, config.data, questions))
     settled = replace(settled, config=config)
     rewards = reward_functions(config, questions)
@@ -119,16 +128,34 @@ def train_from(argv: list[str]) -> None:
         known = len(questions.questions) - len(not_among(before, questions.questions))
         lines.append(f"{config.model} was trained on {known} of these questions before; none of them is held out")
     trained_on = before.union(map(fingerprint, train))
-    run = make_run(settled, rewards, lines, train, held_out, folder, this_run, trained_on)
-    outcome = run.run()
-    say = run.console
+    return make_run(settled, rewards, lines, train, held_out, folder, this_run, trained_on)
+
+
+def finish(run: "Run") -> "Outcome":
+    """Run it to its end, and print what training changed and where it is."""
+    outcome, say, folder = run.run(), run.console, run.folder
     say.before_and_after(outcome.before, outcome.after, outcome.questions)
     say.line("Mean reward: {:.2f} in the first quarter of the steps, {:.2f} in the last.".format(*outcome.quarters()))
     run.reports.verdict()
     say.line(
         f"Model, its card, metrics and memory: {folder}\nAsk it: {command('ask')} --model {shlex.quote(str(folder))}"
     )
-    run.close()
+    return outcome
+
+
+def refuse_lost(config: TrainConfig, source: Source | None) -> None:
+    """Raise UsageError for records or functions that a script passed to the run that this one resumes."""
+    again = "train(TrainConfig(resume_from_checkpoint=...), data=..., reward_funcs=[...])"
+    if config.data == RECORDS and source is None:
+        raise UsageError(
+            f"This run's records were passed to it in Python, so no file holds them. Pass them again:\n{again}\n"
+            "Or name a file of the same records: --data FILE"
+        )
+    if lost := [name for name in passed(config.reward_funcs) if not hasattr(sys.modules.get(PASSED), name)]:
+        raise UsageError(
+            f"--reward_funcs: {', '.join(lost)} was passed to this run in Python, so no file is known that has it.\n"
+            f"Pass it again: {again}"
+        )
 
 
 def check_resumable(settled: Settled, this_run: Mapping[str, str]) -> list[str]:
@@ -209,23 +236,6 @@ def make_run(
         load_checkpoint(trainer, origin, branch=origin.parent.resolve() != folder.resolve())
         console.line(f"Resuming from {origin}, step {trainer.progress.global_step} of {config.total_steps}")
     return Run(trainer, train, held_out, folder)
-
-
-def print_plan(settled: Settled) -> None:
-    """Print the planned memory of each phase, and if it fits: --plan."""
-    check_local(settled.config, settled.resume_from)
-    from rich.console import Console
-    from rich.text import Text
-
-    from grpo_ds.report.memory_plan import component_table, plan_line
-
-    console = Console(width=None if Console().is_terminal else PLAN_WIDTH, highlight=False, soft_wrap=True)
-    for warning in settled.warnings:
-        console.print(Text(escape_control_chars(warning)))
-    kinds: tuple[MemoryKind, ...] = ("gpu", "ram") if settled.gpu_gib else ("ram",)
-    for kind in kinds:
-        console.print(component_table(settled.plan, f"{settled.config.model}, {settled.config.ds}", kind))
-    console.print(Text(escape_control_chars(plan_line(settled.job, settled.plan, settled.gpu_gib, settled.ram_gib))))
 
 
 def output_folder(config: TrainConfig, origin: Path | None = None) -> Path:

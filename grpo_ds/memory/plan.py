@@ -33,6 +33,7 @@ CUDA_CONTEXT = int(0.5 * GIB)
 # cuBLAS's workspaces for products in a fixed order (CUBLAS_WORKSPACE_CONFIG=:4096:8), for the threads of two passes.
 CUBLAS_WORKSPACES = 2 * 8 * 4096 * 1024
 
+RESIDUAL = {"residual": 2, "residual8": 1}  # bytes
 MOMENTS_8BIT = 2 + 8 / 256  # two codes, and two fp32 scales for 256 values
 MOMENTS_FP32 = 8
 # Extra bytes per gradient element: its cast to fp32 for fp32 masters, and the copy from which its norm is computed
@@ -143,7 +144,7 @@ class _RunMemory:
         parts = Bytes({"master weights": masters})
         if stepped:
             parts["moments"] = int(parameters * (MOMENTS_8BIT if ours else MOMENTS_FP32))
-            parts["residual"] = parameters * 2 * (ds.bf16_masters and ds.rounding == "residual")
+            parts["residual"] = parameters * RESIDUAL.get(ds.rounding, 0) * ds.bf16_masters
         if ds.offload:
             parts["gradients"] = masters
             alias = ds.share_staging or (ds.bf16_masters and ours)  # of the gradients' memory, or of the masters

@@ -185,6 +185,12 @@ REMEDIES = (
         flags={"pack_tokens": 2048},
     ),
     Remedy(
+        'zero2_lowram.json with "rounding": "residual8"',
+        "masters without their last 8 bits",
+        lambda job: _ours(job) and job.ds.bf16,
+        ds={**HALVES, "rounding": "residual8"},
+    ),
+    Remedy(
         'zero2_lowram.json with "rounding": "stochastic"',
         "masters without their lower bits",
         lambda job: _ours(job) and job.ds.bf16,

@@ -50,9 +50,13 @@ def model_folder(model: str) -> Path | None:
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     hub_id = PRESETS[model].hub_id if model in PRESETS else model
-    file = try_to_load_from_cache(str(hub_id), CONFIGS[0])
+    try:
+        file = try_to_load_from_cache(str(hub_id), CONFIGS[0])
+    except HFValidationError:  # the path of a folder that is gone
+        return None
     return Path(file).parent if isinstance(file, str) else None
 
 

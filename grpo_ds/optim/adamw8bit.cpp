@@ -2,9 +2,10 @@
 // block. Plain C++ that the compiler vectorises three times (portable, AVX2, AVX-512); the best one for the processor
 // is chosen at run time.
 //
-// The arithmetic is bitsandbytes 0.50's CPU update, operation by operation, so that the codes are the same:
-// contraction is off at compile time, and every fused multiply-add is written out. On encoding, bitsandbytes rounds
-// value / absmax to a grid of 65536 points over [-1, 1] and takes the code nearest to the grid point.
+// Codes of moments are bitsandbytes' (Dynamic) or computed (Companded). With the first the arithmetic is bitsandbytes
+// 0.50's CPU update, operation by operation, so that the codes are the same: contraction is off at compile time, and
+// every fused multiply-add is written out. On encoding, bitsandbytes rounds value / absmax to a grid of 65536 points
+// over [-1, 1] and takes the code nearest to the grid point.
 
 #include <cstddef>
 #include <cstdint>
@@ -34,6 +35,12 @@ template <class T> ALWAYS_INLINE void prefetch_next_block(const T* here) {
         __builtin_prefetch(reinterpret_cast<const char*>(here + BLOCK) + line);
 }
 
+ALWAYS_INLINE uint32_t noise(uint32_t x) {  // an integer hash: Wellons, "lowbias32"
+    x = (x ^ (x >> 16)) * 0x7feb352d;
+    x = (x ^ (x >> 15)) * 0x846ca68b;
+    return x ^ (x >> 16);
+}
+
 // Layouts of gradients and parameters in memory. To add one, add a struct here and a line in choose_kernel.
 struct Fp32 {
     float* data;
@@ -59,6 +66,22 @@ struct Split {
         residual[i] = int16_t(bits - (half << 16));
     }
 };
+// fp32 without its last 8 bits: a nearest bf16 (ties away from zero) and the difference in 256ths of its last place. The
+// bits that are lost are rounded up or down at random, as below.
+struct Split8 {
+    uint16_t* data;
+    int8_t* residual;
+    uint32_t key, start;
+    ALWAYS_INLINE float load(int i) const {
+        return float_of((uint32_t(data[i]) << 16) + (uint32_t(int32_t(residual[i])) << 8));
+    }
+    ALWAYS_INLINE void store(int i, float value) const {
+        const uint32_t kept = (bits_of(value) + (noise((start + uint32_t(i)) ^ key) >> 24)) >> 8;
+        const uint32_t half = (kept + 0x80) >> 8;
+        data[i] = uint16_t(half);
+        residual[i] = int8_t(kept - (half << 8));
+    }
+};
 // bf16, rounded up with a probability that makes the mean equal to the value. The noise is a function of (key,
 // element), so there is no generator to save, and blocks can be updated in any order.
 struct Stochastic {
@@ -67,11 +90,6 @@ struct Stochastic {
     ALWAYS_INLINE float load(int i) const { return widen(data[i]); }
     ALWAYS_INLINE void store(int i, float value) const {
         data[i] = uint16_t((bits_of(value) + (noise((start + uint32_t(i)) ^ key) >> 16)) >> 16);
-    }
-    static ALWAYS_INLINE uint32_t noise(uint32_t x) {  // an integer hash: Wellons, "lowbias32"
-        x = (x ^ (x >> 16)) * 0x7feb352d;
-        x = (x ^ (x >> 15)) * 0x846ca68b;
-        return x ^ (x >> 16);
     }
 };
 
@@ -83,14 +101,15 @@ struct Job {  // native.py has the same fields in the same order
     int64_t elements;
     void* gradient;
     void* parameter;
-    int16_t* residual;  // if not null, a bf16 parameter is the upper half of an fp32 one
+    void* residual;  // if not null, a bf16 parameter is the upper half of an fp32 one
     uint8_t *codes1, *codes2;
     float *absmax1, *absmax2;
-    const float *qmap1, *qmap2;
+    const float *qmap1, *qmap2;  // null: the codes are computed (Companded)
     const uint8_t *grid1, *grid2;  // code of each grid point, from build_grid
     float beta1, one_minus_beta1, beta2, one_minus_beta2, decay, step_size, eps;
     int32_t gradient_is_bf16, parameter_is_bf16, threads, path;  // path: -1 the best, 0 portable, 1 AVX2, 2 AVX-512
-    int32_t stochastic;  // round a bf16 parameter with the noise of `key`
+    int32_t stochastic;  // round what a bf16 parameter and its residual cannot hold with the noise of `key`
+    int32_t residual_bits;  // 8 or 16
     uint32_t key;
 };
 
@@ -137,8 +156,85 @@ ALWAYS_INLINE void decode(const uint8_t* codes, int n, const float* qmap, float*
     for (; i < BLOCK; i++) values[i] = 0.0f;
 }
 
+// bitsandbytes' codes: look-ups in a table of 256 values.
+struct Dynamic {
+    static ALWAYS_INLINE void decode_block(const Job& job, int64_t start, int n, float* moment1, float* moment2) {
+        decode(job.codes1 + start, n, job.qmap1, moment1);
+        decode(job.codes2 + start, n, job.qmap2, moment2);
+    }
+    static ALWAYS_INLINE float scale1(float absmax) { return absmax; }
+    static ALWAYS_INLINE float scale2(float absmax) { return absmax; }
+    static ALWAYS_INLINE float variance(float decoded, float scale) { return decoded * scale; }
+    static ALWAYS_INLINE float kept(float v, float) { return v; }
+    static ALWAYS_INLINE void encode_block(const Job& job, int64_t block, int64_t start, int n,
+                                           const float* moment1, const float* moment2) {
+        encode(moment1, n, job.absmax1[block], job.grid1, job.codes1 + start);
+        encode(moment2, n, job.absmax2[block], job.grid2, job.codes2 + start);
+    }
+};
+
+// Computed codes: companding as in telephony (mu-law, in straight pieces), by integer arithmetic, which vectorises. u in
+// [0, 1] is shifted to y = u (1 - OFFSET) + OFFSET, and the code is the exponent and the first bits of the mantissa of y,
+// counted from those of OFFSET. So steps are a fixed part of an octave of y, and fine near zero: 0 has code 0.
+template <int SHIFT, uint32_t LAST> struct Law {  // SHIFT: bits of the mantissa that are rounded away
+    static constexpr uint32_t FIRST = (0x3f800000u >> SHIFT) - LAST;  // so that 1.0 has the last code
+    static ALWAYS_INLINE float offset() { return float_of(FIRST << SHIFT); }
+    static ALWAYS_INLINE float expand(uint32_t code) { return float_of((code + FIRST) << SHIFT) - offset(); }
+    // size: u x (1 - OFFSET)
+    static ALWAYS_INLINE uint32_t compress(float size) {
+        return ((bits_of(size + offset()) + (1u << (SHIFT - 1))) >> SHIFT) - FIRST;
+    }
+    static ALWAYS_INLINE float scale(float absmax) { return absmax / (1.0f - offset()); }
+    // (1 - OFFSET) / absmax; a block too small to have it becomes zero.
+    static ALWAYS_INLINE float inverse(float* absmax) {
+        if (*absmax > SMALLEST) return (1.0f - offset()) / *absmax;
+        *absmax = 0.0f;
+        return 0.0f;
+    }
+};
+
+// First moment: a sign and 127 codes, 16 an octave. Second moment: its root, 255 codes, 32 an octave, as it changes by
+// less in a step; only 0 has code 0, because a small root rounded to 0 would divide the first moment by eps alone.
+struct Companded {
+    using First = Law<19, 127>;
+    using Root = Law<18, 255>;
+    static ALWAYS_INLINE void decode_block(const Job& job, int64_t start, int n, float* moment1, float* moment2) {
+        const int8_t* codes1 = (const int8_t*)job.codes1 + start;
+        const uint8_t* codes2 = job.codes2 + start;
+        for (int i = 0; i < n; i++) {
+            const int32_t c = codes1[i];
+            const float size = First::expand(uint32_t(c < 0 ? -c : c));
+            moment1[i] = float_of(bits_of(size) | (uint32_t(c) & 0x80000000u));
+            moment2[i] = Root::expand(codes2[i]);
+        }
+    }
+    static ALWAYS_INLINE float scale1(float absmax) { return First::scale(absmax); }
+    static ALWAYS_INLINE float scale2(float absmax) { return Root::scale(absmax); }
+    static ALWAYS_INLINE float variance(float decoded, float scale) {
+        const float root = decoded * scale;
+        return root * root;
+    }
+    static ALWAYS_INLINE float kept(float, float root) { return root; }
+    static ALWAYS_INLINE void encode_block(const Job& job, int64_t block, int64_t start, int n,
+                                           const float* moment1, const float* moment2) {
+        const float inverse1 = First::inverse(job.absmax1 + block), inverse2 = Root::inverse(job.absmax2 + block);
+        int8_t* codes1 = (int8_t*)job.codes1 + start;
+        uint8_t* codes2 = job.codes2 + start;
+        for (int i = 0; i < n; i++) {
+            const uint32_t bits = bits_of(moment1[i]), sign = uint32_t(int32_t(bits) >> 31);
+            const uint32_t c = First::compress(float_of(bits & 0x7fffffff) * inverse1);
+            codes1[i] = int8_t((c ^ sign) - sign);
+        }
+        for (int i = 0; i < n; i++) {
+            const float size = moment2[i] * inverse2;
+            const uint32_t d = Root::compress(size);
+            codes2[i] = uint8_t(d + uint32_t(d == 0 && size > 0.0f));
+        }
+    }
+};
+
 // N is the block's length if it is known at compile time, else 0. Assumes little-endian, as on all machines of torch.
-template <int N, class Gradient, class Parameter>
+template <int N, class Codes, class Gradient, class Parameter>
 ALWAYS_INLINE void step_block(const Job& job, int64_t block, Gradient gradient, Parameter parameter) {
     const int64_t start = block * BLOCK;
     const int n = N ? N : int(job.elements - start);
@@ -147,65 +243,67 @@ ALWAYS_INLINE void step_block(const Job& job, int64_t block, Gradient gradient, 
     prefetch_next_block(job.codes1 + start);
     prefetch_next_block(job.codes2 + start);
     alignas(64) float moment1[BLOCK], moment2[BLOCK];
-    decode(job.codes1 + start, n, job.qmap1, moment1);
-    decode(job.codes2 + start, n, job.qmap2, moment2);
-    const float absmax1 = job.absmax1[block], absmax2 = job.absmax2[block];
+    Codes::decode_block(job, start, n, moment1, moment2);
+    const float scale1 = Codes::scale1(job.absmax1[block]), scale2 = Codes::scale2(job.absmax2[block]);
     const float beta1 = job.beta1, beta2 = job.beta2, rest1 = job.one_minus_beta1, rest2 = job.one_minus_beta2;
     const float decay = job.decay, step_size = job.step_size, eps = job.eps;
     int32_t largest1 = 0, largest2 = 0;  // bit patterns: positive floats have the order of integers, which vectorise
 #pragma GCC ivdep
     for (int i = 0; i < n; i++) {
         const float g = gradient.load(i);
-        const float m = __builtin_fmaf(g, rest1, (moment1[i] * absmax1) * beta1);
-        const float v = __builtin_fmaf(g * rest2, g, (moment2[i] * absmax2) * beta2);
+        const float m = __builtin_fmaf(g, rest1, (moment1[i] * scale1) * beta1);
+        const float v = __builtin_fmaf(g * rest2, g, Codes::variance(moment2[i], scale2) * beta2);
+        const float root = __builtin_sqrtf(v), kept = Codes::kept(v, root);
         moment1[i] = m;
-        moment2[i] = v;
-        const int32_t m_bits = int32_t(bits_of(m) & 0x7fffffff), v_bits = int32_t(bits_of(v) & 0x7fffffff);
+        moment2[i] = kept;
+        const int32_t m_bits = int32_t(bits_of(m) & 0x7fffffff), v_bits = int32_t(bits_of(kept) & 0x7fffffff);
         largest1 = m_bits > largest1 ? m_bits : largest1;
         largest2 = v_bits > largest2 ? v_bits : largest2;
-        parameter.store(i, parameter.load(i) * decay + (step_size * m) / (__builtin_sqrtf(v) + eps));
+        parameter.store(i, parameter.load(i) * decay + (step_size * m) / (root + eps));
     }
     job.absmax1[block] = float_of(uint32_t(largest1));
     job.absmax2[block] = float_of(uint32_t(largest2));
-    encode(moment1, n, job.absmax1[block], job.grid1, job.codes1 + start);
-    encode(moment2, n, job.absmax2[block], job.grid2, job.codes2 + start);
+    Codes::encode_block(job, block, start, n, moment1, moment2);
 }
 
 template <class T> ALWAYS_INLINE T at(const Job& job, void* data, int64_t start);
 template <> ALWAYS_INLINE Fp32 at<Fp32>(const Job&, void* data, int64_t start) { return {(float*)data + start}; }
 template <> ALWAYS_INLINE Bf16 at<Bf16>(const Job&, void* data, int64_t start) { return {(uint16_t*)data + start}; }
 template <> ALWAYS_INLINE Split at<Split>(const Job& job, void* data, int64_t start) {
-    return {(uint16_t*)data + start, job.residual + start};
+    return {(uint16_t*)data + start, (int16_t*)job.residual + start};
+}
+template <> ALWAYS_INLINE Split8 at<Split8>(const Job& job, void* data, int64_t start) {
+    return {(uint16_t*)data + start, (int8_t*)job.residual + start, job.key, uint32_t(start)};
 }
 template <> ALWAYS_INLINE Stochastic at<Stochastic>(const Job& job, void* data, int64_t start) {
     return {(uint16_t*)data + start, job.key, uint32_t(start)};
 }
 
-template <class Gradient, class Parameter>
+template <class Codes, class Gradient, class Parameter>
 ALWAYS_INLINE void step_blocks(const Job& job, int64_t first, int64_t last) {
     for (int64_t block = first; block < last; block++) {
         const int64_t start = block * BLOCK;
         const auto gradient = at<Gradient>(job, job.gradient, start);
         const auto parameter = at<Parameter>(job, job.parameter, start);
-        if (start + BLOCK <= job.elements) step_block<BLOCK>(job, block, gradient, parameter);
-        else step_block<0>(job, block, gradient, parameter);
+        if (start + BLOCK <= job.elements) step_block<BLOCK, Codes>(job, block, gradient, parameter);
+        else step_block<0, Codes>(job, block, gradient, parameter);
     }
 }
 
 using Kernel = void (*)(const Job&, int64_t, int64_t);
 
-template <class G, class P> void portable(const Job& job, int64_t first, int64_t last) {
-    step_blocks<G, P>(job, first, last);
+template <class C, class G, class P> void portable(const Job& job, int64_t first, int64_t last) {
+    step_blocks<C, G, P>(job, first, last);
 }
 #if defined(__x86_64__)
-template <class G, class P>
+template <class C, class G, class P>
 __attribute__((target("avx2,fma"))) void avx2(const Job& job, int64_t first, int64_t last) {
-    step_blocks<G, P>(job, first, last);
+    step_blocks<C, G, P>(job, first, last);
 }
-template <class G, class P>
+template <class C, class G, class P>
 __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
 void avx512(const Job& job, int64_t first, int64_t last) {
-    step_blocks<G, P>(job, first, last);
+    step_blocks<C, G, P>(job, first, last);
 }
 int best_path() {
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
@@ -213,23 +311,26 @@ int best_path() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     return wide ? 2 : 1;
 }
-template <class G, class P> Kernel on_path(int path) {
-    return path == 2 ? avx512<G, P> : path == 1 ? avx2<G, P> : portable<G, P>;
+template <class C, class G, class P> Kernel on_path(int path) {
+    return path == 2 ? avx512<C, G, P> : path == 1 ? avx2<C, G, P> : portable<C, G, P>;
 }
 #else
 int best_path() { return 0; }
-template <class G, class P> Kernel on_path(int) { return portable<G, P>; }
+template <class C, class G, class P> Kernel on_path(int) { return portable<C, G, P>; }
 #endif
 
-template <class G> Kernel for_parameter(const Job& job, int path) {
-    if (!job.parameter_is_bf16) return on_path<G, Fp32>(path);
-    if (job.residual) return on_path<G, Split>(path);
-    return job.stochastic ? on_path<G, Stochastic>(path) : on_path<G, Bf16>(path);
+template <class C, class G> Kernel for_parameter(const Job& job, int path) {
+    if (!job.parameter_is_bf16) return on_path<C, G, Fp32>(path);
+    if (job.residual) return job.residual_bits == 8 ? on_path<C, G, Split8>(path) : on_path<C, G, Split>(path);
+    return job.stochastic ? on_path<C, G, Stochastic>(path) : on_path<C, G, Bf16>(path);
+}
+template <class C> Kernel for_gradient(const Job& job, int path) {
+    return job.gradient_is_bf16 ? for_parameter<C, Bf16>(job, path) : for_parameter<C, Fp32>(job, path);
 }
 Kernel choose_kernel(const Job& job) {
     const int best = best_path();
     const int path = job.path < 0 || job.path > best ? best : job.path;
-    return job.gradient_is_bf16 ? for_parameter<Bf16>(job, path) : for_parameter<Fp32>(job, path);
+    return job.qmap1 ? for_gradient<Dynamic>(job, path) : for_gradient<Companded>(job, path);
 }
 
 // Largest absolute value of n elements, as a bit pattern. Bit patterns of absolute values are ordered like integers;

@@ -1,8 +1,8 @@
 """AdamW with 8-bit moments for parameters in RAM: bitsandbytes' update without its temporaries.
 
 bitsandbytes first dequantises the complete tensor, which takes 20 bytes per parameter for ZeRO's flat partition (62 GB
-for 3B parameters). Here the same update runs over one block at a time, so a step needs almost no extra memory. The
-state layout (keys, dtypes, shapes) is bitsandbytes', so each can load the other's state dict.
+for 3B parameters). Here the same update runs over one block at a time, so a step needs almost no extra memory. With
+bitsandbytes' codes the state layout (keys, dtypes, shapes) is its own, so each can load the other's state dict.
 
 N elements of a tensor, K = ceil(N / 256) blocks that share one scale.
 """
@@ -22,7 +22,8 @@ from grpo_ds.optim.slices import BLOCK
 MIN_8BIT_SIZE = 4096  # bitsandbytes keeps the moments of smaller tensors (norms, biases) in fp32
 # On loading, torch would cast these to the parameter's dtype.
 EXACT_KEYS = ("state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2", "residual")
-Rounding = Literal["nearest", "residual", "stochastic"]
+Rounding = Literal["nearest", "residual", "residual8", "stochastic"]
+Moments = Literal["bitsandbytes", "companded"]
 _BNB_WRAPPER = "__bnb_optimizer_quant_state__"  # bitsandbytes nests the exact keys under this one for FSDP
 
 
@@ -43,12 +44,19 @@ class CPUAdamW8bit(torch.optim.Optimizer):
     Gradients may be fp32 or bf16, for any parameter. If a gradient is not finite, or so large that its square
     is not, the step raises NonFiniteGradient before anything changes.
 
+    moments: codes of the moments. A state keeps those that it was made with.
+        bitsandbytes: its dynamic maps of 256 values (Dettmers et al. 2022).
+        companded: computed (slices.encode_first, encode_root), which is faster and has finer steps near zero.
+            absmax2 is the largest root of a second moment, and there are no maps.
+
     rounding: how the new value of a bf16 parameter is rounded; fp32 parameters are never rounded.
         nearest: to the nearest bf16. A step smaller than half of bf16's spacing is lost, and at fine-tuning learning
             rates most steps are.
         residual: the parameter is the upper half of an fp32 master; its other 16 bits are in state["residual"]. The
             steps are those of the fp32 master, bit by bit. It needs two bytes per parameter less than a master
             and a bf16 copy.
+        residual8: the same with 8 of the 16 bits, one byte per parameter; the last 8 bits of the fp32 master are
+            rounded up or down at random.
         stochastic: up or down at random, correct on average, without extra memory (Gupta et al. 2015,
             arXiv:1502.02551). The noise is a function of `seed`, the tensor, its element and the step; a state dict
             keeps it.
@@ -63,12 +71,14 @@ class CPUAdamW8bit(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         rounding: Rounding = "nearest",
+        moments: Moments = "bitsandbytes",
         seed: int = 0,
     ):
         _check_hyperparameters(lr, betas, eps, weight_decay)
-        if rounding not in get_args(Rounding):
-            raise UsageError(f"rounding is {rounding!r}; it must be one of {', '.join(get_args(Rounding))}.")
-        self.rounding, self.seed = rounding, seed
+        for name, value, allowed in (("rounding", rounding, Rounding), ("moments", moments, Moments)):
+            if value not in get_args(allowed):
+                raise UsageError(f"{name} is {value!r}; it must be one of {', '.join(get_args(allowed))}.")
+        self.rounding, self.moments, self.seed = rounding, moments, seed
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -111,14 +121,16 @@ class CPUAdamW8bit(torch.optim.Optimizer):
         small = parameter.numel() < MIN_8BIT_SIZE
         dtype = torch.float32 if small else torch.uint8
         state = {"step": 0, **{key: torch.zeros_like(parameter, dtype=dtype) for key in ("state1", "state2")}}
-        if parameter.dtype == torch.bfloat16 and self.rounding == "residual":
-            state["residual"] = torch.zeros_like(parameter, dtype=torch.int16)
-        if parameter.dtype == torch.bfloat16 and self.rounding == "stochastic":
+        residual = {"residual": torch.int16, "residual8": torch.int8}.get(self.rounding)
+        if parameter.dtype == torch.bfloat16 and residual is not None:
+            state["residual"] = torch.zeros_like(parameter, dtype=residual)
+        if parameter.dtype == torch.bfloat16 and self.rounding in ("residual8", "stochastic"):
             state["noise"] = (self.seed << 16) + len(self.state)  # unique for this tensor, and saved with it
         if not small:
             blocks = -(-parameter.numel() // BLOCK)
             state |= {"absmax1": torch.zeros(blocks), "absmax2": torch.zeros(blocks)}
-            state["qmap1"], state["qmap2"] = _dynamic_maps()
+            if self.moments == "bitsandbytes":
+                state["qmap1"], state["qmap2"] = _dynamic_maps()
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -145,12 +157,13 @@ def build_optimizer(
     eps: float,
     weight_decay: float,
     rounding: Rounding = "nearest",
+    moments: Moments = "bitsandbytes",
     seed: int = 0,
 ) -> torch.optim.Optimizer:
     """Build the 8-bit AdamW: ours for moments in RAM, bitsandbytes' for moments in GPU memory."""
     settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     if offload or not torch.cuda.is_available():
-        return CPUAdamW8bit(parameters, **settings, rounding=rounding, seed=seed)
+        return CPUAdamW8bit(parameters, **settings, rounding=rounding, moments=moments, seed=seed)
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(parameters, **settings)

@@ -35,7 +35,7 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("decay", "step_size", "eps")),
         *(
             (name, ctypes.c_int32)
-            for name in ("gradient_is_bf16", "parameter_is_bf16", "threads", "path", "stochastic")
+            for name in ("gradient_is_bf16", "parameter_is_bf16", "threads", "path", "stochastic", "residual_bits")
         ),
         ("key", ctypes.c_uint32),
     ]
@@ -52,14 +52,20 @@ def native_step(
 ) -> None:
     """Update [N] elements in place with the blockwise 8-bit update.
 
-    With state["residual"] (int16) a bf16 parameter is the upper half of an fp32 one; with `noise_key` it is rounded
-    stochastically.
+    The moments' codes are bitsandbytes' if the state has their maps, otherwise computed. With state["residual"] (int16
+    or int8) a bf16 parameter is the upper half of an fp32 one; what they do not hold is rounded with `noise_key`.
 
     path: one of PATHS, for tests; None: the best one.
     """
     beta1, beta2 = group["betas"]
     correction1, correction2 = 1 - beta1 ** state["step"], math.sqrt(1 - beta2 ** state["step"])
     residual = state.get("residual")
+    maps = [state[name] for name in ("qmap1", "qmap2") if name in state]
+    tables = {
+        f"{kind}{number}": address
+        for number, qmap in enumerate(maps, 1)
+        for kind, address in (("qmap", qmap.data_ptr()), ("grid", ctypes.addressof(_grid(qmap.numpy().tobytes()))))
+    }
     job = _Job(
         elements=parameter.numel(),
         gradient=gradient.data_ptr(),
@@ -67,9 +73,8 @@ def native_step(
         residual=None if residual is None else residual.data_ptr(),
         codes1=state["state1"].data_ptr(),
         codes2=state["state2"].data_ptr(),
-        **{name: state[name].data_ptr() for name in ("absmax1", "absmax2", "qmap1", "qmap2")},
-        grid1=ctypes.addressof(_grid(state["qmap1"].numpy().tobytes())),
-        grid2=ctypes.addressof(_grid(state["qmap2"].numpy().tobytes())),
+        **{name: state[name].data_ptr() for name in ("absmax1", "absmax2")},
+        **tables,
         beta1=beta1,
         one_minus_beta1=1 - beta1,
         beta2=beta2,
@@ -83,6 +88,7 @@ def native_step(
         threads=torch.get_num_threads(),
         path=-1 if path is None else PATHS.index(path),
         stochastic=noise_key is not None,
+        residual_bits=0 if residual is None else 8 * residual.element_size(),
         key=noise_key or 0,
     )
     _kernels().grpo_ds_step(ctypes.byref(job))

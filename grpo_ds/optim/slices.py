@@ -1,12 +1,17 @@
-"""bitsandbytes' CPU kernels, run on one slice of the tensor at a time: needs no compiler, and is the tests' oracle."""
+"""bitsandbytes' kernels and torch on one slice of the tensor at a time: needs no compiler, and is the tests' oracle."""
 
+import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SLICE = 1 << 20  # elements: 20 MB of bitsandbytes' temporaries; smaller slices have too much overhead per call
 BLOCK = 256  # values that share one scale; fixed by bitsandbytes' kernels
+LOW = 0xFFFFFFFF
+# Computed codes of a first moment's size and of a second moment's root: (bits of a mantissa left out, largest code).
+FIRST, ROOT = (19, 127), (18, 255)
 GRADIENT_LIMIT = 2.0**64  # the smallest gradient whose square overflows fp32, and with it the second moment
 
 
@@ -22,8 +27,6 @@ def first_bad_element(gradient: Tensor) -> int | None:
 
 def slice_step(parameter: Tensor, gradient: Tensor, state: dict, group: dict, *, noise_key: int | None = None) -> None:
     """Update [N] elements in place with the blockwise 8-bit update, in slices that do not split a block."""
-    import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
-
     flat = {"parameter": parameter, "gradient": gradient, **{k: state[k] for k in ("state1", "state2")}}
     flat |= {"residual": state["residual"]} if "residual" in state else {}
     flat = {name: tensor.view(-1) for name, tensor in flat.items()}
@@ -31,15 +34,114 @@ def slice_step(parameter: Tensor, gradient: Tensor, state: dict, group: dict, *,
         window = {name: tensor[start : start + SLICE] for name, tensor in flat.items()}
         blocks = slice(start // BLOCK, (start + SLICE) // BLOCK)
 
-        def update(master: Tensor, window=window, blocks=blocks) -> None:
-            torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
-                "adam", window["gradient"], master, window["state1"], window["state2"],
-                *group["betas"], 0.0, 0.0, group["eps"], state["step"], group["lr"],
-                state["qmap1"], state["qmap2"], state["absmax1"][blocks], state["absmax2"][blocks],
-                group["weight_decay"], 1.0,
-            )  # fmt: skip
+        scales = state["absmax1"][blocks], state["absmax2"][blocks]
+
+        def update(master: Tensor, window=window, scales=scales) -> None:
+            kind = _dynamic_update if "qmap1" in state else _companded_update
+            kind(master, window, scales, state, group)
 
         _update_master(update, window["parameter"], window.get("residual"), noise_key, first=start)
+
+
+def _dynamic_update(
+    master: Tensor, window: dict[str, Tensor], scales: tuple[Tensor, Tensor], state: dict, group: dict
+) -> None:
+    """bitsandbytes' update."""
+    import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
+
+    torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
+        "adam", window["gradient"], master, window["state1"], window["state2"],
+        *group["betas"], 0.0, 0.0, group["eps"], state["step"], group["lr"],
+        state["qmap1"], state["qmap2"], *scales, group["weight_decay"], 1.0,
+    )  # fmt: skip
+
+
+def _companded_update(
+    master: Tensor, window: dict[str, Tensor], scales: tuple[Tensor, Tensor], state: dict, group: dict
+) -> None:
+    """The same update with computed codes of the moments (`encode_first`, `encode_root`)."""
+    beta1, beta2 = group["betas"]
+    correction1, correction2 = 1 - beta1 ** state["step"], math.sqrt(1 - beta2 ** state["step"])
+    gradient, count = window["gradient"].float(), master.numel()
+    first = decode_first(window["state1"], scales[0]).mul_(beta1).add_(gradient, alpha=1 - beta1)
+    second = decode_root(window["state2"], scales[1]).square_().mul_(beta2)
+    root = second.addcmul_(gradient, gradient, value=1 - beta2).sqrt_()
+    change = first / (root + group["eps"] * correction2)
+    master.mul_(1 - group["lr"] * group["weight_decay"]).add_(change, alpha=-group["lr"] * correction2 / correction1)
+    for code, scale, encode, moment in zip(
+        (window["state1"], window["state2"]), scales, (encode_first, encode_root), (first, root), strict=True
+    ):
+        codes, largest = encode(moment)
+        code.copy_(codes[:count])
+        scale.copy_(largest)
+
+
+def encode_first(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (uint8 codes, fp32 scales) of first moments [N]: a sign and 127 companded sizes.
+
+    The code is a signed byte. A size u, as a share of its block's largest, is shifted to y = u (1 - offset) + offset;
+    its code is the exponent and the first bits of the mantissa of y, counted from those of the offset (mu-law in
+    straight pieces). Steps are a sixteenth of an octave of y, and fine near zero.
+    """
+    blocks, largest, inverse = _scaled(moment, FIRST)
+    codes = _compress(blocks.abs() * inverse, FIRST)
+    codes = torch.where(blocks < 0, -codes, codes).to(torch.int8).view(torch.uint8)
+    return codes.flatten()[: moment.numel()], largest
+
+
+def encode_root(root: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (uint8 codes, fp32 scales) of roots of second moments [N]: 255 companded sizes.
+
+    Steps are a 32nd of an octave. Only 0 has code 0: a small root rounded to 0 would divide the first moment by eps
+    alone.
+    """
+    blocks, largest, inverse = _scaled(root, ROOT)
+    sizes = blocks * inverse
+    codes = _compress(sizes, ROOT)
+    codes[(codes == 0) & (sizes > 0)] = 1
+    return codes.to(torch.uint8).flatten()[: root.numel()], largest
+
+
+def decode_first(codes: Tensor, scales: Tensor) -> Tensor:
+    """Return the fp32 moments that `encode_first` has kept."""
+    signed = codes.view(torch.int8).int()
+    return _expand(signed.abs(), scales, FIRST).mul_(signed.sign())
+
+
+def decode_root(codes: Tensor, scales: Tensor) -> Tensor:
+    """Return the fp32 roots that `encode_root` has kept."""
+    return _expand(codes.int(), scales, ROOT)
+
+
+def _first_bits(law: tuple[int, int]) -> int:
+    """What code 0 stands for, so that 1.0 has the largest code."""
+    lost, last = law
+    return (0x3F800000 >> lost) - last
+
+
+def _offset(law: tuple[int, int]) -> Tensor:
+    return torch.tensor(_first_bits(law) << law[0], dtype=torch.int32).view(torch.float32)
+
+
+def _compress(sizes: Tensor, law: tuple[int, int]) -> Tensor:
+    bits = (sizes + _offset(law)).view(torch.int32)
+    return ((bits + (1 << (law[0] - 1))) >> law[0]) - _first_bits(law)
+
+
+def _expand(codes: Tensor, scales: Tensor, law: tuple[int, int]) -> Tensor:
+    sizes = ((codes + _first_bits(law)) << law[0]).view(torch.float32) - _offset(law)
+    return sizes.mul_((scales / (1 - _offset(law))).repeat_interleave(BLOCK)[: codes.numel()])
+
+
+def _scaled(values: Tensor, law: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return [K, 256] values padded with 0, the largest size of each block [K], and (1 - offset) / it [K, 1].
+
+    A block too small to have an inverse becomes zero.
+    """
+    blocks = F.pad(values, (0, -values.numel() % BLOCK)).view(-1, BLOCK)
+    largest = blocks.abs().amax(dim=1)
+    largest = largest.where(largest > 2.0**-127, 0.0)
+    return blocks, largest, torch.where(largest > 0, (1 - _offset(law)) / largest, 0.0)[:, None]
 
 
 def small_step(parameter: Tensor, gradient: Tensor, state: dict, group: dict, *, noise_key: int | None = None) -> None:
@@ -63,8 +165,19 @@ def split(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join(half: Tensor, residual: Tensor) -> Tensor:
-    """Return the fp32 values that were passed to `split`."""
-    return ((half.view(torch.int16).to(torch.int32) << 16) + residual).view(torch.float32)
+    """Return the fp32 values that were passed to `split`; with an int8 residual those that `split8` has kept."""
+    rest = residual.to(torch.int32) << (16 - 8 * residual.element_size())
+    return ((half.view(torch.int16).to(torch.int32) << 16) + rest).view(torch.float32)
+
+
+def split8(master: Tensor, noise_key: int, *, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Split fp32 into a nearest bf16 (ties away from zero) and the int8 difference in 256ths of its last place.
+
+    The last 8 bits of the fp32 are rounded up or down at random, as in `round_stochastically`.
+    """
+    kept = ((master.view(torch.int32).long() & LOW) + (_noise(master, noise_key, first) >> 24)) >> 8
+    half = (kept + 0x80) >> 8
+    return half.to(torch.int16).view(torch.bfloat16), (kept - (half << 8)).to(torch.int8)
 
 
 def round_stochastically(master: Tensor, noise_key: int, *, first: int = 0) -> Tensor:
@@ -72,12 +185,16 @@ def round_stochastically(master: Tensor, noise_key: int, *, first: int = 0) -> T
 
     The noise of an element is a hash (Wellons, "lowbias32") of the key and its index, counted from `first`.
     """
-    low = 0xFFFFFFFF
-    x = (torch.arange(first, first + master.numel()).view(master.shape) & low) ^ noise_key
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & low
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & low
-    bits = (master.view(torch.int32).long() & low) + ((x ^ (x >> 16)) >> 16)
+    bits = (master.view(torch.int32).long() & LOW) + (_noise(master, noise_key, first) >> 16)
     return (bits >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def _noise(master: Tensor, noise_key: int, first: int) -> Tensor:
+    """Return 32 bits for each element, as int64."""
+    x = (torch.arange(first, first + master.numel()).view(master.shape) & LOW) ^ noise_key
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & LOW
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & LOW
+    return x ^ (x >> 16)
 
 
 def _update_master(
@@ -88,16 +205,16 @@ def _update_master(
     *,
     first: int = 0,
 ) -> None:
-    """Apply `update` in fp32 to a parameter that is stored in one of the three ways."""
-    if noise_key is not None:
+    """Apply `update` in fp32 to a parameter that is stored in one of the four ways."""
+    if residual is not None:
+        master = join(parameter, residual)
+        update(master)
+        half, rest = split(master) if noise_key is None else split8(master, noise_key, first=first)
+        parameter.copy_(half)
+        residual.copy_(rest)
+    elif noise_key is not None:
         master = parameter.float()
         update(master)
         parameter.copy_(round_stochastically(master, noise_key, first=first))
-    elif residual is not None:
-        master = join(parameter, residual)
-        update(master)
-        half, rest = split(master)
-        parameter.copy_(half)
-        residual.copy_(rest)
     else:
         update(parameter)

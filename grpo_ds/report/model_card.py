@@ -4,9 +4,7 @@ Names of models and files, labels and versions come from others: yaml quotes the
 `fenced` escape them in the rest.
 """
 
-import json
 import re
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +18,11 @@ from grpo_ds.report import verdict
 from grpo_ds.report.figures import confidence_rows, grade_rows, mean_change_lines, reward_rows
 from grpo_ds.report.markdown import fenced, plain, table
 from grpo_ds.report.run_files import memory_by_phase, read_json, read_run, read_settings
+from grpo_ds.report.snippets import modelfile, transformers_code
 from grpo_ds.run_folder.files import CARD_FILE, ENVIRONMENT_FILE, HELD_OUT_FILE, SUMMARY_FILE
 from grpo_ds.run_folder.status import CHANGED_INPUTS, STATUS_FILE
-from grpo_ds.settings.config import EvaluateConfig
-from grpo_ds.settings.saved_config import prompt_recipe
 from grpo_ds.system.files import write_whole
 from grpo_ds.task.hub_records import HUB_ID, hub_id, is_hub_id
-from grpo_ds.task.prompts import default_system_prompt
 from grpo_ds.task.records import NO_CONTEXT
 from grpo_ds.task.rewards import READY_MADE
 from grpo_ds.task.sources import SAMPLE
@@ -43,21 +39,6 @@ SETTINGS = (
 ANSWERS = {"number": "with a number", "text": "with a text", "none": "none is right: the rewards decide"}
 HUB_METRICS = {"accuracy": "accuracy", "f1": "macro_f1", "reward": "mean_reward"}  # the hub's name -> ours
 ADAPTER_SETTINGS = ("lora_r", "lora_alpha", "lora_target", "load_in_4bit", "load_in_8bit")
-WITHOUT_PEFT = "AutoModelForCausalLM", "from transformers import AutoModelForCausalLM, AutoTokenizer"
-WITH_PEFT = (
-    "AutoPeftModelForCausalLM",
-    "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer",
-)
-ASK = """{imports}
-
-tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
-model = {auto}.from_pretrained("THIS_FOLDER")
-messages = [
-{turns}
-]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-output = model.generate(**inputs, max_new_tokens={length}, do_sample=False)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
 
 
 def write_card(folder: Path) -> Path:
@@ -85,7 +66,8 @@ def card(folder: Path) -> str:
         of_labels="p_right_change" in held_out,
         biomedical=config.get("subject", BIOMEDICAL) == BIOMEDICAL,
         grades=table(("", "before", "after"), _figure_rows(before, after)),
-        snippet=_snippet(folder, is_adapter=is_adapter),
+        snippet=fenced(transformers_code(folder, is_adapter=is_adapter), "python"),
+        modelfile=fenced(modelfile(folder)),
         settings=table(("setting", "value"), _settings(config)),
         only_our_rewards=set(config["reward_funcs"].split(",")) <= set(READY_MADE),
         changed_inputs=read_json(folder, STATUS_FILE).get(CHANGED_INPUTS, []),
@@ -185,22 +167,6 @@ def _trained_to(config: dict[str, Any]) -> str:
         return "to earn the rewards below"
     wanted = " or ".join(label.strip() for label in config["labels"].split(","))
     return f"to answer {wanted if _is_closed(config) else ANSWERS[config['answers']]} in the required form"
-
-
-def _snippet(folder: Path, *, is_adapter: bool) -> str:
-    """Return code that asks the model as in training, except for worked examples and a prefilled beginning."""
-    recipe = prompt_recipe(folder)
-    config = EvaluateConfig(**{flag.name: recipe[flag.name] for flag in fields(EvaluateConfig) if flag.name in recipe})
-    has_context = config.context_field != NO_CONTEXT
-    given, form = config.system_prompt_text, config.answer_format
-    system = default_system_prompt(form, has_context, config.subject or "") if given is None else given
-    auto, imports = WITH_PEFT if is_adapter else WITHOUT_PEFT
-    heading = ("", "") if form.kind == "none" else ("Context: ", "Question: ")
-    user = f"{heading[0]}...\n\n" * has_context + f"{heading[1]}..."
-    turns = [("system", system)] * bool(system) + [("user", user)]
-    shown = [f'    {{"role": "{role}", "content": {json.dumps(text, ensure_ascii=False)}}},' for role, text in turns]
-    code = ASK.format(imports=imports, auto=auto, length=config.max_completion_length, turns="\n".join(shown))
-    return fenced(code, "python")
 
 
 def _memory(folder: Path) -> str:

@@ -25,7 +25,8 @@ class Wandb:
         ours = {"project": PROJECT, "name": folder.name, "dir": str(folder)}
         ours = {name: value for name, value in ours.items() if f"WANDB_{name.upper()}" not in os.environ}
         resumed = {"id": known, "resume": "allow"} if known else {}
-        self._run = wandb.init(config=settings, **ours, **resumed)  # type: ignore[arg-type]
+        # A run of its own, beside one that the user's notebook has, or that a failed run left open.
+        self._run = wandb.init(config=settings, reinit="create_new", **ours, **resumed)  # type: ignore[arg-type]
         progress.trackers["wandb"] = self._run.id
 
     def log(self, metrics: dict[str, float], *, step: int) -> None:

@@ -1,11 +1,15 @@
 """Inputs that decide a run's numbers besides its flags: each has a hash, which a resumed run compares.
 
 The columns of the data are compared if a reward function can read them, and so are the files that it is made of
-(task/reward_files.py). What a function reads elsewhere is not known here.
+(task/reward_files.py); of a function that a script passes to `grpo_ds.train`, its own source text. What a function
+reads elsewhere is not known here.
 """
 
+import functools
 import hashlib
+import inspect
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import date, time, timedelta
@@ -25,6 +29,8 @@ Inputs = dict[str, str]  # name of an input, as an error says it -> its hash
 PROMPTS, BASE = "the token ids of the prompts", "the weights of the base model"  # known once they are loaded
 REWARDS = "the reward functions"
 LATE = {PROMPTS, BASE}
+PASSED = "from_python"  # --reward_funcs has from_python.NAME for a function that was passed to grpo_ds.train
+UNKNOWN = ""  # in place of a hash: the source text of such a function cannot be read
 # The saved optimizer state or adapter fits these alone, so --resume_changed_inputs does not cover them.
 FIXED = {"the DeepSpeed JSON", "the number of ranks", BASE}
 NAMED = 6  # changed inputs that a message names
@@ -48,6 +54,7 @@ def inputs_of(
         **{f"the column {name}": hashed for name, hashed in _columns(rewards, [*train, *held_out]).items()},
         REWARDS: _hash([text.strip().rpartition("/")[2] for text in config.reward_funcs.split(",")]),
         **{f"the reward file {name}": _hash(text) for name, text in reward_sources(config.reward_funcs).items()},
+        **{f"the reward function {name}": _source(rewards[name][0]) for name in passed(config.reward_funcs)},
         "the system prompt": _hash(config.system_prompt_text or ""),
         **(split if config.loss_type == "bnpo" else {}),
         "the DeepSpeed JSON": _hash({**ds.engine, "optimizer": asdict(ds.optimizer), "rounding": ds.rounding}),
@@ -55,11 +62,19 @@ def inputs_of(
     }
 
 
+def passed(reward_funcs: str) -> list[str]:
+    """Return the names of the functions in --reward_funcs that were passed to grpo_ds.train."""
+    entries = [entry.strip() for entry in reward_funcs.split(",")]
+    return [entry.removeprefix(f"{PASSED}.") for entry in entries if entry.startswith(f"{PASSED}.")]
+
+
 def changed_inputs(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Return the names of the inputs that differ from a checkpoint's; one of an older version lacks some."""
     both = saved.keys() & now.keys()
     names = [name for name in {**now, **saved} if name in both or not (OLDER in saved or name in LATE)]
-    return [name for name in names if saved.get(name) != now.get(name)]
+    return [
+        name for name in names if saved.get(name) != now.get(name) and UNKNOWN not in (saved.get(name), now.get(name))
+    ]
 
 
 def check_inputs(saved: Mapping[str, str], now: Mapping[str, str], checkpoint: Path, *, may_change: bool) -> list[str]:
@@ -68,8 +83,10 @@ def check_inputs(saved: Mapping[str, str], now: Mapping[str, str], checkpoint: P
     if refused := [name for name in changed if name in FIXED or not may_change]:
         raise other_inputs(str(checkpoint), refused)
     older = f"Warning: {checkpoint} was saved by an older version, so only these inputs were compared: "
+    unread = [name for name in now if name in saved and UNKNOWN in (saved[name], now[name])]
     return [
         *([changed_line(changed)] if changed else []),
+        *([f"Warning: not compared, as Python cannot read its source: {_listed(unread)}"] if unread else []),
         *([older + ", ".join(sorted(saved.keys() & now.keys()))] if OLDER in saved else []),
     ]
 
@@ -122,6 +139,19 @@ def _columns(rewards: WeightedFunctions, questions: Sequence[Question]) -> Input
             if (None in read or name in named) and name not in (*ARGUMENTS, *COLUMNS) and value is not None:
                 hashed.setdefault(name, hashlib.sha256()).update(_json([question.id, value]))
     return {name: it.hexdigest() for name, it in sorted(hashed.items())}
+
+
+def _source(function: Any) -> str:
+    """Return the hash of a function's source text, or of its object's class; UNKNOWN if Python cannot read it."""
+    function = function.function if isinstance(function, OwnReward) else function
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    try:
+        text = inspect.getsource(function if inspect.isroutine(function) else type(function))
+    except (OSError, TypeError):  # typed at a prompt, run by exec, or written in C
+        return UNKNOWN
+    return _hash(textwrap.dedent(text))
 
 
 def _hash(value: Any) -> str:

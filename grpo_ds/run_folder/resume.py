@@ -38,6 +38,8 @@ MAY_CHANGE = {
         "resume_from_checkpoint",
         "resume_changed_inputs",
         "plan",
+        "gpu_gib",
+        "ram_gib",
         "dry_run_worst_case",
         "oom_retry",
         "report_to",

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from grpo_ds.system.files import write_whole
-from grpo_ds.system.invocation import restart_words
+from grpo_ds.system.invocation import is_from_python, restart_words
 
 STATUS_FILE = "run_status.json"
 CHANGED_INPUTS = "changed_inputs"  # inputs that changed while the run rested (--resume_changed_inputs), a text for each
@@ -42,6 +42,12 @@ class RunStatus:
 
 
 def resume_command(checkpoint: Path, *, trust_remote_code: bool = False) -> str:
-    """Return the command that resumes from a checkpoint in any folder, with the launcher that started this process."""
+    """Return the command that resumes from a checkpoint in any folder, with the launcher that started this process.
+
+    From Python it is a line of Python; data and reward functions are passed again beside the config.
+    """
+    if is_from_python():
+        trusted = ", trust_remote_code=True" if trust_remote_code else ""
+        return f"train(TrainConfig(resume_from_checkpoint={str(checkpoint)!r}{trusted}), ...)"
     trust = ["--trust_remote_code"] if trust_remote_code else []  # never read from the checkpoint's flags
     return shlex.join([*restart_words(anywhere=True), "--resume_from_checkpoint", str(checkpoint), *trust])

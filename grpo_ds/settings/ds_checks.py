@@ -97,6 +97,8 @@ def check_optimizer(engine: dict[str, Any]) -> Iterator[str]:
             yield "bf16.bf16_master_weights_and_grads needs bf16.enabled true (auto is false: this CPU emulates bf16)"
         if engine["bf16"].get("bf16_optimizer_states") is True:
             yield "bf16.bf16_optimizer_states is for DeepSpeed's own Adam; AdamW8bit's moments take half of that"
+    if get_value(engine, "optimizer.params.moments") == "companded" and not offloads(engine):
+        yield 'optimizer.params.moments companded is for moments in RAM: "offload_optimizer": {"device": "cpu"}'
     if engine.setdefault("zero_allow_untested_optimizer", True) is not True:
         yield "zero_allow_untested_optimizer must be true: AdamW8bit is not on DeepSpeed's list"
     if engine.setdefault("zero_force_ds_cpu_optimizer", False) is not False and offloads(engine):

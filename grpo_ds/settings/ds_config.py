@@ -74,7 +74,7 @@ class DsConfig:
     optimizer: OptimizerSpec
     offload: bool  # optimizer states and step are in RAM
     bf16_masters: bool  # masters and gradients in bf16; `rounding`: how AdamW8bit handles the lost bits
-    rounding: str  # "residual" or "stochastic"; has no effect on fp32 masters
+    rounding: str  # one of ROUNDINGS; has no effect on fp32 masters
     share_staging: bool  # the bf16 staging buffer uses the gradients' memory, which is free by then
     zero_stage: int  # 0, 1 or 2
     precision: Precision  # of weights, activations and gradients; masters are fp32, except with bf16_masters
@@ -140,7 +140,9 @@ SWITCH = ("true or false", lambda value: isinstance(value, bool))
 AMOUNT = ("a number from 0 up", lambda value: is_number(value) and value >= 0)
 POWER = ("an integer from 0 to 32", lambda value: is_number(value) and value in range(33))
 COUNT = ("an integer from 1 up", lambda value: is_number(value) and value >= 1 and value == int(value))
-ROUNDING = ("residual or stochastic", lambda value: value in ("residual", "stochastic"))
+ROUNDINGS = ("residual", "residual8", "stochastic")
+ROUNDING = (" or ".join(ROUNDINGS), lambda value: value in ROUNDINGS)
+MOMENTS = ("bitsandbytes or companded", lambda value: value in ("bitsandbytes", "companded"))
 BETAS = (
     "two numbers below 1, such as [0.9, 0.999]",
     lambda value: isinstance(value, list) and len(value) == 2 and all(is_number(b) and 0 <= b < 1 for b in value),
@@ -217,6 +219,7 @@ def adamw8bit_values() -> list[AutoValue]:
     """Parameters of our optimizer that Adam does not have."""
     return [
         AutoValue("optimizer.params.rounding", "residual", ROUNDING),
+        AutoValue("optimizer.params.moments", "bitsandbytes", MOMENTS),
         AutoValue("optimizer.params.share_staging", True, SWITCH),
     ]
 
@@ -287,6 +290,8 @@ def split(engine: dict[str, Any], fill: DsSizes) -> DsConfig:
     optimizer = OptimizerSpec(type=engine["optimizer"]["type"], params=copy.deepcopy(engine["optimizer"]["params"]))
     rounding = optimizer.params.pop("rounding", "nearest")
     share_staging = optimizer.params.pop("share_staging", False) and offloads(engine)
+    if optimizer.params.get("moments") == "bitsandbytes":  # left out, as in the checkpoints of older versions
+        del optimizer.params["moments"]
     if optimizer.type == "AdamW8bit":  # DeepSpeed would look for this name in torch.optim
         del engine["optimizer"]
     has_scheduler = "scheduler" in engine

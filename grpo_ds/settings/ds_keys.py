@@ -60,7 +60,7 @@ ADAM_PARAMS = names("adam_w_mode amsgrad betas bias_correction eps fp32_optimize
 WARMUP_PARAMS = names("warmup_min_lr warmup_max_lr warmup_num_steps warmup_type last_batch_iteration")
 PARAMS_BY_TYPE = {
     "optimizer": {
-        "AdamW8bit": names("lr betas eps weight_decay rounding share_staging"),
+        "AdamW8bit": names("lr betas eps weight_decay rounding moments share_staging"),
         "Adam": ADAM_PARAMS,
         "AdamW": ADAM_PARAMS,
     },

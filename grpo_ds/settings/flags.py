@@ -43,6 +43,24 @@ class Flags:
 
     heading: ClassVar[str] = ""
 
+    def __new__(cls, **given: Any) -> "Flags":
+        """Note which flags were given, for `given_flags`."""
+        self = super().__new__(cls)
+        vars(self)["_given"] = frozenset(given)
+        return self
+
+    @property
+    def given_flags(self) -> dict[str, Any]:
+        """The flags that were given when this was made, which no recipe may replace.
+
+        dataclasses.replace gives all of them: then those that differ from their defaults.
+        """
+        named, defaults = vars(self)["_given"], {flag.name: flag.default for flag in fields(self)}
+        values = {name: getattr(self, name) for name in defaults if name in named}
+        if len(values) < len(defaults):
+            return values
+        return {name: value for name, value in values.items() if value != defaults[name]}
+
     def problems(self) -> list[str]:
         """Return a line per problem: a subclass adds its own to those of super()."""
         return []

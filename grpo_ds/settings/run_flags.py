@@ -73,12 +73,19 @@ class MemoryFlags(SamplingFlags):
     logprob_chunk_mib: float = flag(64.0, "MiB that a block of logits and its temporaries may take")
     cuda_graphs: bool = flag(True, "on a GPU, launch all kernels of a sampled token at once")
     plan: bool = flag(False, "print the memory this run would take, phase by phase, and stop")
+    gpu_gib: float | None = flag(None, "with plan: GPU memory of another machine in GiB; 0: no GPU, all on the CPU")
+    ram_gib: float | None = flag(None, "with plan: RAM of another machine in GiB")
     dry_run_worst_case: bool = flag(False, "first try a step of the longest prompts and completions; changes nothing")
     oom_retry: bool = flag(False, "on one rank, repeat a phase that runs out of memory in smaller parts; same results")
 
     def problems(self) -> list[str]:
+        gpu, ram = self.gpu_gib, self.ram_gib
         return [
-            *failed((self.logprob_chunk_mib <= 0, "logprob_chunk_mib must be more than 0")),
+            *failed(
+                (gpu is not None and gpu < 0, f"gpu_gib is {gpu}; it must be 0 GiB (no GPU) or more"),
+                (ram is not None and ram <= 0, f"ram_gib is {ram}; it must be more than 0 GiB"),
+                (self.logprob_chunk_mib <= 0, "logprob_chunk_mib must be more than 0"),
+            ),
             *super().problems(),
         ]
 

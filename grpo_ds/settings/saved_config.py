@@ -19,7 +19,10 @@ from grpo_ds.task.worked_examples import BIOMEDICAL
 CONFIG_FILE = "grpo_config.yaml"
 SYSTEM_PROMPT_FILE = "system_prompt.txt"  # a copy of --system_prompt
 # Not saved: another run has its own.
-OF_ONE_RUN = ("output_dir", "resume_from_checkpoint", "resume_changed_inputs", "plan", "num_seeds")
+OF_ONE_RUN = (
+    *("output_dir", "resume_from_checkpoint", "resume_changed_inputs", "num_seeds"),
+    *("plan", "gpu_gib", "ram_gib"),
+)
 
 
 def write_config(config: AskConfig, folder: Path) -> None:

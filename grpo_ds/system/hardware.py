@@ -88,6 +88,11 @@ def gpu_memory_gib() -> float | None:
     return min(sizes, default=None)
 
 
+def gpu_name() -> str | None:
+    """Name of the first visible card, as nvidia-smi has it; None without a card."""
+    return next(iter(_of_each_card("name")), None)
+
+
 def _of_each_card(fields: str) -> list[str]:
     """nvidia-smi's answers for these fields, a line for each visible card; [] without a card."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -1,12 +1,14 @@
 """The command that started this process, so that messages show commands that the user can type.
 
 A command has three entry points: `grpo-ds train`, `python -m grpo_ds train` and `python launch/train.py`; launchers
-use the last two.
+use the last two. Within `grpo_ds.train(...)` sys.argv is that of the user's script, so nothing is read from it.
 """
 
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 LOCAL_RANK = "--local_rank="  # the deepspeed launcher puts it before all other arguments
@@ -19,10 +21,30 @@ SCRIPTS = {  # command -> its script in launch/
     "ask": "ask.py",
     "report": "report.py",
 }
+FROM_PYTHON = "grpo_ds.train"  # the function behind this name started the run
+
+_called: list[str] = []  # FROM_PYTHON while it runs
+
+
+@contextmanager
+def called_from_python() -> Iterator[None]:
+    """Say within that a script or a notebook has called `grpo_ds.train`."""
+    _called.append(FROM_PYTHON)
+    try:
+        yield
+    finally:
+        _called.pop()
+
+
+def is_from_python() -> bool:
+    """Return True within `grpo_ds.train(...)`."""
+    return bool(_called)
 
 
 def entry() -> str:
     """`grpo-ds` or `python -m grpo_ds`, as typed; "" for a script of launch/."""
+    if _called:
+        return "grpo-ds"
     file = Path(sys.argv[0])
     if file.name == "grpo-ds":
         return "grpo-ds"
@@ -48,6 +70,8 @@ def restart_words(*, anywhere: bool = False) -> list[str]:
 
     anywhere: from any folder, so the script has its absolute path.
     """
+    if _called:
+        return [FROM_PYTHON]
     script = (os.path.abspath if anywhere else os.path.relpath)(sys.argv[0])
     ranks = os.environ.get("WORLD_SIZE", "1")
     here = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", ranks))  # on this machine
@@ -70,11 +94,15 @@ def again(flags: list[str]) -> list[str]:
 
 def typed_here(command: str) -> str:
     """Return a command that works from any folder as it may be typed in this one: with a shorter path to the script."""
+    if _called:
+        return command
     return command.replace(shlex.quote(os.path.abspath(sys.argv[0])), shlex.quote(_from_here(Path(sys.argv[0]))), 1)
 
 
 def flag_words() -> list[str]:
     """Flags of this command, as typed."""
+    if _called:
+        return []
     words = [word for word in sys.argv[1:] if not word.startswith(LOCAL_RANK)]
     return words[1:] if entry() else words
 

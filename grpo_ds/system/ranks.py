@@ -17,6 +17,7 @@ from grpo_ds.errors import GrpoError, UsageError
 from grpo_ds.system.allocator import use_expandable_segments
 
 Result = TypeVar("Result")
+_own = False  # True: `start` made the process group, so that `stop` may end it
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +110,22 @@ def start(*, needs_gpu: bool = False) -> World:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if has_gpu else "gloo")
+        global _own
+        _own = True
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
+def is_ours() -> bool:
+    """Return True if `start` made the process group, False for one that a script had before, or none."""
+    return _own and dist.is_initialized()
+
+
 def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
+    """Leave the process group, unless a script had it before `start`."""
+    global _own
+    if is_ours():
         dist.destroy_process_group()
+    _own = False
 
 
 def _free_port() -> int:

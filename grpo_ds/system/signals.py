@@ -63,7 +63,13 @@ class Interruption:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Note signals instead of ending at once; the launcher's death counts as a signal. Main thread only."""
+        """Note signals instead of ending at once; the launcher's death counts as a signal.
+
+        Python handles signals in the main thread alone: in another one nothing is noted.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         before = _handle(self._note)
         try:
             with _launcher_watched():

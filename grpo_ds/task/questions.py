@@ -47,7 +47,7 @@ class QuestionSet:
 
 
 def read_questions(
-    data: str | None,
+    data: str | Source | None,
     *,
     labels: tuple[str, ...] = ("yes", "no"),
     fields: Mapping[str, str] | None = None,
@@ -56,11 +56,13 @@ def read_questions(
 ) -> QuestionSet:
     """Read --data (file, hub id, "sample", None for the default). Raises one DataError that names every bad record.
 
+    data: or records that were read already.
+
     labels: the answers to keep, if the answers are labels.
     fields: names of a record's fields for "question", "context" and "label"; a name that is not given is detected.
     answers: the kind of the right answers; with "none" a record needs none. units: of numbers.
     """
-    source = open_source(data)
+    source = data if isinstance(data, Source) else open_source(data)
     found = checked_questions(source, labels, fields or {}, answers=answers, units=units)
     if not found:
         raise DataError(f"{source.name} has no records.\n{EXAMPLES[answers]}")

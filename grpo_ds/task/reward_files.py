@@ -187,13 +187,13 @@ def _imported(entry: _Entry) -> Any:
             raise BadFunction(f"there is no file {path}")
         path = path.resolve()
     with _bad_if_raised("importing it", str(path)):
-        module = _module(path) if is_file else _named_module(entry.source)
+        module = _module(path, path.stat().st_mtime_ns) if is_file else _named_module(entry.source)
         return getattr(module, entry.metric, None)  # a lazy module imports here
 
 
 @cache  # two functions of one file share its module
-def _module(path: Path) -> ModuleType:
-    """Import the file as a module; it may import other files of its folder."""
+def _module(path: Path, _written: int) -> ModuleType:
+    """Import the file as a module, again if it was edited; it may import other files of its folder."""
     spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise BadFunction(f"{path} is not a Python file (.py)")

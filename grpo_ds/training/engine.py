@@ -20,6 +20,7 @@ from grpo_ds.errors import CheckpointError, UsageError
 from grpo_ds.models.logprob_model import LogprobModel
 from grpo_ds.optim.adamw8bit import build_optimizer
 from grpo_ds.settings.ds_config import DsConfig
+from grpo_ds.system import ranks
 from grpo_ds.system.determinism import deterministic_kernels
 from grpo_ds.training.loss_scale import LossScale
 from grpo_ds.training.zero_staging import (
@@ -235,6 +236,13 @@ class Engine:
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
         self._engine.destroy()
+
+
+def leave_group() -> None:
+    """Leave the process group. DeepSpeed forgets the groups that it made of it, so another run may begin here."""
+    if ranks.is_ours() and deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    ranks.stop()
 
 
 def _norms(engine: Any) -> Iterator[tuple[str, Tensor]]:

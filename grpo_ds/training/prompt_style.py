@@ -66,8 +66,7 @@ class PromptStyle:
 
     def encode_again(self, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[list[int]]:
         """Encode prompts whose template text has changed since they were encoded."""
-        _prompt_ids.cache_clear()
-        forget_chats()
+        forget_prompts()
         return self.encode(tokenizer, questions)
 
     def texts(self, tokenizer: PreTrainedTokenizerBase, completions: Completions) -> list[str]:
@@ -128,3 +127,9 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, question: Question, style: P
     return encode_prompt(
         tokenizer, question, **style.how(), prefill=style.prefill, max_prompt_length=style.max_prompt_length
     ).ids
+
+
+def forget_prompts() -> None:
+    """Drop the prompts and chats that are kept, with their tokenizers: at the end of a run, or to render them again."""
+    _prompt_ids.cache_clear()
+    forget_chats()

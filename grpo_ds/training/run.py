@@ -24,13 +24,14 @@ from grpo_ds.run_folder.lock import cannot_be_written
 from grpo_ds.run_folder.progress import Progress, strict
 from grpo_ds.run_folder.status import CHANGED_INPUTS, RunStatus, resume_command
 from grpo_ds.system.invocation import typed_here
-from grpo_ds.system.ranks import stop
 from grpo_ds.system.signals import Interrupted, Stopping, name
 from grpo_ds.task.grading import evaluation_metrics, is_evaluation
 from grpo_ds.task.questions import Question
 from grpo_ds.training.checkpoint import save_checkpoint, write_beside
+from grpo_ds.training.engine import leave_group
 from grpo_ds.training.nonfinite import refuse_bad_weights
 from grpo_ds.training.precision import DTYPES
+from grpo_ds.training.prompt_style import forget_prompts
 from grpo_ds.training.rehearsal import rehearse
 from grpo_ds.training.reports import Outcome, Reports
 from grpo_ds.training.trainer import Trainer
@@ -289,6 +290,7 @@ class Run:
         trainer.state_dict()["progress"].write(folder)
 
     def close(self) -> None:
-        """Release the engine and leave the process group."""
+        """Release the engine, leave the process group, forget the prompts."""
         self.trainer.engine.close()
-        stop()
+        leave_group()
+        forget_prompts()

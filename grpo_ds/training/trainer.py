@@ -62,7 +62,7 @@ from grpo_ds.training.prompt_style import PromptStyle, prompt_style
 from grpo_ds.training.rollout import Groups, PartialStep, Rollout, make_rollout
 from grpo_ds.training.sampling import Sampler
 from grpo_ds.training.update import Updated, update
-from grpo_ds.training.weight_sample import as_hex, sampled_weights, share_moved
+from grpo_ds.training.weight_sample import as_hex, sampled_weights, share_changed, share_moved
 
 
 class Trainer:
@@ -220,6 +220,9 @@ class Trainer:
             "learning_rate": self.engine.learning_rate,
             "weights_moved": share_moved(progress.first_weights, sampled_weights(self.engine.policy)),
         }
+        if config.saves_at(step + 1):
+            changed = share_changed(self.engine.model, config.model, progress.first_weights)
+            metrics |= {} if changed is None else {"weights_changed": changed}
         if warning := flat_rewards([*progress.log_history, metrics], done.rollout, config.answer_format):
             self.console.line(warning)
         return metrics

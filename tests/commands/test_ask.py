@@ -6,6 +6,7 @@ import os
 import pty
 import readline
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -458,3 +459,14 @@ def test_prompts_stay_out_of_a_pipe_that_takes_the_answers(tiny_folder):
     result = run("--interactive", "--json", model=tiny_folder, stdin=typed)
     assert result.returncode == 0 and "Question: " in result.stderr, result.stderr
     assert json.loads(result.stdout)["question"] == "Does it help?"
+
+
+def test_a_folder_without_our_settings_is_said_to_get_our_prompt(tiny_folder, tmp_path, capsys):
+    ask.main(["--model", str(tiny_folder), *ASKED, "--max_completion_length", "2"])
+    assert f"{tiny_folder} has no grpo_config.yaml, so the prompt that it was trained with is not known" in (
+        capsys.readouterr().err
+    )
+    shutil.copytree(tiny_folder, tmp_path / "run")
+    write_config(TrainConfig(max_completion_length=2), tmp_path / "run")
+    ask.main(["--model", str(tmp_path / "run"), *ASKED])
+    assert "grpo_config.yaml" not in capsys.readouterr().err

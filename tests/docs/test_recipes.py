@@ -90,3 +90,16 @@ def test_the_reward_of_the_page_pays_thirty_words():
     scope = {}
     exec(re.search(r"^```python\n(.*?)^```", PAGE, re.M | re.S)[1], scope)
     assert scope["about_30_words"](["word " * 30, "word " * 15, ""]) == [1.0, 0.5, 0.0]
+
+
+def test_the_pages_say_one_range_of_cards():
+    names = (
+        "README.md",
+        "setup.cfg",
+        "ds_configs/README.md",
+        *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")),
+    )
+    others = {"docs/the_recipe.md"}  # of another project
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in names if name not in others}
+    found = {name: least for name, text in texts.items() if (least := re.findall(r"(\d+)(?:-| to )24 GB", text))}
+    assert found == {name: ["16"] for name in ("README.md", "setup.cfg", "ds_configs/README.md", "docs/comparison.md")}

@@ -66,6 +66,7 @@ LADDER = [  # name of the JSON, changes, pack_tokens, bytes per parameter in RAM
     ("zero2", {}, 1100, 4 + 4 + 2.03 + 2),
     ("zero2_lowram", {}, 0, 2 + 2 + 2.03 + 2),
     ("zero2_lowram", {}, 1100, 2 + 2 + 2.03 + 2),  # several backwards add up in the gradients themselves
+    ("zero2_lowram", {"rounding": "residual8"}, 0, 2 + 2 + 2.03 + 1),
     ("zero2_lowram", {"rounding": "stochastic"}, 0, 2 + 2 + 2.03),
     ("zero2_gpu", {}, 0, 0),
 ]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,7 @@ def test_no_card_means_the_cpu(select):
         (["--gpu_gib", "many"], "gpu_gib"),
         (["--gpu_gib", -1], "0 GiB"),
         (["--gpu_gib", 16, "--num_generations", 1], "compares completions of a group"),
+        (["--gpu", "GTX 1060"], "'GTX 1060'; known are RTX 3070"),
         (["--gpu_gib", 16, "--ds", "nowhere.json"], "nowhere.json"),
         (["--gpu_gib", 16, "--model", "/no/such/folder"], "/no/such/folder"),
     ],
@@ -136,3 +138,42 @@ def test_a_model_trained_here_is_planned_with_the_lengths_beside_it(select, tmp_
     plain, wanted = (json.loads(select(*asked, *more))["candidates"] for more in ([], typed))
     write_config(TrainConfig(**lengths), tmp_path)
     assert json.loads(select(*asked))["candidates"] == wanted != plain
+
+
+def test_it_opens_with_the_largest_model_of_each_way_and_its_command(select):
+    lines = select("--gpu_gib", 12, "--ram_gib", 32).splitlines()
+    assert lines[0] == "The largest models for 12 GiB of GPU memory and 32 GiB of RAM:"
+    found = dict(zip(("All parameters", "LoRA", "QLoRA"), zip(lines[1:7:2], lines[2:7:2], strict=True), strict=True))
+    for way, (answer, command) in found.items():
+        assert re.fullmatch(
+            rf"{way}: qwen2.5-\w+, with [\d.]+ GiB of GPU memory and [\d.]+ GiB of RAM; "
+            r"\d+ s a step, [\d.]+ hours for 100 steps \(computed\)",
+            answer,
+        )
+        config = parse(TrainConfig, command.split("launch/train.py")[1].split(), about="").config()
+        assert f" {config.model}," in answer
+        assert (config.lora_r > 0, config.load_in_4bit) == ("LoRA" in way, way == "QLoRA")
+    assert "qwen2.5-3b, with 10.7 GiB of GPU memory and 26.5 GiB" in found["All parameters"][0]  # README's table
+    assert "computed, not measured, from the figures of the RTX 3060" in lines[7]
+
+
+def test_the_answer_is_about_what_was_typed(select):
+    way = ("--gpu_gib", 24, "--ram_gib", 32, "--lora_r", 8, "--num_steps", 60, "--json")
+    (answer,) = json.loads(select(*way))["answers"]
+    assert answer["way"] == "LoRA" and " --lora_r 8" in answer["run"]
+    assert answer["hours"] == pytest.approx(answer["seconds_per_step"] * 60 / 3600)
+    nothing = json.loads(select("--gpu_gib", 2, "--ram_gib", 4, "--model", "qwen2.5-7b", "--json"))["answers"]
+    assert [it["model"] for it in nothing] == [None] * 3
+    (cpu,) = json.loads(select("--gpu_gib", 0, "--ram_gib", 16, "--json"))["answers"]
+    assert cpu["model"] == "smollm2-135m" and cpu["seconds_per_step"] is None  # measured, and said so:
+    assert "Measured on two CPU cores" in select("--gpu_gib", 0, "--ram_gib", 16)
+
+
+def test_a_named_card_brings_its_memory_and_its_figures(select, monkeypatch):
+    slow, fast = (json.loads(select("--gpu", name, "--ram_gib", 32, "--json")) for name in ("L4", "RTX 3090"))
+    assert (slow["gpu_gib"], fast["gpu_gib"]) == (22.5, 24)
+    assert slow["answers"][0]["seconds_per_step"] > fast["answers"][0]["seconds_per_step"]
+    monkeypatch.setattr("grpo_ds.commands.select.gpu_memory_gib", lambda: 14.6)
+    monkeypatch.setattr("grpo_ds.commands.select.gpu_name", lambda: "Tesla T4")
+    assert "figures of the T4 " in select("--ram_gib", 32)
+    assert "figures of the RTX 3060 " in select("--ram_gib", 32, "--gpu_gib", 12)  # of another machine

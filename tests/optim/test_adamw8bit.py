@@ -314,6 +314,159 @@ def test_splitting_loses_no_bit_of_any_number():
     assert torch.equal(slices.split(finite)[0], finite.bfloat16())  # apart from ties it is torch's rounding
 
 
+# Computed codes of the moments, and a residual of 8 bits.
+
+
+def companded(start, **settings):
+    p = torch.nn.Parameter(start.clone())
+    return CPUAdamW8bit([p], **{**SETTINGS, **settings}, moments="companded"), p
+
+
+def moments_of(optimizer, p):
+    state = optimizer.state[p]
+    first = slices.decode_first(state["state1"], state["absmax1"])
+    return first, slices.decode_root(state["state2"], state["absmax2"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_computed_codes_follow_adam_in_fp32(engine, kind):
+    """Moments are off by a few of their codes' steps, the weights by a twentieth of what Adam has moved them."""
+    start = torch.randn(TAIL, generator=torch.Generator().manual_seed(99))
+    (ours, p), q = companded(start, weight_decay=0.0), torch.nn.Parameter(start.clone())
+    theirs = torch.optim.AdamW([q], **{**SETTINGS, "weight_decay": 0.0})
+    for step in range(1, 9):
+        gradient = gradients(kind, TAIL, step)
+        one_step(ours, p, gradient)
+        one_step(theirs, q, gradient)
+    first, root = moments_of(ours, p)
+    assert first.isfinite().all() and root.isfinite().all() and p.isfinite().all()
+    if kind in ("random", "huge"):
+        wanted = theirs.state[q]
+        assert ((first - wanted["exp_avg"]).abs() <= 0.06 * wanted["exp_avg"].abs().max()).all()
+        assert ((root - wanted["exp_avg_sq"].sqrt()).abs() <= 0.03 * wanted["exp_avg_sq"].sqrt().max()).all()
+        off, moved = (p - q).double(), (q - start).double()
+        assert off.norm() < 0.05 * moved.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_engines_compute_the_same_codes(kind, monkeypatch):
+    """Fused multiply-adds and torch's roots may move a value that lies between two codes."""
+    if native.library() is None:
+        pytest.skip("no C++ compiler on this machine")
+    start = torch.randn(TAIL, generator=torch.Generator().manual_seed(99))
+    (fast, p), (slow, q) = companded(start), companded(start)
+    monkeypatch.setattr(slices, "SLICE", 16 * 256)
+    for step in range(1, 4):
+        one_step(fast, p, gradients(kind, TAIL, step))
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "library", lambda: None)
+            one_step(slow, q, gradients(kind, TAIL, step))
+        for key in ("state1", "state2"):
+            codes, others = (it.state[r][key].int() for it, r in ((fast, p), (slow, q)))
+            steps = (codes - others).abs() % 254  # 255 is the code -1 of the first moment
+            assert int(steps.max()) <= 1 and float((steps > 0).double().mean()) < 2e-3
+        torch.testing.assert_close(p.data, q.data, rtol=1e-5, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("path", native.PATHS)
+def test_every_instruction_set_computes_the_same_codes(path):
+    if native.PATHS.index(path) > native.PATHS.index(native.best_path()):
+        pytest.skip(f"this processor has no {path}")
+    start = torch.randn(TAIL, generator=torch.Generator().manual_seed(99))
+    (ours, p), (theirs, q) = companded(start), companded(start)
+    for step in range(1, 5):
+        gradient = gradients("eight decades", TAIL, step)
+        one_step(ours, p, gradient)
+        theirs.state[q] = {**(theirs.state[q] or theirs._new_state(q)), "step": step}
+        native.native_step(q.data, gradient, theirs.state[q], theirs.param_groups[0], path=path)
+    for key in ("state1", "state2", "absmax1", "absmax2"):
+        assert torch.equal(ours.state[p][key], theirs.state[q][key]), key
+    assert torch.equal(p, q)
+
+
+def test_near_zero_the_second_moment_has_less_than_half_of_bitsandbytes_error():
+    """One large value a block and others four to eight decades (of v) below it: relative error of the root."""
+    generator = torch.Generator().manual_seed(0)
+    root = 10 ** (-2 - 2 * torch.rand(64 * 256, generator=generator))
+    root[::256] = 1.0
+    codes, scales = slices.encode_root(root)
+    ours = slices.decode_root(codes, scales)
+    from bitsandbytes.functional import create_dynamic_map, dequantize_blockwise, quantize_blockwise
+
+    code = create_dynamic_map(signed=False)
+    quantised, state = quantize_blockwise(root.square(), code=code, blocksize=256)
+    theirs = dequantize_blockwise(quantised, state).sqrt()
+    error = lambda decoded: ((decoded - root) / root).abs().mean()  # noqa: E731
+    assert error(ours) < 0.5 * error(theirs)
+
+
+def test_a_moment_of_zero_stays_zero_and_a_small_root_does_not_become_it(engine):
+    optimizer, p = companded(torch.zeros(4096), lr=1.0, weight_decay=0.0)
+    gradient = torch.zeros(4096)
+    gradient[::256], gradient[1::256] = 1.0, 1e-7
+    for _ in range(5):
+        one_step(optimizer, p, gradient)
+    assert (p[2::256] == 0).all()  # bitsandbytes' grid would let it drift
+    assert (optimizer.state[p]["state2"][1::256] == 1).all()
+    assert (p[1::256].abs() <= p[0].abs()).all()  # a root of 0 would have made a step of 1e-8 / eps
+
+
+def test_computed_codes_resume_and_a_state_keeps_its_codes(engine):
+    (straight, p), (resumed, q) = companded(torch.ones(TAIL)), pair(TAIL)[0]
+    for step in (1, 2):
+        one_step(straight, p, gradients("random", TAIL, step))
+    resumed.load_state_dict(copy.deepcopy(straight.state_dict()))  # into an optimizer that would begin with maps
+    q.data.copy_(p.data)
+    for optimizer, parameter in ((straight, p), (resumed, q)):
+        one_step(optimizer, parameter, gradients("random", TAIL, 3))
+    assert "qmap1" not in resumed.state[q] and torch.equal(p, q)
+    for key in ("state1", "state2", "absmax1", "absmax2"):
+        assert torch.equal(straight.state[p][key], resumed.state[q][key])
+
+
+def of_8_bits(values, lr=1e-6, seed=0):
+    p = torch.nn.Parameter(values.bfloat16())
+    return CPUAdamW8bit([p], **{**SETTINGS, "lr": lr, "weight_decay": 0.0}, rounding="residual8", seed=seed), p
+
+
+def test_a_residual_of_8_bits_is_right_on_average_and_hardly_ever_off(engine):
+    """Weights of 1.0, steps of -1e-8: a 3000th of a 256th of bf16's spacing above 1, which fp32 itself would lose."""
+    optimizer, p = of_8_bits(torch.ones(400_000), lr=1e-6)
+    for _ in range(10):
+        one_step(optimizer, p, torch.ones(400_000).bfloat16())
+    moved = 1 - slices.join(p.data, optimizer.state[p]["residual"]).double()
+    assert optimizer.state[p]["residual"].dtype == torch.int8
+    assert moved.mean().item() == pytest.approx(10e-6, rel=0.05)
+    assert moved.abs().max() < 10e-6 + 10 * 2**-16  # at most a 256th of a spacing off in each step
+
+
+def test_splitting_keeps_24_bits_and_its_rounding_is_unbiased():
+    generator = torch.Generator().manual_seed(0)
+    masters = torch.randn(200_000, generator=generator)
+    half, rest = slices.split8(masters, 7)
+    error = (slices.join(half, rest).double() - masters.double()) / masters.double().abs()
+    assert error.abs().max() < 2**-15 and abs(error.mean().item()) < 3 * 2**-16 / 200_000**0.5
+    exact = slices.join(half, rest)
+    again = slices.split8(exact, 8)  # what 24 bits hold is not rounded
+    assert torch.equal(again[0], half) and torch.equal(again[1], rest)
+
+
+@needs_compiler
+@pytest.mark.parametrize("path", native.PATHS)
+def test_both_engines_keep_the_same_8_bits(path):
+    if native.PATHS.index(path) > native.PATHS.index(native.best_path()):
+        pytest.skip(f"this processor has no {path}")
+    optimizer, p = of_8_bits(torch.linspace(-2, 2, TAIL), lr=1e-3)
+    state = {**optimizer._new_state(p), "step": 1}
+    group, gradient = optimizer.param_groups[0], gradients("random", TAIL, 1)
+    q, other = p.data.clone(), copy.deepcopy(state)
+    native.native_step(p.data, gradient, state, group, noise_key=43, path=path)
+    slices.slice_step(q, gradient, other, group, noise_key=43)
+    ours, theirs = slices.join(p.data, state["residual"]), slices.join(q, other["residual"])
+    assert (ours - theirs).abs().max() <= 2**-15 and (ours != theirs).double().mean() < 0.01
+
+
 MEASURE_A_STEP = """
 import resource, sys, torch
 from grpo_ds.optim import CPUAdamW8bit, native

@@ -283,3 +283,22 @@ def test_a_line_cut_by_a_crash_costs_that_line_alone(tmp_path):
         file.write('{"step": 2, "compl')
     trackers.JsonLines(tmp_path, history=[{"step": step} for step in (1, 2)])  # resumed from step 2
     assert completions_of(tmp_path) == [1, 1]
+
+
+def test_a_wandb_run_that_never_ended_does_not_get_the_next_runs_metrics(offline, tmp_path):
+    """In one process: a run that failed, or one of the user's own notebook."""
+    code = f"""
+import wandb
+from pathlib import Path
+from grpo_ds.report.trackers import make_trackers
+from grpo_ds.run_folder.progress import Progress
+from grpo_ds.settings.config import TrainConfig
+from tests.report.finished import finished
+ids = {{wandb.init(dir={str(tmp_path)!r}).id}}
+for name in ("failed", "next"):
+    progress = Progress(1, {{}})
+    make_trackers(TrainConfig(report_to="wandb"), finished(Path({str(tmp_path)!r}) / name), progress)
+    ids.add(progress.trackers["wandb"])
+print(len(ids), "runs")
+"""
+    assert "3 runs" in apart(code, tmp_path)

@@ -65,7 +65,7 @@ def test_help_shows_the_flags_below_headings(config_type, headings, capsys):
 
 def test_every_flag_is_in_one_group_and_has_a_line_of_help():
     names = [flag.name for flag in all_flags(TrainConfig)]
-    assert len(names) == len(set(names)) == 96
+    assert len(names) == len(set(names)) == 98
     assert set(flags_by_heading(TrainConfig)) == set(HEADINGS)
     assert all(flag.metadata["help"] for flag in all_flags(TrainConfig))
 

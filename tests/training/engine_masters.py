@@ -23,6 +23,8 @@ MODES = {  # name -> (section bf16, settings of AdamW8bit)
     "shared staging": ({}, {}),
     "residual": ({"bf16_master_weights_and_grads": True}, {}),
     "weights once": ({}, {}),  # as on a card
+    "residual8": ({"bf16_master_weights_and_grads": True}, {"rounding": "residual8"}),
+    "companded": ({}, {"moments": "companded"}),
     "stochastic": ({"bf16_master_weights_and_grads": True}, {"rounding": "stochastic"}),
 }
 

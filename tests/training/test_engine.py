@@ -293,6 +293,15 @@ def test_stochastic_masters_stay_near_and_differ(masters):
         assert (exact - rounded).abs().max() < 2e-3
 
 
+def test_masters_of_24_bits_and_computed_moments_stay_nearer(masters):
+    for rank in masters:
+        exact = rank["own staging"]["straight"]["masters"]
+        for mode, most in (("residual8", 2e-5), ("companded", 5e-5)):
+            near = rank[mode]["straight"]["masters"]
+            assert not torch.equal(exact, near)
+            assert (exact - near).abs().max() < most, mode  # they have moved by up to 50 steps of 1e-5
+
+
 def test_a_deepspeed_checkpoint_carries_every_kind_of_master_on(masters):
     for rank in masters:
         for mode, states in rank.items():

@@ -179,7 +179,12 @@ def test_the_model_loads_in_plain_transformers_and_has_changed(launched, tiny_fo
     folder, _ = launched
     trained, before = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (folder, tiny_folder))
     assert not torch.equal(trained.get_input_embeddings().weight, before.get_input_embeddings().weight)
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    pairs = [*zip(trained.bfloat16().parameters(), before.bfloat16().parameters(), strict=True)]
+    changed = sum(int((now != start).sum()) for now, start in pairs) / sum(it.numel() for it, _ in pairs)
+    assert 0 < changed == last["weights_changed"]
     assert AutoTokenizer.from_pretrained(folder).chat_template
+    trained.float()
     assert trained(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 

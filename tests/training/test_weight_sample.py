@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from grpo_ds.training.weight_sample import SAMPLED, as_hex, sampled_weights, share_moved
+from grpo_ds.training import weight_sample
+from grpo_ds.training.weight_sample import SAMPLED, as_hex, sampled_weights, share_changed, share_moved
 
 
 def model(*, width: int = 200) -> nn.Module:
@@ -54,3 +56,30 @@ def test_bf16_weights_are_kept_exactly():
     for weights in trained.parameters():
         weights.data += weights.data.abs() / 2048  # less than half of bf16's spacing: rounds back
     assert share_moved(start, sampled_weights(trained)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_all_weights_are_compared_with_the_files_of_the_start(tiny_folder, monkeypatch, dtype):
+    monkeypatch.setattr(weight_sample, "AT_ONCE", 999)
+    trained = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=dtype)
+    start = as_hex(sampled_weights(trained))
+    assert share_changed(trained, str(tiny_folder), start) == 0
+    first, *_, last = (it for it in trained.parameters() if it.numel() > 2000)
+    first.data.view(-1)[:1500] += 1
+    last.data.view(-1)[-7:] += 1
+    total = sum(it.numel() for it in trained.parameters())
+    assert share_changed(trained, str(tiny_folder), start) == 1507 / total
+
+
+def test_nothing_is_said_of_files_that_are_not_those_of_the_start(tiny_folder, tmp_path):
+    trained = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    start = as_hex(sampled_weights(trained))
+    assert share_changed(trained, str(tmp_path / "gone"), start) is None
+    for weights in trained.parameters():
+        weights.data += 1
+    trained.save_pretrained(tmp_path)
+    assert share_changed(trained, str(tmp_path), start) is None
+    assert share_changed(trained, str(tmp_path), as_hex(sampled_weights(trained))) == 0
+    trained.get_parameter("model.norm.weight").requires_grad_(False)
+    trained.register_parameter("adapter", nn.Parameter(torch.ones(3)))
+    assert share_changed(trained, str(tmp_path), as_hex(sampled_weights(trained))) is None
