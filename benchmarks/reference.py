@@ -31,7 +31,7 @@ from grpo_ds.training.precision import DTYPES
 from grpo_ds.training.prompt_style import prompt_style
 from grpo_ds.training.sampling import Sampler
 
-KINDS = ("int8", "llm.int8", "bf16", "streamed")
+KINDS = ("int8", "bf16", "streamed")
 PCIE = (12, 25)  # GB/s: PCIe 3 x16 and 4 x16, as measured on common boards
 
 

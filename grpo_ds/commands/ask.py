@@ -24,6 +24,7 @@ from grpo_ds.settings.paths import absolute_unless
 from grpo_ds.settings.saved_config import CONFIG_FILE
 from grpo_ds.system.hardware import Precision, check_torch, gpu_memory_gib, native_precision, ram_gib
 from grpo_ds.task.answers import AnswerFormat
+from grpo_ds.task.broken_rules import broken_rule
 from grpo_ds.task.grading import is_right
 from grpo_ds.task.questions import Question, fingerprint, unanswered_questions
 from grpo_ds.task.records import NO_CONTEXT, Unusable, sound_text
@@ -60,7 +61,9 @@ class QuestionFlags(Flags):
     )
     interactive: bool = flag(False, "type questions one after another; default: at a terminal, if no question is given")
     json: bool = flag(
-        False, "print a JSON object per line: id, question, reasoning, answer, text; label, right, trained_on if known"
+        False,
+        "print a JSON object per line: id, question, reasoning, answer, text; label, right, trained_on if known; "
+        "broken_rule if it is out of form",
     )
 
     def problems(self) -> list[str]:
@@ -101,12 +104,14 @@ class Answered:
     answer: str | None  # as AnswerFormat.parse returns it; None if the completion is not in the required form
     right: bool | None  # None: the right answer is not known, or none is right
     trained_on: bool | None = None  # the model was trained on this question; None: not recorded beside the model
+    broken: str = ""  # the rule of the form that the text breaks (task/broken_rules.py)
     in_form: bool = True  # False: no form is asked for (--answers none), so the text is the answer
 
     def as_text(self) -> str:
         if not self.in_form:
-            return escape_control_chars(f"Answer: {self.text}{TRAINED_ON * bool(self.trained_on)}")
-        answer = self.answer or f"none in the required form; the model wrote {self.rest!r}"
+            cut = f" ({self.broken})" if self.broken else ""
+            return escape_control_chars(f"Answer: {self.text}{cut}{TRAINED_ON * bool(self.trained_on)}")
+        answer = self.answer or f"none in the required form ({self.broken}); the model wrote {self.rest!r}"
         label = f" (the label: {self.question.label})" if self.question.label else ""
         label += TRAINED_ON * bool(self.trained_on)
         return escape_control_chars(f"Reasoning: {self.reasoning}\nAnswer: {answer}{label}")
@@ -117,6 +122,7 @@ class Answered:
         known: dict[str, Any] = {} if self.right is None else {"label": question.label, "right": self.right}
         known |= {} if self.trained_on is None else {"trained_on": self.trained_on}
         found: dict[str, Any] = {"reasoning": self.reasoning, "answer": self.answer} if self.in_form else {}
+        found |= {"broken_rule": self.broken} if self.broken else {}
         found["text"] = self.text
         return json.dumps({"id": question.id, "question": question.text, **found, **known})
 
@@ -204,18 +210,22 @@ def answers(
     for first in range(0, len(questions), ROWS_AT_ONCE):
         some = questions[first : first + ROWS_AT_ONCE]
         completions = sampler(style.encode(sampler.tokenizer, some), group_size=1, temperature=0.0, advance=advance)
-        for question, text in zip(some, style.texts(sampler.tokenizer, completions), strict=True):
+        texts, ended = style.texts(sampler.tokenizer, completions), completions.ended.tolist()
+        for question, text, whole in zip(some, texts, ended, strict=True):
             known = None if trained_on is None else fingerprint(question) in trained_on
-            yield answered(question, text, style.answer_format, known)
+            yield answered(question, text, style.answer_format, known, cut=not whole)
 
 
-def answered(question: Question, text: str, form: AnswerFormat, trained_on: bool | None) -> Answered:
-    """Return the answer that a completion gives."""
+def answered(
+    question: Question, text: str, form: AnswerFormat, trained_on: bool | None, *, cut: bool = False
+) -> Answered:
+    """Return the answer that a completion gives. cut: it has not ended by itself."""
+    broken = broken_rule(text, form, cut=cut)
     if form.kind == "none":
-        return Answered(question, text, "", text, None, None, trained_on, in_form=False)
+        return Answered(question, text, "", text, None, None, trained_on, broken, in_form=False)
     answer = form.parse(text).answer
     right = is_right(answer, question, form) if right_answers(question) else None
-    return Answered(question, text, *form.split(text), answer, right, trained_on)
+    return Answered(question, text, *form.split(text), answer, right, trained_on, broken)
 
 
 def show_as(config: QuestionConfig) -> Callable[[Answered], None]:

@@ -22,7 +22,7 @@ from grpo_ds.settings.config import AskConfig
 from grpo_ds.settings.data_flags import DataFlags
 from grpo_ds.system.hardware import check_torch, gpu_memory_gib, ram_gib
 from grpo_ds.task.numbers import number_of
-from grpo_ds.task.prompts import EncodedPrompt, encode_prompt
+from grpo_ds.task.prompts import EncodedPrompt, encode_prompt, prompt_warnings
 from grpo_ds.task.questions import Question, QuestionSet, read_questions
 from grpo_ds.terminal import escape_control_chars
 
@@ -63,6 +63,9 @@ def main(argv: list[str]) -> None:
     found = read_questions(config.data, **config.reading)
     config = replace(config, subject=subject_of(config.subject, config.data, found))
     say(f"Data: {found.source}", f"Read as: {found.form}", answers_line(found, config), columns_line(found.questions))
+    say(*found.warnings)
+    usual = int(str(choice.recipe.get("few_shot", 0)))
+    say(*prompt_warnings(found.questions[0], usual_examples=usual, **config.prompting))
     tokenizer, style = loaded(config)
     say(*style.check(tokenizer))
     measured, too_long = measure(tokenizer, style, found.questions)

@@ -5,8 +5,9 @@ A model trained here is asked every question of --data that it was not trained o
 """
 
 import json
+import sys
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -15,6 +16,7 @@ from grpo_ds.commands.settle import subject_of
 from grpo_ds.errors import DataError, UsageError
 from grpo_ds.memory.choose import choose_model
 from grpo_ds.models.shapes import shape_of
+from grpo_ds.report.figures import change_lines
 from grpo_ds.report.lax import lax_block, lax_lines
 from grpo_ds.run_folder.trained_on import read_trained_on
 from grpo_ds.settings.command_line import parse
@@ -67,6 +69,7 @@ class GradingFlags(Flags):
         f"also report mean rewards: {', '.join(OF_TEXT)}, FILE.py:FUNCTION, module.FUNCTION",
         path=absolute_reward_files,
     )
+    json: bool = flag(False, "print all figures as a JSON object, alone on stdout, in place of the table")
 
     def problems(self) -> list[str]:
         return [
@@ -116,7 +119,14 @@ class Asked:
 def main(argv: list[str]) -> None:
     check_torch()
     config, why, asked = prepare(argv)
+    with redirect_stdout(sys.stderr) if config.json else nullcontext():
+        figures = graded(config, why, asked)
+    if config.json:
+        print(json.dumps(figures, indent=1), flush=True)
 
+
+def graded(config: GradingConfig, why: str, asked: Asked) -> dict[str, Any]:
+    """Ask the model, print its table, and return all figures. why: the reason for this model."""
     from grpo_ds.report.console import Console  # heavy libraries are loaded from here on
     from grpo_ds.report.held_out import paired_tests
 
@@ -129,21 +139,24 @@ def main(argv: list[str]) -> None:
             shape_of(config.compare_with, trust_remote_code=config.trust_remote_code)
     result, prompts = _ask(config, asked, rewards, console)
     more: dict[str, Any] = {"trained_on": asked.trained_on, "left_out_as_trained_on": asked.left_out}
+    name = Path(config.model).name
     if config.compare_with:
         with _naming_its_flag():
             other, _ = _ask(replace(config, model=config.compare_with), asked, rewards, console)
         more["compared_with"] = {"model": config.compare_with, **other.figures()}
         more |= paired_tests(asked.questions, other, result)
-        console.before_and_after(
-            other, result, asked.questions, names=(Path(config.compare_with).name, Path(config.model).name)
-        )
+        console.before_and_after(other, result, asked.questions, names=(Path(config.compare_with).name, name))
+    else:
+        console.figures({name: result}, len(asked.questions))
+        for line in change_lines(result.figures()):
+            console.line(line)
     if result.grades and (warning := small_sample(result.grades.count, result.grades.accuracy_interval)):
         console.line(f"Warning: {warning}")
     if config.grading == "lax" and result.grades:
         found = lax_grades(result.texts, prompts, asked.questions, config.answer_format)
         console.line(lax_lines(result.grades, found))
         more["lax"] = lax_block(found)
-    console.line(json.dumps({**result.figures(), **more}, indent=1))
+    return {**result.figures(), **more}
 
 
 @contextmanager
@@ -169,6 +182,7 @@ def _ask(
     with console.progress("Evaluation", len(asked.questions), announce=True) as advance:
         samples, misled = config.eval_samples, config.eval_misled
         result = evaluate(sampler, style, asked.questions, alone, samples=samples, misled=misled, advance=advance)
+    console.broken_rules(result)
     if rewards:
         result = result.rewarded(rewards_of(result.texts, asked.questions, rewards, sampler, style))
         for error in result.rewards.errors.values() if result.rewards else ():

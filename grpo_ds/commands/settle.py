@@ -2,8 +2,9 @@
 
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from grpo_ds.memory.plan import Plan
 from grpo_ds.memory.select import Job, fitted
 from grpo_ds.models.presets import EMBEDDED, PRESETS, lora_recipe
 from grpo_ds.models.shapes import ModelShape, adapter_base, longer_than_made_for, shape_of
+from grpo_ds.run_folder.progress import Progress
 from grpo_ds.run_folder.resume import base_needed, find_checkpoint, flags_of, refuse_other_flags, weights_of
 from grpo_ds.run_folder.trained_on import TRAINED_ON_FILE
 from grpo_ds.settings.command_line import Parsed, parse
@@ -26,7 +28,10 @@ from grpo_ds.system.hardware import (
     native_precision,
     ram_gib,
 )
+from grpo_ds.task.prompts import build_messages
 from grpo_ds.task.questions import Question, QuestionSet, split_questions
+from grpo_ds.task.reward_trial import try_rewards
+from grpo_ds.task.rewards import WeightedFunctions
 from grpo_ds.task.sources import SAMPLE, data_or_default
 from grpo_ds.task.worked_examples import BIOMEDICAL
 
@@ -190,6 +195,28 @@ def split_for_training(
             "all the same; their accuracy then says nothing about new questions."
         )
     return parts
+
+
+def tried(config: TrainConfig, functions: WeightedFunctions, questions: Sequence[Question]) -> list[str]:
+    """Call the user's reward functions once on made-up completions; return warnings (task/reward_trial.py)."""
+
+    def state() -> object:
+        from transformers import TrainerState  # heavy
+
+        return TrainerState(**Progress(config.total_steps).shared())
+
+    chat = partial(build_messages, **config.prompting)
+    return try_rewards(
+        functions,
+        questions,
+        answer_format=config.answer_format,
+        batch_size=config.batch_size,
+        group_size=config.num_generations,
+        trainer_state=state,
+        messages=chat,
+        timeout=config.reward_timeout,
+        on_error=config.on_reward_error,
+    )
 
 
 def subject_of(subject: str | None, data: str | None, questions: QuestionSet) -> str:

@@ -23,6 +23,7 @@ from grpo_ds.commands.settle import (
     settle_parsed,
     split_for_training,
     subject_of,
+    tried,
     with_epochs,
 )
 from grpo_ds.errors import CheckpointError, UsageError
@@ -42,6 +43,7 @@ from grpo_ds.system.hardware import Precision, check_versions
 from grpo_ds.system.invocation import command
 from grpo_ds.system.signals import exit_on_signal
 from grpo_ds.system.streams import output_is_optional
+from grpo_ds.task.prompts import prompt_warnings
 from grpo_ds.task.questions import (
     Question,
     QuestionSet,
@@ -117,11 +119,15 @@ def begin(parsed: Parsed[TrainConfig], source: Source | None = None) -> "Run":
         this_run[BASE] = base  # a model of the hub is known when it is loaded
     changed = check_resumable(settled, this_run)
     check_trackers(config.trackers)
+    usual = int(str(settled.choice.recipe.get("few_shot", 0)))
+    told = [*tried(config, rewards, train), *prompt_warnings(train[0], usual_examples=usual, **config.prompting)]
     folder = output_folder(config, settled.resume_from)
 
     lines = [
         *first_lines(settled, questions, len(train), len(held_out), folder),
         *form_lines(rewards),
+        *questions.warnings,
+        *told,
         *changed,
     ]
     if before and not settled.resume_from:

@@ -16,7 +16,7 @@ class Answer:
 
     text: str
     right: bool | None  # None: the file does not say
-    verdict: str
+    verdict: str  # right, or what is wrong; the rule of the form that it breaks, if nothing more is known
     rewards: list[tuple[str, str]]  # name, value; the sum first
 
 
@@ -25,6 +25,7 @@ class Pair:
     """A held-out question and its answers."""
 
     question: str
+    context: str  # "" if the question has none, or of an older version
     label: str
     before: Answer
     after: Answer | None
@@ -72,18 +73,22 @@ def sampled_steps(run: RunFiles) -> list[SampledStep]:
 def _pair(row: JsonObject) -> Pair:
     question, label = as_text(row["question"]), as_label(row["label"])
     after = _held_out(as_object(row["after"]), row["label"]) if "after" in row else None
-    return Pair(question, label, _held_out(as_object(row["before"]), row["label"]), after)
+    before = _held_out(as_object(row["before"]), row["label"])
+    return Pair(question, as_text(row.get("context", "")), label, before, after)
 
 
 def _held_out(row: JsonObject, label: str) -> Answer:
     answer = row["answer"]
     right = row.get("right", answer == label) if label else None  # an older version did not write it
-    wrong = "wrong: no answer in the required form" if answer is None else f"wrong: {as_label(answer)}"
+    broken = as_label(row.get("broken_rule", ""))
+    wrong = f"wrong: {as_label(answer)}"
+    if answer is None:
+        wrong = f"wrong: no answer in the required form{f' ({broken})' if broken else ''}"
     by_name = as_object(row.get("rewards", {}))
     rewards = _shown_rewards(row.get("reward"), by_name) if "reward" in row else []
     if (p := as_number(as_object(row.get("p", {})).get(label))) is not None:
         rewards.append(("p(right)", f"{p:.2f}"))
-    return Answer(as_text(row["text"]), right, "" if right is None else "right" if right else wrong, rewards)
+    return Answer(as_text(row["text"]), right, broken if right is None else "right" if right else wrong, rewards)
 
 
 def _sampled_step(step: int, rows: Sequence[JsonObject]) -> SampledStep:
@@ -95,7 +100,8 @@ def _sample(row: JsonObject) -> tuple[str, str, Answer]:
     rewards = _shown_rewards(row.get("reward"), by_name)
     if (advantage := as_number(row.get("advantage"))) is not None:
         rewards.append(("advantage", f"{advantage:+.2f}"))
-    return as_text(row["question"]), as_label(row["label"]), Answer(as_text(row["completion"]), None, "", rewards)
+    answer = Answer(as_text(row["completion"]), None, as_label(row.get("broken_rule", "")), rewards)
+    return as_text(row["question"]), as_label(row["label"]), answer
 
 
 def _shown_rewards(total: object, by_name: JsonObject) -> list[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,11 +22,13 @@ from grpo_ds.report.memory_measured import Comparison, compare, diagnosis
 from grpo_ds.report.memory_plan import phase_table
 from grpo_ds.report.metric_names import MEAN_LENGTH, reward_name
 from grpo_ds.system.invocation import command
+from grpo_ds.task.broken_rules import rules_line
 from grpo_ds.task.grading import Evaluation
 from grpo_ds.task.questions import Question
 from grpo_ds.terminal import escape_control_chars
 
 SAMPLES = 4
+SHOWN_ENDS = 700, 500  # characters of a prompt: instructions and beginning, question and end
 STALE_NOTE = (
     "Freed memory is kept for the next step, so the peak of a phase may include memory of a larger phase before it; "
     "{} measures each phase alone."
@@ -122,6 +124,14 @@ class Console:
         """Print the planned memory of each phase."""
         self._rich.print(phase_table(plan, gpu_gib, ram_gib))
 
+    def prompt(self, question: str, text: str, *, tokens: int) -> None:
+        """Print the first prompt as the model reads it, without its middle if it is long. question: its id."""
+        shown = text
+        if (left_out := len(text) - sum(SHOWN_ENDS)) > 0:
+            begin, end = SHOWN_ENDS
+            shown = f"{text[:begin]} [... {left_out} characters ...] {text[-end:]}"
+        self.line(f"The first prompt, question {question}, {tokens} tokens:\n{shown}")
+
     def samples(self, rows: Sequence[dict[str, Any]]) -> None:
         """Print the first completions with their rewards, before any update."""
         self.line(f"The first {min(len(rows), SAMPLES)} completions, before any update:")
@@ -133,7 +143,8 @@ class Console:
             )
             label = f" ({row['label']})" if row["label"] else ""
             self.line(f"  {row['question']}{label}\n    {' '.join(row['completion'].split())}")
-            self.line(f"    reward {row['reward']:.2f} ({earned})")
+            broken = f"  {row['broken_rule']}" if row.get("broken_rule") else ""
+            self.line(f"    reward {row['reward']:.2f} ({earned}){broken}")
 
     def reference(self, kind: str, size: int, floor: float) -> None:
         """Print a new reference's kind, its size in bytes, and the KL at which training starts with it."""
@@ -145,6 +156,12 @@ class Console:
     def grades(self, when: str, evaluation: Evaluation) -> None:
         """Print the grades of an evaluation in a line. when: a heading such as "Before training"."""
         self.line(f"{when}: {grade_line(evaluation)}")
+        self.broken_rules(evaluation)
+
+    def broken_rules(self, evaluation: Evaluation) -> None:
+        """Count the rules of the form that answers break, if they do."""
+        if rules := rules_line(evaluation.broken):
+            self.line(f"{'Ill-formed' if evaluation.grades else 'Completions'}: {rules}")
 
     def memory(self, profiler: Profiler) -> None:
         """Print each phase's peak beside its plan, and the largest phase."""
@@ -181,16 +198,20 @@ class Console:
 
         names: of two other sides, such as two models.
         """
-        table = Table(title=f"Held-out questions ({len(questions)}, greedy)", title_justify="left")
+        self.figures(dict(zip(names, (before, after), strict=True)), len(questions))
+        for line in change_lines({**before.figures(), **paired_tests(questions, before, after)}):
+            self.line(line)
+
+    def figures(self, sides: Mapping[str, Evaluation], count: int) -> None:
+        """Print the grades of evaluations of the same questions side by side. count: of the questions."""
+        table = Table(title=f"Held-out questions ({count}, greedy)", title_justify="left")
         table.add_column("")
-        for name in names:
+        for name in sides:
             table.add_column(Text(escape_control_chars(name)), justify="right")
-        figures = before.figures(), after.figures()
+        figures = [side.figures() for side in sides.values()]
         for name, show in [*grade_rows(figures), *confidence_rows(figures), *reward_rows(figures)]:
             table.add_row(Text(escape_control_chars(name)), *(escape_control_chars(show(side)) for side in figures))
         self._rich.print(table)
-        for line in change_lines({**before.figures(), **paired_tests(questions, before, after)}):
-            self.line(line)
 
 
 def _memory_cells(row: Comparison) -> list[str]:

@@ -94,7 +94,7 @@ def kl_curve(run: RunFiles) -> Chart | None:
     """Draw the KL and its floor; no chart without a reference (the trainer then logs a KL of 0)."""
     if not any(as_number(row.get("kl")) for row in run.steps):
         return None
-    names = {"kl": "to the reference", "kl_floor": "floor: KL of an 8-bit copy of the same policy"}
+    names = {"kl": "nats to the reference", "kl_floor": "floor: KL of an 8-bit copy of the same policy"}
     return _curve(run.steps, "kl", "KL per token", names, lambda v: f"{v:.4f}")
 
 

@@ -26,7 +26,10 @@ def write_held_out(
 
     score: computes rewards that an evaluation does not have; None: leave them out.
     """
-    lines: list[dict[str, Any]] = [{"id": q.id, "question": q.text, "label": q.label} for q in questions]
+    lines: list[dict[str, Any]] = [
+        {"id": q.id, "question": q.text, **({"context": q.context} if q.context else {}), "label": q.label}
+        for q in questions
+    ]
     for when, evaluation in evaluations.items():
         for i, line in enumerate(lines):
             line[when] = {"text": evaluation.texts[i], "answer": evaluation.answers[i], **_more(evaluation, i)}
@@ -63,7 +66,10 @@ def paired_tests(questions: Sequence[Question], before: Evaluation, after: Evalu
 
 
 def _more(evaluation: Evaluation, i: int) -> dict[str, Any]:
-    """Return if the answer at index i is right, its label probabilities and its sampled answers, if they are known."""
+    """Return if the answer at index i is right, the rule that it breaks, its label probabilities and sampled answers.
+
+    What does not apply or is not known is left out.
+    """
     more: dict[str, Any] = {"right": evaluation.right[i]} if evaluation.right else {}
     if evaluation.probs and evaluation.confidence:
         probs, labels = evaluation.probs[i], evaluation.confidence.lean
@@ -72,6 +78,8 @@ def _more(evaluation: Evaluation, i: int) -> dict[str, Any]:
         more["reasoned"] = probs.reasoned is not None
         if probs.misled:
             more["p_misled"] = dict(zip(labels, probs.misled, strict=True))
+    if evaluation.broken and evaluation.broken[i]:
+        more["broken_rule"] = evaluation.broken[i]
     if evaluation.sampled:
         more["sampled"] = evaluation.sampled[i]
     return more

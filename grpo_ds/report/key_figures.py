@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from grpo_ds.memory.plan import MEMORY_NAMES
 from grpo_ds.report.figures import confidence_rows, reward_rows
@@ -22,6 +23,18 @@ class Tile:
     name: str
     value: str
     beside: str = ""
+
+
+def about(run: RunFiles) -> list[tuple[str, str]]:
+    """Return what was trained, on what: name and value, those that are known; of a path its last part."""
+    counts, held_out = as_object(run.summary.get("questions", {})), as_object(run.held_out.get("before", {}))
+    parts = {"to train on": counts.get("train"), "held out": counts.get("held_out", held_out.get("count"))}
+    split = ", ".join(f"{count:.0f} {use}" for use, value in parts.items() if (count := as_number(value)) is not None)
+    model, data = (Path(as_text(run.config[it])).name if run.config.get(it) else "" for it in ("model", "data"))
+    rank = as_number(run.config.get("lora_r"))
+    adapter = f", a LoRA adapter of rank {rank:.0f}" if rank else ""
+    shown = {"Model": model and f"{model}{adapter}", "Data": ": ".join(filter(None, (data, split)))}
+    return [(name, value) for name, value in shown.items() if value]
 
 
 def state(run: RunFiles) -> str:

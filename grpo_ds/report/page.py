@@ -1,7 +1,8 @@
 """report.html: a run on one page that opens offline, made only from the files in the run's folder. No torch.
 
 The page has no script and loads nothing: its Content-Security-Policy forbids both. Every text goes through jinja2's
-autoescape; only the drawings of charts.py, which contain no text of a run, are inserted unescaped.
+autoescape; only the drawings of charts.py, which contain no text of a run, are inserted unescaped, and the marks of
+words.py around words of escaped texts.
 """
 
 import shlex
@@ -12,9 +13,16 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from grpo_ds.report import answers, charts, curves, key_figures, memory_page, verdict
+from grpo_ds.report import answers, charts, curves, key_figures, memory_page, verdict, words
 from grpo_ds.report.run_files import Damaged, RunFiles, as_object, as_text, read_run
-from grpo_ds.run_folder.files import COMPLETIONS_FILE, ENVIRONMENT_FILE, HELD_OUT_FILE, MEMORY_FILE, REPORT_FILE
+from grpo_ds.run_folder.files import (
+    COMPLETIONS_FILE,
+    ENVIRONMENT_FILE,
+    HELD_OUT_FILE,
+    MEMORY_FILE,
+    REPORT_FILE,
+    SUMMARY_FILE,
+)
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.saved_config import CONFIG_FILE, OF_ONE_RUN
 from grpo_ds.system.files import write_whole
@@ -51,6 +59,7 @@ def page(run: RunFiles) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    source.filters["explained"] = words.explained
     return source.get_template(TEMPLATE).render(**_contents(run))
 
 
@@ -59,6 +68,7 @@ def _contents(run: RunFiles) -> dict[str, Any]:
         "run": run,
         "width": charts.WIDTH,
         "height": charts.HEIGHT,
+        "about": key_figures.about(run),
         "state": key_figures.state(run),
         "verdict": verdict.of(run),
         "train": COMMAND,
@@ -120,12 +130,13 @@ def _drop_damaged(run: RunFiles) -> None:
     shown: dict[str, tuple[str, list[Callable[[RunFiles], object]]]] = {
         "held_out": (
             HELD_OUT_FILE,
-            [verdict.of, key_figures.grades_table, answers.pairs, curves.held_out_lines],
+            [verdict.of, key_figures.about, key_figures.grades_table, answers.pairs, curves.held_out_lines],
         ),
         "memory": (MEMORY_FILE, [memory_page.phase_bars, memory_page.timelines]),
         "completions": (COMPLETIONS_FILE, [answers.sampled_steps]),
         "environment": (ENVIRONMENT_FILE, [machine, versions, command_line]),
         "config": (CONFIG_FILE, [settings]),
+        "summary": (SUMMARY_FILE, [key_figures.about]),
     }
     for part, (file, makers) in shown.items():
         try:

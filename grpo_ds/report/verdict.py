@@ -10,9 +10,10 @@ from grpo_ds.report.causes import CUT, SOLVED, Cause, causes, lean_of, more_step
 from grpo_ds.report.evidence import AFTER, BEFORE, Evidence
 from grpo_ds.report.key_figures import percent
 from grpo_ds.report.metric_names import CLIPPED_RATIO, MEAN_LENGTH
-from grpo_ds.report.run_files import RunFiles, as_label, as_number
+from grpo_ds.report.run_files import RunFiles, as_label, as_number, as_object
 from grpo_ds.settings.saved_config import CONFIG_FILE
 from grpo_ds.task.answers import AnswerKind
+from grpo_ds.task.broken_rules import rules_line
 from grpo_ds.task.grading import small_sample, wilson_interval
 from grpo_ds.task.rewards import BARE_LABEL
 
@@ -155,6 +156,8 @@ def _form(known: Evidence) -> str:
         judged = "too small a change to tell from chance" if _difference(known, "well_formed") else "not learned"
     cut = known.late(CLIPPED_RATIO) or 0.0
     also = f"; {cut:.0%} of the last samples were cut" if cut >= CUT and after < FORMED else ""
+    broken = rules_line(str(as_object(row.get(AFTER, {})).get("broken_rule", "")) for row in known.questions)
+    also += f". Ill-formed: {broken}" if broken else ""
     return f"Form: {_moved(known, 'well-formed answers', 'well_formed')}: {judged}{also}."
 
 
@@ -162,7 +165,7 @@ def _accuracy(known: Evidence) -> str:
     grades = known.grades(AFTER)
     low, high = grades["accuracy_interval"]
     baseline, count, test = known.grade(AFTER, "majority_baseline"), known.count, ""
-    if (p := as_number(known.outcome.get("mcnemar"))) is not None:
+    if (p := as_number(known.outcome.get("mcnemar"))) is not None and _difference(known, "accuracy"):
         test = f"; McNemar {_p_value(p)}: the change {'is more than' if p < SIGNIFICANT else 'could be'} chance"
     compared = ""
     if baseline is not None:
@@ -180,7 +183,7 @@ def _reward(known: Evidence) -> str:
     if before is None or after is None:
         return "Reward: of the held-out questions it is not known."
     p, test = as_number(known.outcome.get("reward_p_value")), ""
-    if p is not None:
+    if p is not None and before != after:
         test = f" (paired test {_p_value(p)}: the change {'is more than' if p < SIGNIFICANT else 'could be'} chance)"
     moved = "stayed at" if before == after else f"{'rose' if after > before else 'fell'} from {before:.3f} to"
     names = ", ".join(f"{as_label(name)} {value:.3f}" for name, value in known.by_label(AFTER, "mean_rewards").items())

@@ -5,6 +5,7 @@ soon as that process ends, however it ends (https://man7.org/linux/man-pages/man
 """
 
 import fcntl
+import json
 import os
 import socket
 import tempfile
@@ -13,8 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo_ds.errors import CheckpointError, UsageError
+from grpo_ds.run_folder.files import ENVIRONMENT_FILE, HELD_OUT_FILE
+from grpo_ds.run_folder.status import STATUS_FILE
+from grpo_ds.run_folder.trained_on import TRAINED_ON_FILE
+from grpo_ds.settings.saved_config import CONFIG_FILE
 
 LOCK_FILE = ".lock"  # holds the PID of the process that locks it; the system unlocks it when that process dies
+# What a run writes before its first step.
+BEFORE_STEPS = {CONFIG_FILE, TRAINED_ON_FILE, ENVIRONMENT_FILE, STATUS_FILE, HELD_OUT_FILE}
 PROBE = ".grpo_ds-"  # beginning of the name of a folder that `check_writable` makes for a moment
 
 
@@ -128,7 +135,7 @@ def cannot_be_written(folder: Path, error: OSError) -> UsageError:
 def _refuse_files(folder: Path) -> None:
     """Raise FolderTaken for a folder with files, and for a file or a dangling link of its name.
 
-    The lock of a run that was killed before it wrote anything is not one of them.
+    What a run leaves that ended before its first step is not among them: the next run writes all of it anew.
     """
     try:
         names = os.listdir(folder) if os.path.lexists(folder) else []
@@ -136,11 +143,23 @@ def _refuse_files(folder: Path) -> None:
         names = [folder.name]
     except OSError as error:
         raise cannot_be_written(folder, error) from None
-    if any(name != LOCK_FILE and not name.startswith(PROBE) for name in names):
+    files = {name for name in names if name != LOCK_FILE and not name.startswith(PROBE)}
+    if files and not _never_began(folder, files):
         raise FolderTaken(
             f"--output_dir {folder} already holds files, and a run is never overwritten.\n"
             "Name another folder, or delete this one."
         )
+
+
+def _never_began(folder: Path, files: set[str]) -> bool:
+    """True if these are only files that a run writes before its first step, and its status says that it did none."""
+    if STATUS_FILE not in files or not files <= BEFORE_STEPS:
+        return False
+    try:
+        status = json.loads((folder / STATUS_FILE).read_bytes())
+        return status["state"] in ("evaluating", "failed") and not status.get("step") and "checkpoint" not in status
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def _remove_empty(folders: list[Path]) -> None:

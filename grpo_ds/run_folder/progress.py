@@ -22,6 +22,7 @@ from grpo_ds.run_folder.inputs import (
 )
 from grpo_ds.task.answer_probs import AnswerProbs
 from grpo_ds.task.answers import AnswerFormat
+from grpo_ds.task.broken_rules import CUT
 from grpo_ds.task.grading import Evaluation, graded
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import summed
@@ -65,7 +66,8 @@ class Progress:
     first_weights: str = ""  # a sample of the weights that the run began with (training/weight_sample.py)
     kl_floor: float | None = None  # KL of the reference to the policy that it was made from
     before: dict[str, str] | list[str] | None = None  # held-out answers before training, by question_key
-    # Of the same: {"probs": [reasoned, empty, misled], "sampled": [...], "rewards": {name: value}}, what is known
+    # Of the same: {"probs": [reasoned, empty, misled], "sampled": [...], "rewards": {name: value}}, what is known, and
+    # {"cut": True} if it was cut at the length limit
     before_more: dict[str, dict[str, Any]] = field(default_factory=dict)
     best_metric: float | None = None  # best accuracy of the evaluations during training
     best_global_step: int | None = None
@@ -95,6 +97,7 @@ class Progress:
                 **({"probs": [probs[i].reasoned, probs[i].empty, probs[i].misled]} if probs else {}),
                 **({"sampled": sampled[i]} if sampled else {}),
                 **({"rewards": {name: it[i] for name, it in rewards.by_name.items()}} if rewards else {}),
+                **({"cut": True} if evaluation.broken[i] == CUT else {}),
             }
             for i, key in enumerate(keys)
         }
@@ -111,6 +114,7 @@ class Progress:
             answer_format,
             probs if len(probs) == len(answered) else None,
             sampled if len(sampled) == len(answered) else None,
+            cut=["cut" in it for it in more],
         )
         if not rewards or len(rewards) < len(answered):
             return evaluation

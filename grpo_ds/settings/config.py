@@ -8,6 +8,7 @@ Nothing heavy is imported here, so `--help` and a mistyped flag are answered at 
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from grpo_ds.core.objective import Objective
 from grpo_ds.settings.data_flags import DataFlags, ModelFlags, PromptFlags, RecordFlags
@@ -29,6 +30,16 @@ class AskConfig(ModelFlags, RecordFlags, PromptFlags):
     @property
     def answer_format(self) -> AnswerFormat:
         return AnswerFormat(self.label_names, self.reasoning_tag, self.answer_tag, self.answers, self.unit_names)
+
+    @property
+    def prompting(self) -> dict[str, Any]:
+        """Arguments of task/prompts.py that say how a chat is built."""
+        return {
+            "answer_format": self.answer_format,
+            "few_shot": self.few_shot,
+            "system_prompt": self.system_prompt_text,
+            "subject": self.subject or "",
+        }
 
     def problems(self) -> list[str]:
         examples = len(worked_examples(self.answer_format))

@@ -1,6 +1,7 @@
 """The fence around users' code: it may change the state of this process, and afterwards the run has its own again.
 
-Only what the run relies on is put back; docs/reliability.md lists it. Random numbers continue, as users expect.
+Only what the run relies on is put back; docs/reliability.md lists it. Random numbers continue, as users expect, but for
+a trial (random_kept).
 What code does in other threads, to the process itself (os._exit, limits) or to functions of libraries is not undone.
 This module does not import torch: a user's file may be the first to load it.
 """
@@ -8,6 +9,7 @@ This module does not import torch: a user's file may be the first to load it.
 import gc
 import locale
 import os
+import random
 import signal
 import sys
 import warnings
@@ -37,6 +39,26 @@ def fenced(call: Callable[[], Result]) -> Result:
     """Return call(); what it changed of the state that the run relies on is put back, also if it raises."""
     with _torch_kept(), _streams_kept(), _process_kept(), _signals_kept(), _interpreter_kept():
         return USERS.run(call)
+
+
+@contextmanager
+def random_kept() -> Iterator[None]:
+    """Keep the random numbers of Python, NumPy and torch as they are, for a call that is no part of the run."""
+    python, numpy, torch = random.getstate(), sys.modules.get("numpy"), sys.modules.get("torch")
+    of_numpy, of_torch = numpy and numpy.random.get_state(), torch and torch.get_rng_state()
+    of_cards = torch.cuda.get_rng_state_all() if torch is not None and torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        if numpy:
+            numpy.random.set_state(of_numpy)
+        if torch:
+            torch.set_rng_state(of_torch)
+            if of_cards:
+                torch.cuda.set_rng_state_all(of_cards)
+        elif torch := sys.modules.get("torch"):  # loaded by the call: back to where its numbers begin
+            torch.manual_seed(torch.initial_seed())
 
 
 def by_ctrl_c(error: BaseException) -> bool:

@@ -19,6 +19,11 @@ from grpo_ds.task.spelling import label_key, nfc, text_key
 
 AnswerKind = Literal["labels", "number", "text", "none"]
 
+# Words that our own system prompt shows between the tags. Small models copy "..." literally, and words too, so a copy
+# is neither reasoning nor an answer. The labels stand for themselves: "yes or no".
+REASONING_PLACEHOLDER = "your reasons"
+ANSWER_PLACEHOLDERS: dict[AnswerKind, str] = {"number": "a number", "text": "your short answer"}
+
 TAG_NAME = re.compile(r"[A-Za-z][\w-]*", re.ASCII)  # ASCII: sampling estimates a tag's tokens from its characters
 CONTROL = r"<[|\uff5c][^<>\s]*[|\uff5c]>"  # a chat template's control token: <|im_end|>
 
@@ -73,6 +78,11 @@ class AnswerFormat:
         return {"labels": " or ".join(self.labels), "number": "a number", "text": "a text", "none": "a text"}[self.kind]
 
     @property
+    def placeholders(self) -> tuple[str, str]:
+        """What our own system prompt shows in place of a reasoning and of an answer."""
+        return REASONING_PLACEHOLDER, ANSWER_PLACEHOLDERS.get(self.kind, self.wanted)
+
+    @property
     def reasoning_pair(self) -> tuple[str, str]:
         return f"<{self.reasoning_tag}>", f"</{self.reasoning_tag}>"
 
@@ -105,7 +115,7 @@ class AnswerFormat:
         texts, tags = pieces[0::2], tuple(pieces[1::2])  # texts[i] is the text before tags[i]
         both = self.reasoning_pair + self.answer_pair
         # both[:3]: cut within the answer, at the token limit
-        has_reasoning = tags in (self.reasoning_pair, both[:3], both) and _has_words(texts[1])
+        has_reasoning = tags in (self.reasoning_pair, both[:3], both) and is_reasoning(texts[1])
         answer = self.read(texts[-2]) if tags in (self.answer_pair, both) else None
         prose = any(text.strip() for text in texts[0::2])  # before, between and after the pairs
         well_formed = tags == both and has_reasoning and not prose
@@ -121,7 +131,7 @@ class AnswerFormat:
         if self.kind == "number":
             number = number_of(text, self.units)
             return None if number is None else number_text(number)
-        return nfc(text.strip()) if text_key(text) else None
+        return nfc(text.strip()) if text_key(text) and not is_copy(text, self.placeholders[1]) else None
 
     def is_right(self, answer: str | None, accepted: Sequence[str]) -> bool:
         """Return True if the answer equals one of the accepted ones; no answer is right without any."""
@@ -156,6 +166,11 @@ class AnswerFormat:
         return reasoning.replace(opened, "").strip(), rest.strip()
 
 
-def _has_words(text: str) -> bool:
-    # "..." is the placeholder in the prompt; repeating it is not reasoning.
-    return any(character.isalnum() for character in text)
+def is_reasoning(text: str) -> bool:
+    """Return True if it has a letter or a digit and is not the prompt's placeholder."""
+    return any(map(str.isalnum, text)) and not is_copy(text, REASONING_PLACEHOLDER)
+
+
+def is_copy(text: str, placeholder: str) -> bool:
+    """Return True for the placeholder itself, in any case, white space and full stops around it."""
+    return text.strip().strip(".\u2026").casefold() == placeholder.casefold()

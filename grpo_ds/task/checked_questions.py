@@ -36,7 +36,8 @@ def checked_questions(
             f"{source.name}: {counted(len(problems), 'problem')} ({counted(len(source.records), 'record')} read):"
         )
         optional = "" if label_needed else " Labels may be missing."
-        remedy = remedy_for(source, labels, fields, answers, mostly_bad=len(found) < len(source.records) / 2)
+        mostly_bad = len(found) < len(source.records) / 2
+        remedy = remedy_for(source, labels, fields, answers, mostly_bad=mostly_bad, label_needed=label_needed)
         raise one_error(DataError, headline, problems, remedy + optional)
     return found
 

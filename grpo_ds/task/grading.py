@@ -7,13 +7,14 @@ is wrong and counts as a prediction of no class. Where no answer is right, the m
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import comb, sqrt
 from typing import Any
 
 from grpo_ds.errors import DataError
 from grpo_ds.task.answer_probs import AnswerProbs, Confidence, confidence
 from grpo_ds.task.answers import AnswerFormat
+from grpo_ds.task.broken_rules import CUT, broken_rule
 from grpo_ds.task.earned import Earned, earned
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import Rewards, right_answers
@@ -90,6 +91,7 @@ class Evaluation:
     votes: Votes | None = None  # figures of them
     rewards: Rewards | None = None  # of the texts, if they are the grade
     earned: Earned | None = None  # figures of them
+    broken: list[str] = field(default_factory=list)  # the rule that each text breaks, "" if none (broken_rules.py)
 
     @property
     def quality(self) -> float | None:
@@ -110,7 +112,8 @@ class Evaluation:
             return None if every is None else [every[i] for i in chosen]
 
         asked, texts = [questions[i] for i in chosen], [self.texts[i] for i in chosen]
-        picked = graded(texts, asked, answer_format, some(self.probs), some(self.sampled))
+        cut = [rule == CUT for rule in some(self.broken or None) or ()]
+        picked = graded(texts, asked, answer_format, some(self.probs), some(self.sampled), cut=cut)
         return picked.rewarded(self.rewards.rows(chosen)) if self.rewards else picked
 
     def rewarded(self, rewards: Rewards) -> "Evaluation":
@@ -124,8 +127,13 @@ def graded(
     answer_format: AnswerFormat,
     probs: list[AnswerProbs] | None = None,
     sampled: list[list[str | None]] | None = None,
+    *,
+    cut: Sequence[bool] = (),
 ) -> Evaluation:
-    """Parse and grade one completion for each question, with its label probabilities and sampled answers if known."""
+    """Parse and grade one completion for each question, with its label probabilities and sampled answers if known.
+
+    cut: for each completion, True if it has not ended by itself; (): not known.
+    """
     answers, labels = [answer_format.parse(text).answer for text in texts], answer_format.labels
     return Evaluation(
         texts,
@@ -136,6 +144,7 @@ def graded(
         confidence(probs, questions, labels=labels) if probs else None,
         sampled,
         count_votes(sampled, questions, answer_format) if sampled else None,
+        broken=[broken_rule(text, answer_format, cut=bool(cut) and cut[i]) for i, text in enumerate(texts)],
     )
 
 

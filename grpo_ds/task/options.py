@@ -1,12 +1,16 @@
 """Options of a question (MedQA, MMLU): put into its text, and the right one as its letter."""
 
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
 
+from grpo_ds.task.chat_records import is_chat
 from grpo_ds.task.record_shapes import OPTIONS
 from grpo_ds.task.records import Unusable, describe, quote, text_or_integer
 from grpo_ds.task.spelling import label_key
+
+NO_LIST = 'not a list; a table may hold it as JSON: ["first", "second"]'
 
 
 def options_of(record: Mapping[str, Any], known_labels: Collection[str]) -> dict[str, str]:
@@ -17,10 +21,10 @@ def options_of(record: Mapping[str, Any], known_labels: Collection[str]) -> dict
     """
     name = next((name for name in OPTIONS if name in record), "")
     value = record[name] if name else _columns(record)
-    if isinstance(value, str) and not value.lstrip().startswith(("[", "{")):
-        return {}  # a text for people
+    if _is_prose(value):
+        return {}
     if not isinstance(value, list | dict):
-        raise Unusable(f'{name} is {describe(value)}, not a list; a table may hold it as JSON: ["first", "second"]')
+        raise Unusable(f"{name} is {describe(value)}, {NO_LIST}")
     if len(value) > len(ascii_uppercase):
         raise Unusable(f"{name} has {len(value)} options, more than there are letters")
     given = dict(zip(ascii_uppercase, value, strict=False)) if isinstance(value, list) else value
@@ -35,6 +39,40 @@ def options_of(record: Mapping[str, Any], known_labels: Collection[str]) -> dict
 def with_options(question: str, options: Mapping[str, str]) -> str:
     """Return the question with an option a line below it: "A. aspirin"."""
     return "\n".join([question, *(f"{letter}. {text}" for letter, text in options.items())])
+
+
+def unused_options(records: Sequence[object], question_field: Callable[[Mapping[str, Any]], str]) -> list[str]:
+    """Return a warning for each column of options that no prompt shows, with the reason.
+
+    question_field: returns the name of a record's question, which may be a chat.
+    """
+    counts: Counter[tuple[str, str]] = Counter()
+    for record in records:
+        if isinstance(record, dict):
+            for name, value in record.items():
+                if value is not None and label_key(str(name)) in OPTIONS:
+                    counts[name, _why_unused(name, value, record, question_field(record))] += 1
+    return [
+        f"Warning: {name!r} is not in the prompts of {count} of {len(records)} records: {why}."
+        for (name, why), count in counts.items()
+        if why
+    ]
+
+
+def _why_unused(name: str, value: object, record: Mapping[str, Any], question_field: str) -> str:
+    """Return why these options are not put into the question; "" if they are."""
+    if name not in OPTIONS:
+        return f"the column must be called {label_key(name)!r}"
+    if name != next(other for other in OPTIONS if other in record):
+        return f"{OPTIONS[0]!r} is taken"
+    if is_chat(record.get(question_field)):
+        return "a chat is not changed"
+    return f"it is a text, {NO_LIST}" if _is_prose(value) else ""
+
+
+def _is_prose(value: object) -> bool:
+    """True for a text for people, such as "A) aspirin B) none"."""
+    return isinstance(value, str) and not value.lstrip().startswith(("[", "{"))
 
 
 def right_letter(value: object, options: Mapping[str, str]) -> str:

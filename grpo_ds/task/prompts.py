@@ -24,6 +24,7 @@ from grpo_ds.task.worked_examples import worked_examples
 # Characters; twice Qwen's longest token, 128 spaces. A context is cut to this many characters for each token before it
 # is tokenised, because tokenising 10 MB takes half a minute and 1.5 GB.
 LONGEST_TOKEN = 256
+FORM_PLACES = "in --system_prompt, or in the chats' own"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,31 @@ def build_messages(
     return [*turns, {"role": "user", "content": _user_text(question, answer_format)}]
 
 
+def prompt_warnings(
+    question: Question, *, answer_format: AnswerFormat, few_shot: int = 0, usual_examples: int = 0, **how: Any
+) -> list[str]:
+    """Say what the prompt of a question lacks: worked examples that do not fit, tags that nothing asks for.
+
+    usual_examples: number that the model's recipe has for labels that ours fit. how: of build_messages.
+    """
+    if answer_format.kind == "none":
+        return []
+    found, wanted = [], max(few_shot, usual_examples)
+    fitting = 0 if question.messages else len(worked_examples(answer_format, how.get("subject", "")))
+    if fitting < wanted:
+        why = "records that are chats get none" if question.messages else f"ours do not answer {answer_format.wanted}"
+        found.append(f"Warning: {min(few_shot, fitting)} of {wanted} worked examples are in the prompt: {why}.")
+    turns = build_messages(question, answer_format=answer_format, few_shot=few_shot, **how)
+    text = "\n".join(turn["content"] for turn in turns)
+    tags = [tag for tag in (answer_format.reasoning_pair[0], answer_format.answer_pair[0]) if tag not in text]
+    if tags:
+        found.append(
+            f"Warning: nothing in the prompt asks for {' or '.join(tags)}, and an answer without the tags earns "
+            f"nothing.\nShow the form {FORM_PLACES}: {answer_format.write(*answer_format.placeholders)}"
+        )
+    return found
+
+
 def _system_turn(messages: Sequence[Mapping[str, str]], system_prompt: str) -> Messages:
     """Return the system prompt as a turn; [] for none, or if the chat begins with its own."""
     own = messages and messages[0]["role"] == "system"
@@ -91,18 +117,17 @@ def marked_messages(*, answer_format: AnswerFormat, has_context: bool = True, **
 def default_system_prompt(answer_format: AnswerFormat, has_context: bool = True, subject: str = "") -> str:
     """The default instructions; "" if no answer is right: the task is then the data's own.
 
-    A model that repeats their placeholders ("...", "yes|no", "number") earns nothing.
+    A model that repeats the placeholders of the form earns nothing.
     """
-    labels, kind = answer_format.labels, answer_format.kind
-    if kind == "none":
+    if answer_format.kind == "none":
         return ""
-    how, placeholder = {
-        "labels": (f"First reason briefly, then answer with {' or '.join(labels)}.", "|".join(labels)),
-        "number": ("First reason step by step, then answer with one number alone.", "number"),
-        "text": ("First reason briefly, then answer in as few words as possible.", "..."),
-    }[kind]
+    how = {
+        "labels": f"First reason briefly, then answer with {answer_format.wanted}.",
+        "number": "First reason step by step, then answer with one number alone.",
+        "text": "First reason briefly, then answer in as few words as possible.",
+    }[answer_format.kind]
     questions, source = f"{subject} questions".strip(), " from the given context" * has_context
-    form = answer_format.write("...", placeholder)
+    form = answer_format.write(*answer_format.placeholders)
     return f"You answer {questions}{source}. {how} Reply in exactly this form:\n{form}"
 
 

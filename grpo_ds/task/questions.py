@@ -16,6 +16,7 @@ from random import Random
 from grpo_ds.errors import DataError, UsageError
 from grpo_ds.task.answers import AnswerKind
 from grpo_ds.task.checked_questions import checked_questions, counted
+from grpo_ds.task.options import unused_options
 from grpo_ds.task.question import Question
 from grpo_ds.task.record_checks import chat_text
 from grpo_ds.task.record_remedies import EXAMPLES
@@ -44,6 +45,7 @@ class QuestionSet:
     source: str  # name and counts, on one line
     left_out: dict[str, int]  # number of records by label, for PubMedQA labels that are not among `labels`
     form: str = ""  # how it was read: the form of the file, and the fields taken
+    warnings: tuple[str, ...] = ()  # columns of options that no prompt shows
 
 
 def read_questions(
@@ -67,14 +69,17 @@ def read_questions(
     if not found:
         raise DataError(f"{source.name} has no records.\n{EXAMPLES[answers]}")
     form = _form(source, fields or {}, answers)
+    records = [record for _, record in source.records]
+    asked = lambda record: names_of(record, fields or {}, answers=answers).question  # noqa: E731
+    warnings = tuple(unused_options(records, asked))
     if answers != "labels":
         noun, kind = NOUNS[answers]
-        return QuestionSet(tuple(found), f"{source.name}: {counted(len(found), noun)}{kind}", {}, form)
+        return QuestionSet(tuple(found), f"{source.name}: {counted(len(found), noun)}{kind}", {}, form, warnings)
     kept = tuple(question for question in found if question.label in labels)
     left_out = dict(Counter(question.label for question in found if question.label not in labels))
     if not kept:
         raise _none_left(source.name, labels, left_out)
-    return QuestionSet(kept, _summary(source.name, kept, labels, left_out), left_out, form)
+    return QuestionSet(kept, _summary(source.name, kept, labels, left_out), left_out, form, warnings)
 
 
 def unanswered_questions(

@@ -1,5 +1,6 @@
 """Find remedies for records that cannot be used: the flag that reads them if there is one, else a record that works."""
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from grpo_ds.task.spelling import label_key
 
 MOST_LABELS, LONGEST_LABEL = 10, 20  # of answers that could be labels
 SHOWN_FIELDS = 8
+PLAIN = re.compile(r"\w[\w -]*")  # a field's name that needs no quotes
+NO_ANSWER = "name the answer's field (--label_field), or --answers none if rewards need no answer"
 FLAGS = "--question_field, --context_field NAME|none, --label_field"
 EXAMPLES: dict[AnswerKind, str] = {
     "labels": ACCEPTED,
@@ -24,20 +27,32 @@ EXAMPLES: dict[AnswerKind, str] = {
     "none": f'Records: {{"prompt": "..."}}, or turns {{"role", "content"}} as "prompt" or "messages", {FORMS}.',
 }
 WORDS = {  # role -> words that data sets in several languages use for it, without case
-    "question": ("question", "frage", "pregunta", "domanda", "problem", "query", "input", "instruction", "prompt"),
-    "label": ("answer", "label", "antwort", "respuesta", "risposta", "solution", "target", "output", "answerkey"),
+    "question": (
+        *("question", "frage", "pregunta", "pergunta", "domanda", "vraag"),
+        *("problem", "query", "input", "instruction", "prompt"),
+    ),
+    "label": (
+        *("answer", "label", "antwort", "respuesta", "resposta", "r\u00e9ponse", "risposta", "antwoord"),
+        *("solution", "target", "output", "answerkey"),
+    ),
     "context": ("context", "kontext", "contexte", "contexto", "passage", "abstract", "text"),
 }
 
 
 def remedy_for(
-    source: Source, labels: Sequence[str], given: Mapping[str, str], answers: AnswerKind, *, mostly_bad: bool
+    source: Source,
+    labels: Sequence[str],
+    given: Mapping[str, str],
+    answers: AnswerKind,
+    *,
+    mostly_bad: bool,
+    label_needed: bool = True,
 ) -> str:
     """Return the line below the problems of a source. mostly_bad: fewer than half of its records can be used."""
     records = [record for _, record in source.records if isinstance(record, dict)]
-    if records and not any(names_of(record, given, answers=answers).question in record for record in records):
-        return _fields_line(records) + source.advice
-    if mostly_bad and answers == "labels" and (flags := _flags_for_answers(records, given)):
+    if missing := _missing_roles(records, given, label_needed=label_needed and answers != "none", answers=answers):
+        return _fields_line(records, missing) + source.advice
+    if mostly_bad and label_needed and answers == "labels" and (flags := _flags_for_answers(records, given)):
         return flags
     if source.advice:
         return source.advice.strip()
@@ -46,22 +61,41 @@ def remedy_for(
     return EXAMPLES[answers]
 
 
-def _fields_line(records: Sequence[Mapping[str, object]]) -> str:
-    """Name the fields that the records have, and the flags that say which is which."""
+def _missing_roles(
+    records: Sequence[Mapping[str, object]], given: Mapping[str, str], *, answers: AnswerKind, label_needed: bool
+) -> tuple[str, ...]:
+    """Return the roles whose field no record has, although each needs it; all three if it is the question's."""
+    named = [(record, names_of(record, given, answers=answers)) for record in records]
+    if not any(names.question in record for record, names in named):
+        return tuple(role for role in WORDS if role != "label" or label_needed) if records else ()
+    if not any(record.keys() - {names.question, names.id} for record, names in named):
+        return ()  # no field is left that could be another one
+    in_context = all(names.context_needed and names.context != NO_CONTEXT for _, names in named)
+    needed = {"label": label_needed, "context": in_context}
+    return tuple(
+        role for role in needed if needed[role] and not any(getattr(names, role) in record for record, names in named)
+    )
+
+
+def _fields_line(records: Sequence[Mapping[str, object]], missing: Sequence[str]) -> str:
+    """Name the fields that the records have, and the flags that say which of them are the missing ones."""
     names = list(dict.fromkeys(str(name) for record in records for name in record))
-    shown = ", ".join(map(quote, names[:SHOWN_FIELDS])) + ", ..." * (len(names) > SHOWN_FIELDS)
-    guessed = {role: next((name for name in names if label_key(name.strip()) in WORDS[role]), None) for role in WORDS}
-    if guessed["question"] and guessed["label"]:
-        typed = {**guessed, "context": guessed["context"] or NO_CONTEXT}
-        return f"Fields: {shown}. Try {' '.join(f'--{role}_field {shlex.quote(str(typed[role]))}' for role in typed)}"
-    return f"Fields: {shown or 'none'}. Name those of question, context and answer: {FLAGS}."
+    plain = [name if PLAIN.fullmatch(name) else quote(name) for name in names[:SHOWN_FIELDS]]
+    shown = f"Fields here: {', '.join(plain) or 'none'}{', ...' * (len(names) > SHOWN_FIELDS)}"
+    guessed = {role: next((name for name in names if label_key(name.strip()) in WORDS[role]), None) for role in missing}
+    if not guessed.get("question", "known"):
+        return f"{shown}. Name those of question, context and answer: {FLAGS}."
+    typed = {role: name or NO_CONTEXT for role, name in guessed.items() if name or role == "context"}
+    flags = " ".join(f"--{role}_field {shlex.quote(name)}" for role, name in typed.items())
+    rest = f"; {NO_ANSWER}" * ("label" in missing and "label" not in typed)
+    return f"{shown}{f'; try {flags}' if flags else ''}{rest}"
 
 
 def _flags_for_answers(records: Sequence[Mapping[str, object]], given: Mapping[str, str]) -> str:
     """Name the flag that accepts the answers that are there; "" if the records differ too much."""
     named = [(record, names_of(record, given).label) for record in records]
     if not any(name in record for record, name in named):
-        return "No record has an answer: name its field (--label_field), or --answers none if rewards need no answer."
+        return f"No record has an answer: {NO_ANSWER}."
     found: Counter[str] = Counter()
     letters: set[str] = set()
     for record, name in named:

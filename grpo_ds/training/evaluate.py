@@ -35,6 +35,7 @@ class Answered:
     text: str
     probs: AnswerProbs | None  # None: no token tells the labels apart
     sampled: list[str | None]
+    cut: bool  # the text has not ended by itself
 
 
 def evaluate(
@@ -70,6 +71,7 @@ def evaluate(
         style.answer_format,
         probs or None,
         [it.sampled for it in answered] if samples else None,
+        cut=[it.cut for it in answered],
     )
 
 
@@ -95,7 +97,7 @@ def _answer(
         answers = iter([style.answer_format.parse(text).answer for text in style.texts(tokenizer, drawn)])
         sampled = [list(islice(answers, samples)) for _ in questions]
     texts, probs = style.texts(tokenizer, greedy), _probs(style, sampler, greedy, questions)
-    return [Answered(*of) for of in zip(texts, probs, sampled, strict=True)]
+    return [Answered(*of) for of in zip(texts, probs, sampled, (~greedy.ended).tolist(), strict=True)]
 
 
 @contextmanager

@@ -1,16 +1,14 @@
 """A run that learns nothing says so, once: its rewards are equal, or no completion is well-formed, for some steps."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grpo_ds.task.answers import AnswerFormat
-from grpo_ds.task.broken_rules import broken_rule
+from grpo_ds.task.broken_rules import broken_rule, rules_line
 from grpo_ds.task.grading import is_right
 from grpo_ds.training.rollout import Rollout
 
 FLAT_STEPS = 5  # in a row; fewer happen by chance with few groups a step
-RULES = 6  # that the warning names
 
 
 def flat_rewards(steps: Sequence[Mapping[str, Any]], rollout: Rollout, answer_format: AnswerFormat) -> str:
@@ -28,8 +26,7 @@ def flat_rewards(steps: Sequence[Mapping[str, Any]], rollout: Rollout, answer_fo
         found = f"all completions of a question earned the same (mean reward {last['reward']:.2f}): nothing was learned"
     else:
         found = "no completion had the form of an answer: no right answer was paid"
-    counts = Counter(_what_is_wrong(rollout, row, answer_format) for row in range(len(rollout.texts)))
-    wrong = "; ".join(f"{count} x {rule}" for rule, count in counts.most_common(RULES))
+    wrong = rules_line(_what_is_wrong(rollout, row, answer_format) for row in range(len(rollout.texts)))
     return (
         f"Warning: for {FLAT_STEPS} steps {found}.\n"
         f"The last {len(rollout.texts)} completions: {wrong}.\n"
@@ -44,10 +41,9 @@ def _is_flat(line: Mapping[str, Any]) -> bool:
 
 def _what_is_wrong(rollout: Rollout, row: int, answer_format: AnswerFormat) -> str:
     text, question = rollout.texts[row], rollout.questions[row // rollout.group_size]
-    ended = rollout.completions.ended[row]
+    if rule := broken_rule(text, answer_format, cut=not rollout.completions.ended[row]):
+        return rule
     if answer_format.kind == "none":
-        return f"reward {rollout.rewards.total[row]:.2f}" if ended else "cut at --max_completion_length"
-    if rule := broken_rule(text, answer_format):
-        return rule if ended else "cut at --max_completion_length"
+        return f"reward {rollout.rewards.total[row]:.2f}"
     right = is_right(answer_format.parse(text).answer, question, answer_format)
     return "right" if right else "well-formed, but wrong"

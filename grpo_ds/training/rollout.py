@@ -20,13 +20,21 @@ from grpo_ds.core.tally import Tally
 from grpo_ds.models.reference import Reference
 from grpo_ds.system.ranks import World
 from grpo_ds.task.answers import AnswerFormat
+from grpo_ds.task.broken_rules import broken_rule
 from grpo_ds.task.grading import is_right
 from grpo_ds.task.questions import Question
 from grpo_ds.task.rewards import CORRECTNESS
 from grpo_ds.task.scoring import Rewards
 from grpo_ds.training.sampling import Completions
 
-TABLE = ("question", "label", "completion", "reward", "advantage")  # columns that log_extra does not replace
+TABLE = (
+    "question",
+    "label",
+    "completion",
+    "broken_rule",
+    "reward",
+    "advantage",
+)  # columns that log_extra does not replace
 HIDDEN_ID = 0  # id of padding in packed rows: the mask hides it and it is never a target, so any will do
 MicroBatch = tuple[PackedRows, Tensor]  # rows for one pass, and the indices of their completions among the B
 
@@ -133,14 +141,15 @@ class Rollout(Groups):
         prompts = sum(map(len, self.prompts)) * (len(self.texts) // len(self.prompts))
         return prompts + int(self.completions.lengths().sum())
 
-    def table(self) -> list[dict[str, Any]]:
+    def table(self, answer_format: AnswerFormat) -> list[dict[str, Any]]:
         """One row per completion, for completions.jsonl and the trackers' tables."""
-        size = self.group_size
+        size, ended = self.group_size, self.completions.ended.tolist()
         return [
             {
                 "question": self.questions[b // size].text,
                 "label": self.questions[b // size].label,
                 "completion": text,
+                "broken_rule": broken_rule(text, answer_format, cut=not ended[b]),
                 "reward": self.rewards.total[b],
                 **{f"rewards/{name}": values[b] for name, values in self.rewards.by_name.items()},
                 "advantage": float(self.advantages[b]),

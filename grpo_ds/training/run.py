@@ -95,6 +95,10 @@ class Run:
         trained = prompts[: len(self.questions)]  # --eval_limit may change the others
         if line := self.progress.check_prompts(trained, may_change=may_change):
             self.console.line(line)
+        if not self.progress.global_step:
+            first = self.trainer.collector.rank_questions(0, self.questions, config.seed)[0]
+            (prompt,) = style.shown(tokenizer, [first])
+            self.console.prompt(first.id, prompt.text, tokens=len(style.encode(tokenizer, [first])[0]))
 
     def _begin(self) -> None:
         if not self.writes:

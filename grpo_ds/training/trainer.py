@@ -229,7 +229,7 @@ class Trainer:
 
     def keep_completions(self, step: int, partial: PartialStep) -> None:
         """Keep the step's completions for the log; print those of the first step."""
-        self.completions = partial.rollout.table()
+        self.completions = partial.rollout.table(self.config.answer_format)
         if step == 0 and not partial.updates:
             self.console.samples(self.completions)
 

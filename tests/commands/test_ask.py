@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from grpo_ds.commands import ask
 from grpo_ds.commands.ask import QuestionConfig, opened
@@ -149,11 +150,32 @@ def answered(text, *, label=""):
 )
 def test_an_answer_to_a_labelled_question_says_whether_it_is_right(text, label, answer, right):
     found = json.loads(answered(text, label=label).as_json())
+    assert found.pop("broken_rule", None) == (None if answer else "no <answer>")
     assert found == {
         "id": "7", "question": "Is it?", "reasoning": "So.", "answer": answer, "text": text,
         "label": label, "right": right,
     }  # fmt: skip
     assert f"(the label: {label})" in answered(text, label=label).as_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "cut", "rule"),
+    [
+        ("<reasoning>So.</reasoning><answer>perhaps</answer>", False, "an answer that is not yes or no"),
+        ("<reasoning>your reasons</reasoning><answer>yes</answer>", False, "the prompt's placeholder copied"),
+        ("<reasoning>So", True, "cut at --max_completion_length"),
+    ],
+)
+def test_an_answer_out_of_form_says_which_rule_it_breaks(text, cut, rule):
+    found = ask.answered(Question("7", "Is it?", "", ""), text, AnswerFormat(), None, cut=cut)
+    assert f"Answer: none in the required form ({rule}); the model wrote" in found.as_text()
+    assert json.loads(found.as_json())["broken_rule"] == rule
+
+
+def test_a_text_without_a_form_says_that_it_was_cut():
+    form = AnswerFormat(kind="none")
+    found = ask.answered(Question("7", "Write.", "", ""), "Once upon", form, None, cut=True)
+    assert found.as_text() == "Answer: Once upon (cut at --max_completion_length)"
 
 
 def test_without_a_label_nothing_is_called_right():
@@ -180,10 +202,10 @@ def stub(monkeypatch, capsys):
 
     def sampler(prompts, **_):
         seen.append(capsys.readouterr().out)
-        return prompts
+        return SimpleNamespace(ended=torch.ones(len(prompts), dtype=torch.bool))
 
     sampler.tokenizer = None
-    texts = lambda _, prompts: ["<reasoning>So.</reasoning><answer>yes</answer>"] * len(prompts)  # noqa: E731
+    texts = lambda _, found: ["<reasoning>So.</reasoning><answer>yes</answer>"] * len(found.ended)  # noqa: E731
     style = SimpleNamespace(answer_format=AnswerFormat(), encode=lambda _, questions: questions, texts=texts)
     monkeypatch.setattr(evaluate, "load_for_asking", lambda *_, **__: (sampler, style))
     return seen

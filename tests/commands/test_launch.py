@@ -240,6 +240,14 @@ def test_a_worked_config_fits_the_machine_it_names(name, machine):
     assert fits(job.plan(), gpu_gib, ram_gib)
 
 
+def test_a_reward_function_with_a_mistake_ends_the_run_before_a_model_is_loaded_and_takes_no_folder(tmp_path):
+    (tmp_path / "mine.py").write_text("def short(completions, **_):\n    return [0.0] * (len(completions) - 1)\n")
+    flags = ["--reward_funcs", f"format,{tmp_path / 'mine.py'}:short", "--data", "sample"]
+    result = launch(*flags, "--output_dir", tmp_path / "run", "--batch_size", 1, "--num_generations", 4)
+    check(result, 7, ["'short' returned 3 values for 4 completions", "nothing was written"])
+    assert not (tmp_path / "run").exists() and "Model:" not in result.stdout
+
+
 def check(result, code, words):
     message = result.stderr.strip()
     assert result.returncode == code, result.stdout + message

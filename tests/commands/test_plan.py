@@ -1,6 +1,7 @@
 """`train --plan`: for another machine, and for the prompts of the data that it is given."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,17 @@ def test_it_is_of_the_machine_that_is_named(plan):
     small = plan(*words, "--gpu_gib", 8, "--ram_gib", 16)
     assert "does not fit" in small and "of 16.0 GiB of RAM" in small
     assert "GPU memory" not in plan("--plan", "--gpu_gib", 0, "--ram_gib", 16)
+
+
+def test_all_parameters_of_7b_take_a_24_gb_card_beside_64_gb_of_ram(plan, tmp_path):
+    """The smallest machine for it, as docs/memory.md says; the 8-bit residual saves a byte a parameter."""
+    lowram = json.loads(Path("ds_configs/zero2_lowram.json").read_text())
+    lowram["optimizer"]["params"]["rounding"] = "residual8"
+    (smaller := tmp_path / "ds.json").write_text(json.dumps(lowram))
+    for ds, ram in ("ds_configs/zero2_lowram.json", 60.4), (smaller, 53.3):
+        words = ("--plan", "--model", "qwen2.5-7b", "--ds", ds, "--reference", "streamed")
+        shown = plan(*words, "--gpu_gib", 24, "--ram_gib", 64)
+        assert f"16.4 of about 24.0 GiB of GPU memory (update), {ram} of 64.0 GiB of RAM" in shown
 
 
 def test_only_a_plan_is_of_another_machine():

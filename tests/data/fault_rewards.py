@@ -68,7 +68,7 @@ def uneven(completions, **_):
 
 
 def faulty(completions, **_):
-    """Like `uneven`; from call number FAULT_AT on, fail in the way that FAULT names, if it is set."""
+    """Like `uneven`; from call number FAULT_AT on (0: the trial), fail in the way that FAULT names, if it is set."""
     faulty.calls += 1
     fault = os.environ.get("FAULT") if faulty.calls >= int(os.environ.get("FAULT_AT", "0")) else None
     if fault in RAISED:
@@ -95,4 +95,4 @@ def faulty(completions, **_):
     return uneven(completions)[: -1 if fault == "is short" else None]
 
 
-faulty.calls = 0
+faulty.calls = -1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_ds.models.presets import EMBEDDED, PRESETS
+from grpo_ds.models.presets import PRESETS
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import TrainConfig
 
@@ -32,7 +32,7 @@ def test_the_first_of_the_choices_is_the_default_or_the_flag_has_none():
     assert [flag for flag, first in choices if str(DEFAULTS[flag]) not in (first, "None")] == []
 
 
-def test_the_laptops_defaults_are_its_recipe():
-    (flags,) = re.findall(r"has its own defaults: `([^`]+)`", PAGE)
-    given = parse(TrainConfig, shlex.split(flags), about="").given
-    assert given == PRESETS[EMBEDDED].recipe
+def test_the_models_with_defaults_of_their_own_are_named():
+    found = re.findall(r"`([\w.-]+)`(?:, has its own defaults)?: `(--[^`]+)`", PAGE)
+    given = {model: parse(TrainConfig, shlex.split(flags), about="").given for model, flags in found}
+    assert given == {name: preset.recipe for name, preset in PRESETS.items() if preset.recipe}

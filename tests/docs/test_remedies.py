@@ -57,7 +57,7 @@ NEEDS = {  # a recommended flag -> the flags that its text presupposes
     "lora_alpha": "--lora_r 16", "lora_target": "--lora_r 16", "labels": "--few_shot 0", "answer_tag": "--few_shot 0",
     "eval_steps": "--save_steps 120", "ref_model_mixup_alpha": "--sync_ref_model --reference bf16",
     "ref_model_sync_steps": "--sync_ref_model --reference bf16", "sync_ref_model": "--reference bf16",
-    "answers none": "--reward_funcs format",
+    "answers none": "--reward_funcs format", "gpu_gib": "--plan", "ram_gib": "--plan",
     "reward_funcs": "--reward_weights null", "overlong_buffer 60": "--max_completion_length 300",
 }  # fmt: skip
 OF_EVAL = {("eval_fraction", "1")}  # train has a flag of this name, which refuses this value
@@ -173,6 +173,7 @@ SCRIPTS = {"profile_memory": "train", "select_model": "select", "evaluate_model"
 @pytest.mark.parametrize("command", commands())
 def test_a_command_of_a_page_is_accepted(command):
     name, rest = COMMAND.search(command).groups()
+    rest = re.sub(r" > \S+$", "", rest.strip())
     rest = re.sub(r"outputs/\S+\.yaml", "configs/smollm2-laptop.yaml", rest)  # the settings of a run
     filled = re.sub(
         r"outputs/\S+|\S+\.gguf|NAME_OR_FOLDER|FOLDER", EMBEDDED, rest.replace("...", "text").replace("FLAGS", "")

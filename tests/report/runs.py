@@ -14,7 +14,7 @@ from grpo_ds.run_folder.status import RunStatus
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.saved_config import write_config
 from grpo_ds.task.answers import AnswerFormat
-from grpo_ds.task.grading import Evaluation, grade
+from grpo_ds.task.grading import Evaluation, graded
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import Rewards
 
@@ -96,7 +96,10 @@ def answered(folder: Path, count: int, *, over: bool = True) -> None:
     draw = random.Random(SEED).random
     questions = [
         Question(
-            str(i), f"Is treatment {i} better than watchful waiting in adults over sixty?", "", "yes" if i % 3 else "no"
+            str(i),
+            f"Is treatment {i} better than watchful waiting in adults over sixty?",
+            f"In trial {i} both were compared for a year.",
+            "yes" if i % 3 else "no",
         )
         for i in range(count)
     ]
@@ -112,9 +115,7 @@ def said(yes: bool) -> str:
 
 
 def evaluation(texts: list[str], questions: list[Question]) -> Evaluation:
-    answers = [FORM.parse(text).answer for text in texts]
-    right = [answer == question.label for answer, question in zip(answers, questions, strict=True)]
-    return Evaluation(texts, answers, grade(answers, questions, labels=FORM.labels), right)
+    return graded(texts, questions, FORM)
 
 
 def earned(texts: list[str], questions: list[Question]) -> Rewards:

@@ -15,7 +15,8 @@ from grpo_ds.report.held_out import grades
 from grpo_ds.report.live import LOSS_NOTE, above_floor, clock, sparkline
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.ds_config import resolve_ds_config
-from grpo_ds.task.grading import Evaluation, grade
+from grpo_ds.task.answers import AnswerFormat
+from grpo_ds.task.grading import Evaluation, grade, graded
 from grpo_ds.task.questions import Question
 from tests.training.test_training import ROOT
 
@@ -154,6 +155,26 @@ def test_the_first_four_completions_are_shown_as_text_with_what_they_earned():
     text = written.getvalue()
     assert text.count("Does [red]it[/]? (yes)") == 4 and "\x1b" not in text
     assert text.count("reward 2.00 (correctness 2.00)") == 4  # what does not apply is not said
+
+
+def test_a_completion_out_of_form_says_which_rule_it_breaks():
+    made, written = console(terminal=False)
+    made.samples([ROW, {**ROW, "broken_rule": "text after the answer"}])
+    assert written.getvalue().count("reward 2.00 (correctness 2.00)  text after the answer\n") == 1
+    question = Question(id="1", text="?", context="", label="yes")
+    form = AnswerFormat()
+    texts = ["yes", form.write("", "yes"), "no", form.write("So.", "yes")]
+    made.grades("Before training", graded(texts, [question] * 4, form))
+    assert written.getvalue().splitlines()[-1] == "Ill-formed: 2 x no tags; 1 x empty reasoning"
+
+
+def test_a_long_prompt_is_shown_without_its_middle():
+    made, written = console(terminal=False)
+    made.prompt("17", "<|im_start|>system\nAnswer.", tokens=9)
+    made.prompt("18", "b" * 700 + "m" * 1234 + "e" * 500, tokens=900)
+    short, long = written.getvalue().split("The first prompt, ")[1:]
+    assert short == "question 17, 9 tokens:\n<|im_start|>system\nAnswer.\n"
+    assert long == f"question 18, 900 tokens:\n{'b' * 700} [... 1234 characters ...] {'e' * 500}\n"
 
 
 def test_the_plan_is_a_table_with_the_memory_that_is_available():

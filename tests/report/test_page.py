@@ -11,9 +11,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from markupsafe import escape
 
 from grpo_ds.errors import MAX_LINES, UsageError
-from grpo_ds.report import answers, curves, key_figures, memory_page, verdict
+from grpo_ds.report import answers, curves, key_figures, memory_page, verdict, words
 from grpo_ds.report.metric_names import reward_name
 from grpo_ds.report.page import command_line, page, settings, write_page
 from grpo_ds.report.run_files import LONGEST_TEXT, RunFiles, memory_by_phase, read_run
@@ -30,7 +31,7 @@ CHARTS += ["Gradient norm", "Seconds per step", "Memory over time: GPU memory, G
 PLAIN_TAGS = {
     "html", "head", "meta", "title", "link", "style", "body", "main", "header", "p", "h1", "h2", "h3", "h4", "dl", "dt",
     "dd", "div", "section", "figure", "figcaption", "ul", "li", "span", "bdi", "table", "thead", "tbody", "tr", "th",
-    "td", "i", "b", "article", "details", "summary", "pre", "code", "footer", "strong",
+    "td", "i", "b", "article", "details", "summary", "pre", "code", "footer", "strong", "abbr",
     "svg", "g", "path", "defs", "use", "text", "line", "rect", "clipPath",
 }  # fmt: skip
 HOSTILE = (
@@ -84,8 +85,8 @@ def test_a_browser_shows_all_of_it_in_the_window_and_asks_for_nothing_else(brows
     assert shown["wide"] == width and shown["overflow"] == 0 and shown["beyond"] == []
     assert [label.partition(".")[0] for label in shown["charts"]] == CHARTS
     assert shown["chartFont"] >= 10  # pixels: legible
-    for words in ("Held-out questions", "Completions during training", "Settings and machine", "Versions"):
-        assert words in shown["text"]
+    for title in ("Held-out questions", "Completions during training", "Settings and machine", "Versions"):
+        assert title in shown["text"]
 
 
 def test_light_and_dark_differ_in_page_text_and_lines(browser, finished, tmp_path):
@@ -292,7 +293,8 @@ def grades(accuracy, interval, **more):
             0.01,
             ["fell from 50.0% to 30.0%", "p = 0.010: the change is more than", "below the 62.0%"],
         ),
-        (grades(0.5, (0.40, 0.60)), 1.0, ["stayed at 50.0%", "below the 62.0%"]),  # the interval ends under it
+        # The interval ends under it; where nothing has changed, no change could be chance.
+        (grades(0.5, (0.40, 0.60)), 1.0, ["stayed at 50.0%", "interval 40.0% to 60.0%), below the 62.0%"]),
     ],
 )
 def test_the_verdict_says_direction_chance_and_baseline(after, p, words):
@@ -326,6 +328,48 @@ def test_gained_and_lost_are_both_shown_and_the_rest_is_counted():
     assert (found.count, found.gained, found.lost, len(found.shown)) == (53, 50, 1, answers.MOST_PAIRS)
     assert [pair.change for pair in found.shown[:11]] == ["gained"] * 10 + ["lost"]
     assert found.shown[10].after.verdict == "wrong: no answer in the required form"
+
+
+def test_the_first_screen_names_model_and_data(finished, tmp_path):
+    about = key_figures.about(read_run(finished))
+    assert about == [("Model", "smollm2-135m"), ("Data", "40 held out")]
+    config = {"model": "/models/mine", "data": "/data/quiz.json", "lora_r": 16}
+    run = RunFiles("r", config=config, summary={"questions": {"train": 128, "held_out": 32}})
+    assert key_figures.about(run) == [
+        ("Model", "mine, a LoRA adapter of rank 16"), ("Data", "quiz.json: 128 to train on, 32 held out"),
+    ]  # fmt: skip
+    assert page(run).index("quiz.json: 128") < page(run).index('class="verdict"')
+
+
+def test_held_out_questions_carry_their_context_folded_and_what_broke_the_form(finished):
+    made = page(read_run(finished))
+    folded = re.findall(r'<details class="context"><summary>Context</summary>.*?In trial \d+ both', made)
+    assert len(folded) == answers.MOST_PAIRS
+    assert "wrong: no answer in the required form (no tags)" in made
+
+
+def test_a_completion_that_was_cut_is_marked():
+    row = {"question": "q", "label": "yes", "completion": "<reasoning>It", "reward": 0.0}
+    cut = {**row, "broken_rule": "cut at --max_completion_length"}
+    made = page(RunFiles("r", steps=[{"step": 1, "reward": 0.0}], completions={1: [row, cut]}))
+    assert made.count('<span class="wrong">✗ <bdi>cut at --max_completion_length</bdi></span>') == 1
+
+
+def test_ill_formed_answers_are_counted_by_the_rule_that_they_break(finished):
+    run = read_run(finished)
+    for row in run.held_out["questions"]:
+        row["after"] |= {"answer": None, "broken_rule": "empty reasoning"}
+    run.held_out["after"]["well_formed"] = 0.0
+    assert "Ill-formed: 40 x empty reasoning." in verdict.of(run).aspects[0]
+
+
+def test_words_of_the_trade_are_explained_where_they_stand(finished):
+    made = page(read_run(finished))
+    for word, line in words.WORDS.items():
+        if word not in ("AUC", "p(right)"):  # not measured here
+            assert f'<abbr title="{escape(line)}">{word}</abbr>' in made, word
+    assert words.explained("KL <b> KL") == f'<abbr title="{words.WORDS["KL"]}">KL</abbr> &lt;b&gt; KL'
+    assert words.explained("KLM, no nats") == f'KLM, no <abbr title="{words.WORDS["nats"]}">nats</abbr>'
 
 
 def test_the_sentences_on_the_pairs_stand_apart(finished):

@@ -1,11 +1,13 @@
 """The lock on a run's folder: checked and taken in one act, of one process, and gone with it. Real processes."""
 
 import errno
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 
@@ -125,6 +127,30 @@ def test_released_with_files_it_leaves_them(tmp_path):
     assert os.listdir(tmp_path / "run") == ["metrics.jsonl"]
     with pytest.raises(FolderTaken):
         lock_new(tmp_path / "run")
+
+
+BEGUN = [  # status, other files, True if the folder is free
+    ({"state": "failed", "max_steps": 9, "exit_code": 7}, [], True),
+    ({"state": "failed", "step": 0}, ["held_out.json", "grpo_config.yaml", "trained_on.txt", "environment.json"], True),
+    ({"state": "evaluating", "step": 0}, ["held_out.json"], True),  # killed before the first step
+    ({"state": "failed", "step": 1}, ["held_out.json"], False),
+    ({"state": "failed", "step": 0, "checkpoint": "checkpoint-0"}, [], False),
+    ({"state": "failed", "step": 0}, ["metrics.jsonl"], False),
+    ({"state": "failed", "step": 0}, ["notes.txt"], False),  # the user's
+    ({"state": "done", "step": 0}, [], False),
+    (["failed"], [], False),
+    (None, ["grpo_config.yaml"], False),
+]
+
+
+@pytest.mark.parametrize(("status", "others", "free"), BEGUN)
+def test_a_run_that_began_no_step_does_not_take_its_folder(tmp_path, status, others, free):
+    for name in others:
+        (tmp_path / name).write_text("")
+    if status is not None:
+        (tmp_path / "run_status.json").write_text(json.dumps(status))
+    with nullcontext() if free else pytest.raises(FolderTaken):
+        lock_new(tmp_path)
 
 
 def test_the_lock_of_another_run_in_a_new_folder_of_the_same_name_stays(tmp_path, another):

@@ -1,5 +1,6 @@
 """Prompts: the chat as text and token ids, its length limit, and user text that stays text."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from grpo_ds.task.prompts import (
     encode_prompt,
     forget_chats,
     marked_messages,
+    prompt_warnings,
 )
 from grpo_ds.task.questions import Question
 from grpo_ds.task.worked_examples import YES_OR_NO, worked_examples
@@ -131,6 +133,36 @@ def test_each_worked_example_is_a_turn_that_earns_the_full_reward():
     assert answers == [example.label for example, _ in YES_OR_NO] == ["yes", "no"]
 
 
+USER_ASKS = ({"role": "user", "content": "Name a city."},)
+LACKING = [  # of build_messages, the question's chat, words of each warning
+    ({"answer_format": FORMAT, "few_shot": 2}, (), []),
+    ({"answer_format": FORMAT, "few_shot": 1, "usual_examples": 2}, (), []),  # typed
+    (
+        {"answer_format": AnswerFormat(("A", "B")), "usual_examples": 2},
+        (),
+        ["0 of 2 worked .* ours do not answer A or B"],
+    ),
+    ({"answer_format": AnswerFormat(("yes", "perhaps")), "few_shot": 1, "usual_examples": 2}, (), ["1 of 2 worked"]),
+    ({"answer_format": FORMAT, "few_shot": 2}, USER_ASKS, ["0 of 2 worked examples .* chats get none"]),
+    ({"answer_format": FORMAT, "system_prompt": ""}, (), [r"nothing in the prompt asks for <reasoning> or <answer>"]),
+    ({"answer_format": FORMAT, "system_prompt": "Use <reasoning>."}, (), ["nothing in the prompt asks for <answer>, "]),
+    ({"answer_format": FORMAT, "system_prompt": "<reasoning>r</reasoning><answer>a</answer>"}, (), []),
+    ({"answer_format": FORMAT, "system_prompt": "Be brief.", "few_shot": 1}, (), []),  # the example shows the form
+    (
+        {"answer_format": FORMAT},
+        ({"role": "system", "content": "Be brief."}, *USER_ASKS),
+        ["nothing in the prompt asks"],
+    ),
+    ({"answer_format": AnswerFormat(kind="none"), "system_prompt": "", "usual_examples": 2}, (), []),
+]
+
+
+@pytest.mark.parametrize(("how", "chat", "words"), LACKING)
+def test_what_a_prompt_lacks_is_said(how, chat, words):
+    found = prompt_warnings(replace(QUESTION, messages=chat), **how)
+    assert len(found) == len(words) and all(re.search(*pair) for pair in zip(words, found, strict=True)), found
+
+
 def test_repeating_the_instructions_earns_nothing():
     form = default_system_prompt(FORMAT).splitlines()[-1]
     parsed = FORMAT.parse(form)
@@ -150,7 +182,8 @@ def test_without_a_context_the_prompt_holds_the_question_alone(tokenizer):
 def test_custom_labels_and_tags_are_asked_for(tokenizer):
     other = AnswerFormat(("A", "B"), reasoning_tag="think", answer_tag="choice")
     text = tokenizer.decode(encode(tokenizer, answer_format=other, prefill=True).ids)
-    assert "answer with A or B. Reply in exactly this form:\n<think>...</think><choice>A|B</choice>" in text
+    form = "<think>your reasons</think><choice>A or B</choice>"
+    assert f"answer with A or B. Reply in exactly this form:\n{form}" in text and "..." not in form
     assert text.endswith("<think>")
 
 

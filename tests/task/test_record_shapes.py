@@ -187,7 +187,20 @@ BAD = [  # record, options, words of the error
     ),
     ({"messages": [but(USER, content="\0")]}, NONE, ["turn 1 whose content holds a broken character, U+0000"]),
     ({"messages": [USER, "Go."]}, NONE, ["record 1: messages is a list, not a text"]),
-    ({"text": "Go."}, NONE, ["record 1: question is missing", "Fields: 'text'", "--question_field"]),
+    ({"text": "Go."}, NONE, ["record 1: question is missing", "Fields here: text. Name", "--question_field"]),
+    (
+        {"Frage": "?", "Abstract": "a", "Wert": 1},
+        NUMBER,
+        ["Fields here: Frage, Abstract, Wert; try --question_field Frage"],
+    ),
+    ({"question": "?", "Antwort": "4"}, NUMBER, ["Fields here: question, Antwort; try --label_field Antwort"]),
+    ({"question": "?", "x": "4"}, NUMBER, ["Fields here: question, x; name the answer's field (--label_f"]),
+    (
+        {"question": "?", "Kontext": "c", "ground_truth": "yes"},
+        {},
+        ["context is missing", "Fields here: question, Kontext, ground_truth; try --context_field Kontext"],
+    ),
+    ({"question": "?", "ground_truth": "yes"}, {}, ["Fields here: question, ground_truth; try --context_field none"]),
     (
         [but(GSM8K, id=1), {"id": 1, "question": "6 times 8?", "answer": "48"}],
         NUMBER,
@@ -203,6 +216,23 @@ def test_a_bad_record_of_each_shape_is_named_in_six_lines(read, record, options,
     message = str(error.value)
     assert [part for part in expected if part not in message] == [], message
     assert len(message.splitlines()) <= MAX_LINES and max(map(len, message.splitlines())) < 300
+
+
+UNUSED = [  # record, options, the reason why its column of options is in no prompt (None: it is, or need not be)
+    (MMLU, LETTERS, None),
+    ({"question": "Is it?", "answer": "yes", "options": ["yes", "no"]}, {}, None),  # the labels themselves
+    ({"question": "?", "answer": "A", "options": "A) iron B) lead"}, LETTERS, "'options' .* is a text, not a list; a"),
+    ({"question": "?", "answer": "A", "Options": ["iron", "lead"]}, LETTERS, "'Options' .* must be called 'options'"),
+    (but(MMLU, options=["3", "4", "5", "6"]), LETTERS, "'choices' .* 'options' is taken"),
+    ({"prompt": [USER], "answer": "A", "choices": ["iron", "lead"]}, LETTERS, "'choices' .* a chat is not changed"),
+]
+
+
+@pytest.mark.parametrize(("record", "options", "reason"), UNUSED)
+def test_a_column_of_options_that_no_prompt_shows_is_a_warning(read, record, options, reason):
+    warnings = read(record, **options).warnings
+    assert [bool(re.search(reason, it)) for it in warnings] == [True] if reason else warnings == ()
+    assert all(it.startswith("Warning: ") and "of 1 of 1 records" in it for it in warnings)
 
 
 REMEDIES = [  # records, the flags that the error recommends and that then read them

@@ -134,6 +134,19 @@ def test_the_run_ends_with_its_report(launched):
     assert all(part in page for part in ("Held-out questions", "Memory over time", "KL per token", "Settings"))
 
 
+def test_the_first_prompt_is_shown_and_every_answer_says_what_is_wrong_with_it(launched):
+    folder, output = launched
+    shown = re.search(r"The first prompt, question \S+, \d+ tokens:\n(.*?)The first 4 completions", output, re.S)[1]
+    assert "<reasoning>" in shown and "<|im_start|>user" in shown and "<|im_start|>assistant" in shown[-600:]
+    cut = "cut at --max_completion_length"
+    assert f"Ill-formed: 4 x {cut}" in output  # of 8 tokens
+    held_out, rows = json.loads((folder / "held_out.json").read_text()), (folder / "completions.jsonl").read_text()
+    answers = [question[when] for question in held_out["questions"] for when in ("before", "after")]
+    assert {answer["broken_rule"] for answer in answers} == {cut}
+    assert cut in {json.loads(line)["broken_rule"] for line in rows.splitlines()}
+    assert f"✗ <bdi>{cut}</bdi>" in (folder / "report.html").read_text()
+
+
 def test_p_right_stands_in_summary_answers_page_card_console_and_trackers(launched):
     folder, output = launched
     summary, held_out = (json.loads((folder / name).read_text()) for name in ("summary.json", "held_out.json"))
@@ -316,7 +329,7 @@ QUIZ = {
     "answer_tag": "choice", "prefill": True,
 }  # fmt: skip
 FAILS_AT_TIMES = """
-calls = 0
+calls = -1  # the trial before a run is call 0
 
 def fails_at_times(completions, **kwargs):
     global calls
