@@ -30,7 +30,7 @@ def flat_rewards(steps: Sequence[Mapping[str, Any]], rollout: Rollout, answer_fo
     return (
         f"Warning: for {FLAT_STEPS} steps {found}.\n"
         f"The last {len(rollout.texts)} completions: {wrong}.\n"
-        "What to do: docs/troubleshooting.md, 'The reward stays flat'."
+        "What to do: docs/not_learning.md, 'The reward stays flat'."
     )
 
 

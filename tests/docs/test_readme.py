@@ -1,4 +1,4 @@
-"""Every command in README.md is run as a person would run it: in a shell, after `source .venv/bin/activate`.
+"""Every command of the main pages is run as a person would run it: in a shell, after `source .venv/bin/activate`.
 
 Commands that take hours are made small here: flags are added at their end, where the later one wins; WAYS lists them
 with the reason. A command that no way covers fails.
@@ -23,7 +23,8 @@ from grpo_ds.system.ranks import _free_port
 from tests.docs.test_recipes import plan_of
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+RUN_PAGES = [ROOT / name for name in ("README.md", "docs/commands.md", "docs/run_folder.md", "docs/data.md")]
+README = RUN_PAGES[0].read_text(encoding="utf-8")
 RUN = "outputs/RUN"
 PATIENCE = 300  # seconds for one command, on a busy machine
 FITS = re.compile(r"`(--model [^`]+)` \(([\d.]+), ([\d.]+)\)")
@@ -31,7 +32,8 @@ FITS = re.compile(r"`(--model [^`]+)` \(([\d.]+), ([\d.]+)\)")
 
 def commands() -> list[str]:
     """Return the lines of all ```bash blocks, continued ones joined, without comments."""
-    text = "\n".join(re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S)).replace("\\\n", " ")
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in RUN_PAGES)
+    text = "\n".join(re.findall(r"^```bash\n(.*?)^```", pages, re.M | re.S)).replace("\\\n", " ")
     lines = [re.sub(r"\s+#.*", "", line).strip() for line in text.splitlines()]
     return list(dict.fromkeys(" ".join(line.split()) for line in lines if line))
 
@@ -52,23 +54,26 @@ class Way:
     holds: str
     adds: str = ""
     shows: str = ""  # a text that they print
-    needs_run: bool = False  # they need the folder outputs/RUN, which STOPPED makes and RESUMED resumes
+    late: bool = False  # after the others: most need the folder outputs/RUN, which STOPPED makes and RESUMED resumes
 
 
 STOPPED, KILL, RESUMED = "python launch/train.py --num_steps 40", "kill PID", "--resume_from_checkpoint outputs/RUN"
+TABLE = "iconv -f CP1252"
 WAYS = (  # the first that matches
     # make: CI runs these targets itself, or the commands are below. Here: the target exists and consists of commands.
     Way("make "),
     Way("source .venv/bin/activate"),  # .venv is the environment of these tests
     # Models of the hub: only their size matters, and a plan needs no weights, no launcher and no card.
-    Way("--config configs/qwen2.5", "--plan", "Memory plan:"),
     Way("--model qwen2.5", "--plan", "Memory plan:"),
-    Way("--config configs/smollm2-laptop.yaml", "--plan", "Memory plan:"),  # `make test` trains with this recipe
-    Way("grpo-ds train", "--plan", "Memory plan:"),
+    Way("grpo-ds train --config", "--plan", "Memory plan:"),
+    Way("grpo-ds train --data", "--model smollm2-135m --plan", "Memory plan:"),
     Way("grpo-ds completion", "&& complete -p grpo-ds", "grpo-ds"),
     Way("grpo-ds --help", "", "report"),
     Way("show_data.py", "--model {tiny}", "my_questions.json: 20 questions (10 yes, 10 no)"),
-    Way("select_model.py", "", "Run: deepspeed launch/train.py"),
+    Way("grpo-ds data my_questions.json", "--model {tiny}", "my_questions.json: 20 questions (10 yes, 10 no)"),
+    Way(TABLE),
+    Way("grpo-ds data fragen.utf8.csv", "--model {tiny}", "fragen.utf8.csv: 20 questions (10 ja, 10 nein)", True),
+    Way("grpo-ds select", "", "Run: grpo-ds train"),
     Way("profile_memory.py", IN_A_FOLDER, "Worst case rehearsed"),
     # The tiny model from here on.
     Way(STOPPED, f"{SMALL} --num_steps 500 --output_dir {RUN} --data my_questions.json", "Resume with:", True),
@@ -76,14 +81,15 @@ WAYS = (  # the first that matches
     Way(f"{RESUMED}/checkpoint-50", "--plan", "Memory plan:", True),  # the checkpoint has another number here
     Way(RESUMED, "", "After training: accuracy", True),  # one more step
     Way("--module", IN_A_FOLDER, "After training: accuracy"),
+    Way("deepspeed launch/train.py --num_steps 3", IN_A_FOLDER, "After training: accuracy"),
     Way("accelerate launch", IN_A_FOLDER, "After training: accuracy"),
     Way("--num_gpus 2", ON_TWO, "After training: accuracy"),
     # Two machines are two launchers here; each gets its own number, as without ssh.
     Way("--hostfile hosts", ON_TWO, "After training: accuracy"),
     Way("--data quiz.json", IN_A_FOLDER, "After training: accuracy"),
-    Way("evaluate_model.py", "--eval_limit 2", "accuracy", True),
+    Way("grpo-ds eval", "--eval_limit 2", "accuracy", True),
+    Way("grpo-ds ask", "", "Answer:", True),
     Way("--file my_questions.json --json > answers.jsonl", "", "", True),
-    Way("ask.py --model outputs/RUN --question", "", "Answer:", True),
     Way("ask.py --model outputs/RUN", "--interactive", "Answer:", True),  # typed ahead, as there is no terminal
     Way("launch/report.py", "", "report.html", True),
 )
@@ -91,7 +97,7 @@ WAYS = (  # the first that matches
 
 def way_of(command: str) -> Way:
     found = [way for way in WAYS if way.holds in command]
-    assert found, f"README.md has a command that is not run anywhere: {command}\nSay in WAYS how it can be."
+    assert found, f"A page has a command that is not run anywhere: {command}\nSay in WAYS how it can be."
     return found[0]
 
 
@@ -112,12 +118,16 @@ def question(number: int) -> dict[str, str]:
     return {**texts, "ground_truth": ("yes", "no")[number % 2]}
 
 
+def frage(number: int) -> str:
+    return f"Hilft die Dosis {number} für Ältere?;{('ja', 'nein')[number % 2]}"
+
+
 def riddle(number: int) -> dict[str, str]:
     return {"stem": f"What is {number} + {number}? A, B, C or D?", "key": "ABCD"[number % 4]}
 
 
 class Shell:
-    """A folder like a fresh clone, with the files that README.md names, and bash in it."""
+    """A folder like a fresh clone, with the files that the pages name, and bash in it."""
 
     def __init__(self, folder: Path, tiny: Path) -> None:
         self.folder, self.tiny = folder, tiny
@@ -127,6 +137,8 @@ class Shell:
         (folder / "hosts").write_text("worker-1 slots=1\nworker-2 slots=1\n")
         for name, record in (("my_questions", question), ("quiz", riddle)):
             (folder / f"{name}.json").write_text(json.dumps([record(number) for number in range(20)]))
+        table = "\n".join(["Frage;Antwort", *map(frage, range(20))])
+        (folder / "fragen.csv").write_text(table, encoding="cp1252")
         (folder / "quiz_prompt.txt").write_text("Reply <think>...</think><choice>A|B|C|D</choice>.")
 
     def start(self, command: str, **options: str) -> subprocess.Popen:
@@ -171,7 +183,7 @@ class Shell:
         return max((end.result() for end in ends), key=lambda ended: (ended.code != 0, len(ended.output)))
 
     def stopped_and_resumed(self) -> dict[str, Ended]:
-        """Make outputs/RUN by three commands of README.md: a run that is killed, and resumed to the next step."""
+        """Make outputs/RUN by three commands of the pages: a run that is killed, and resumed to the next step."""
         train, kill, resume = (the(way) for way in (STOPPED, KILL, RESUMED))
         run = self.start(self.adapted(train))
         wait_until(lambda: (self.folder / RUN / "metrics.jsonl").exists() or run.poll() is not None)
@@ -193,11 +205,11 @@ def wait_until(true: Callable[[], bool]) -> None:
 
 @pytest.fixture(scope="module")
 def ended(tiny_folder, tmp_path_factory):
-    """Run all commands and return command -> its end: two at a time, the ones that need outputs/RUN last."""
+    """Run all commands and return command -> its end: two at a time, the late ones last."""
     shell = Shell(tmp_path_factory.mktemp("clone"), tiny_folder)
     with ThreadPoolExecutor(2) as pool:
         chain = pool.submit(shell.stopped_and_resumed)
-        later = [command for command in COMMANDS if way_of(command).needs_run]
+        later = [command for command in COMMANDS if way_of(command).late]
         ends: dict[str, Future[Ended]] = {c: pool.submit(shell.run, c) for c in COMMANDS if c not in later}
         done = chain.result()
         ends |= {command: pool.submit(shell.run, command) for command in later if command not in done}
@@ -205,35 +217,28 @@ def ended(tiny_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_readme_works(ended, command):
+def test_a_command_of_the_pages_works(ended, command):
     result, way = ended[1][command], way_of(command)
     assert result.code == (75 if way.holds == STOPPED else 0), result.output[-2000:]
     assert way.shows in result.output and "Traceback" not in result.output, result.output[-2000:]
 
 
-def test_the_commands_leave_the_files_that_the_readme_names(ended):
+def test_the_commands_leave_the_files_that_the_page_names(ended):
     folder, _ = ended
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 20 and all({"question", "answer", "text"} <= answer.keys() for answer in answers)
-    section = README.partition("## Output")[2].partition("## Stopping")[0]
+    page = (ROOT / "docs" / "run_folder.md").read_text(encoding="utf-8")
+    section = page.partition("## Files")[2].partition("\n## ")[0]
     files = re.findall(r"`([\w.]+\.(?:jsonl?|html|md|yaml|svg))`", section)
     optional = {"completions.jsonl"}  # with --log_completions
     assert len(files) > 9
     assert [name for name in files if name not in optional and not (folder / RUN / name).exists()] == []
 
 
-def test_every_named_flag_exists():
-    words = "\n".join(line for line in README.splitlines() if not line.startswith("deepspeed -"))
-    named, known = set(re.findall(r"(?<![\w-])--(\w+)", words)), {"help"}
-    for script in ("train", "select_model", "ask"):
-        known |= set(re.findall(r"--(\w+)", help_of(script)))
-    assert named - known == set()
-
-
-def help_of(script: str) -> str:
-    command = [sys.executable, str(ROOT / "launch" / f"{script}.py"), "--help"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+def test_the_readme_is_short_and_leads_to_every_page():
+    assert len(README.splitlines()) <= 120
+    pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
+    assert pages - set(re.findall(r"\]\(([^)#]+)", README)) == set()
 
 
 @pytest.mark.parametrize(("row", "column"), [(row, column) for row in (16, 32, 64) for column in (12, 16, 24)])

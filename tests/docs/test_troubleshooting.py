@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md quotes messages exactly, so that a search for one finds it."""
+"""docs/troubleshooting.md and not_learning.md quote messages exactly, so that a search for one finds it."""
 
 import re
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", PAGE, re.M | re.S)  # blocks with a language are commands and files
+PAGES = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("troubleshooting.md", "not_learning.md")]
+BLOCKS = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", "\n".join(PAGES), re.M | re.S)  # a language: commands and files
 QUOTED = [line.strip() for language, block in BLOCKS if not language for line in block.splitlines()]
 SHORTEST = 9  # letters of a piece that identifies a message
 
@@ -33,10 +33,5 @@ def test_a_quoted_message_is_one_of_ours(package, line):
     assert pieces(line) and [piece for piece in pieces(line) if piece not in package] == []
 
 
-def test_the_page_quotes_messages():
+def test_the_pages_quote_messages():
     assert len(QUOTED) > 20
-
-
-def test_every_link_within_the_page_leads_somewhere():
-    headings = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.+)$", PAGE, re.M)}
-    assert [link for link in re.findall(r"\]\(#([\w-]+)\)", PAGE) if link not in headings] == []

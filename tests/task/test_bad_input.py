@@ -82,7 +82,7 @@ BAD = [  # content, flags, words of the error
     (lines({"messages": json.dumps([USER, ASSISTANT])}), NONE, ["messages ends with the turn of the assistant"]),
     (lines({"messages": [{"from": "human", "value": "Go."}]}), NONE, ["messages has null as role in turn 1; roles"]),
     # fields
-    (lines({"question": "Or?"}, {"question": "And?"}), NUMBER, ["line 1: answer is missing", 'Records: {"question": "...", "answer"']),
+    (lines({"question": "Or?"}, {"question": "And?"}), NUMBER, ["answer is missing", 'Records: {"question": "..."']),
     (lines({"prompt": "Go."}, {"prompt": "Run."}), "", ["ground_truth is missing", "or --answers none if rewards"]),
     (lines(GOOD_SUM), f"{NUMBER} --label_field sum", ["sum is missing", "Fields here: question, answer; try --label"]),
     # files
@@ -93,7 +93,7 @@ BAD = [  # content, flags, words of the error
     ("Count to 3.\nCount to 4.\n", NONE, ["Nor is it CSV: the first line names the columns", '{"prompt": "..."}']),
     ('[{"question": "?", "answer": 1},]', NUMBER, ["is not valid JSON: line 1, column 3", "\nFix it there. Records: "]),
     (json.dumps({"train": [GOOD_SUM]}), NUMBER, ["('train') is a list", "Save the list of records alone, without"]),
-    ("How many?,1\nHow much?,2\n", NUMBER, ["Fields here: 'How many?', 1. Name", "The first line names the columns. If"]),
+    ("How many?,1\nHow much?,2\n", NUMBER, ["Fields here: 'How many?', 1. Name", "The first line names the columns."]),
     ("question,answer\n1?,1\n2?\n", NUMBER, ["line 3: 1 cell, but the first line names 2 columns", "sep=;"]),
     ("question;answer\n1?;1\n2?;3;4\n", NUMBER, ["line 3: 3 cells, but the first line", "semicolons do", "sep=,"]),
     ("question,answer\n1?,1\n2?,two\n3?,3\n", NUMBER, ["line 3: answer is 'two'", "\nRecords: {"]),
