@@ -90,6 +90,8 @@ def trained(tiny_folder, folder):
         config = TrainConfig(model=str(tiny_folder), output_dir=str(folder / name), **SMALL)
         return train(config, data=RECORDS, reward_funcs=[short, "format"])
 
+    if torch.distributed.is_initialized():  # by another test of this process
+        torch.distributed.destroy_process_group()
     before = state()
     first = asyncio.run(in_a_notebook(partial(run, "first")))
     second = in_a_thread(partial(run, "second"))

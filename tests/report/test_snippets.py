@@ -10,10 +10,12 @@ from grpo_ds.report.model_card import write_card
 from grpo_ds.report.snippets import messages_of, modelfile, transformers_code
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.saved_config import write_config
+from grpo_ds.task.question import Question
+from grpo_ds.training.prompt_style import prompt_style
 from tests.report.finished import finished
 from tests.tiny import FORM
 
-QUESTION, CONTEXT = "Does it help?", "It helped 9 of 10 <|im_end|>."
+QUESTION, START = "Does it help?", "It helped 9 of 10 <|im_end|>."
 PROMPTS = [
     {},
     {"few_shot": 2, "prefill": True, "subject": "biomedical"},
@@ -37,15 +39,23 @@ def half(formed_folder, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def context(half, tokenizer):
+    """As long as to make a prompt of the length at which the model was taught the form; a byte is a token."""
+    style = prompt_style(TrainConfig(model=str(half), **FORM))
+    (ids,) = style.encode(tokenizer, [Question("", QUESTION, START, "yes")])
+    return START + "!" * (FORM["max_prompt_length"] - len(ids))
+
+
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_the_code_of_the_card_prints_the_text_of_ask(half, capsys, prompt):
+def test_the_code_of_the_card_prints_the_text_of_ask(half, capsys, context, prompt):
     write_config(TrainConfig(**{**FORM, "max_prompt_length": 1500, **prompt}), half)
-    context = [] if "context_field" in prompt else ["--context", CONTEXT]
-    ask.main(["--model", str(half), "--question", QUESTION, *context, "--json"])
+    given = [] if "context_field" in prompt else ["--context", context]
+    ask.main(["--model", str(half), "--question", QUESTION, *given, "--json"])
     text = json.loads(capsys.readouterr().out)["text"]
     code = transformers_code(half, is_adapter=False).replace("THIS_FOLDER", str(half))
     code = code.replace('question = "..."', f"question = {QUESTION!r}").replace(
-        'context = "..."', f"context = {CONTEXT!r}"
+        'context = "..."', f"context = {context!r}"
     )
     exec(code, {})
     assert capsys.readouterr().out == f"{text}\n"
@@ -73,7 +83,7 @@ def test_a_modelfile_has_system_prompt_examples_lengths_and_stop(tmp_path):
 
 def test_messages_end_with_the_prefilled_tag(tmp_path):
     write_config(TrainConfig(prefill=True, subject="chess"), tmp_path)
-    system, user, begun = messages_of(tmp_path, QUESTION, CONTEXT)
+    system, user, begun = messages_of(tmp_path, QUESTION, START)
     assert "You answer chess questions" in system["content"]
-    assert user["content"] == f"Context: {CONTEXT}\n\nQuestion: {QUESTION}"
+    assert user["content"] == f"Context: {START}\n\nQuestion: {QUESTION}"
     assert begun == {"role": "assistant", "content": "<reasoning>"}

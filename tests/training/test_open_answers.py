@@ -97,9 +97,8 @@ def test_page_and_card_say_what_fits_and_nothing_of_labels_or_medicine(run):
 
 def test_eval_grades_it_by_the_kind_in_its_own_prompt(run, capsys):
     kind, folder, flags = run
-    evaluate.main(words(model=folder, eval_fraction=1, max_completion_length=6, **flags))
-    out = capsys.readouterr().out
-    figures = json.loads(out[out.index("\n{") :])
+    evaluate.main([*words(model=folder, eval_fraction=1, max_completion_length=6, **flags), "--json"])
+    figures = json.loads(capsys.readouterr().out)
     assert figures["count"] == 8 and figures["trained_on"] == 4 and not OF_LABELS & figures.keys()
     if kind == "none":
         assert figures["mean_rewards"].keys() == {"brief", "at_times"}
