@@ -1,7 +1,7 @@
 """Grade a model's greedy answers to held-out questions.
 
-A model trained here is asked every question of --data that it was not trained on, any other model the share
---eval_fraction. With --eval_fraction 1 all questions are asked, also those that the model was trained on.
+A model trained here is asked every question of --data (default: its own) that it was not trained on, any other model
+the share --eval_fraction. With --eval_fraction 1 all questions are asked, also those that the model was trained on.
 """
 
 import json

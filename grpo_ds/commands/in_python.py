@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from grpo_ds.commands.train import RECORDS, begin, finish
+from grpo_ds.commands.train import begin, finish
 from grpo_ds.errors import DataError, UsageError, one_error
 from grpo_ds.run_folder.inputs import PASSED
 from grpo_ds.run_folder.lock import release
@@ -29,7 +29,7 @@ from grpo_ds.settings.values import read_values
 from grpo_ds.system.busy_machine import watch_cores
 from grpo_ds.system.invocation import called_from_python
 from grpo_ds.task.records import describe
-from grpo_ds.task.sources import Source, rows_to_source
+from grpo_ds.task.sources import RECORDS, Source, rows_to_source
 
 if TYPE_CHECKING:
     from grpo_ds.report.verdict import Verdict

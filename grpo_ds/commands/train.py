@@ -52,16 +52,16 @@ from grpo_ds.task.questions import (
     not_among,
     read_questions,
 )
+from grpo_ds.task.records import NO_CONTEXT
 from grpo_ds.task.reward_files import find_reward_functions, form_lines
 from grpo_ds.task.rewards import WeightedFunctions, ready_made
 from grpo_ds.task.scoring import columns_for_rewards
-from grpo_ds.task.sources import Source
+from grpo_ds.task.sources import RECORDS, Source
 
 if TYPE_CHECKING:
     from grpo_ds.training.reports import Outcome
     from grpo_ds.training.run import Run
 
-RECORDS = "records from Python"  # in place of --data: a script passed them to grpo_ds.train
 PRECISIONS: dict[Precision, str] = {  # for the line of the model
     "bf16": "bf16",
     "fp16": "fp16 with a loss scale",
@@ -106,6 +106,8 @@ def begin(parsed: Parsed[TrainConfig], source: Source | None = None) -> "Run":
     refuse_lost(config, source)
     questions = read_questions(source or config.data, **config.reading)
     config = replace(config, subject=subject_of(config.subject, config.data, questions))
+    if config.context_field is None and not any(question.context for question in questions.questions):
+        config = replace(config, context_field=NO_CONTEXT)  # saved, so that the model is asked as it was trained
     settled = replace(settled, config=config)
     rewards = reward_functions(config, questions)
     # A checkpoint's record has the model's own and the run's: with it the parts are the same again.

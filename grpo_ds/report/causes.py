@@ -64,7 +64,7 @@ def completions_cut(known: Evidence) -> Cause | None:
     length = known.setting("max_completion_length")
     return Cause(
         "completions cut",
-        f"{share:.0%} of the last completions were cut at {length} tokens, before an answer, so they earned nothing.",
+        f"{share:.0%} of the last completions were cut at {length} tokens, before an answer, which earns nothing then.",
         (f"--max_completion_length {2 * max(length, 24)}", f"--overlong_buffer {max(1, length // 4)}"),
     )
 

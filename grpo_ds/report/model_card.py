@@ -66,6 +66,7 @@ def card(folder: Path) -> str:
         of_labels="p_right_change" in held_out,
         biomedical=config.get("subject", BIOMEDICAL) == BIOMEDICAL,
         grades=table(("", "before", "after"), _figure_rows(before, after)),
+        is_adapter=is_adapter,
         snippet=fenced(transformers_code(folder, is_adapter=is_adapter), "python"),
         modelfile=fenced(modelfile(folder)),
         settings=table(("setting", "value"), _settings(config)),

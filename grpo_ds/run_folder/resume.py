@@ -139,8 +139,9 @@ def refuse_other_flags(config: TrainConfig, saved: Mapping[str, Any], checkpoint
     same = MAY_CHANGE - ({"num_steps", "num_train_epochs"} if length_decides else set())
     known = Progress.read(checkpoint).identity
     same |= {flag for flag, compared in COMPARED.items() if compared in known}
+    why = {"num_steps": ", and the learning rate or the outer loop follows it"}
     changed = [
-        f"--{name} is {getattr(config, name)}, but was {value}"
+        f"--{name} is {getattr(config, name)}, but was {value}{why.get(name, '')}"
         for name, value in saved.items()
         if name not in same and getattr(config, name) != value
     ]

@@ -14,6 +14,7 @@ from grpo_ds.settings.data_flags import DataFlags
 from grpo_ds.settings.flags import all_flags
 from grpo_ds.settings.paths import absolute
 from grpo_ds.system.files import write_whole
+from grpo_ds.task.sources import RECORDS
 from grpo_ds.task.worked_examples import BIOMEDICAL
 
 CONFIG_FILE = "grpo_config.yaml"
@@ -41,8 +42,9 @@ def prompt_recipe(folder: Path) -> dict[str, Any]:
 
 
 def split_recipe(folder: Path) -> dict[str, Any]:
-    """Flags that split the data of a model that we trained, from the config saved beside it; {} without one."""
-    return _recipe(folder, [flag for flag in all_flags(DataFlags) if flag.name in ("eval_fraction", "seed")])
+    """Data and split of a model that we trained, from the config saved beside it; {} without one."""
+    saved = _recipe(folder, [flag for flag in all_flags(DataFlags) if flag.name in ("data", "eval_fraction", "seed")])
+    return {name: value for name, value in saved.items() if value != RECORDS}
 
 
 def _recipe(folder: Path, allowed: "list[Field[Any]]") -> dict[str, Any]:

@@ -90,7 +90,10 @@ def prompt_warnings(
     fitting = 0 if question.messages else len(worked_examples(answer_format, how.get("subject", "")))
     if fitting < wanted:
         why = "records that are chats get none" if question.messages else f"ours do not answer {answer_format.wanted}"
-        found.append(f"Warning: {min(few_shot, fitting)} of {wanted} worked examples are in the prompt: {why}.")
+        found.append(
+            f"Warning: {min(few_shot, fitting)} of {wanted} worked examples are in the prompt: {why}.\n"
+            "A small model needs some to answer in form: write them into a --system_prompt of your own."
+        )
     turns = build_messages(question, answer_format=answer_format, few_shot=few_shot, **how)
     text = "\n".join(turn["content"] for turn in turns)
     tags = [tag for tag in (answer_format.reasoning_pair[0], answer_format.answer_pair[0]) if tag not in text]

@@ -49,7 +49,8 @@ def remedy_for(
     if not records and any(isinstance(value, list) for _, value in source.records):
         return f"Save the list of records alone, without an object around it. {EXAMPLES[answers]}"
     if missing := _missing_roles(records, given, label_needed=label_needed and answers != "none", answers=answers):
-        return f"{_fields_line(records, missing)} {source.advice}".rstrip()
+        found = _fields_line(records, missing)  # which flags read, if the fields could be told apart
+        return found if "; try " in found else f"{found} {source.advice}".rstrip()
     if mostly_bad and label_needed and answers == "labels" and (flags := _flags_for_answers(records, given)):
         return flags
     if mostly_bad and answers == "number" and (units := _units(records, given)):

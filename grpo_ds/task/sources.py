@@ -19,6 +19,7 @@ from grpo_ds.task.parquet_records import MAGIC, parquet_records, table_records
 from grpo_ds.task.records import BROKEN
 
 SAMPLE = "sample"
+RECORDS = "records from Python"  # in place of --data: a script passed them to grpo_ds.train
 GOLDEN_FILE = "golden_dataset_pubmedqa_qwen2.5_pro_test_500.json"  # the default if it is in the working folder
 ALTERNATIVES = f"Use a file (--data FILE.json), the packaged records (--data {SAMPLE}) or a hub id (qiaojin/PubMedQA)."
 FORMS = "as JSON, JSON Lines, CSV or Parquet"
