@@ -64,6 +64,7 @@ class Progress:
     log_history: list[dict[str, Any]] = field(default_factory=list)  # one line per step and per evaluation
     reference_step: int | None = None  # last step at which the reference was made again or confirmed
     first_weights: str = ""  # a sample of the weights that the run began with (training/weight_sample.py)
+    weights_changed: float | None = None  # share of all trained weights that differ from the start's, when saved
     kl_floor: float | None = None  # KL of the reference to the policy that it was made from
     before: dict[str, str] | list[str] | None = None  # held-out answers before training, by question_key
     # Of the same: {"probs": [reasoned, empty, misled], "sampled": [...], "rewards": {name: value}}, what is known, and

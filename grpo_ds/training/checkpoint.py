@@ -102,6 +102,7 @@ def _check_all_ranks_wrote(partial: Path, ranks: int) -> None:
 
 def _write_shared(trainer: Trainer, state: State, folder: Path) -> None:
     """Write the files that all ranks share."""
+    trainer.count_changed_weights()
     save_model(trainer.engine.model, folder)
     save_tokenizer(trainer.tokenizer, folder)
     write_beside(trainer, folder)

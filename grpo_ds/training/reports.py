@@ -69,6 +69,7 @@ class Reports:
             "parameters": self.trainer.engine.model.num_parameters(),
             "precision": ds.precision,
             # DeepSpeed's own Adam rounds bf16 masters to the nearest; ours keeps what they cannot hold.
+            "weights_changed": self.trainer.progress.weights_changed,
             "keeps_small_steps": not ds.bf16_masters or ds.optimizer.type == "AdamW8bit",
         }
 

@@ -282,6 +282,7 @@ class Run:
 
     def _write_model(self, folder: Path) -> None:
         trainer, config = self.trainer, self.config
+        trainer.count_changed_weights()
         save_model(trainer.engine.model, folder)
         save_tokenizer(trainer.tokenizer, folder)
         write_beside(trainer, folder)  # both again: users' code may have deleted them

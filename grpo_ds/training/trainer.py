@@ -220,12 +220,14 @@ class Trainer:
             "learning_rate": self.engine.learning_rate,
             "weights_moved": share_moved(progress.first_weights, sampled_weights(self.engine.policy)),
         }
-        if config.saves_at(step + 1):
-            changed = share_changed(self.engine.model, config.model, progress.first_weights)
-            metrics |= {} if changed is None else {"weights_changed": changed}
         if warning := flat_rewards([*progress.log_history, metrics], done.rollout, config.answer_format):
             self.console.line(warning)
         return metrics
+
+    def count_changed_weights(self) -> None:
+        """Count them before they are saved: all are read, and each is compared with the files of the start."""
+        progress, name = self.progress, self.config.model
+        progress.weights_changed = share_changed(self.engine.model, name, progress.first_weights)
 
     def keep_completions(self, step: int, partial: PartialStep) -> None:
         """Keep the step's completions for the log; print those of the first step."""

@@ -385,7 +385,8 @@ def test_a_nasty_text_is_printed_as_text(text, capsys, monkeypatch, tried):
     with pytest.raises(SystemExit):
         run_script(fail)
     answer = f"<reasoning>{text}</reasoning><answer>{text}</answer>"
-    sampler, style = lambda *_, **__: None, SimpleNamespace(answer_format=AnswerFormat())
+    completions = SimpleNamespace(ended=torch.tensor([True]))
+    sampler, style = lambda *_, **__: completions, SimpleNamespace(answer_format=AnswerFormat())
     sampler.__dict__["tokenizer"] = None
     style.encode, style.texts = lambda *_: None, lambda *_: [answer]
     monkeypatch.setattr(evaluate, "load_for_asking", lambda *_, **__: (sampler, style))
