@@ -160,7 +160,7 @@ def leans_to_one_label(known: Evidence) -> Cause | None:
     if (lean := lean_of(known, AFTER)) is None:
         return None
     label, share, of_questions = lean
-    found = f"The model leans to “{label}”: {share:.0%} of its answers, {of_questions:.0%} of the questions."
+    found = f"The model leans to “{label}”: {share:.0%} there, against {of_questions:.0%} of the questions."
     if not known.setting("balance_classes"):
         return Cause("lean to one label", found, ("--balance_classes true",))
     if known.setting("few_shot") == 1 and len(worked_examples(known.answer_format)) > 1:

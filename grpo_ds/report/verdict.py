@@ -14,8 +14,9 @@ from grpo_ds.report.run_files import RunFiles, as_label, as_number, as_object
 from grpo_ds.settings.saved_config import CONFIG_FILE
 from grpo_ds.task.answers import AnswerKind
 from grpo_ds.task.broken_rules import rules_line
-from grpo_ds.task.grading import small_sample, wilson_interval
+from grpo_ds.task.grading import FEWEST_TO_COMPARE, small_sample, wilson_interval
 from grpo_ds.task.rewards import BARE_LABEL
+from grpo_ds.task.sources import RECORDS
 
 SIGNIFICANT = 0.05
 FORMED = 0.9  # share of well-formed answers: the form is known, and a tenth is left to odd questions
@@ -281,9 +282,16 @@ def _outlook(known: Evidence) -> str:
 
 
 def _changes(known: Evidence, found: tuple[Cause, ...]) -> tuple[str, ...]:
-    """The best flag of each cause, and more steps; a flag that needs a file of the user is left to the user."""
+    """The best flag of each cause, more steps, enough questions; a flag that needs a user's file is left to the user.
+
+    Empty for records that a script passed, which no command can name.
+    """
+    if known.config.get("data") == RECORDS:
+        return ()
     flags = [cause.flags[0] for cause in found if len(cause.flags[0].split()) == 2]
     by_name = {flag.split()[0]: flag for flag in (f"--num_steps {more_steps(known)}", *reversed(flags))}
+    if (limit := as_number(known.config.get("eval_limit"))) and limit < FEWEST_TO_COMPARE:
+        by_name.setdefault("--eval_limit", f"--eval_limit {FEWEST_TO_COMPARE}")
     return tuple(by_name.values())
 
 

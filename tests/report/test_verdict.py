@@ -207,3 +207,12 @@ def test_settings_that_are_missing_or_damaged_count_as_defaults(config):
 
 def test_the_example_of_the_evidence_is_right():
     check_example(Evidence)
+
+
+def test_the_next_run_grades_enough_questions_and_needs_data_that_a_command_can_name():
+    def changes(**config):
+        return judge(known(grades(0.6, 0.3), grades(0.6, 0.3), config=config)).changes
+
+    assert "--eval_limit 20" in changes(eval_limit=4) and changes(eval_limit=4)[0].startswith("--num_steps")
+    assert not any("eval_limit" in it for it in (*changes(eval_limit=20), *changes()))
+    assert changes(data="records from Python") == ()
