@@ -92,7 +92,7 @@ def prompt_warnings(
         why = "records that are chats get none" if question.messages else f"ours do not answer {answer_format.wanted}"
         found.append(
             f"Warning: {min(few_shot, fitting)} of {wanted} worked examples are in the prompt: {why}.\n"
-            "A small model needs some to answer in form: write them into a --system_prompt of your own."
+            "A small model needs some to answer in form: write them into a prompt of your own (--system_prompt)."
         )
     turns = build_messages(question, answer_format=answer_format, few_shot=few_shot, **how)
     text = "\n".join(turn["content"] for turn in turns)

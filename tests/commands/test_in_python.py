@@ -76,6 +76,8 @@ def trained(tiny_folder, folder):
     """Two runs in this process, the second in another thread; and what they changed of the process."""
     import torch
 
+    from grpo_ds.training.engine import leave_group
+
     def state():
         return {
             "handlers": [signal.getsignal(number) for number in SIGNALS],
@@ -90,8 +92,7 @@ def trained(tiny_folder, folder):
         config = TrainConfig(model=str(tiny_folder), output_dir=str(folder / name), **SMALL)
         return train(config, data=RECORDS, reward_funcs=[short, "format"])
 
-    if torch.distributed.is_initialized():  # by another test of this process
-        torch.distributed.destroy_process_group()
+    leave_group()  # another test of this process may have joined one
     before = state()
     first = asyncio.run(in_a_notebook(partial(run, "first")))
     second = in_a_thread(partial(run, "second"))
