@@ -66,7 +66,7 @@ class TrainedRun:
 
     @cached_property
     def verdict(self) -> "Verdict":
-        """Whether the model learned, and why not: as the console, the report and the model card say it."""
+        """Verdict on the run, whether it learned and why not: as the console, the report and the model card say it."""
         from grpo_ds.report import verdict
         from grpo_ds.report.run_files import read_run
 

@@ -114,7 +114,7 @@ def decode_root(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def _first_bits(law: tuple[int, int]) -> int:
-    """What code 0 stands for, so that 1.0 has the largest code."""
+    """Value of code 0, such that 1.0 has the largest code."""
     lost, last = law
     return (0x3F800000 >> lost) - last
 

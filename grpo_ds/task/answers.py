@@ -79,7 +79,7 @@ class AnswerFormat:
 
     @property
     def placeholders(self) -> tuple[str, str]:
-        """What our own system prompt shows in place of a reasoning and of an answer."""
+        """Words of our own system prompt in place of a reasoning and of an answer."""
         return REASONING_PLACEHOLDER, ANSWER_PLACEHOLDERS.get(self.kind, self.wanted)
 
     @property

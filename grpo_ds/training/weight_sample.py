@@ -1,4 +1,4 @@
-"""What share of the trained weights training has changed: of a sample at each step, of all when they are saved.
+"""Share of the trained weights that training has changed: of a sample at each step, of all when they are saved.
 
 A step of Adam moves a weight by about the learning rate, and bf16 holds no change of a weight below 1/512 of it. With
 fp32 masters small steps add up until the next bf16 number is reached; without them they are lost. So the share is
