@@ -246,9 +246,9 @@ def test_bf16_with_its_residual_equals_the_fp32_master_bit_by_bit_over_fifty_ste
     assert_same_moments(lossless.state[q], fp32.state[p])
 
 
-def stochastic(values, seed=0, lr=1e-6):
+def stochastic(values, seed=0, lr=1e-6, rounding="stochastic"):
     p = torch.nn.Parameter(values.bfloat16())
-    return CPUAdamW8bit([p], **{**SETTINGS, "lr": lr, "weight_decay": 0.0}, rounding="stochastic", seed=seed), p
+    return CPUAdamW8bit([p], **{**SETTINGS, "lr": lr, "weight_decay": 0.0}, rounding=rounding, seed=seed), p
 
 
 def test_stochastic_rounding_changes_weights_that_nearest_would_not_and_is_right_on_average(engine):
@@ -425,14 +425,9 @@ def test_computed_codes_resume_and_a_state_keeps_its_codes(engine):
         assert torch.equal(straight.state[p][key], resumed.state[q][key])
 
 
-def of_8_bits(values, lr=1e-6, seed=0):
-    p = torch.nn.Parameter(values.bfloat16())
-    return CPUAdamW8bit([p], **{**SETTINGS, "lr": lr, "weight_decay": 0.0}, rounding="residual8", seed=seed), p
-
-
 def test_a_residual_of_8_bits_is_right_on_average_and_hardly_ever_off(engine):
-    """Weights of 1.0, steps of -1e-8: a 3000th of a 256th of bf16's spacing above 1, which fp32 itself would lose."""
-    optimizer, p = of_8_bits(torch.ones(400_000), lr=1e-6)
+    """Weights of 1.0, steps of -1e-6: a 15th of the residual's own unit, a 256th of bf16's spacing of 2**-8."""
+    optimizer, p = stochastic(torch.ones(400_000), lr=1e-6, rounding="residual8")
     for _ in range(10):
         one_step(optimizer, p, torch.ones(400_000).bfloat16())
     moved = 1 - slices.join(p.data, optimizer.state[p]["residual"]).double()
@@ -457,7 +452,7 @@ def test_splitting_keeps_24_bits_and_its_rounding_is_unbiased():
 def test_both_engines_keep_the_same_8_bits(path):
     if native.PATHS.index(path) > native.PATHS.index(native.best_path()):
         pytest.skip(f"this processor has no {path}")
-    optimizer, p = of_8_bits(torch.linspace(-2, 2, TAIL), lr=1e-3)
+    optimizer, p = stochastic(torch.linspace(-2, 2, TAIL), lr=1e-3, rounding="residual8")
     state = {**optimizer._new_state(p), "step": 1}
     group, gradient = optimizer.param_groups[0], gradients("random", TAIL, 1)
     q, other = p.data.clone(), copy.deepcopy(state)
