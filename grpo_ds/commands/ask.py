@@ -111,7 +111,8 @@ class Answered:
         if not self.in_form:
             cut = f" ({self.broken})" if self.broken else ""
             return escape_control_chars(f"Answer: {self.text}{cut}{TRAINED_ON * bool(self.trained_on)}")
-        answer = self.answer or f"none in the required form ({self.broken}); the model wrote {self.rest!r}"
+        wrote = f"; the model wrote {self.rest!r}" if self.rest.strip() else ""
+        answer = self.answer or f"none in the required form ({self.broken}){wrote}"
         label = f" (the label: {self.question.label})" if self.question.label else ""
         label += TRAINED_ON * bool(self.trained_on)
         return escape_control_chars(f"Reasoning: {self.reasoning}\nAnswer: {answer}{label}")

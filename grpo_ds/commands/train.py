@@ -116,17 +116,17 @@ def begin(parsed: Parsed[TrainConfig], source: Source | None = None) -> "Run":
     settled = with_epochs(settled, len(train))
     config = settled.config
     this_run = inputs_of(train, held_out, config, settled.job.ds, rewards, ranks())
+    set_aside = len(held_out)
     held_out = first_in_proportion(held_out, config.eval_limit, by_class=config.answer_format.is_closed)
     if config.lora_r and Path(config.model).is_dir() and (base := base_hash(config.model)):
         this_run[BASE] = base  # a model of the hub is known when it is loaded
     changed = check_resumable(settled, this_run)
     check_trackers(config.trackers)
-    usual = int(str(settled.choice.recipe.get("few_shot", 0)))
-    told = [*tried(config, rewards, train), *prompt_warnings(train[0], usual_examples=usual, **config.prompting)]
+    told = [*tried(config, rewards, train), *prompt_warnings(train[0], **config.prompting)]
     folder = output_folder(config, settled.resume_from)
 
     lines = [
-        *first_lines(settled, questions, len(train), len(held_out), folder),
+        *first_lines(settled, questions, f"{len(train)} to train on, {_held_out(len(held_out), set_aside)}", folder),
         *form_lines(rewards),
         *questions.warnings,
         *told,
@@ -280,7 +280,11 @@ def lock_first(folder: Path) -> Path:
     return numbered
 
 
-def first_lines(settled: Settled, questions: QuestionSet, train: int, held_out: int, folder: Path) -> list[str]:
+def _held_out(asked: int, set_aside: int) -> str:
+    return f"{asked} held out" if asked == set_aside else f"{asked} of {set_aside} held out asked (--eval_limit)"
+
+
+def first_lines(settled: Settled, questions: QuestionSet, parts: str, folder: Path) -> list[str]:
     """Return lines that say what was chosen and why, printed before the model is loaded."""
     from grpo_ds.report.memory_plan import plan_line
 
@@ -290,7 +294,7 @@ def first_lines(settled: Settled, questions: QuestionSet, train: int, held_out: 
     return [
         *settled.warnings,
         f"Model: {config.model} ({choice.why}), in {PRECISIONS[ds.precision]}{adapter_line(settled)}",
-        f"Data: {questions.source}{f' ({left_out})' if left_out else ''}; {train} to train on, {held_out} held out",
+        f"Data: {questions.source}{f' ({left_out})' if left_out else ''}; {parts}",
         f"Read as: {questions.form}",
         f"Plan: {config.total_steps} steps of {per_step} {config.max_completion_length} tokens; "
         f"learning rate {ds.learning_rate:g}{schedule_words(ds)}, beta {config.beta:g}, seed {config.seed}",

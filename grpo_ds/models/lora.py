@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from grpo_ds.models.parts import quiet
 from grpo_ds.models.shapes import ALL_LINEAR
 
 ADAPTER = "default"  # peft's name for an adapter without one
@@ -42,8 +43,10 @@ def add_adapter(
 
 def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Add the adapter in `folder` to the weights of `model`; the result is an ordinary model that can be trained."""
+    with quiet():
+        of_both = PeftModel.from_pretrained(model, folder).merge_and_unload()
     # peft freezes the base below an adapter, and merging does not undo that.
-    return PeftModel.from_pretrained(model, folder).merge_and_unload().requires_grad_(True)  # type: ignore[operator]
+    return of_both.requires_grad_(True)  # type: ignore[operator]
 
 
 def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:

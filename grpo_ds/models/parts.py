@@ -100,7 +100,7 @@ def check_parts(
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     if base and stored:
         tensors = {name: torch.empty(shape, device="meta") for name, shape in stored.items()}
-        with _quiet():
+        with quiet():
             model, found = type(model).from_pretrained(
                 None,
                 config=config,
@@ -111,7 +111,7 @@ def check_parts(
             )
         check_loaded(str(base), model, found)
     if adapter:
-        with _quiet():
+        with quiet():
             _check_adapter(adapter, model)
 
 
@@ -225,8 +225,8 @@ def _shapes(folder: Path) -> dict[str, Shape]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' table of the same disagreements, and notices between peft and transformers."""
+def quiet() -> Iterator[None]:
+    """Silence transformers' table of disagreements, which are reported by us, and notices between it and peft."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

@@ -12,7 +12,8 @@ from grpo_ds.report.evidence import AFTER, BEFORE, Evidence
 from grpo_ds.report.metric_names import CLIPPED_RATIO
 from grpo_ds.report.run_files import as_label
 from grpo_ds.settings.config import TrainConfig
-from grpo_ds.task.grading import FEWEST_TO_COLLAPSE, FEWEST_TO_COMPARE, wilson_interval
+from grpo_ds.task.grading import FEWEST_TO_COLLAPSE, FEWEST_TO_COMPARE
+from grpo_ds.task.statistics import wilson_interval
 from grpo_ds.task.worked_examples import worked_examples
 
 MOST_CAUSES = 3  # shown: the first ones explain the later ones more often than the other way round
@@ -163,7 +164,7 @@ def leans_to_one_label(known: Evidence) -> Cause | None:
     found = f"The model leans to “{label}”: {share:.0%} there, against {of_questions:.0%} of the questions."
     if not known.setting("balance_classes"):
         return Cause("lean to one label", found, ("--balance_classes true",))
-    if known.setting("few_shot") == 1 and len(worked_examples(known.answer_format)) > 1:
+    if known.setting("few_shot") == 1:
         return Cause("lean to one label", f"{found} The one worked example is copied.", ("--few_shot 2",))
     slower = (f"--learning_rate {known.setting('learning_rate') / 2:g}", *_stronger(known))
     if (before := lean_of(known, BEFORE)) and before[0] == label:

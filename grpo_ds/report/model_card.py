@@ -19,7 +19,7 @@ from grpo_ds.report.figures import confidence_rows, grade_rows, mean_change_line
 from grpo_ds.report.markdown import fenced, plain, table
 from grpo_ds.report.run_files import memory_by_phase, read_json, read_run, read_settings
 from grpo_ds.report.snippets import modelfile, transformers_code
-from grpo_ds.run_folder.files import CARD_FILE, ENVIRONMENT_FILE, HELD_OUT_FILE, SUMMARY_FILE
+from grpo_ds.run_folder.files import CARD_FILE, ENVIRONMENT_FILE, HELD_OUT_FILE, MERGED, SUMMARY_FILE
 from grpo_ds.run_folder.status import CHANGED_INPUTS, STATUS_FILE
 from grpo_ds.system.files import write_whole
 from grpo_ds.task.hub_records import HUB_ID, hub_id, is_hub_id
@@ -42,16 +42,17 @@ ADAPTER_SETTINGS = ("lora_r", "lora_alpha", "lora_target", "load_in_4bit", "load
 
 
 def write_card(folder: Path) -> Path:
-    """Write README.md into the folder of a run that is done."""
-    file = folder / CARD_FILE
-    write_whole(file, card(folder))
+    """Write README.md into the folder of a run that is done, and into that of its merged model."""
+    file, merged = folder / CARD_FILE, folder / MERGED
+    write_whole(file, card(folder, is_adapter=(folder / ADAPTER_FILE).is_file()))
+    if merged.is_dir():
+        write_whole(merged / CARD_FILE, card(folder, is_adapter=False))
     return file
 
 
-def card(folder: Path) -> str:
+def card(folder: Path, *, is_adapter: bool) -> str:
     config, environment = read_settings(folder), read_json(folder, ENVIRONMENT_FILE)
     held_out, summary = read_json(folder, HELD_OUT_FILE), read_json(folder, SUMMARY_FILE)
-    is_adapter = (folder / ADAPTER_FILE).is_file()
     before, after = held_out["before"], held_out["after"]
     return _template().render(
         header=_header(folder, config, after, is_adapter=is_adapter),
@@ -107,7 +108,6 @@ def _header(folder: Path, config: dict[str, Any], after: dict[str, Any], *, is_a
         "metrics": metrics,
     }
     header = {
-        "language": "en",
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation",
         **({"base_model": base, "base_model_relation": "adapter" if is_adapter else "finetune"} if base else {}),

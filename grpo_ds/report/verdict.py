@@ -14,9 +14,10 @@ from grpo_ds.report.run_files import RunFiles, as_label, as_number, as_object
 from grpo_ds.settings.saved_config import CONFIG_FILE
 from grpo_ds.task.answers import AnswerKind
 from grpo_ds.task.broken_rules import rules_line
-from grpo_ds.task.grading import FEWEST_TO_COMPARE, small_sample, wilson_interval
+from grpo_ds.task.grading import FEWEST_TO_COMPARE, small_sample
 from grpo_ds.task.rewards import BARE_LABEL
 from grpo_ds.task.sources import RECORDS
+from grpo_ds.task.statistics import wilson_interval
 
 SIGNIFICANT = 0.05
 FORMED = 0.9  # share of well-formed answers: the form is known, and a tenth is left to odd questions

@@ -14,3 +14,4 @@ SUMMARY_FILE = "summary.json"  # figures of the complete run
 REPORT_FILE = "report.html"
 RECIPE_FILE, SEEDS_REPORT_FILE = "recipe.yaml", "report.md"  # of --num_seeds, beside summary.json
 CARD_FILE = "README.md"  # the model card
+MERGED = "merged"  # subfolder: in one folder, transformers would load the adapter on top of the merged model

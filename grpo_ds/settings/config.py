@@ -44,8 +44,8 @@ class AskConfig(ModelFlags, RecordFlags, PromptFlags):
     def problems(self) -> list[str]:
         examples = len(worked_examples(self.answer_format))
         unread = self._unread_labels()
-        fitting = f"fit labels {self.labels}" if self.answers == "labels" else f"exist for answers {self.answers}"
-        few_shot = f"few_shot is {self.few_shot}, but {examples} examples {fitting}: --few_shot {examples}"
+        exist = f"{examples} worked examples exist for answers {self.answers}"
+        few_shot = f"few_shot is {self.few_shot}, but {exist}: --few_shot {examples}"
         prefill = "prefill begins an answer in tags, but answers is none: leave it out"
         return [
             *super().problems(),

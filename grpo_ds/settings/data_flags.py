@@ -116,7 +116,7 @@ class PromptFlags(Flags):
     )
     reasoning_tag: str = flag("reasoning", "tag around the reasoning")
     answer_tag: str = flag("answer", "tag around the answer; the closing tag ends a completion")
-    few_shot: int = flag(0, "worked examples (yes or no, a number, a text) in the prompt: 0, 1 or 2")
+    few_shot: int = flag(0, "worked examples in the prompt: 0, 1 or 2")
     prefill: bool = flag(False, "put <reasoning> at the end of the prompt, so that the model continues from it")
     max_prompt_length: int = flag(
         768, "tokens; a context that is too long loses its beginning, the question is never cut"

@@ -8,7 +8,7 @@ is wrong and counts as a prediction of no class. Where no answer is right, the m
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import comb, sqrt
+from math import comb
 from typing import Any
 
 from grpo_ds.errors import DataError
@@ -18,8 +18,8 @@ from grpo_ds.task.broken_rules import CUT, broken_rule
 from grpo_ds.task.earned import Earned, earned
 from grpo_ds.task.questions import Question
 from grpo_ds.task.scoring import Rewards, right_answers
+from grpo_ds.task.statistics import wilson_interval
 
-Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 EVAL_ACCURACY, EVAL_REWARD = "eval/accuracy", "eval/reward"
 COLLAPSED_SHARE = 0.95
 FEWEST_TO_COLLAPSE = 5  # parsed answers; four equal ones can be chance
@@ -246,15 +246,6 @@ def grade(answers: Sequence[str | None], questions: Sequence[Question], *, label
         predicted={label: predicted[label] for label in labels},
         collapsed=baseline < COLLAPSED_SHARE and _is_one_sided(predicted),
     )
-
-
-def wilson_interval(successes: int, count: int) -> tuple[float, float]:
-    """95 % confidence interval of a share (Wilson 1927); unlike p +- 1.96 s it stays in [0, 1], also for few."""
-    share, z2 = successes / count, Z_95**2
-    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = Z_95 / (1 + z2 / count) * sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    # At the ends centre and half cancel exactly, but not in floats.
-    return centre - half if successes else 0.0, centre + half if successes < count else 1.0
 
 
 def small_sample(count: int, accuracy_interval: Sequence[float]) -> str:

@@ -77,21 +77,17 @@ def build_messages(
     return [*turns, {"role": "user", "content": _user_text(question, answer_format)}]
 
 
-def prompt_warnings(
-    question: Question, *, answer_format: AnswerFormat, few_shot: int = 0, usual_examples: int = 0, **how: Any
-) -> list[str]:
-    """Say what the prompt of a question lacks: worked examples that do not fit, tags that nothing asks for.
+def prompt_warnings(question: Question, *, answer_format: AnswerFormat, few_shot: int = 0, **how: Any) -> list[str]:
+    """Say what the prompt of a question lacks: worked examples, which a chat gets none of; tags.
 
-    usual_examples: number that the model's recipe has for labels that ours fit. how: of build_messages.
+    how: of build_messages.
     """
     if answer_format.kind == "none":
         return []
-    found, wanted = [], max(few_shot, usual_examples)
-    fitting = 0 if question.messages else len(worked_examples(answer_format, how.get("subject", "")))
-    if fitting < wanted:
-        why = "records that are chats get none" if question.messages else f"ours do not answer {answer_format.wanted}"
+    found = []
+    if question.messages and few_shot:
         found.append(
-            f"Warning: {min(few_shot, fitting)} of {wanted} worked examples are in the prompt: {why}.\n"
+            f"Warning: 0 of {few_shot} worked examples are in the prompt: records that are chats get none.\n"
             "A small model needs some to answer in form: write them into a prompt of your own (--system_prompt)."
         )
     turns = build_messages(question, answer_format=answer_format, few_shot=few_shot, **how)

@@ -49,10 +49,11 @@ def remedy_for(
     if not records and any(isinstance(value, list) for _, value in source.records):
         return f"Save the list of records alone, without an object around it. {EXAMPLES[answers]}"
     if missing := _missing_roles(records, given, label_needed=label_needed and answers != "none", answers=answers):
-        found = _fields_line(records, missing)  # which flags read, if the fields could be told apart
+        closed = labels if label_needed and answers == "labels" else ()
+        found = _fields_line(records, missing, given, closed)  # which flags read, if the fields could be told apart
         return found if "; try " in found else f"{found} {source.advice}".rstrip()
-    if mostly_bad and label_needed and answers == "labels" and (flags := _flags_for_answers(records, given)):
-        return flags
+    if mostly_bad and label_needed and answers == "labels" and (said := _answers_found(records, given)):
+        return said
     if mostly_bad and answers == "number" and (units := _units(records, given)):
         return f"Try --units {shlex.quote(','.join(units))}"
     if source.problems and source.advice:
@@ -78,8 +79,13 @@ def _missing_roles(
     )
 
 
-def _fields_line(records: Sequence[Mapping[str, object]], missing: Sequence[str]) -> str:
-    """Name the fields that the records have, and the flags that say which of them are the missing ones."""
+def _fields_line(
+    records: Sequence[Mapping[str, object]], missing: Sequence[str], given: Mapping[str, str], labels: Sequence[str]
+) -> str:
+    """Name the fields that the records have, and the flags that say which of them are the missing ones.
+
+    labels: if the answer is one of a few; of other answers than these their flag is named as well.
+    """
     names = list(dict.fromkeys(str(name) for record in records for name in record))
     plain = [name if PLAIN.fullmatch(name) else quote(name) for name in names[:SHOWN_FIELDS]]
     shown = f"Fields here: {', '.join(plain) or 'none'}{', ...' * (len(names) > SHOWN_FIELDS)}"
@@ -89,14 +95,25 @@ def _fields_line(records: Sequence[Mapping[str, object]], missing: Sequence[str]
     typed = {role: name or NO_CONTEXT for role, name in guessed.items() if name or role == "context"}
     flags = " ".join(f"--{role}_field {shlex.quote(name)}" for role, name in typed.items())
     rest = f"; {NO_ANSWER}" * ("label" in missing and "label" not in typed)
+    if flags and labels and not rest:
+        answers, flag = _flag_for_answers(records, {**given, **typed})
+        if not {*map(label_key, answers)} <= {*map(label_key, labels), "maybe"}:
+            flags = f"{flags} {flag}".rstrip()
     return f"{shown}{f'; try {flags}' if flags else ''}{rest}"
 
 
-def _flags_for_answers(records: Sequence[Mapping[str, object]], given: Mapping[str, str]) -> str:
-    """Name the flag that accepts the answers that are there; "" if the records differ too much."""
-    named = [(record, names_of(record, given).label) for record in records]
-    if not any(name in record for record, name in named):
+def _answers_found(records: Sequence[Mapping[str, object]], given: Mapping[str, str]) -> str:
+    """Name the answers that are there, and the flag that accepts them; "" if the records differ too much."""
+    if not any(names_of(record, given).label in record for record in records):
         return f"No record has an answer: {NO_ANSWER}."
+    found, flag = _flag_for_answers(records, given)
+    shown = ", ".join(f"{count} {quote(answer)}" for answer, count in found.most_common(3)) + ", ..." * (len(found) > 3)
+    return f"Answers found: {shown}; try {flag}" if flag else ""
+
+
+def _flag_for_answers(records: Sequence[Mapping[str, object]], given: Mapping[str, str]) -> tuple[Counter[str], str]:
+    """Return the answers that are there and the flag that accepts them; "" if the records differ too much."""
+    named = [(record, names_of(record, given).label) for record in records]
     found: Counter[str] = Counter()
     letters: set[str] = set()
     for record, name in named:
@@ -105,14 +122,13 @@ def _flags_for_answers(records: Sequence[Mapping[str, object]], given: Mapping[s
             letters.update(options)
             found[right_letter(record.get(name), options) if options else final_answer(record.get(name))] += 1
     if found.total() < len(records) or len(found) < 2:
-        return ""
-    shown = ", ".join(f"{count} {quote(answer)}" for answer, count in found.most_common(3)) + ", ..." * (len(found) > 3)
+        return found, ""
     labels = sorted({*found, *letters})
     short = all(len(label) <= LONGEST_LABEL and "," not in label for label in labels)
     if len(labels) <= MOST_LABELS and short and len({*map(label_key, labels)}) == len(labels):
-        return f"Answers found: {shown}. Try --labels {shlex.quote(','.join(labels))}"
+        return found, f"--labels {shlex.quote(','.join(labels))}"
     kind = "number" if all(number_of(answer) is not None for answer in found) else "text"
-    return f"Answers found: {shown}. Try --answers {kind}"
+    return found, f"--answers {kind}"
 
 
 def _units(records: Sequence[Mapping[str, object]], given: Mapping[str, str]) -> list[str]:

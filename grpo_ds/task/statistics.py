@@ -7,11 +7,12 @@ import random
 from collections.abc import Iterator, Sequence
 from itertools import compress, product
 from math import sqrt
-from statistics import NormalDist, variance
+from statistics import variance
 
 DRAWS = 4000  # of a bootstrap or a test; the ends of an interval then vary by about 3 % of its width
 SEED = 0
 COVERED = 0.95
+Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 ROUNDING = 1e-12  # sums of the same values in another order
 
 
@@ -25,6 +26,15 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
     means = sorted(mean(draw(values, k=len(values))) for _ in range(DRAWS))
     cut = round(DRAWS * (1 - COVERED) / 2)
     return means[cut], means[-cut - 1]
+
+
+def wilson_interval(successes: float, count: int) -> tuple[float, float]:
+    """95 % confidence interval of a share (Wilson 1927); unlike p +- 1.96 s it stays in [0, 1], also for few."""
+    share, z2 = successes / count, Z_95**2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = Z_95 / (1 + z2 / count) * sqrt(share * (1 - share) / count + z2 / (4 * count**2))
+    # At the ends centre and half cancel exactly, but not in floats.
+    return centre - half if successes else 0.0, centre + half if successes < count else 1.0
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
@@ -50,12 +60,15 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple[float, tu
     """Return the share of pairs with the positive above the negative, a tie counting half, and its 95 % interval.
 
     The area under the ROC curve. Its variance is that of the shares by question (DeLong et al. 1988), its interval
-    normal, cut to [0, 1].
+    normal, cut to [0, 1]; if no pair differs from the others, that of a share of the rarer class.
     """
     above = [mean([(a > b) + (a == b) / 2 for b in negative]) for a in positive]
     below = [mean([(a > b) + (a == b) / 2 for a in positive]) for b in negative]
     area = mean(above)
-    half = NormalDist().inv_cdf((1 + COVERED) / 2) * sqrt(_error(above) + _error(below))
+    half = Z_95 * sqrt(_error(above) + _error(below))
+    if not half:
+        rarer = min(len(positive), len(negative))
+        return area, wilson_interval(area * rarer, rarer)
     return area, (max(0.0, area - half), min(1.0, area + half))
 
 

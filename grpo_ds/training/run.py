@@ -19,6 +19,7 @@ from grpo_ds.models.policy import save_merged, save_model
 from grpo_ds.report.environment import write_environment
 from grpo_ds.report.trackers import Tracker, make_trackers
 from grpo_ds.run_folder.checkpoints import folder_of, renamed_into
+from grpo_ds.run_folder.files import MERGED
 from grpo_ds.run_folder.inputs import BASE
 from grpo_ds.run_folder.lock import cannot_be_written
 from grpo_ds.run_folder.progress import Progress, strict
@@ -35,8 +36,6 @@ from grpo_ds.training.prompt_style import forget_prompts
 from grpo_ds.training.rehearsal import rehearse
 from grpo_ds.training.reports import Outcome, Reports
 from grpo_ds.training.trainer import Trainer
-
-MERGED = "merged"  # subfolder: in one folder, transformers would load the adapter on top of the merged model
 
 
 class Run:

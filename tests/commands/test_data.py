@@ -81,7 +81,7 @@ def test_bad_data_ends_the_command_before_a_tokenizer_is_loaded(monkeypatch, tmp
     monkeypatch.setattr(command, "loaded", lambda config: pytest.fail("loaded"))
     path = tmp_path / "data.csv"
     path.write_text("question;answer\nIs it?;ja\nWas it?;nein\n")
-    with pytest.raises(DataError, match=r"Answers found: 1 'ja', 1 'nein'\. Try --labels ja,nein"):
+    with pytest.raises(DataError, match=r"Answers found: 1 'ja', 1 'nein'; try --labels ja,nein"):
         command.main([str(path), "--model", "smollm2-135m"])
 
 

@@ -74,13 +74,13 @@ def test_a_missing_data_file_is_named(tmp_path):
         (["--reward_weights", "1"], ["reward_weights", "3 numbers"]),
         (["--on_reward_error", "skip"], ["on_reward_error", "stop, zero"]),
         (["--reward_timeout", "-1"], ["reward_timeout"]),
-        (["--labels", "A,B", "--few_shot", "1"], ["few_shot is 1", "0 examples fit labels A,B: --few_shot 0"]),
+        (["--labels", "A,B", "--few_shot", "3"], ["few_shot is 3, but 2 worked examples exist", ": --few_shot 2"]),
         (["--labels", "A,a"], ["labels"]),
         (["--answers", "numbers"], ["answers", "labels, number, text, none"]),
         (["--answers", "number", "--labels", "A,B"], ["labels is A,B, but answers is number: leave one of them out"]),
         (["--units", "$"], ["units is $, but answers is labels", "--answers number"]),
         (["--answers", "number", "--units", "$,5,<b>"], ["units: '5', '<b>' would be read as a part of the number"]),
-        (["--answers", "number", "--few_shot", "3"], ["2 examples exist for answers number: --few_shot 2"]),
+        (["--answers", "number", "--few_shot", "3"], ["2 worked examples exist for answers number: --few_shot 2"]),
         (["--answers", "text", "--answer_reward", "expected"], ["answer_reward expected needs labels", "text"]),
         (
             ["--answers", "number", "--reward_funcs", "correctness,reasoning_gain,bare_label"],
@@ -90,7 +90,7 @@ def test_a_missing_data_file_is_named(tmp_path):
         (["--answers", "none"], ["reward_funcs has correctness, but answers is none", "FILE.py:FUNCTION"]),
         (
             ["--answers", "none", "--reward_funcs", "format", "--eval_samples", "4", "--prefill", "--few_shot", "1"],
-            ["eval_samples", "prefill begins an answer", "0 examples exist for answers none: --few_shot 0"],
+            ["eval_samples", "prefill begins an answer", "0 worked examples exist for answers none: --few_shot 0"],
         ),
         (["--answer_tag", "<answer>"], ["answer_tag", "without its brackets"]),
         (["--answer_tag", "reasoning"], ["must differ"]),
@@ -433,7 +433,7 @@ def test_the_examples_of_a_recipe_are_those_that_fit_the_labels():
     def examples(labels):
         return parse(TrainConfig, ["--labels", labels], about="").config(recipe).few_shot
 
-    assert [examples(labels) for labels in ("yes,no", "yes,unsure", "A,B,C,D")] == [2, 1, 0]
+    assert [examples(labels) for labels in ("yes,no", "yes,unsure", "A,B,C,D")] == [2, 2, 2]
 
 
 def test_characters_that_the_locale_cannot_show_end_no_command(tmp_path):

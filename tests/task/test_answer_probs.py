@@ -2,6 +2,7 @@
 
 import random
 from itertools import product
+from statistics import NormalDist
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from grpo_ds.task.answer_probs import AnswerProbs, Confidence, compare_p_right, 
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.grading import Evaluation, count_votes, graded
 from grpo_ds.task.questions import Question
-from grpo_ds.task.statistics import DRAWS, auc, bootstrap_interval, calibration_error, sign_flip_p
+from grpo_ds.task.statistics import DRAWS, auc, bootstrap_interval, calibration_error, sign_flip_p, wilson_interval
 from tests.conftest import check_example
 
 LABELS = ("yes", "no", "maybe")
@@ -156,7 +157,7 @@ def test_the_auc_is_that_of_the_rank_sums(positive, negative):
 
 def test_the_aucs_interval_covers_the_true_one():
     """Normal scores a standard deviation apart have an AUC of Phi(1 / sqrt(2)) = 0.760; 55 and 34 as held out here."""
-    draw, true = random.Random(1), statistics.NormalDist().cdf(0.5**0.5)
+    draw, true = random.Random(1), NormalDist().cdf(0.5**0.5)
     intervals = [auc(*([draw.gauss(at, 1) for _ in range(n)] for at, n in ((1, 55), (0, 34))))[1] for _ in range(300)]
     assert 0.91 <= sum(low <= true <= high for low, high in intervals) / 300 <= 0.98
 
@@ -173,7 +174,7 @@ def test_of_equally_many_votes_the_first_drawn_counts_and_no_answer_has_none():
     sampled = [["no", "yes", "yes"], ["no", "yes", None], [None, None, None], ["yes", "maybe", "maybe"]]
     votes = count_votes(sampled, QUESTIONS, AnswerFormat(LABELS))  # yes right, no right, none, maybe right
     assert (votes.samples, votes.vote_accuracy) == (3, 0.75)
-    assert votes.vote_accuracy_interval == grading.wilson_interval(3, 4)
+    assert votes.vote_accuracy_interval == wilson_interval(3, 4)
 
 
 def test_an_evaluation_of_some_of_the_questions_is_theirs_alone():

@@ -262,9 +262,7 @@ def test_a_table_of_an_office_program_is_read_by_following_its_errors(tmp_path):
         read_questions(new)
     named = dict(re.findall(r"--(\w+)_field (\w+)", str(error.value)))
     assert named == {"question": "Frage", "label": "Antwort", "context": "none"}
-    with pytest.raises(DataError) as error:
-        read_questions(new, fields=named)
-    labels = re.search(r"Try --labels (\S+)", str(error.value))[1].split(",")
+    labels = re.search(r" --labels (\S+)", str(error.value))[1].split(",")
     found = read_questions(new, fields=named, labels=tuple(labels)).questions
     assert [(it.text, it.label) for it in found] == [("Fällt „es“?", "ja"), ("Stieg es, laut Text?", "nein")]
 

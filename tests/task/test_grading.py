@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_ds.errors import DataError
-from grpo_ds.task.grading import grade, mcnemar, small_sample, wilson_interval
+from grpo_ds.task.grading import grade, mcnemar, small_sample
 from grpo_ds.task.questions import Question
+from grpo_ds.task.statistics import wilson_interval
 
 LABELS = ("yes", "no")
 

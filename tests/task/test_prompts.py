@@ -136,13 +136,6 @@ def test_each_worked_example_is_a_turn_that_earns_the_full_reward():
 USER_ASKS = ({"role": "user", "content": "Name a city."},)
 LACKING = [  # of build_messages, the question's chat, words of each warning
     ({"answer_format": FORMAT, "few_shot": 2}, (), []),
-    ({"answer_format": FORMAT, "few_shot": 1, "usual_examples": 2}, (), []),  # typed
-    (
-        {"answer_format": AnswerFormat(("A", "B")), "usual_examples": 2},
-        (),
-        ["0 of 2 worked .* ours do not answer A or B"],
-    ),
-    ({"answer_format": AnswerFormat(("yes", "perhaps")), "few_shot": 1, "usual_examples": 2}, (), ["1 of 2 worked"]),
     ({"answer_format": FORMAT, "few_shot": 2}, USER_ASKS, ["0 of 2 worked examples .* chats get none"]),
     ({"answer_format": FORMAT, "system_prompt": ""}, (), [r"nothing in the prompt asks for <reasoning> or <answer>"]),
     ({"answer_format": FORMAT, "system_prompt": "Use <reasoning>."}, (), ["nothing in the prompt asks for <answer>, "]),
@@ -153,7 +146,7 @@ LACKING = [  # of build_messages, the question's chat, words of each warning
         ({"role": "system", "content": "Be brief."}, *USER_ASKS),
         ["nothing in the prompt asks"],
     ),
-    ({"answer_format": AnswerFormat(kind="none"), "system_prompt": "", "usual_examples": 2}, (), []),
+    ({"answer_format": AnswerFormat(kind="none"), "system_prompt": "", "few_shot": 2}, USER_ASKS, []),
 ]
 
 
@@ -187,9 +180,23 @@ def test_custom_labels_and_tags_are_asked_for(tokenizer):
     assert text.endswith("<think>")
 
 
-def test_worked_examples_answer_in_the_labels_spelling():
-    shown = build_messages(QUESTION, answer_format=AnswerFormat(("No", "Unclear")), few_shot=2)
-    assert len(shown) == 4 and shown[2]["content"].endswith("<answer>No</answer>")
+@pytest.mark.parametrize(
+    ("labels", "expected", "of_any_labels"),
+    [
+        (("No", "Unclear", "Yes"), ["Yes", "No"], False),
+        (("ja", "nein"), ["ja", "nein"], False),
+        (("False", "True"), ["True", "False"], False),
+        (("1", "0"), ["1", "0"], False),
+        (("yes", "perhaps"), ["yes", "perhaps"], True),
+        (("A", "B", "C", "D"), ["A", "D"], True),
+    ],
+)
+def test_every_set_of_labels_has_examples_in_its_spelling(labels, expected, of_any_labels):
+    shown = worked_examples(AnswerFormat(labels))
+    assert [example.label for example, _ in shown] == expected
+    told = [example.label in example.context and example.label in reasoning for example, reasoning in shown]
+    assert told == [of_any_labels] * 2
+    assert not any("{" in text for example, reasoning in shown for text in (example.context, reasoning))
 
 
 def test_a_custom_system_prompt_is_used_unchanged(tokenizer):
