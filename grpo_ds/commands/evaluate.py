@@ -132,8 +132,8 @@ def graded(config: GradingConfig, why: str, asked: Asked) -> dict[str, Any]:
 
     rewards = reward_functions(config, asked.questions) if config.reward_funcs else {}
     console = Console(prints_results=True)
-    console.line(f"Model: {config.model} ({why})\nData: {asked.described()}")
     shape_of(config.model, trust_remote_code=config.trust_remote_code)
+    console.line(f"Model: {config.model} ({why})\nData: {asked.described()}")
     if config.compare_with:  # before the first one is asked, which takes minutes
         with _naming_its_flag():
             shape_of(config.compare_with, trust_remote_code=config.trust_remote_code)

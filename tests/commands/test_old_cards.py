@@ -3,8 +3,8 @@
 import pytest
 
 from grpo_ds.commands import settle as module
+from grpo_ds.commands.first_lines import PRECISIONS
 from grpo_ds.commands.settle import settle
-from grpo_ds.commands.train import PRECISIONS
 from grpo_ds.errors import MAX_LINES, UsageError
 
 QWEN = ["--model", "qwen2.5-0.5b"]
