@@ -356,7 +356,7 @@ class Terminal:
     def interrupts(self) -> None:
         """Press Ctrl-C, twice if the first fell between two checks of Python's, which then waits for a key."""
         self.types("\x03")
-        if not self._read_until(lambda: False, seconds=5):
+        if not self._read_until(lambda: False, seconds=20):
             self.types("\x03")
 
     def ends(self) -> tuple[int, str]:
