@@ -134,6 +134,11 @@ class ActivationMemory:
             chunk, fp32 = chunk * ((4 + self.w) / 8 if self.on_gpu else 1), 2 * 4
         return int(chunk) + targets * self.shape.hidden * (2 * self.w + fp32)
 
+    def behind_layers(self) -> int:
+        """What the last norm keeps in fp32, and the hidden states of the targets with their gradient."""
+        targets = self.in_completions * self.config.max_completion_length
+        return self.shape.hidden * (4 * self.tokens + 2 * self.w * targets)
+
     def forward(self, dequantised: int = 0) -> dict[str, int]:
         """Forward pass of the reference over the packed rows, without gradients."""
         head = self.logprobs() + self.tokens * self.shape.hidden * self.w

@@ -251,7 +251,8 @@ class _RunMemory:
         """Comparing the policy with its files, a matrix at a time, and log-probs with layers that pass through."""
         layer, stored = self.shape.in_a_layer, 2  # bytes of a stored weight
         compared = self.largest * self.w * (self.on_gpu or self.w != stored)  # a copy, from the card or converted
-        passing = {"streamed layers": layer * self.w * (1 + AHEAD) * self.on_gpu}
+        at_once = min(1 + AHEAD, self.shape.layers)
+        passing = {"streamed layers": layer * self.w * at_once * self.on_gpu}
         converted = {"streamed layer": layer * self.w * (not self.on_gpu and self.w != stored)}
         return [
             self._during({}, {MAPPED: self.largest * stored, "compared weights": compared}),
@@ -267,11 +268,13 @@ class _RunMemory:
         kept = {"gradient bucket": bucket, "gradients": gradients + earlier}  # from the first layer's backward on
         stored = {"activations kept for backward": activations.checkpoints()} | activations.masks()
         head, leaving, layer = self.largest * w, self._beside_gradient(), activations.layer_backward()
+        untied = (head + self.largest * leaving) * (not self.shape.tied)  # of the head, which leaves first
         in_head = {**stored, "gradients": earlier, "log-probs": activations.logprobs(backward=True)}
         in_layers = {**stored, **kept, "a layer's activations": layer}
         return [
             self._during({**stored, "gradients": earlier, "log-probs": activations.logprobs()}),
             self._during({**in_head, "largest gradients": head}),
+            self._during({**stored, **kept, "hidden states": activations.behind_layers(), "largest gradients": untied}),
             # A tied head's gradient is kept until it is added to the embedding's gradient.
             self._during({**in_layers, "largest gradients": head * self.shape.tied}),
             self._during({**kept, "largest gradients": head + self.largest * leaving}),

@@ -76,7 +76,7 @@ class StreamedModel(LogprobModel):
             self.embedding.register_forward_pre_hook(self._rows_of_tokens),
             self.embedding.register_forward_hook(lambda *_: give(self.matrices[:1], own)),
         ]
-        ahead = _Ahead(self._onto_device, [*self.layers.values()], self.model.device)
+        ahead = _Ahead(self._onto_device, [*self.layers.values()], like=self.embedding.weight)
         for layer, names in self.layers.items():
             hooks.append(layer.register_forward_pre_hook(lambda *_, names=names: give(names, ahead.take(names))))
             hooks.append(layer.register_forward_hook(lambda *_, names=names: give(names, own)))
@@ -106,10 +106,10 @@ class _Ahead:
     """Weights of the layers in their order; on a card a stream of its own copies the next ones."""
 
     def __init__(
-        self, copy: Callable[[Collection[str]], dict[str, Tensor]], layers: list[list[str]], device: torch.device
+        self, copy: Callable[[Collection[str]], dict[str, Tensor]], layers: list[list[str]], like: Tensor
     ) -> None:
-        self.copy, self.layers, self.device = copy, layers, device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.copy, self.layers, self.device = copy, layers, like.device
+        self.stream = torch.cuda.Stream(like.device) if like.is_cuda else None
         self.under_way: dict[int, tuple[Tensors, Any]] = {}  # layer -> its copies, and the event of their end
 
     def take(self, names: list[str]) -> Tensors:

@@ -7,7 +7,7 @@ depends on values takes its largest size. Tensors in RAM are real and not counte
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -138,7 +138,17 @@ def _selected(tensor: Tensor, mask: Tensor) -> Tensor:
     return tensor.new_empty(mask.numel())
 
 
+def _all_distinct(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return tensor.new_empty(tensor.numel()), torch.empty_like(tensor), tensor.new_empty(0)
+
+
 LARGEST: dict[Any, Callable[..., Any]] = {
+    aten._unique2.default: lambda tensor, *_, **__: _all_distinct(tensor) if tensor.device == CARD else NotImplemented,
+    aten._to_copy.default: lambda tensor, device=None, **_: (
+        torch.zeros(tensor.shape, dtype=tensor.dtype)
+        if tensor.device == CARD and device == torch.device("cpu")
+        else NotImplemented
+    ),
     aten.index.Tensor: lambda tensor, indices: (
         _all_rows(tensor, indices) if len(indices) == 1 and tensor.device == CARD else NotImplemented
     ),
@@ -163,5 +173,9 @@ def as_on_a_card() -> Iterator[Recorder]:
         stack.enter_context(mock.patch.object(torch.Tensor, "is_cuda", on_card, create=True))
         stack.enter_context(mock.patch.object(torch.Tensor, "data_ptr", _address))
         stack.enter_context(mock.patch("torch.nn.functional.scaled_dot_product_attention", attention))
+        for name in ("Stream", "current_stream"):  # a stream's work is done at once
+            stack.enter_context(mock.patch.object(torch.cuda, name))
+        stack.enter_context(mock.patch.object(torch.cuda, "stream", nullcontext))
+        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", lambda *_: None))
         stack.enter_context(recorder)
         yield recorder

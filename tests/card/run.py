@@ -4,7 +4,7 @@ Policy, reference, log-probs, packing, loss and decoding are the real ones. ZeRO
 and the sampler's loop are followed here, because they need a card, a kernel or a tokenizer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +97,16 @@ def _move(owner: Any, recorder: Recorder) -> None:
             _move(value, recorder)
 
 
+class _Stored:
+    """Stored weights without values, in RAM."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.shapes = {name: weight.shape for name, weight in model.named_parameters()}
+
+    def read(self, names: Collection[str]) -> dict[str, Tensor]:
+        return {name: torch.empty(self.shapes[name], dtype=torch.bfloat16) for name in names}
+
+
 class _Run:
     def __init__(self, job: Job, recorder: Recorder) -> None:
         self.job, self.config, self.recorder = job, job.config, recorder
@@ -122,7 +132,9 @@ class _Run:
 
     def make_reference(self) -> None:
         if self.config.beta:
-            self.reference_model = make_reference(self.policy, self.config.reference_kind, store=lambda: None)
+            self.reference_model = make_reference(
+                self.policy, self.config.reference_kind, store=lambda: _Stored(self.model)
+            )
 
     def sample(self) -> None:
         config = self.config

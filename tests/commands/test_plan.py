@@ -40,7 +40,7 @@ def test_all_parameters_of_7b_take_a_24_gb_card_beside_64_gb_of_ram(plan, tmp_pa
     for ds, ram in ("ds_configs/zero2_lowram.json", 60.4), (smaller, 53.3):
         words = ("--plan", "--model", "qwen2.5-7b", "--ds", ds, "--reference", "streamed")
         shown = plan(*words, "--gpu_gib", 24, "--ram_gib", 64)
-        assert f"16.4 of about 24.0 GiB of GPU memory (update), {ram} of 64.0 GiB of RAM" in shown
+        assert f"17.2 of about 24.0 GiB of GPU memory (update), {ram} of 64.0 GiB of RAM" in shown
 
 
 def test_only_a_plan_is_of_another_machine():
