@@ -54,7 +54,8 @@ class RewardError(GrpoError):
 
 def in_one_line(error: Exception, most: int = 200) -> str:
     """Return another library's message as one line of at most `most` characters, for a message of ours."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
+    said = " ".join(str(error).split())
+    return (said if len(said) <= most else said[: most - 4].rsplit(" ", 1)[0] + " ...") or type(error).__name__
 
 
 def one_error(error_type: type[GrpoError], headline: str, problems: Sequence[str], remedy: str = "") -> GrpoError:

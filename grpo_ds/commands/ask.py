@@ -175,7 +175,7 @@ def given_questions(config: QuestionConfig) -> list[Question]:
             except Unusable as fault:
                 problems.append(str(fault))
     if problems:
-        raise one_error(UsageError, "Nothing to answer:", problems, HOW)
+        raise one_error(UsageError, "This cannot be asked:", problems, HOW)
     return [Question(id="asked", text=texts["question"], context=texts["context"], label="")]
 
 

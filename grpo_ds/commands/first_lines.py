@@ -44,9 +44,10 @@ def schedule_words(ds: DsConfig) -> str:
     """Describe the flags' schedule behind the learning rate; "" for a constant rate or the JSON's schedule."""
     if not ds.schedule:
         return ""
-    short = " (the run is not longer)" if ds.warmup_steps >= ds.total_steps else ""
-    warm_up = f" after {ds.warmup_steps} updates of warm-up{short}" if ds.warmup_steps else ""
-    return f" {ds.schedule.removesuffix('_with_warmup')}{warm_up}"
+    if ds.warmup_steps >= ds.total_steps:
+        return f" (only rising towards it: {ds.warmup_steps} updates of warm-up, and the run has {ds.total_steps})"
+    rising = f", after {ds.warmup_steps} updates of warm-up" if ds.warmup_steps else ""
+    return f" ({ds.schedule.removesuffix('_with_warmup')}{rising})"
 
 
 def checkpoint_lines(settled: Settled, folder: Path) -> list[str]:
@@ -56,7 +57,8 @@ def checkpoint_lines(settled: Settled, folder: Path) -> list[str]:
         return []
     kept = config.save_total_limit or -(-config.total_steps // config.save_steps)
     free = disk_usage(next(path for path in (folder, *folder.resolve().parents) if path.is_dir())).free / GIB
-    line = f"Checkpoints: every {config.save_steps} steps and at the end, {size:.1f} GiB each, {kept} kept"
+    each = f"{size:.1f} GiB" if size >= 0.1 else f"{1024 * size:.0f} MiB"
+    line = f"Checkpoints: every {config.save_steps} steps and at the end, {each} each, {kept} kept"
     short = f"Warning: during a save they take {(kept + 1) * size:.1f} GiB, but {free:.1f} GiB are free in {folder}."
     return [line, short] if (kept + 1) * size > free else [line]
 

@@ -207,12 +207,14 @@ def all_candidates(one: str, config: SelectConfig, typed: frozenset[str], gpu: f
 
 def resolved(config: SelectConfig, typed: frozenset[str], *, on_gpu: bool) -> dict[str, DsConfig]:
     """Return the DeepSpeed JSON of --ds, or for a GPU every shipped one, filled from the flags."""
-    native = native_precision(on_gpu=on_gpu)
+    card = card_named(config.gpu or "")
+    native = native_precision(on_gpu=on_gpu) if card is None or card.bf16 else "fp16"
     sizes = config.ds_sizes(native=native)
     files = {config.ds: Path(config.ds)}
     if on_gpu and "ds" not in typed:
-        # The optimizer on the GPU first, which needs no step on the CPU; then fp32 masters before bf16 masters.
-        shipped = sorted(DS_JSONS.names(), key=lambda name: ("lowram" in name, "gpu" not in name))
+        # The optimizer on the GPU first, which needs no step on the CPU (an adapter's is nothing); then fp32 masters
+        # before bf16 masters.
+        shipped = sorted(DS_JSONS.names(), key=lambda name: ("lowram" in name, ("gpu" in name) == bool(config.lora_r)))
         shipped = [name for name in shipped if native == "bf16" or "lowram" not in name]  # its masters are bf16
         files = {name: DS_JSONS.folder / Path(name).name for name in shipped}
     return {name: resolve_ds_config(path, fill=sizes, explicit=typed) for name, path in files.items()}

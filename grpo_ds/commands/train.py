@@ -30,6 +30,7 @@ from grpo_ds.errors import CheckpointError, UsageError
 from grpo_ds.memory.plan import GIB
 from grpo_ds.models.base_weights import base_hash
 from grpo_ds.report.trackers import check_trackers
+from grpo_ds.run_folder.files import MERGED
 from grpo_ds.run_folder.inputs import BASE, PASSED, check_inputs, inputs_of, passed
 from grpo_ds.run_folder.lock import FolderTaken, check_writable, lock, lock_new, release
 from grpo_ds.run_folder.progress import Progress
@@ -60,6 +61,9 @@ from grpo_ds.task.sources import RECORDS, Source
 if TYPE_CHECKING:
     from grpo_ds.training.reports import Outcome
     from grpo_ds.training.run import Run
+
+
+QUARTERS = 4  # steps that a comparison of quarters needs
 
 
 def main(argv: list[str]) -> None:
@@ -136,11 +140,13 @@ def finish(run: "Run") -> "Outcome":
     """Run it to its end, and print what training changed and where it is."""
     outcome, say, folder = run.run(), run.console, run.folder
     say.before_and_after(outcome.before, outcome.after, outcome.questions)
-    say.line("Mean reward: {:.2f} in the first quarter of the steps, {:.2f} in the last.".format(*outcome.quarters()))
+    if len(outcome.rewards) >= QUARTERS:
+        first, last = outcome.quarters()
+        say.line(f"Mean reward: {first:.2f} in the first quarter of the steps, {last:.2f} in the last.")
     run.reports.verdict()
-    say.line(
-        f"Model, its card, metrics and memory: {folder}\nAsk it: {command('ask')} --model {shlex.quote(str(folder))}"
-    )
+    merged = f"\nThe merged model: {folder / MERGED}" if (folder / MERGED).is_dir() else ""
+    ask = f"{command('ask')} --model {shlex.quote(str(folder))}"
+    say.line(f"Model, its card, metrics and memory: {folder}{merged}\nAsk it: {ask}")
     return outcome
 
 

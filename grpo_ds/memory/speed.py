@@ -30,18 +30,21 @@ class Card:
     gb_per_s: float  # memory bandwidth
     tflops: float  # dense products in 16 bits, summed in fp32, by the tensor cores
     pcie: float  # GB/s in one direction
+    bf16: bool = True  # else it computes in fp16
 
 
 # NVIDIA's data sheets: T4, V100, A10, L4, A100 and H100 product pages; appendix A of the Turing, Ampere GA102 and Ada
 # white papers for GeForce cards ("Peak FP16 Tensor TFLOPS with FP32 Accumulate", without sparsity). PCIe 3.0, 4.0 and
 # 5.0 x16 have 16, 32 and 64 GB/s; an RTX 4060 Ti has 8 lanes.
 CARDS = (
+    Card("RTX 2060", 6, 336, 25.8, 16, bf16=False),
+    Card("RTX 2080", 8, 448, 42.4, 16, bf16=False),
     Card("RTX 3070", 8, 448, 40.6, 32),
-    Card("RTX 2080 Ti", 11, 616, 56.9, 16),
+    Card("RTX 2080 Ti", 11, 616, 56.9, 16, bf16=False),
     Card("RTX 3060", 12, 360, 25.6, 32),
     Card("RTX 4070", 12, 504, 58.3, 32),
-    Card("T4", 15, 320, 65, 16),
-    Card("V100", 16, 900, 112, 16),
+    Card("T4", 15, 320, 65, 16, bf16=False),
+    Card("V100", 16, 900, 112, 16, bf16=False),
     Card("RTX 4060 Ti", 16, 288, 44, 16),
     Card("L4", 22.5, 300, 121, 32),
     Card("A10", 22.5, 600, 125, 32),

@@ -137,14 +137,18 @@ class Console:
     def samples(self, rows: Sequence[dict[str, Any]]) -> None:
         """Print the first completions with their rewards, before any update."""
         self.line(f"The first {min(len(rows), SAMPLES)} completions, before any update:")
+        asked = None
         for row in rows[:SAMPLES]:
             earned = " ".join(
                 f"{name.removeprefix('rewards/')} {_reward(value)}"
                 for name, value in row.items()
                 if name.startswith("rewards/") and value is not None
             )
-            label = f" ({row['label']})" if row["label"] else ""
-            self.line(f"  {row['question']}{label}\n    {' '.join(row['completion'].split())}")
+            if row["question"] != asked:
+                asked = row["question"]
+                label = f"  (right: {row['label']})" if row["label"] else ""
+                self.line(f"  {' '.join(asked.split())}{label}")
+            self.line(f"    {' '.join(row['completion'].split())}")
             broken = f"  {row['broken_rule']}" if row.get("broken_rule") else ""
             self.line(f"    reward {_reward(row['reward'])} ({earned}){broken}")
 

@@ -32,7 +32,7 @@ def phase_table(plan: Plan, gpu_gib: float | None, ram_gib: float) -> Table:
     for kind, size in sizes.items():
         table.add_column(MEMORY_NAMES[kind], footer=f"{size:.1f}", justify="right")
     for phase in plan.phases:
-        table.add_row(phase.name, *(f"{phase.bytes_in(kind) / GIB:.2f}" for kind in sizes))
+        table.add_row(phase.name, *(f"{phase.needed_in(kind) / GIB:.2f}" for kind in sizes))
     return table
 
 

@@ -31,7 +31,8 @@ from grpo_ds.task.worked_examples import BIOMEDICAL
 TEMPLATE = "model_card.md.jinja"
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SETTINGS = (
-    *("loss_type", "num_iterations", "num_steps", "mu", "batch_size", "num_generations", "learning_rate", "beta"),
+    *("loss_type", "num_iterations", "num_steps", "mu", "batch_size", "num_generations", "learning_rate"),
+    *("lr_scheduler_type", "warmup_steps", "beta"),
     *("kl_estimator", "reference", "epsilon", "epsilon_high", "delta", "scale_rewards", "temperature"),
     *("max_prompt_length", "max_completion_length", "reward_funcs", "reward_weights", "balance_classes"),
     *("max_grad_norm", "weight_decay", "ds", "seed"),
@@ -46,11 +47,11 @@ def write_card(folder: Path) -> Path:
     file, merged = folder / CARD_FILE, folder / MERGED
     write_whole(file, card(folder, is_adapter=(folder / ADAPTER_FILE).is_file()))
     if merged.is_dir():
-        write_whole(merged / CARD_FILE, card(folder, is_adapter=False))
+        write_whole(merged / CARD_FILE, card(folder, is_adapter=False, is_merged=True))
     return file
 
 
-def card(folder: Path, *, is_adapter: bool) -> str:
+def card(folder: Path, *, is_adapter: bool, is_merged: bool = False) -> str:
     config, environment = read_settings(folder), read_json(folder, ENVIRONMENT_FILE)
     held_out, summary = read_json(folder, HELD_OUT_FILE), read_json(folder, SUMMARY_FILE)
     before, after = held_out["before"], held_out["after"]
@@ -68,6 +69,7 @@ def card(folder: Path, *, is_adapter: bool) -> str:
         biomedical=config.get("subject", BIOMEDICAL) == BIOMEDICAL,
         grades=table(("", "before", "after"), _figure_rows(before, after)),
         is_adapter=is_adapter,
+        is_merged=is_merged,
         snippet=fenced(transformers_code(folder, is_adapter=is_adapter), "python"),
         modelfile=fenced(modelfile(folder)),
         settings=table(("setting", "value"), _settings(config)),
@@ -77,7 +79,7 @@ def card(folder: Path, *, is_adapter: bool) -> str:
         environment=table(("", ""), _environment(environment)),
         versions=environment["versions"],
         has_context=config.get("context_field") != NO_CONTEXT,
-        **{name: config[name] for name in ("few_shot", "prefill", "temperature", "max_prompt_length")},
+        **{name: config[name] for name in ("few_shot", "prefill", "temperature", "max_prompt_length", "reward_funcs")},
     )
 
 
@@ -135,6 +137,7 @@ def _settings(config: dict[str, Any]) -> list[tuple[str, Any]]:
 def _data(config: dict[str, Any], summary: dict[str, Any]) -> str:
     counts, closed, part = summary["questions"], _is_closed(config), config["eval_fraction"]
     share = f"by class, {part} of each set aside" if closed else f"{part} set aside"
+    share += f", {config['eval_limit']} of them asked at most" if config.get("eval_limit") else ""
     rows = [
         ("source", _data_name(config)),
         *([("labels", config["labels"])] if closed else [("answers", ANSWERS[config["answers"]])]),

@@ -179,6 +179,11 @@ class OneColumn(HelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34)
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Fill each paragraph by itself, and leave indented ones, which are commands, as they are."""
+        fill = super()._fill_text
+        return "\n\n".join(it if it.startswith(" ") else fill(it, width, indent) for it in text.split("\n\n"))
+
 
 def _help(flag: "Field[Any]") -> str:
     """Line of --help for the flag, with its default unless that is empty, false or already in the line."""

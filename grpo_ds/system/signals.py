@@ -85,10 +85,11 @@ class Interruption:
         if not self.signum:
             self.signum, self._since = number, now
             if os.environ.get("RANK", "0") == "0":
+                sent = "Ctrl-C" if number == signal.SIGINT else name(number)
                 how = "; press Ctrl-C again to end now without saving" if number == signal.SIGINT else ""
                 # By a thread: the signal may have interrupted a write, and the reader of ours may be gone or slow.
                 with suppress(RuntimeError):  # no more threads
-                    start_new_thread(_say, (f"{name(number)}: saving at the next safe point{how}.",))
+                    start_new_thread(_say, (f"{sent}: saving at the next safe point{how}.",))
 
 
 def _say(line: str) -> None:

@@ -66,7 +66,11 @@ def csv_records(text: str) -> tuple[str, list[Placed], list[str], str] | None:
         elif any(row.cells):
             records.append((row.place, _record(header, row.cells)))
     separated = NAMES.get(delimiter, repr(delimiter))
-    return f"CSV with {separated}", records, problems, _advice(separated, "," if delimiter == ";" else ";")
+    advice = "The first line names the columns."
+    if len(header) == 1 or len(problems) >= len(records):
+        other = "," if delimiter == ";" else ";"
+        advice += f" If {separated} do not separate them, put a line before it: sep={other}"
+    return f"CSV with {separated}", records, problems, advice
 
 
 def _fit(text: str, delimiter: str) -> tuple[bool, float, int]:
@@ -120,7 +124,3 @@ def _width_fault(cells: list[str], header: list[str], delimiter: str) -> str:
 def _record(header: list[str], cells: list[str]) -> dict[str, object]:
     # A column without a name is the row numbers that pandas writes.
     return {name: json_value(cell) for name, cell in zip(header, cells, strict=True) if name and cell.strip()}
-
-
-def _advice(separated: str, other: str) -> str:
-    return f"The first line names the columns. If {separated} do not separate them, put a line before it: sep={other}"

@@ -3,7 +3,7 @@
 import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 
 from grpo_ds.task.answers import AnswerKind
@@ -18,7 +18,7 @@ from grpo_ds.task.spelling import label_key
 MOST_LABELS, LONGEST_LABEL = 10, 20  # of answers that could be labels
 MOST_UNITS = 5
 AROUND_UNITS = "0123456789.,/%+-\u2212 "
-SHOWN_FIELDS = 8
+SHOWN_FIELDS, SHOWN_ANSWERS = 8, 4
 PLAIN = re.compile(r"\w[\w -]*")  # a field's name that needs no quotes
 NO_ANSWER = "name the answer's field (--label_field), or --answers none if rewards need no answer"
 FLAGS = "--question_field, --context_field NAME|none, --label_field"
@@ -31,7 +31,10 @@ WORDS = {  # role -> words that data sets in several languages use for it, witho
         *("answer", "label", "antwort", "respuesta", "resposta", "r\u00e9ponse", "risposta", "antwoord"),
         *("solution", "target", "output", "answerkey"),
     ),
-    "context": ("context", "kontext", "contexte", "contexto", "passage", "abstract", "text"),
+    "context": (
+        *("context", "kontext", "contexte", "contexto", "passage", "abstract", "text", "summary", "evidence"),
+        *("kurzfassung", "zusammenfassung", "r\u00e9sum\u00e9", "resumen", "resumo", "riassunto", "samenvatting"),
+    ),
 }
 
 
@@ -90,6 +93,8 @@ def _fields_line(
     plain = [name if PLAIN.fullmatch(name) else quote(name) for name in names[:SHOWN_FIELDS]]
     shown = f"Fields here: {', '.join(plain) or 'none'}{', ...' * (len(names) > SHOWN_FIELDS)}"
     guessed = {role: next((name for name in names if label_key(name.strip()) in WORDS[role]), None) for role in missing}
+    if guessed.get("context", "known") is None:
+        guessed["context"] = _only_text(records, {*given.values(), *guessed.values()})
     if not guessed.get("question", "known"):
         return f"{shown}. Name those of question, context and answer: {FLAGS}."
     typed = {role: name or NO_CONTEXT for role, name in guessed.items() if name or role == "context"}
@@ -102,12 +107,20 @@ def _fields_line(
     return f"{shown}{f'; try {flags}' if flags else ''}{rest}"
 
 
+def _only_text(records: Sequence[Mapping[str, object]], taken: Collection[str | None]) -> str | None:
+    """Return the field of several words that no other role has, if there is one such field alone."""
+    names = dict.fromkeys(str(name) for record in records for name in record)
+    texts = [name for name in names if name not in taken and " " in str(records[0].get(name, "")).strip()]
+    return texts[0] if len(texts) == 1 else None
+
+
 def _answers_found(records: Sequence[Mapping[str, object]], given: Mapping[str, str]) -> str:
     """Name the answers that are there, and the flag that accepts them; "" if the records differ too much."""
     if not any(names_of(record, given).label in record for record in records):
         return f"No record has an answer: {NO_ANSWER}."
     found, flag = _flag_for_answers(records, given)
-    shown = ", ".join(f"{count} {quote(answer)}" for answer, count in found.most_common(3)) + ", ..." * (len(found) > 3)
+    shown = ", ".join(f"{count} {quote(answer)}" for answer, count in found.most_common(SHOWN_ANSWERS))
+    shown += ", ..." * (len(found) > SHOWN_ANSWERS)
     return f"Answers found: {shown}; try {flag}" if flag else ""
 
 

@@ -167,16 +167,24 @@ def _weighted(values: Sequence[float | None], weight: float) -> list[float | Non
 
 
 def _find_faulty(function: RewardFunction, columns: Columns, trainer_state: object, timeout: float) -> Sequence[int]:
-    """Find the first completion that also fails alone; return all if no call with one fails within the time."""
-    indices, end, left = range(len(columns["completions"])), monotonic() + timeout, 0.0
-    for i in indices:
-        if timeout and (left := end - monotonic()) <= 0:
-            break
+    """Find the first completion that also fails alone; () if the last does, too, as then any may.
+
+    Return all if no call with one fails within the time.
+    """
+    indices, end = range(len(columns["completions"])), monotonic() + timeout
+
+    def fails(i: int) -> bool:
+        left = end - monotonic() if timeout else 0.0
+        if timeout and left <= 0:
+            return False
         alone = {name: column[i : i + 1] for name, column in columns.items()}
         outcome, _ = call_all({"": function}, alone, trainer_state=trainer_state, timeout=left)[""]
-        if isinstance(outcome, Faulty) and not (timeout and monotonic() >= end):
-            return [i]
-    return indices
+        return isinstance(outcome, Faulty) and not (timeout and monotonic() >= end)
+
+    found = next((i for i in indices if fails(i)), None)
+    if found is None:
+        return indices
+    return () if found == 0 and len(indices) > 1 and fails(indices[-1]) else (found,)
 
 
 def _remedy(function: RewardFunction, fault: Faulty) -> str:
@@ -189,6 +197,8 @@ def _remedy(function: RewardFunction, fault: Faulty) -> str:
 
 
 def _place(indices: Sequence[int], columns: Columns) -> str:
+    if not indices:
+        return f"It fails for any completion, also for this one alone: {columns['completions'][0][:LONGEST_QUOTE]!r}"
     ids = list(dict.fromkeys(columns["id"][i] for i in indices))
     if len(indices) == 1:
         return f"Record {ids[0]}, completion {columns['completions'][indices[0]][:LONGEST_QUOTE]!r}"

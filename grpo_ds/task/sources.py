@@ -101,7 +101,7 @@ def parse_file(name: str, content: bytes, answers: AnswerKind = "labels") -> Sou
 
 def rows_to_source(name: str, rows: Iterable[Mapping]) -> Source:
     """Return the rows of a table as a source."""
-    return Source(name, tuple(table_records(rows)), form="table")
+    return Source(name, tuple(table_records(rows)), form="rows of records")
 
 
 def _read_bytes(path: str) -> bytes:

@@ -202,7 +202,7 @@ class Case:
 SHIPPED = [f"ds_configs/{file.name}" for file in sorted((ROOT / "ds_configs").glob("*.json"))]
 CASES = [
     Case("--num_generations 1", "--num_generations 4"),
-    Case("--labels A,B --few_shot 1", "--few_shot 0"),
+    Case("--labels A,B --few_shot 3", "--few_shot 2"),
     Case("--labels yes", "yes,no", "--labels yes,no"),
     Case("--load_in_4bit", "--lora_r 16"),
     Case("--load_in_8bit", "--lora_r 16"),

@@ -640,7 +640,7 @@ def test_a_question_to_ask_is_checked_like_a_record(monkeypatch, tried, flags, w
 
     with pytest.raises(UsageError) as error:
         ask.main(["--model", "smollm2-135m", *flags])
-    check(str(error.value), ["Nothing to answer:", words])
+    check(str(error.value), ["This cannot be asked:", words])
     tried(KIND, "named")
 
 

@@ -104,7 +104,7 @@ def test_no_card_means_the_cpu(select):
         (["--gpu_gib", "many"], "gpu_gib"),
         (["--gpu_gib", -1], "0 GiB"),
         (["--gpu_gib", 16, "--num_generations", 1], "compares completions of a group"),
-        (["--gpu", "GTX 1060"], "'GTX 1060'; known are RTX 3070"),
+        (["--gpu", "GTX 1060"], "'GTX 1060'; known are RTX 2060"),
         (["--gpu_gib", 16, "--ds", "nowhere.json"], "nowhere.json"),
         (["--gpu_gib", 16, "--model", "/no/such/folder"], "/no/such/folder"),
     ],

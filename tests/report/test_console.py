@@ -86,7 +86,7 @@ def test_long_work_prints_lines_in_a_file_and_none_at_a_terminal():
     made, written = every_line_is_due(terminal=False)
     work(made)
     begun, going = written.getvalue().splitlines()
-    assert begun == "Evaluation: 0 of 3 questions" and going.startswith("Evaluation: 1 of 3 questions, ")
+    assert begun == "Evaluation: 3 questions to come" and going.startswith("Evaluation: 1 of 3 questions, ")
     made, written = every_line_is_due(terminal=True)
     work(made)  # a bar
     assert "1/3" in written.getvalue() and "questions" not in written.getvalue()
@@ -153,7 +153,9 @@ def test_the_first_four_completions_are_shown_as_text_with_what_they_earned():
     made, written = console(terminal=False)
     made.samples([ROW] * 6)
     text = written.getvalue()
-    assert text.count("Does [red]it[/]? (yes)") == 4 and "\x1b" not in text
+    made.samples([ROW, {**ROW, "question": "Which?\nA. it\nB. not", "label": "B"}])
+    assert text.count("Does [red]it[/]?  (right: yes)\n") == 1 and "\x1b" not in text
+    assert "  Which? A. it B. not  (right: B)\n" in written.getvalue()
     assert text.count("reward 2.00 (correctness 2.00)") == 4  # what does not apply is not said
 
 

@@ -360,7 +360,9 @@ def test_a_hub_data_set_is_loaded_with_its_config_and_read(monkeypatch):
 
 
 def test_rows_of_a_table_become_numbered_records():
-    assert rows_to_source("table", [{"a": 1, "b": None}]) == Source("table", (("record 1", {"a": 1}),), form="table")
+    assert rows_to_source("table", [{"a": 1, "b": None}]) == Source(
+        "table", (("record 1", {"a": 1}),), form="rows of records"
+    )
 
 
 JSON = st.recursive(

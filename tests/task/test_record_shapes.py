@@ -254,8 +254,8 @@ REMEDIES = [  # records, the flags that the error recommends and that then read 
         {"fields": {"question": "Question", "label": "Answer", "context": "Context"}},
     ),
     (
-        [{"Frage": f"{n}?", "Text": "c", "Antwort": ("ja", "nein")[n % 2]} for n in range(4)],
-        {"fields": {"question": "Frage", "label": "Antwort", "context": "Text"}, "labels": ("ja", "nein")},
+        [{"Frage": f"{n}?", "Studie": "Es sank.", "Antwort": ("ja", "nein")[n % 2]} for n in range(4)],
+        {"fields": {"question": "Frage", "label": "Antwort", "context": "Studie"}, "labels": ("ja", "nein")},
     ),
 ]
 

@@ -210,7 +210,7 @@ FAULTS = [
     (lambda **_: throw(StopIteration("over")), ["raised StopIteration: over"]),
     (lambda **_: throw(Unprintable()), ["raised Unprintable (test_rewards.py, line"]),
     (lambda **_: [Unprintable(), 1.0], ["raised Unprintable (test_rewards.py, line"]),  # its __float__ raises
-    (lambda completions, **_: int("x"), ["raised ValueError: invalid literal", "Record 1, completion 'first'"]),
+    (lambda completions, **_: int("x"), ["raised ValueError: invalid literal", "for any completion", "alone: 'first'"]),
     (too_few_for_record_2, ["returned 1 values for 2 completions", "Record 2, completion 'second'"]),
     (lambda **_: None, ["returned None, not a list"]),
     (lambda **_: 1.0, ["returned 1.0, not a list"]),

@@ -122,8 +122,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_goes_on_bit_by_bit(tiny_folder
     trainer.engine.close()
     with torch.serialization.safe_globals(DEEPSPEED_CLASSES):
         saved = torch.load(tmp_path / "first" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
-    assert {name for name in saved if "lora_" in name} == trained(trainer.engine.policy).keys()
-    assert not any(name.endswith("embed_tokens.weight") for name in saved)
+    assert saved.keys() == trained(trainer.engine.policy).keys()  # neither a tied head nor constants of 4 bits
     resumed, _, _ = make()
     resumed.engine.load_checkpoint(tmp_path, "first")
     assert all(torch.equal(a, b) for a, b in zip(step(resumed, train, 1), straight, strict=True))
