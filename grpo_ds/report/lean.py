@@ -30,7 +30,7 @@ class Lean:
 
 
 def lean_of(known: Evidence, when: str) -> Lean | None:
-    """Return the lean of the answers, by the mean p(label) if it was measured, else by the answers given."""
+    """Return the lean of the answers: by the mean p(label) if that shows one, else by the answers given."""
     shares, p, answers = known.class_shares(), known.by_label(when, "lean"), known.by_label(when, "predicted")
     given = sum(answers.values())
     if p and shares:
