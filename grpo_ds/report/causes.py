@@ -5,37 +5,43 @@ reason beside it. tests/training/test_verdict.py has a real run that was made to
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from grpo_ds.models.presets import LORA_RATE, PRESETS
 from grpo_ds.report.evidence import AFTER, BEFORE, Evidence
+from grpo_ds.report.lean import lean_of
 from grpo_ds.report.metric_names import CLIPPED_RATIO
+from grpo_ds.report.remedies import (
+    STRONG_BETA,
+    faster,
+    form_flags,
+    gentler,
+    more_steps,
+    pays_form,
+    pull,
+    rate_reached,
+    spread_flags,
+    stronger,
+)
 from grpo_ds.report.run_files import as_label
-from grpo_ds.settings.config import TrainConfig
-from grpo_ds.task.grading import FEWEST_TO_COLLAPSE, FEWEST_TO_COMPARE
-from grpo_ds.task.statistics import wilson_interval
-from grpo_ds.task.worked_examples import worked_examples
+from grpo_ds.task.grading import FEWEST_TO_COMPARE
 
-MOST_CAUSES = 3  # shown: the first ones explain the later ones more often than the other way round
+FEW_STEPS = 8  # two for each quarter; fewer compare the questions of single steps rather than the policy
+MOST_CAUSES = 3  # shown
 FLAT = 0.5  # share of groups without a gradient: above it most of the sampling, the dearest part, teaches nothing
 ALWAYS = 0.99  # share: a run whose groups are all flat, but for a stray one
 SOLVED = 0.9  # accuracy in training: groups that agree on the right answer are the aim, not a fault
 CUT = 0.25  # share of completions: at a quarter, a group of four has on average one that could not answer
-LEAN = 0.25  # share of answers beyond the label's share of the questions, or of mean p(label): half-way to one label
 # Nats per token. A choice between two equally likely labels has 0.69 nats: below 0.69 / 35 not even the label of an
 # answer of 35 tokens is open.
 NO_ENTROPY = 0.02
 # Nats per token above the floor. By Pinsker's inequality at most 14 of 100 answers of 40 tokens are then other ones.
 KL_STILL = 0.001
 KL_FAR = 1.0  # nats per token above the floor: the reference thinks each token e times less likely than the policy
-STRONG_BETA = 0.4  # ten times the default: the pull to the reference outweighs the reward
 CLIPPED = 0.05  # share of tokens without a gradient; a healthy run has a few in a thousand (GSPO, Zheng et al. 2025)
 BROKE = 0.3  # of the samples that lost their form since the first step; chance has 0.1 with 16 completions a step
 MOVED = 0.05  # share of weights; with bf16 alone about 0.02 can move at a rate of 1e-6 (docs/not_learning.md)
 PASSES = 4  # over the questions; up to four passes old data is nearly as good as new (Muennighoff et al. 2023)
 OVERFIT = 0.2  # accuracy in training above held-out accuracy; 20 to 40 questions have an interval of 0.15 to 0.2
-FEWEST_STEPS = 60  # in 15 to 40 steps a small model learns the form (docs/results.md); the task comes after it
-LONGER, LONG_RUN = 4, 100  # times as many steps as now, up to this number; twice beyond it, which already takes hours
 KEEPS_GRADIENT = ("gspo", "luspo", "cispo")  # losses in which many clipped tokens are normal
 
 
@@ -53,14 +59,46 @@ class Cause:
 
 def causes(known: Evidence) -> tuple[Cause, ...]:
     """Return the causes that the numbers show, without those that follow from another one, the first ones first."""
-    found = [cause for shows in CAUSES if (cause := shows(known))]
+    found = _agreeing(known, [cause for shows in CAUSES if (cause := shows(known))])
     follow = {name for cause in found for name in EXPLAINS.get(cause.name, ())}
+    follow |= set(OF_FEW_STEPS if few_steps(known) else ())
     return tuple(cause for cause in found if cause.name not in follow)[:MOST_CAUSES]
+
+
+def few_steps(known: Evidence) -> bool:
+    """Whether the run had too few steps to compare its end with its beginning."""
+    return 0 < len(known.steps) < FEW_STEPS
+
+
+def _agreeing(known: Evidence, found: list[Cause]) -> list[Cause]:
+    """Leave out flags that pull the policy the other way than those of an earlier cause; causes without a flag too."""
+    agreeing, way = list[Cause](), 0
+    for cause in found:
+        flags = tuple(flag for flag in cause.flags if pull(known, flag) * way >= 0)
+        way = way or next((pulls for flag in flags if (pulls := pull(known, flag))), 0)
+        if flags:
+            agreeing.append(replace(cause, flags=flags))
+    return agreeing
+
+
+def rewards_failed(known: Evidence) -> Cause | None:
+    """Reward functions failed, which --on_reward_error zero ignores."""
+    errors = known.values("reward_errors")
+    steps = sum(count > 0 for count in errors)
+    if not steps:
+        return None
+    found = (
+        f"Reward functions failed in {steps} of {len(errors)} steps (reward_errors: {sum(errors):.0f}) and paid "
+        "nothing there. Fix them first: the first error of each is in the run's output."
+    )
+    # A rare failure is no reason for rewards that are all equal.
+    name = "rewards failed" if steps >= FLAT * len(errors) else "rewards failed at times"
+    return Cause(name, found, ("--on_reward_error stop",))
 
 
 def completions_cut(known: Evidence) -> Cause | None:
     share = known.late(CLIPPED_RATIO)
-    if share is None or share < CUT or not _pays_form(known):
+    if share is None or share < CUT or not pays_form(known):
         return None
     length = known.setting("max_completion_length")
     return Cause(
@@ -75,13 +113,13 @@ def weights_stand_still(known: Evidence) -> Cause | None:
     moved = known.values("weights_moved")
     if not moved or moved[-1] >= MOVED:
         return None
-    precision, rate = as_label(known.summary.get("precision", "the model's precision")), known.setting("learning_rate")
-    found = f"At a learning rate of {rate:g} only {moved[-1]:.1%} of the weights have changed in {precision}"
+    precision = as_label(known.summary.get("precision", "the model's precision"))
+    found = f"At a learning rate of {_rate(known)} only {moved[-1]:.1%} of the weights have changed in {precision}"
     if known.summary.get("keeps_small_steps") is False:
         why = "smaller steps are lost, because this DeepSpeed JSON keeps bf16 masters without a remainder."
-        return Cause("weights stand still", f"{found}: {why}", ("--ds ds_configs/zero2_lowram.json", *_faster(known)))
+        return Cause("weights stand still", f"{found}: {why}", ("--ds ds_configs/zero2_lowram.json", *faster(known)))
     why = "the small steps add up in fp32, but few have reached the next number yet."
-    return Cause("weights stand still", f"{found}: {why}", _faster(known))
+    return Cause("weights stand still", f"{found}: {why}", faster(known))
 
 
 def rewards_flat(known: Evidence) -> Cause | None:
@@ -96,26 +134,25 @@ def rewards_flat(known: Evidence) -> Cause | None:
         return Cause("rewards all 0", found, ("--reward_funcs with one that pays a part of it", "a larger --model"))
     if share >= ALWAYS and not any(rewards):
         found = "Every completion of the run earned 0: none had the required form, so no answer was ever paid."
-        return Cause("rewards all 0", found, _form_flags(known))
+        return Cause("rewards all 0", found, form_flags(known))
     if share >= ALWAYS:
         found = f"All completions of a question always earned the same (mean {rewards[-1]:.2f}): nothing to prefer."
-        return Cause("rewards all equal", found, _spread_flags(known))
+        return Cause("rewards all equal", found, spread_flags(known))
     found = f"In {share:.0%} of the groups all completions earned the same, so these groups had no gradient."
-    return Cause("groups without a gradient", found, _spread_flags(known))
+    return Cause("groups without a gradient", found, spread_flags(known))
 
 
 def kl_at_its_floor(known: Evidence) -> Cause | None:
     """The policy has not moved away from the reference."""
-    above = _kl_above_floor(known)
-    if not above or max(above) >= KL_STILL or (known.mean("frac_reward_zero_std") or 0) >= FLAT:
+    if not _is_still(known) or (known.mean("frac_reward_zero_std") or 0) >= FLAT:
         return None
-    beta, rate = known.setting("beta"), known.setting("learning_rate")
+    beta = known.setting("beta")
     strong = beta >= STRONG_BETA
-    reason = f"beta {beta:g} holds it there" if strong else f"{len(known.steps)} steps at {rate:g} are too little"
+    reason = f"beta {beta:g} holds it there" if strong else f"{len(known.steps)} steps at {_rate(known)} are too little"
     found = (
         f"The KL stayed at its floor ({known.late('kl') or 0:.4f} nats per token): the policy has not moved; {reason}."
     )
-    return Cause("KL at its floor", found, ("--beta 0.04",) if strong else _faster(known))
+    return Cause("KL at its floor", found, ("--beta 0.04",) if strong else faster(known))
 
 
 def kl_ran_away(known: Evidence) -> Cause | None:
@@ -126,16 +163,16 @@ def kl_ran_away(known: Evidence) -> Cause | None:
     found = (
         f"The KL ran away, to {max(above):.1f} nats per token above its floor: the policy has forgotten its language."
     )
-    return Cause("KL ran away", found, _gentler(known))
+    return Cause("KL ran away", found, gentler(known))
 
 
 def policy_broke_down(known: Evidence) -> Cause | None:
     """The policy lost the form that its samples had: seen without a reference too."""
     formed, late = known.values("well_formed"), known.late("well_formed")
-    if not formed or late is None or formed[0] - late < BROKE:
+    if not formed or late is None or formed[0] - late < BROKE or _keeps_form(known, formed[0]) or _is_still(known):
         return None
     found = f"{formed[0]:.0%} of the first samples had the required form, {late:.0%} of the last: the updates broke it."
-    return Cause("policy broke down", found, _gentler(known))
+    return Cause("policy broke down", found, gentler(known))
 
 
 def ratio_clipped(known: Evidence) -> Cause | None:
@@ -154,22 +191,22 @@ def entropy_gone(known: Evidence) -> Cause | None:
     found = f"The entropy is gone ({entropy:.3f} nats per token): all samples of a question are the same text."
     if known.setting("temperature") < 1:
         return Cause("entropy gone", found, ("--temperature 1",))
-    return Cause("entropy gone", found, (f"--learning_rate {known.setting('learning_rate') / 2:g}", *_stronger(known)))
+    return Cause("entropy gone", found, (f"--learning_rate {known.setting('learning_rate') / 2:g}", *stronger(known)))
 
 
 def leans_to_one_label(known: Evidence) -> Cause | None:
     if (lean := lean_of(known, AFTER)) is None:
         return None
-    label, share, of_questions = lean
-    found = f"The model leans to “{label}”: {share:.0%} there, against {of_questions:.0%} of the questions."
+    found = f"The model leans to “{lean.label}”: {lean}."
     if not known.setting("balance_classes"):
         return Cause("lean to one label", found, ("--balance_classes true",))
     if known.setting("few_shot") == 1:
         return Cause("lean to one label", f"{found} The one worked example is copied.", ("--few_shot 2",))
-    slower = (f"--learning_rate {known.setting('learning_rate') / 2:g}", *_stronger(known))
-    if (before := lean_of(known, BEFORE)) and before[0] == label:
-        slower, found = (f"--num_steps {more_steps(known)}",), f"{found} It did so before training."
-    return Cause("lean to one label", found, slower)
+    slower = (f"--learning_rate {known.setting('learning_rate') / 2:g}", *stronger(known))
+    as_before = (before := lean_of(known, BEFORE)) is not None and before.label == lean.label
+    found += " It did so before training." if as_before else ""
+    longer = (f"--num_steps {more_steps(known)}",)
+    return Cause("lean to one label", found, longer if as_before or few_steps(known) else slower)
 
 
 def data_too_small(known: Evidence) -> Cause | None:
@@ -183,17 +220,19 @@ def data_too_small(known: Evidence) -> Cause | None:
         f"It answers {trained:.0%} of the questions of training right, {held_out:.0%} of the held-out ones, after "
         f"{passes[-1]:.0f} passes: it learned them by heart."
     )
-    return Cause("data too small", found, ("--data FILE with more questions", *_stronger(known)))
+    return Cause("data too small", found, ("--data FILE with more questions", *stronger(known)))
 
 
+# The first ones explain the later ones more often than the other way round, and rest on the stronger evidence.
 CAUSES: tuple[Callable[[Evidence], Cause | None], ...] = (
+    rewards_failed,
     kl_ran_away,
     policy_broke_down,
     completions_cut,
-    entropy_gone,
     rewards_flat,
     weights_stand_still,
     kl_at_its_floor,
+    entropy_gone,
     ratio_clipped,
     leans_to_one_label,
     data_too_small,
@@ -201,7 +240,9 @@ CAUSES: tuple[Callable[[Evidence], Cause | None], ...] = (
 
 
 FLAT_NAMES = ("rewards all 0", "rewards all equal", "groups without a gradient")
+OF_FEW_STEPS = ("weights stand still", "KL at its floor")  # what the verdict on a run of few steps says in one line
 EXPLAINS: Mapping[str, tuple[str, ...]] = {  # a cause -> causes that follow from it
+    "rewards failed": (*FLAT_NAMES, *OF_FEW_STEPS),
     "KL ran away": ("policy broke down", "completions cut", "entropy gone", *FLAT_NAMES),
     "policy broke down": ("completions cut", "entropy gone", *FLAT_NAMES),
     "entropy gone": FLAT_NAMES,
@@ -209,33 +250,6 @@ EXPLAINS: Mapping[str, tuple[str, ...]] = {  # a cause -> causes that follow fro
     "rewards all equal": ("weights stand still",),
     "weights stand still": ("KL at its floor",),
 }
-
-
-def more_steps(known: Evidence) -> int:
-    """Number of steps of a run that learns more."""
-    steps = int(known.setting("num_steps"))
-    return max(FEWEST_STEPS, LONGER * steps if steps < LONG_RUN else 2 * steps)
-
-
-def lean_of(known: Evidence, when: str) -> tuple[str, float, float] | None:
-    """Return the label that the answers lean to, its share of the answers, and of the questions; None without a lean.
-
-    By the mean p(label) if it was measured, else by the answers given.
-    """
-    shares, p, answers = known.class_shares(), known.by_label(when, "lean"), known.by_label(when, "predicted")
-    given = sum(answers.values())
-    if p and shares:
-        label = max(p, key=lambda label: p[label] - shares.get(label, 0))
-        if p[label] - shares.get(label, 0) >= LEAN:
-            return as_label(label), p[label], shares.get(label, 0)
-    if not given or not (shares or known.grades(when).get("collapsed")):
-        return None
-    label = max(answers, key=lambda label: answers[label] / given - shares.get(label, 0))
-    share, of_questions = answers[label] / given, shares.get(label, 0)
-    collapsed = known.grades(when).get("collapsed") is True and given >= FEWEST_TO_COLLAPSE
-    beyond_chance = wilson_interval(round(share * given), round(given))[0] > of_questions
-    leans = beyond_chance and given >= FEWEST_TO_COLLAPSE and share - of_questions >= LEAN
-    return (as_label(label), share, of_questions) if collapsed or leans else None
 
 
 def _kl_above_floor(known: Evidence) -> list[float]:
@@ -246,47 +260,23 @@ def _kl_above_floor(known: Evidence) -> list[float]:
     return [kl - floors[-1] for kl in known.quarters("kl")]
 
 
-def _pays_form(known: Evidence) -> bool:
-    return bool(known.values("rewards/correctness/mean") or known.values("rewards/format/mean"))
+def _is_still(known: Evidence) -> bool:
+    """Whether the KL never left its floor."""
+    above = _kl_above_floor(known)
+    return bool(above) and max(above) < KL_STILL
 
 
-def _form_flags(known: Evidence) -> tuple[str, ...]:
-    """Flags that show the model the form of an answer."""
-    if not _pays_form(known):
-        return ("--reward_funcs correctness,format",)
-    examples = len(worked_examples(known.answer_format))
-    shown = (f"--few_shot {examples}",) if known.setting("few_shot") < examples else ()
-    prefilled = () if known.setting("prefill") else ("--prefill true",)
-    return (*shown, *prefilled) or ("--system_prompt FILE that shows the form",)
+def _keeps_form(known: Evidence, sampled: float) -> bool:
+    """Whether the held-out answers keep the form, so that samples without it are due to their questions.
+
+    sampled: share of the first samples in form; it stands for a share before training that is too small to lose. Few
+    steps have too few samples for that.
+    """
+    before, after = known.grade(BEFORE, "well_formed") or 0.0, known.grade(AFTER, "well_formed")
+    had = before if before >= BROKE or few_steps(known) else sampled
+    return after is not None and had - after < BROKE
 
 
-def _spread_flags(known: Evidence) -> tuple[str, ...]:
-    """Flags that make the rewards of a group differ."""
-    if not _pays_form(known) and known.kind != "none":
-        return ("--reward_funcs correctness,format",)
-    sampled = known.setting("answer_reward") == "sampled" and known.values("rewards/correctness/mean")
-    sampled = sampled if known.kind == "labels" else []
-    expected = ("--answer_reward expected",) if sampled and (known.late("well_formed") or 0) >= FLAT else ()
-    redraw = () if known.setting("dynamic_sampling") else ("--dynamic_sampling 2",)
-    return (*expected, f"--num_generations {2 * known.setting('num_generations')}", *redraw)
-
-
-def _stronger(known: Evidence) -> tuple[str, ...]:
-    """Flags that hold the policy nearer to the reference."""
-    beta = known.setting("beta")
-    return (f"--beta {2.5 * beta:g}",) if 0 < beta < STRONG_BETA else () if beta else ("--beta 0.04",)
-
-
-def _gentler(known: Evidence) -> tuple[str, ...]:
-    """Flags that make the updates smaller."""
-    once = ("--mu 1",) if known.setting("mu") > 1 else ()
-    return (f"--learning_rate {known.setting('learning_rate') / 4:g}", *_stronger(known), *once)
-
-
-def _faster(known: Evidence) -> tuple[str, ...]:
-    """Flags that let the policy move further: the model's usual learning rate, or more steps at it."""
-    preset, rate = PRESETS.get(str(known.setting("model"))), known.setting("learning_rate")
-    usual = float(str((preset.recipe if preset else {}).get("learning_rate", TrainConfig.learning_rate)))
-    usual *= LORA_RATE if known.setting("lora_r") else 1
-    steps = f"--num_steps {more_steps(known)}"
-    return (f"--learning_rate {usual:g}", steps) if rate < usual else (steps, f"--learning_rate {2 * rate:g}")
+def _rate(known: Evidence) -> str:
+    rate, reached = known.setting("learning_rate"), rate_reached(known)
+    return f"{rate:g}" if reached == rate else f"{reached:g} and less (the run ended inside its warm-up to {rate:g})"

@@ -6,10 +6,12 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from grpo_ds.report.causes import CUT, SOLVED, Cause, causes, lean_of, more_steps
+from grpo_ds.report.causes import CUT, SOLVED, Cause, causes, few_steps
 from grpo_ds.report.evidence import AFTER, BEFORE, Evidence
 from grpo_ds.report.key_figures import percent
+from grpo_ds.report.lean import lean_of
 from grpo_ds.report.metric_names import CLIPPED_RATIO, MEAN_LENGTH
+from grpo_ds.report.remedies import more_steps
 from grpo_ds.report.run_files import RunFiles, as_label, as_number, as_object
 from grpo_ds.settings.saved_config import CONFIG_FILE
 from grpo_ds.task.answers import AnswerKind
@@ -56,7 +58,7 @@ class Verdict:
     headline: str
     aspects: tuple[str, ...]
     causes: tuple[Cause, ...] = ()
-    no_cause: str = ""  # said in their place if the numbers show none
+    note: str = ""  # said before them: that the steps are too few to judge by, or that no cause shows
     outlook: str = ""
     changes: tuple[str, ...] = ()
 
@@ -66,7 +68,7 @@ class Verdict:
 
     def lines(self, train: str, folder: str) -> list[str]:
         """The verdict as the console prints it."""
-        because = ["Why not more, by this run's own numbers:"] if self.causes else [self.no_cause]
+        because = [self.note, "Why not more, by this run's own numbers:" if self.causes else ""]
         following = [f"A run that learns more: {self.command(train, folder)}"] if self.changes else []
         return [
             f"Verdict: {self.headline}",
@@ -91,8 +93,8 @@ def judge(known: Evidence) -> Verdict:
     fine = headline in (TASK, RIGHT, PAID, EASY)
     found = () if fine else causes(known)
     aspects = tuple(aspect(known) for aspect in ASPECTS[known.kind])
-    no_cause = "" if found or fine else f"No known cause shows in the numbers of these {_steps(known)}."
-    return Verdict(headline, aspects, found, no_cause, _outlook(known), _changes(known, found))
+    note = "" if fine else _note(known, found)
+    return Verdict(headline, aspects, found, note, _outlook(known), _changes(known, found))
 
 
 def _headline(known: Evidence) -> str:
@@ -215,12 +217,10 @@ def _lean(known: Evidence) -> str:
         return "Lean: not known, as no answer was well-formed."
     shares = ", ".join(f"{as_label(label)} {count:.0f}" for label, count in answers.items())
     if lean := lean_of(known, AFTER):
-        label, share, of_questions = lean
         collapsed = known.grades(AFTER).get("collapsed") is True
         most = "Nearly all answers are one class; then accuracy says little, see macro-F1. " if collapsed else ""
-        was = ", as before" if (before := lean_of(known, BEFORE)) and before[0] == label else ""
-        compared = f"{share:.0%} of the answers, {of_questions:.0%} of the questions"
-        return f"Lean: {most}To “{label}”{was}: {compared} ({shares}).{_behind_the_lean(known)}"
+        was = ", as before" if (before := lean_of(known, BEFORE)) and before.label == lean.label else ""
+        return f"Lean: {most}To “{lean.label}”{was}: {lean} (answers given: {shares}).{_behind_the_lean(known)}"
     return f"Lean: none beyond chance; answers given: {shares}."
 
 
@@ -315,8 +315,15 @@ def _so_far(known: Evidence) -> str:
     return f"Before training, {found}; the answers after training do not exist yet.{reward}"
 
 
-def _steps(known: Evidence) -> str:
-    return "1 step" if len(known.steps) == 1 else f"{len(known.steps)} steps; most often there are too few of them"
+def _note(known: Evidence, found: tuple[Cause, ...]) -> str:
+    steps = len(known.steps)
+    if few_steps(known):
+        return (
+            f"Too few steps to judge by ({steps}): a small model takes 15 to 40 to learn the form of an answer, and "
+            "more to learn a task."
+        )
+    none = f"No known cause shows in the numbers of these {steps} steps; most often there are too few of them."
+    return "" if found else none
 
 
 def _p_value(p: float) -> str:

@@ -13,6 +13,7 @@ from markdown_it import MarkdownIt
 
 from grpo_ds.report.markdown import fenced, plain, table
 from grpo_ds.report.model_card import write_card
+from grpo_ds.run_folder.files import METRICS_FILE
 from grpo_ds.task.answers import AnswerFormat
 from grpo_ds.task.prompts import default_system_prompt
 from tests.report.finished import finished
@@ -58,6 +59,13 @@ def test_it_stands_beside_what_training_changed(tmp_path):
     assert rows["loss_type"] == ["grpo"] and "lora_r" not in rows
     text = (tmp_path / "run" / "README.md").read_text()
     assert "the 50.0% of always giving the most common label" in text and "could be chance" not in text
+
+
+def test_the_card_of_few_steps_says_so_before_the_causes(tmp_path):
+    folder = finished(tmp_path / "run")
+    (folder / METRICS_FILE).write_text('{"step": 1, "entropy": 0.001}\n')
+    text = write_card(folder).read_text()
+    assert text.index("Too few steps to judge by (1)") < text.index("Why not more") < text.index("The entropy is gone")
 
 
 @pytest.mark.parametrize(("subject", "warns"), [("biomedical", True), ("", False), ("chess", False)])

@@ -11,8 +11,9 @@ import pytest
 
 from grpo_ds.commands.settle import settle
 from grpo_ds.models.presets import PRESETS
-from grpo_ds.report import verdict
 from grpo_ds.report.evidence import Evidence
+from grpo_ds.report.lean import Lean
+from grpo_ds.report.remedies import more_steps, pull
 from grpo_ds.report.verdict import EASY, FORM, FORM_ONLY, NOTHING, PAID, PART, RIGHT, TASK, WORSE, judge
 from grpo_ds.settings.config import TrainConfig
 from grpo_ds.settings.saved_config import write_config
@@ -101,7 +102,7 @@ def test_other_answers_than_labels_are_judged_by_what_fits_them(kind, before, af
 def test_a_run_that_learned_the_task_has_no_causes_though_its_groups_agree_by_now():
     steps = [{"frac_reward_zero_std": 1.0, "reward": 2.4, "entropy": 0.001, "accuracy": 0.8}]
     learned = judge(known(grades(1.0, 0.5), grades(1.0, 0.8), steps=steps, mcnemar=0.001))
-    assert learned.causes == () and learned.no_cause == ""
+    assert learned.causes == () and learned.note == ""
     same = judge(known(grades(1.0, 0.5), grades(1.0, 0.5), steps=steps, mcnemar=1.0))
     assert [cause.name for cause in same.causes] == ["entropy gone"]  # and so all rewards are equal
 
@@ -114,7 +115,7 @@ def test_what_was_measured_of_p_right_lean_and_reasoning_is_said_and_old_runs_la
     )
     said = judge(known(grades(1.0, 0.5, mean_p_right=0.5), grades(1.0, 0.5, **more), mcnemar=1.0, **RISES)).aspects
     assert "Mean p(right): 0.500, then 0.600 (paired test p = 0.010)" in said[1]
-    assert "To “yes”: 90% of the answers, 50% of the questions" in said[2]  # by p, though 50 of 100 answers say yes
+    assert "To “yes”: mean probability 90%, 50% of the questions (answers given: yes 50, no 50)" in said[2]
 
 
 @pytest.mark.parametrize(("answers", "leans"), [((74, 26), False), ((75, 25), True), ((25, 75), True)])
@@ -169,7 +170,7 @@ def test_it_says_what_a_model_of_this_size_can_learn(model, size, expected):
 def test_the_command_that_learns_more_repeats_the_run_with_the_flags_that_help(tmp_path: Path):
     config = TrainConfig(model="smollm2-135m", num_steps=14, learning_rate=5e-6, few_shot=1, balance_classes=False)
     write_config(config, tmp_path)
-    steps = [{"kl": 0.004, "kl_floor": 0.004, "completions/clipped_ratio": 0.5, "rewards/format/mean": 0.1}]
+    steps = [{"kl": 0.004, "kl_floor": 0.004, "completions/clipped_ratio": 0.5, "rewards/format/mean": 0.1}] * 14
     found = judge(
         known(grades(0.6, 0.3), grades(0.6, 0.3), steps=steps, config={"num_steps": 14, "learning_rate": 5e-6})
     )
@@ -186,7 +187,7 @@ def test_the_command_that_learns_more_repeats_the_run_with_the_flags_that_help(t
 
 @pytest.mark.parametrize(("steps", "longer"), [(3, 60), (14, 60), (40, 160), (100, 200), (1000, 2000)])
 def test_a_longer_run_is_long_enough_for_the_form_and_not_endless(steps, longer):
-    assert verdict.more_steps(Evidence([], {}, {"num_steps": steps}, {})) == longer
+    assert more_steps(Evidence([], {}, {"num_steps": steps}, {})) == longer
 
 
 def test_quarters_are_means_of_a_quarter_of_the_steps():
@@ -205,8 +206,9 @@ def test_settings_that_are_missing_or_damaged_count_as_defaults(config):
     assert there.setting("temperature") == 1.0
 
 
-def test_the_example_of_the_evidence_is_right():
-    check_example(Evidence)
+@pytest.mark.parametrize("documented", [Evidence, Lean, pull])
+def test_the_examples_are_right(documented):
+    check_example(documented)
 
 
 def test_the_next_run_grades_enough_questions_and_needs_data_that_a_command_can_name():
@@ -216,3 +218,114 @@ def test_the_next_run_grades_enough_questions_and_needs_data_that_a_command_can_
     assert "--eval_limit 20" in changes(eval_limit=4) and changes(eval_limit=4)[0].startswith("--num_steps")
     assert not any("eval_limit" in it for it in (*changes(eval_limit=20), *changes()))
     assert changes(data="records from Python") == ()
+
+
+def lasting(count: int, **metrics):
+    """Metrics of so many steps; a list: its first value in the first half, its last one in the other."""
+    halves = [
+        {name: value if not isinstance(value, list) else value[half] for name, value in metrics.items()}
+        for half in (0, 1)
+    ]
+    return [*halves[:1] * (count // 2), *halves[1:] * (count - count // 2)]
+
+
+KEPT, LOST = (grades(1.0, 0.5), grades(1.0, 0.5)), (grades(1.0, 0.5), grades(0.1, 0.1))
+UNFORMED = (grades(0.0, 0.0), grades(0.0, 0.0))
+LEANS = (grades(1.0, 0.5), grades(1.0, 0.5, lean={"yes": 0.2, "no": 0.8}, class_shares={"yes": 0.5, "no": 0.5}))
+STILL, MOVED = dict(kl=0.0037, kl_floor=0.0056), dict(kl=[0.006, 0.2], kl_floor=0.0056)
+DROPS = dict(well_formed=[0.5, 0.06])
+RECIPE = dict(model="smollm2-135m", learning_rate=1.5e-5, mu=2)
+MADE = {  # held-out answers, metrics of the steps, the causes that are named
+    "samples of other questions": (KEPT, lasting(3, **STILL, **DROPS, weights_moved=0.01), []),
+    "the same in more steps": (KEPT, lasting(22, **MOVED, **DROPS), []),
+    "a KL at its floor": (LOST, lasting(22, **STILL, **DROPS), ["KL at its floor"]),
+    "form lost": (LOST, lasting(22, **MOVED, **DROPS), ["policy broke down"]),
+    "form lost in few steps": (LOST, lasting(3, **MOVED, **DROPS), ["policy broke down"]),
+    "form never greedy": (UNFORMED, lasting(22, **MOVED, **DROPS), ["policy broke down"]),
+    "few, never greedy": (UNFORMED, lasting(3, **MOVED, **DROPS), []),
+    "form lost, few weights moved": (
+        LOST, lasting(22, **MOVED, **DROPS, weights_moved=0.01), ["policy broke down", "weights stand still"]
+    ),
+    "still, but leaning": (LEANS, lasting(22, **STILL, weights_moved=0.01), ["weights stand still"]),
+    "leaning": (LEANS, lasting(22, **MOVED, weights_moved=0.5), ["lean to one label"]),
+    "leaning after few steps": (LEANS, lasting(3, **STILL, weights_moved=0.01), ["lean to one label"]),
+    "still, without entropy": (KEPT, lasting(22, **STILL, entropy=0.001), ["KL at its floor"]),
+    "still, but clipped": (KEPT, lasting(22, **STILL, **{"clip_ratio/region_mean": 0.1}), ["KL at its floor"]),
+    "ran away": (LOST, lasting(22, kl=3.0, kl_floor=0.0, weights_moved=0.01), ["KL ran away", "weights stand still"]),
+    "failing rewards": (
+        KEPT, lasting(22, reward_errors=1, reward=0.0, frac_reward_zero_std=1.0, weights_moved=0.01), ["rewards failed"]
+    ),
+    "failing at times": (
+        KEPT, [{"reward_errors": 2}, *lasting(21, reward_errors=0, reward=0.0, frac_reward_zero_std=1.0)],
+        ["rewards failed at times", "rewards all 0"],
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=list(MADE))
+def made(request):
+    (before, after), steps, causes = MADE[request.param]
+    return known(before, after, steps=steps, config=RECIPE), causes
+
+
+def test_the_causes_are_those_that_the_numbers_bear_out(made):
+    there, causes = made
+    assert [cause.name for cause in judge(there).causes] == causes
+
+
+def raised_and_lowered(there: Evidence) -> list[str]:
+    """Names of flags that a verdict and its command advise both to raise and to lower."""
+    found, ways = judge(there), {"raised": set(), "lowered": set()}
+    for flag in [*(flag for cause in found.causes for flag in cause.flags), *found.changes]:
+        if number := re.fullmatch(r"--(\w+) (\d\S*)", flag):
+            name, value = number.groups()
+            ways["raised" if float(value) > there.setting(name) else "lowered"].add(name)
+    return sorted(ways["raised"] & ways["lowered"])
+
+
+def test_no_verdict_advises_both_to_raise_and_to_lower_a_flag(made):
+    assert raised_and_lowered(made[0]) == []
+
+
+@pytest.mark.parametrize(("count", "few"), [(1, True), (3, True), (7, True), (8, False)])
+def test_of_few_steps_it_says_first_that_they_are_too_few(count, few):
+    found = judge(known(*KEPT, steps=lasting(count, **STILL, weights_moved=0.01), config=RECIPE))
+    lines = found.lines("grpo-ds train", "run")
+    assert (f"Too few steps to judge by ({count})" in lines[5]) is few
+    assert [cause.name for cause in found.causes] == ([] if few else ["weights stand still"])
+    assert found.changes[0].startswith("--num_steps")
+
+
+def test_reward_functions_that_failed_are_counted_and_come_first():
+    before, after = paid(0.0), paid(0.0)
+    steps = lasting(4, reward_errors=1, reward=0.0, frac_reward_zero_std=1.0)
+    found = judge(known(before, after, steps=steps, config={"answers": "none", "on_reward_error": "zero"}))
+    assert [cause.name for cause in found.causes] == ["rewards failed"]
+    assert "failed in 4 of 4 steps (reward_errors: 4)" in str(found.causes[0])
+    assert "--on_reward_error stop" in found.changes and "larger --model" not in str(found.causes)
+
+
+RISING = [1.5e-6 * step for step in range(1, 10)]  # a warm-up of ten steps
+REACHED = [  # rates of the steps, and the rate that is said to have moved too few weights
+    ([1.5e-5] * 9, "At a learning rate of 1.5e-05 only"),
+    ([*RISING[4:], 1.5e-5, 1e-5, 5e-6, 0.0], "At a learning rate of 1.5e-05 only"),  # warmed up, then falling
+    (RISING, "At a learning rate of 1.35e-05 and less (the run ended inside its warm-up to 1.5e-05) only"),
+    ([], "At a learning rate of 1.5e-05 only"),  # of an older version
+]
+
+
+@pytest.mark.parametrize(("rates", "said"), REACHED)
+def test_the_rate_is_one_that_the_run_reached(rates, said):
+    steps = [{"weights_moved": 0.01, "learning_rate": rate} for rate in rates] or lasting(9, weights_moved=0.01)
+    (cause,) = judge(known(*KEPT, steps=steps, config=RECIPE)).causes
+    assert cause.found.startswith(said)
+    assert any("--learning_rate" in flag for flag in cause.flags) == ("warm-up" not in said)
+
+
+@pytest.mark.parametrize("by_p", [True, False])
+def test_a_lean_by_probability_is_not_called_a_share_of_the_answers(by_p):
+    p = dict(lean={"yes": 0.24, "no": 0.76}) if by_p else {}
+    after = grades(1.0, 0.5, answers=(0, 8), class_shares={"yes": 0.5, "no": 0.5}, **p)
+    found = judge(known(grades(1.0, 0.5), after, mcnemar=1.0))
+    measured = "“no”: mean probability 76%" if by_p else "“no”: 100% of the answers"
+    assert measured in found.aspects[2] and measured in found.causes[0].found

@@ -30,6 +30,7 @@ from grpo_ds.task.questions import read_questions, split_questions
 from grpo_ds.training.prompt_style import PromptStyle
 from grpo_ds.training.run import Run
 from grpo_ds.training.trainer import Trainer
+from tests.report.test_verdict import raised_and_lowered
 
 ROOT = Path(__file__).resolve().parents[2]
 FORM = AnswerFormat(("yes", "no"), "r", "a")
@@ -175,6 +176,10 @@ def test_its_flags_and_the_next_command_are_accepted(failed):
     assert settle(words).config.num_steps > known.setting("num_steps")
     for flag in (flag for cause in found.causes for flag in cause.flags if "FILE" not in flag):
         settle([*words[:2], *flag.split()])
+
+
+def test_its_flags_are_not_both_raised_and_lowered(failed):
+    assert raised_and_lowered(failed[2]) == []
 
 
 HEALTHY = {"fp32": dict(num_steps=16), "bf16": dict(native="bf16", num_steps=16), "short": dict(num_steps=6)}
