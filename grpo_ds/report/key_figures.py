@@ -143,7 +143,7 @@ def _step_tiles(run: RunFiles) -> list[Tile]:
         made.append(Tile("Reward, last quarter", f"{rewards[1]:.2f}", f"first quarter: {rewards[0]:.2f}"))
     if kl := as_number(last.get("kl")):
         floor = as_number(last.get("kl_floor"))
-        made.append(Tile("KL per token, last step", f"{kl:.3f}", f"floor: {floor:.3f}" if floor is not None else ""))
+        made.append(Tile("KL per token, last step", f"{kl:.4f}", f"floor: {floor:.4f}" if floor is not None else ""))
     planned = run.status.get("max_steps")
     made.append(Tile("Steps", f"{last['step']:.0f}", f"of {as_label(planned)}" if planned is not None else ""))
     times = [
