@@ -43,7 +43,10 @@ NO_SETTINGS = (
 )
 TRAINED_ON = " (the model was trained on this question)"
 WAYS = ("question", "file", "interactive")
-HOW = "Give --question and --context, or --file FILE (-: standard input). At a terminal both may be left out."
+HOW = (
+    "Give --question and --context, or --file FILE (-: standard input). At a terminal both may be left out.\n"
+    "A model that was trained with contexts is asked without one by --context_field none."
+)
 
 
 @dataclass(frozen=True, kw_only=True)

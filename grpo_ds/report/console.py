@@ -108,15 +108,13 @@ class Console:
         """Print the line of a step, rewards first and loss last; at a terminal advance the live view."""
         if self._view:
             return self._view.advance_to(step, seconds_left)
-        rewards = " ".join(
-            f"{name} {_reward(value)}" for metric, value in metrics.items() if (name := reward_name(metric))
-        )
+        rewards = " ".join(f"{name} {value:.2f}" for metric, value in metrics.items() if (name := reward_name(metric)))
         # A step resumed between its updates was sampled in the run before, so it has no such time.
         seconds = " ".join(f"{phase} {metrics.get(f'seconds/{phase}', 0):.1f}" for phase in PHASES)
         floor = f" (floor {metrics['kl_floor']:.4f})" if metrics.get("kl_floor") else ""
         accuracy = f"accuracy {metrics['accuracy']:.0%}  " if "accuracy" in metrics else ""
         self.line(
-            f"step {step:>{len(str(total))}}/{total}  reward {_reward(metrics['reward'])} ({rewards})  "
+            f"step {step:>{len(str(total))}}/{total}  reward {metrics['reward']:.2f} ({rewards})  "
             f"{accuracy}kl {metrics['kl']:.4f}{floor}  "
             f"length {metrics[MEAN_LENGTH]:.0f}  {metrics['tokens_per_second']:.0f} tok/s  {seconds} s  "
             f"{memory_line(metrics)}  loss {metrics['loss']:+.4f}  left {clock(seconds_left)}"
@@ -140,7 +138,7 @@ class Console:
         asked = None
         for row in rows[:SAMPLES]:
             earned = " ".join(
-                f"{name.removeprefix('rewards/')} {_reward(value)}"
+                f"{name.removeprefix('rewards/')} {value:.2f}"
                 for name, value in row.items()
                 if name.startswith("rewards/") and value is not None
             )
@@ -150,7 +148,7 @@ class Console:
                 self.line(f"  {' '.join(asked.split())}{label}")
             self.line(f"    {' '.join(row['completion'].split())}")
             broken = f"  {row['broken_rule']}" if row.get("broken_rule") else ""
-            self.line(f"    reward {_reward(row['reward'])} ({earned}){broken}")
+            self.line(f"    reward {row['reward']:.2f} ({earned}){broken}")
 
     def reference(self, kind: str, size: int, floor: float) -> None:
         """Print a new reference's kind, its size in bytes, and the KL at which training starts with it."""
@@ -218,10 +216,6 @@ class Console:
         for name, show in [*grade_rows(figures), *confidence_rows(figures), *reward_rows(figures)]:
             table.add_row(Text(escape_control_chars(name)), *(escape_control_chars(show(side)) for side in figures))
         self._rich.print(table)
-
-
-def _reward(value: float) -> str:
-    return f"{round(value, 2) + 0.0:.2f}"  # + 0.0: a loss that rounds to nothing is not -0.00
 
 
 def _memory_cells(row: Comparison) -> list[str]:

@@ -103,7 +103,8 @@ def bare_label(completions: Sequence[str], *, answer_format: AnswerFormat, **_: 
     A small model soon writes its answer twice, as no other reward pays for reasoning.
     """
     labels = _words(" ".join(answer_format.labels))
-    return [-float(_words(answer_format.split(completion)[0]) <= labels) for completion in completions]
+    bare = [_words(answer_format.split(completion)[0]) <= labels for completion in completions]
+    return [0.0 - is_bare for is_bare in bare]  # 0.0, not -0.0
 
 
 def reasoning_gain(completions: Sequence[str], **_: object) -> list[None]:
