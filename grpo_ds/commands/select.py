@@ -212,8 +212,8 @@ def resolved(config: SelectConfig, typed: frozenset[str], *, on_gpu: bool) -> di
     sizes = config.ds_sizes(native=native)
     files = {config.ds: Path(config.ds)}
     if on_gpu and "ds" not in typed:
-        # The optimizer on the GPU first, which needs no step on the CPU (an adapter's is nothing); then fp32 masters
-        # before bf16 masters.
+        # The optimizer on the GPU first, which needs no step on the CPU; not for an adapter, whose step takes no
+        # time. fp32 masters before bf16 masters.
         shipped = sorted(DS_JSONS.names(), key=lambda name: ("lowram" in name, ("gpu" in name) == bool(config.lora_r)))
         shipped = [name for name in shipped if native == "bf16" or "lowram" not in name]  # its masters are bf16
         files = {name: DS_JSONS.folder / Path(name).name for name in shipped}

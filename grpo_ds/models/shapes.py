@@ -201,11 +201,9 @@ def read_config(model: str) -> dict[str, Any]:
             reason = in_one_line(error, 150)
             if base:
                 raise _lost_base(adapter, base, f"cannot be loaded: {reason}") from None
-            if (parent := Path(model).parent).is_dir() and model != Path(model).name:
-                there = ", ".join(sorted(path.name for path in parent.iterdir() if path.is_dir())[:6])
-                raise UsageError(f"--model {model}: no such folder. Folders in {parent}: {there or 'none'}") from None
+            near = f" (the folder {Path(model).parent} has none of this name)" if Path(model).parent.is_dir() else ""
             raise UsageError(
-                f"--model {model} is not a preset or a folder, and its config.json cannot be loaded: {reason}\n"
+                f"--model {model} is not a preset or a folder{near}, and its config.json cannot be loaded: {reason}\n"
                 f"Presets: {', '.join(PRESET_CONFIGS)}"
             ) from None
     try:

@@ -54,15 +54,14 @@ class Cause:
     flags: tuple[str, ...]  # that help, best first
 
     def __str__(self) -> str:
-        return f"{self.found} Try {' or '.join(self.flags)}."
+        return f"{self.found} Try {' or '.join(self.flags)}." if self.flags else self.found
 
 
 def causes(known: Evidence) -> tuple[Cause, ...]:
     """Return the causes that the numbers show, without those that follow from another one, the first ones first."""
-    found = _agreeing(known, [cause for shows in CAUSES if (cause := shows(known))])
+    found = [cause for shows in CAUSES if (cause := shows(known))]
     follow = {name for cause in found for name in EXPLAINS.get(cause.name, ())}
-    follow |= set(OF_FEW_STEPS if few_steps(known) else ())
-    return tuple(cause for cause in found if cause.name not in follow)[:MOST_CAUSES]
+    return _agreeing(known, [cause for cause in found if cause.name not in follow])[:MOST_CAUSES]
 
 
 def few_steps(known: Evidence) -> bool:
@@ -70,30 +69,37 @@ def few_steps(known: Evidence) -> bool:
     return 0 < len(known.steps) < FEW_STEPS
 
 
-def _agreeing(known: Evidence, found: list[Cause]) -> list[Cause]:
-    """Leave out flags that pull the policy the other way than those of an earlier cause; causes without a flag too."""
+def _agreeing(known: Evidence, found: list[Cause]) -> tuple[Cause, ...]:
+    """Leave out flags that pull the policy the other way than those of an earlier cause."""
     agreeing, way = list[Cause](), 0
     for cause in found:
         flags = tuple(flag for flag in cause.flags if pull(known, flag) * way >= 0)
         way = way or next((pulls for flag in flags if (pulls := pull(known, flag))), 0)
-        if flags:
-            agreeing.append(replace(cause, flags=flags))
-    return agreeing
+        agreeing.append(replace(cause, flags=flags))
+    return tuple(agreeing)
 
 
 def rewards_failed(known: Evidence) -> Cause | None:
-    """Reward functions failed, which --on_reward_error zero ignores."""
+    """Reward functions failed in most steps, which --on_reward_error zero ignores."""
+    found, share = _failed_rewards(known)
+    return Cause("rewards failed", f"{found} Fix them first.", ("--on_reward_error stop",)) if share >= FLAT else None
+
+
+def rewards_failed_at_times(known: Evidence) -> Cause | None:
+    """A rare failure is no reason for rewards that are all equal, and none to end the next run."""
+    found, share = _failed_rewards(known)
+    return Cause("rewards failed at times", found, ()) if 0 < share < FLAT else None
+
+
+def _failed_rewards(known: Evidence) -> tuple[str, float]:
+    """Return a sentence, and the share of the steps."""
     errors = known.values("reward_errors")
     steps = sum(count > 0 for count in errors)
-    if not steps:
-        return None
     found = (
         f"Reward functions failed in {steps} of {len(errors)} steps (reward_errors: {sum(errors):.0f}) and paid "
-        "nothing there. Fix them first: the first error of each is in the run's output."
+        "nothing there; the first error of each is in the run's output."
     )
-    # A rare failure is no reason for rewards that are all equal.
-    name = "rewards failed" if steps >= FLAT * len(errors) else "rewards failed at times"
-    return Cause(name, found, ("--on_reward_error stop",))
+    return found, steps / max(1, len(errors))
 
 
 def completions_cut(known: Evidence) -> Cause | None:
@@ -111,7 +117,7 @@ def completions_cut(known: Evidence) -> Cause | None:
 def weights_stand_still(known: Evidence) -> Cause | None:
     """The learning rate is too small for the number format of the weights."""
     moved = known.values("weights_moved")
-    if not moved or moved[-1] >= MOVED:
+    if not moved or moved[-1] >= MOVED or few_steps(known):
         return None
     precision = as_label(known.summary.get("precision", "the model's precision"))
     found = f"At a learning rate of {_rate(known)} only {moved[-1]:.1%} of the weights have changed in {precision}"
@@ -148,6 +154,8 @@ def kl_at_its_floor(known: Evidence) -> Cause | None:
         return None
     beta = known.setting("beta")
     strong = beta >= STRONG_BETA
+    if few_steps(known) and not strong:
+        return None
     reason = f"beta {beta:g} holds it there" if strong else f"{len(known.steps)} steps at {_rate(known)} are too little"
     found = (
         f"The KL stayed at its floor ({known.late('kl') or 0:.4f} nats per token): the policy has not moved; {reason}."
@@ -236,13 +244,13 @@ CAUSES: tuple[Callable[[Evidence], Cause | None], ...] = (
     ratio_clipped,
     leans_to_one_label,
     data_too_small,
+    rewards_failed_at_times,
 )
 
 
 FLAT_NAMES = ("rewards all 0", "rewards all equal", "groups without a gradient")
-OF_FEW_STEPS = ("weights stand still", "KL at its floor")  # what the verdict on a run of few steps says in one line
 EXPLAINS: Mapping[str, tuple[str, ...]] = {  # a cause -> causes that follow from it
-    "rewards failed": (*FLAT_NAMES, *OF_FEW_STEPS),
+    "rewards failed": (*FLAT_NAMES, "weights stand still", "KL at its floor"),
     "KL ran away": ("policy broke down", "completions cut", "entropy gone", *FLAT_NAMES),
     "policy broke down": ("completions cut", "entropy gone", *FLAT_NAMES),
     "entropy gone": FLAT_NAMES,
@@ -267,10 +275,10 @@ def _is_still(known: Evidence) -> bool:
 
 
 def _keeps_form(known: Evidence, sampled: float) -> bool:
-    """Whether the held-out answers keep the form, so that samples without it are due to their questions.
+    """Whether the held-out answers keep the form; then samples without it are due to their questions.
 
-    sampled: share of the first samples in form; it stands for a share before training that is too small to lose. Few
-    steps have too few samples for that.
+    sampled: share of the first samples in form. It is compared with if too few held-out answers had the form before
+    training, unless the steps are too few.
     """
     before, after = known.grade(BEFORE, "well_formed") or 0.0, known.grade(AFTER, "well_formed")
     had = before if before >= BROKE or few_steps(known) else sampled

@@ -289,7 +289,7 @@ def _changes(known: Evidence, found: tuple[Cause, ...]) -> tuple[str, ...]:
     """
     if known.config.get("data") == RECORDS:
         return ()
-    flags = [cause.flags[0] for cause in found if len(cause.flags[0].split()) == 2]
+    flags = [cause.flags[0] for cause in found if cause.flags and len(cause.flags[0].split()) == 2]
     by_name = {flag.split()[0]: flag for flag in (f"--num_steps {more_steps(known)}", *reversed(flags))}
     if (limit := as_number(known.config.get("eval_limit"))) and limit < FEWEST_TO_COMPARE:
         by_name.setdefault("--eval_limit", f"--eval_limit {FEWEST_TO_COMPARE}")

@@ -139,8 +139,8 @@ def refuse_other_flags(config: TrainConfig, saved: Mapping[str, Any], checkpoint
     same = MAY_CHANGE - ({"num_steps", "num_train_epochs"} if length_decides else set())
     known = Progress.read(checkpoint).identity
     same |= {flag for flag, compared in COMPARED.items() if compared in known}
-    ends = "begins again after num_steps" if config.num_iterations > 1 else "falls to its end at num_steps"
-    why = {"num_steps": f": the {'outer loop' if config.num_iterations > 1 else 'learning rate'} {ends}"}
+    depends = "the outer loop depends" if config.num_iterations > 1 else "the learning rate depends"
+    why = {"num_steps": f": {depends} on it"}
     changed = [
         f"--{name} is {getattr(config, name)}, but was {value}{why.get(name, '')}"
         for name, value in saved.items()

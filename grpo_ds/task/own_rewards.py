@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from types import FunctionType
 from typing import Any, Literal
 
+from grpo_ds.task.reward_sources import syntax_tree
 from grpo_ds.task.rewards import ARGUMENTS, COLUMNS, OwnReward
 
 CompletionFormat = Literal["auto", "text", "messages"]
@@ -134,8 +135,9 @@ def _source(function: FunctionType) -> Source | None:
     """Return the syntax tree of the function, found by its line in its file."""
     try:
         lines, _ = inspect.findsource(function)
-        tree = ast.parse("".join(lines))
-    except (OSError, SyntaxError, ValueError):
+    except OSError:
+        return None
+    if (tree := syntax_tree("".join(lines))) is None:
         return None
     first = function.__code__.co_firstlineno
     for node in ast.walk(tree):

@@ -78,7 +78,7 @@ def build_messages(
 
 
 def prompt_warnings(question: Question, *, answer_format: AnswerFormat, few_shot: int = 0, **how: Any) -> list[str]:
-    """Say what the prompt of a question lacks: worked examples, which a chat gets none of; tags.
+    """Say what the prompt of a question lacks: worked examples, for a chat gets none; tags that nothing asks for.
 
     how: of build_messages.
     """

@@ -19,6 +19,11 @@ MOST_LABELS, LONGEST_LABEL = 10, 20  # of answers that could be labels
 MOST_UNITS = 5
 AROUND_UNITS = "0123456789.,/%+-\u2212 "
 SHOWN_FIELDS, SHOWN_ANSWERS = 8, 4
+CONTEXT_WORDS = 5  # more than a date or a name
+REASONS = {  # fields that would tell the answer
+    *("explanation", "rationale", "reason", "reasoning", "cot", "solution", "long_answer", "comment"),
+    *("begr\u00fcndung", "erkl\u00e4rung", "kommentar", "explicaci\u00f3n", "explication", "spiegazione"),
+}
 PLAIN = re.compile(r"\w[\w -]*")  # a field's name that needs no quotes
 NO_ANSWER = "name the answer's field (--label_field), or --answers none if rewards need no answer"
 FLAGS = "--question_field, --context_field NAME|none, --label_field"
@@ -108,10 +113,15 @@ def _fields_line(
 
 
 def _only_text(records: Sequence[Mapping[str, object]], taken: Collection[str | None]) -> str | None:
-    """Return the field of several words that no other role has, if there is one such field alone."""
+    """Return the field whose values are mostly texts of several words, if no role has it and there is only one.
+
+    A field that gives reasons for the right answer is none.
+    """
     names = dict.fromkeys(str(name) for record in records for name in record)
-    texts = [name for name in names if name not in taken and " " in str(records[0].get(name, "")).strip()]
-    return texts[0] if len(texts) == 1 else None
+    free = [name for name in names if name not in taken and label_key(name) not in REASONS]
+    texts = {name: [it for record in records if isinstance(it := record.get(name), str)] for name in free}
+    long = [name for name in free if sum(len(it.split()) >= CONTEXT_WORDS for it in texts[name]) > len(records) / 2]
+    return long[0] if len(long) == 1 else None
 
 
 def _answers_found(records: Sequence[Mapping[str, object]], given: Mapping[str, str]) -> str:

@@ -6,6 +6,7 @@ Seen from the import statements, nothing is run; installed packages and this one
 import ast
 import hashlib
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 INSTALLED = {"site-packages", "dist-packages"}
@@ -42,11 +43,22 @@ def _with_imports(file: Path, folder: Path) -> set[Path]:
     return seen
 
 
+def syntax_tree(source: str | bytes) -> ast.Module | None:
+    """Return the syntax tree of a module; None if it is not Python.
+
+    CPython 3.11 may raise SystemError if it collects garbage meanwhile (its issue 106905), but not twice.
+    """
+    with suppress(SyntaxError, ValueError):
+        try:
+            return ast.parse(source)
+        except SystemError:
+            return ast.parse(source)
+    return None
+
+
 def _imported_by(file: Path, folder: Path) -> list[Path]:
     """Return the files below `folder` that the file's import statements name, packages' __init__.py included."""
-    try:
-        tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):  # a compiled module
+    if (tree := syntax_tree(file.read_bytes())) is None:  # a compiled module
         return []
     places = [it for node in ast.walk(tree) for it in _places(node, file, folder) if folder in it.parents]
     packages = {above for place in places for above in (place, *place.parents) if folder in above.parents}

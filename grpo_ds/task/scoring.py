@@ -167,7 +167,7 @@ def _weighted(values: Sequence[float | None], weight: float) -> list[float | Non
 
 
 def _find_faulty(function: RewardFunction, columns: Columns, trainer_state: object, timeout: float) -> Sequence[int]:
-    """Find the first completion that also fails alone; () if the last does, too, as then any may.
+    """Find the first completion that also fails alone; return () if each of the others fails, too.
 
     Return all if no call with one fails within the time.
     """
@@ -184,7 +184,8 @@ def _find_faulty(function: RewardFunction, columns: Columns, trainer_state: obje
     found = next((i for i in indices if fails(i)), None)
     if found is None:
         return indices
-    return () if found == 0 and len(indices) > 1 and fails(indices[-1]) else (found,)
+    of_several = len({*columns["id"]}) > 1
+    return () if found == 0 and of_several and all(map(fails, indices[1:])) else (found,)
 
 
 def _remedy(function: RewardFunction, fault: Faulty) -> str:

@@ -60,7 +60,7 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple[float, tu
     """Return the share of pairs with the positive above the negative, a tie counting half, and its 95 % interval.
 
     The area under the ROC curve. Its variance is that of the shares by question (DeLong et al. 1988), its interval
-    normal, cut to [0, 1]; if no pair differs from the others, that of a share of the rarer class.
+    normal, cut to [0, 1]; if all shares are equal, that of a share of the rarer class.
     """
     above = [mean([(a > b) + (a == b) / 2 for b in negative]) for a in positive]
     below = [mean([(a > b) + (a == b) / 2 for a in positive]) for b in negative]

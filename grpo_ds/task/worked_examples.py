@@ -3,7 +3,7 @@
 The reasoning of a small model copies the examples' subject, so biomedical ones are for biomedical data alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from grpo_ds.task.answers import AnswerFormat
@@ -11,8 +11,8 @@ from grpo_ds.task.questions import Question
 from grpo_ds.task.spelling import label_key
 
 # Labels that mean yes, and no.
-YES_WORDS = frozenset(("yes", "true", "1", "ja", "oui", "sí", "si", "sim", "tak", "да", "是", "はい"))
-NO_WORDS = frozenset(("no", "false", "0", "nein", "nee", "nej", "non", "não", "nao", "nie", "нет", "否", "いいえ"))
+YES_WORDS = frozenset(("yes", "true", "ja", "oui", "sí", "si", "sim", "tak", "да", "是", "はい"))
+NO_WORDS = frozenset(("no", "false", "nein", "nee", "nej", "non", "não", "nao", "nie", "нет", "否", "いいえ"))
 
 BIOMEDICAL = "biomedical"  # subject of PubMedQA and of the packaged questions
 WorkedExample = tuple[Question, str]  # with its reasoning
@@ -57,28 +57,6 @@ YES_OR_NO: tuple[WorkedExample, ...] = (
             label="no",
         ),
         "The museum opens from Tuesday to Sunday only, and Monday is not among these days.",
-    ),
-)
-# For any other labels: their contexts name the answer, so that they show the form alone.
-FIRST_LABEL, LAST_LABEL = "{first}", "{last}"
-ANY_LABELS: tuple[WorkedExample, ...] = (
-    (
-        Question(
-            id="worked-example-label-1",
-            text="What was the answer to the first question of the quiz?",
-            context=f"The answers were read out after the quiz. The first was {FIRST_LABEL}, the second {LAST_LABEL}.",
-            label=FIRST_LABEL,
-        ),
-        f"The first answer that was read out is {FIRST_LABEL}.",
-    ),
-    (
-        Question(
-            id="worked-example-label-2",
-            text="Which box of the form did the visitor tick?",
-            context=f"The form has a box for each answer. The visitor ticked the box behind {LAST_LABEL}.",
-            label=LAST_LABEL,
-        ),
-        f"The tick of the visitor stands behind {LAST_LABEL}.",
     ),
 )
 NUMBERS: tuple[WorkedExample, ...] = (
@@ -127,30 +105,34 @@ def worked_examples(answer_format: AnswerFormat, subject: str = "") -> list[Work
     """Return two examples of this kind of answer, or none; their number is that of any subject."""
     if not answer_format.is_closed:
         return list({"number": NUMBERS, "text": TEXTS}.get(answer_format.kind, ()))
-    if names := _yes_and_no(answer_format.labels):
-        return _labelled(IN_BIOMEDICINE if subject == BIOMEDICAL else YES_OR_NO, names)
-    return _labelled(ANY_LABELS, {FIRST_LABEL: answer_format.labels[0], LAST_LABEL: answer_format.labels[-1]})
+    labels = answer_format.labels
+    if not (meant := _yes_and_no(labels)):
+        return _of_any_labels(labels[0], labels[-1])
+    examples = IN_BIOMEDICINE if subject == BIOMEDICAL else YES_OR_NO
+    return [(replace(example, label=meant[example.label]), reasoning) for example, reasoning in examples]
 
 
 def _yes_and_no(labels: Sequence[str]) -> dict[str, str]:
-    """Return the labels that mean yes and no; {} unless both are there."""
-    meant = (("yes", YES_WORDS), ("no", NO_WORDS))
+    """Return the labels that mean yes and no; {} unless both are there. 1 and 0 mean it only if there are no others."""
+    numbers = ("1", "0") if len(labels) == 2 else ("", "")
+    meant = (("yes", {*YES_WORDS, numbers[0]}), ("no", {*NO_WORDS, numbers[1]}))
     found = {meaning: label for label in labels for meaning, words in meant if label_key(label) in words}
     return found if len(found) == len(meant) else {}
 
 
-def _labelled(examples: Sequence[WorkedExample], names: Mapping[str, str]) -> list[WorkedExample]:
-    """Return the examples with these names of their labels; those in braces stand in the texts, too."""
-    return [
-        (
-            replace(example, context=_filled(example.context, names), label=names[example.label]),
-            _filled(reasoning, names),
-        )
-        for example, reasoning in examples
-    ]
-
-
-def _filled(text: str, names: Mapping[str, str]) -> str:
-    for mark in (FIRST_LABEL, LAST_LABEL):
-        text = text.replace(mark, names.get(mark, mark))
-    return text
+def _of_any_labels(first: str, last: str) -> list[WorkedExample]:
+    """Return examples whose contexts name the answer, so that they show the form alone."""
+    quiz = Question(
+        id="worked-example-label-1",
+        text="What was the answer to the first question of the quiz?",
+        context=f"The answers were read out after the quiz. The first was {first}, the second {last}.",
+        label=first,
+    )
+    form = Question(
+        id="worked-example-label-2",
+        text="Which box of the form did the visitor tick?",
+        context=f"The form has a box for each answer. The visitor ticked the box behind {last}.",
+        label=last,
+    )
+    read_out = f"The first answer that was read out is {first}."
+    return [(quiz, read_out), (form, f"The tick of the visitor stands behind {last}.")]

@@ -209,11 +209,12 @@ class Engine:
         """Write DeepSpeed's shards of the optimizer state, and an adapter's weights; every rank calls it.
 
         A full model's weights are left out: DeepSpeed would copy all of them from the GPU at once, and save_model
-        writes them. Of a frozen base it would leave out no tied head, and no constants of weights in 4 bits.
+        writes them. It would also save a frozen base's tied head and the constants of its 4-bit weights.
         """
         engine, states = self._engine, self._engine.module_state_dict
-        trained = {name: it.detach() for name, it in self.policy.named_parameters() if it.requires_grad}
-        engine.module_state_dict = lambda **_: {} if self._trains_all else trained
+        adapter = {name: it.detach() for name, it in self.policy.named_parameters() if it.requires_grad}
+        kept = {} if self._trains_all else adapter
+        engine.module_state_dict = lambda **_: kept
         try:
             engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
         finally:

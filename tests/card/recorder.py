@@ -139,13 +139,13 @@ def _selected(tensor: Tensor, mask: Tensor) -> Tensor:
 
 
 def _all_distinct(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return tensor.new_empty(tensor.numel()), torch.empty_like(tensor), tensor.new_empty(0)
+    return tensor.new_empty(tensor.numel()), torch.empty_like(tensor, dtype=torch.int64), tensor.new_empty(0)
 
 
 LARGEST: dict[Any, Callable[..., Any]] = {
     aten._unique2.default: lambda tensor, *_, **__: _all_distinct(tensor) if tensor.device == CARD else NotImplemented,
-    aten._to_copy.default: lambda tensor, device=None, **_: (
-        torch.zeros(tensor.shape, dtype=tensor.dtype)
+    aten._to_copy.default: lambda tensor, dtype=None, device=None, **_: (
+        torch.zeros(tensor.shape, dtype=dtype or tensor.dtype)
         if tensor.device == CARD and device == torch.device("cpu")
         else NotImplemented
     ),

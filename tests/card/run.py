@@ -98,7 +98,7 @@ def _move(owner: Any, recorder: Recorder) -> None:
 
 
 class _Stored:
-    """Stored weights without values, in RAM."""
+    """Stored weights without values, in RAM and in the files' bf16."""
 
     def __init__(self, model: nn.Module) -> None:
         self.shapes = {name: weight.shape for name, weight in model.named_parameters()}

@@ -169,6 +169,7 @@ def test_an_answer_to_a_labelled_question_says_whether_it_is_right(text, label, 
 def test_an_answer_out_of_form_says_which_rule_it_breaks(text, cut, rule):
     found = ask.answered(Question("7", "Is it?", "", ""), text, AnswerFormat(), None, cut=cut)
     assert f"Answer: none in the required form ({rule})" in found.as_text()
+    assert ("; the model wrote" in found.as_text()) == ("</reasoning>" in text)  # what stands behind the reasoning
     assert json.loads(found.as_json())["broken_rule"] == rule
 
 

@@ -169,6 +169,17 @@ def test_the_answer_is_about_what_was_typed(select):
     assert "Measured on two CPU cores" in select("--gpu_gib", 0, "--ram_gib", 16)
 
 
+@pytest.mark.parametrize(("card", "model"), [("T4", "1.5b"), ("RTX 2080 Ti", "1.5b"), ("RTX 4060 Ti", "3b")])
+def test_a_card_without_bf16_gets_no_bf16_masters(select, card, model):
+    run = select("--gpu", card, "--gpu_gib", 16, "--ram_gib", 32).splitlines()[-1]
+    assert f"--model qwen2.5-{model}" in run and ("lowram" in run) == (model == "3b")
+
+
+def test_an_adapter_takes_the_json_of_every_other_run(select):
+    shown = select("--gpu_gib", 12, "--ram_gib", 32)
+    assert all("--ds ds_configs/zero2.json" in line for line in shown.splitlines() if "--lora_r" in line)
+
+
 def test_a_named_card_brings_its_memory_and_its_figures(select, monkeypatch):
     slow, fast = (json.loads(select("--gpu", name, "--ram_gib", 32, "--json")) for name in ("L4", "RTX 3090"))
     assert (slow["gpu_gib"], fast["gpu_gib"]) == (22.5, 24)

@@ -63,7 +63,7 @@ def test_it_stands_beside_what_training_changed(tmp_path):
 
 def test_the_card_of_few_steps_says_so_before_the_causes(tmp_path):
     folder = finished(tmp_path / "run")
-    (folder / METRICS_FILE).write_text('{"step": 1, "entropy": 0.001}\n')
+    (folder / METRICS_FILE).write_text('{"step": 1, "entropy": 0.001, "weights_moved": 0.01}\n')
     text = write_card(folder).read_text()
     assert text.index("Too few steps to judge by (1)") < text.index("Why not more") < text.index("The entropy is gone")
 
@@ -90,6 +90,15 @@ def test_the_hub_reads_base_data_and_scores(tmp_path):
     )
     assert {result.metric_type: result.metric_value for result in data.eval_results} == {"accuracy": 0.5, "f1": 0.4857}
     assert "grpo" in data.tags and data.pipeline_tag == "text-generation"
+
+
+def test_a_merged_model_has_a_card_of_its_own(tmp_path):
+    folder = finished(tmp_path / "run")
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "merged").mkdir()
+    of_adapter, of_merged = write_card(folder).read_text(), (folder / "merged" / "README.md").read_text()
+    assert "AutoPeftModelForCausalLM" in of_adapter and "AutoPeftModelForCausalLM" not in of_merged
+    assert "library_name: transformers" in of_merged and "above this one, `held_out.json`" in of_merged
 
 
 def test_an_adapter_is_one_for_the_hub_and_for_who_asks_it(tmp_path):

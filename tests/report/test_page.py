@@ -319,7 +319,10 @@ def test_answers_of_one_class_are_warned_of():
 
 
 def test_the_page_of_few_steps_says_so_before_the_causes():
-    both, steps = grades(0.5, (0.4, 0.6)), [{"step": step, "entropy": 0.001} for step in (1, 2, 3)]
+    both, steps = (
+        grades(0.5, (0.4, 0.6)),
+        [{"step": step, "entropy": 0.001, "weights_moved": 0.01} for step in (1, 2, 3)],
+    )
     made = page(RunFiles("r", steps=steps, held_out={"before": both, "after": both}))
     assert made.index("Too few steps to judge by (3)") < made.index("Why not more") < made.index("The entropy is gone")
 

@@ -246,18 +246,22 @@ MADE = {  # held-out answers, metrics of the steps, the causes that are named
     "form lost, few weights moved": (
         LOST, lasting(22, **MOVED, **DROPS, weights_moved=0.01), ["policy broke down", "weights stand still"]
     ),
-    "still, but leaning": (LEANS, lasting(22, **STILL, weights_moved=0.01), ["weights stand still"]),
+    "still, but leaning": (
+        LEANS, lasting(22, **STILL, weights_moved=0.01), ["weights stand still", "lean to one label"]
+    ),
     "leaning": (LEANS, lasting(22, **MOVED, weights_moved=0.5), ["lean to one label"]),
     "leaning after few steps": (LEANS, lasting(3, **STILL, weights_moved=0.01), ["lean to one label"]),
-    "still, without entropy": (KEPT, lasting(22, **STILL, entropy=0.001), ["KL at its floor"]),
-    "still, but clipped": (KEPT, lasting(22, **STILL, **{"clip_ratio/region_mean": 0.1}), ["KL at its floor"]),
+    "still, without entropy": (KEPT, lasting(22, **STILL, entropy=0.001), ["KL at its floor", "entropy gone"]),
+    "still, but clipped": (
+        KEPT, lasting(22, **STILL, **{"clip_ratio/region_mean": 0.1}), ["KL at its floor", "ratio clipped"]
+    ),
     "ran away": (LOST, lasting(22, kl=3.0, kl_floor=0.0, weights_moved=0.01), ["KL ran away", "weights stand still"]),
     "failing rewards": (
         KEPT, lasting(22, reward_errors=1, reward=0.0, frac_reward_zero_std=1.0, weights_moved=0.01), ["rewards failed"]
     ),
     "failing at times": (
         KEPT, [{"reward_errors": 2}, *lasting(21, reward_errors=0, reward=0.0, frac_reward_zero_std=1.0)],
-        ["rewards failed at times", "rewards all 0"],
+        ["rewards all 0", "rewards failed at times"],
     ),
 }  # fmt: skip
 

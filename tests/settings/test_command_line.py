@@ -63,6 +63,12 @@ def test_help_shows_the_flags_below_headings(config_type, headings, capsys):
         assert re.findall(r"^  --(\w+)", below, re.M) == [flag.name for flag in flags]
 
 
+def test_help_keeps_the_command_of_a_description_on_a_line_of_its_own(capsys):
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, ["--help"], about="What it\ndoes.\n\n    a --command\n\nMore.")
+    assert "\n\nWhat it does.\n\n    a --command\n\nMore.\n" in capsys.readouterr().out
+
+
 def test_every_flag_is_in_one_group_and_has_a_line_of_help():
     names = [flag.name for flag in all_flags(TrainConfig)]
     assert len(names) == len(set(names)) == 98

@@ -187,6 +187,7 @@ def test_custom_labels_and_tags_are_asked_for(tokenizer):
         (("ja", "nein"), ["ja", "nein"], False),
         (("False", "True"), ["True", "False"], False),
         (("1", "0"), ["1", "0"], False),
+        (("0", "1", "2"), ["0", "2"], True),
         (("yes", "perhaps"), ["yes", "perhaps"], True),
         (("A", "B", "C", "D"), ["A", "D"], True),
     ],

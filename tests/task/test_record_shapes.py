@@ -239,6 +239,7 @@ def test_a_column_of_options_that_no_prompt_shows_is_a_warning(read, record, opt
     assert all(it.startswith("Warning: ") and "of 1 of 1 records" in it for it in warnings)
 
 
+DEUTSCH, STUDIE = {"Frage": "?", "Antwort": "ja"}, "In beiden Gruppen sank es gleich."
 REMEDIES = [  # records, the flags that the error recommends and that then read them
     ([{"question": f"{n}?", "answer": ("ja", "nein")[n % 2]} for n in range(6)], {"labels": ("ja", "nein")}),
     ([but(MMLU, question=f"{n}?", answer=n % 3) for n in range(6)], {"labels": ("A", "B", "C", "D")}),
@@ -250,11 +251,21 @@ REMEDIES = [  # records, the flags that the error recommends and that then read 
         {"fields": {"question": "Frage", "label": "Antwort", "context": "none"}},
     ),
     (
+        [
+            {"Frage": f"{n}?", "Antwort": ("yes", "no")[n % 2], "Begr\u00fcndung": "weil es in beiden Gruppen sank"}
+            for n in range(4)
+        ],
+        {"fields": {"question": "Frage", "label": "Antwort", "context": "none"}},
+    ),
+    (
         [{"Question": f"{n}?", "Context": "c", "Answer": "yes"} for n in range(4)],
         {"fields": {"question": "Question", "label": "Answer", "context": "Context"}},
     ),
     (
-        [{"Frage": f"{n}?", "Studie": "Es sank.", "Antwort": ("ja", "nein")[n % 2]} for n in range(4)],
+        [
+            {"Frage": f"{n}?", "Studie": "In beiden Gruppen sank es gleich.", "Antwort": ("ja", "nein")[n % 2]}
+            for n in range(4)
+        ],
         {"fields": {"question": "Frage", "label": "Antwort", "context": "Studie"}, "labels": ("ja", "nein")},
     ),
 ]
