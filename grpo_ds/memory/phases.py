@@ -20,8 +20,8 @@ from grpo_ds.system.invocation import command
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # see man proc_pid_clear_refs
-# Phases within a step that keep what they freed for the next one. The update, the largest, does not: what it leaves in
-# pieces adds up over the steps, on a CPU to a gigabyte in twenty.
+# Phases within a step that keep what they freed for the next one. The update does not: it is the largest, and the
+# phases behind it would measure what it left.
 KEEPING_FREED = {"sample", "reference", "step"}
 
 
