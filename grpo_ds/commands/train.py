@@ -57,6 +57,7 @@ from grpo_ds.task.reward_files import find_reward_functions, form_lines
 from grpo_ds.task.rewards import WeightedFunctions, ready_made
 from grpo_ds.task.scoring import columns_for_rewards
 from grpo_ds.task.sources import RECORDS, Source
+from grpo_ds.task.statistics import mean
 
 if TYPE_CHECKING:
     from grpo_ds.training.reports import Outcome
@@ -143,6 +144,8 @@ def finish(run: "Run") -> "Outcome":
     if len(outcome.rewards) >= QUARTERS:
         first, last = outcome.quarters()
         say.line(f"Mean reward: {first:.2f} in the first quarter of the steps, {last:.2f} in the last.")
+    else:
+        say.line(f"Mean reward: {mean(outcome.rewards):.2f}.")
     run.reports.verdict()
     merged = f"\nThe merged model: {folder / MERGED}" if (folder / MERGED).is_dir() else ""
     ask = f"{command('ask')} --model {shlex.quote(str(folder))}"
