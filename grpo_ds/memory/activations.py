@@ -135,7 +135,7 @@ class ActivationMemory:
         return int(chunk) + targets * self.shape.hidden * (2 * self.w + fp32)
 
     def behind_layers(self) -> int:
-        """What the last norm keeps in fp32, and the hidden states of the targets with their gradient."""
+        """Bytes that the last norm keeps in fp32, and the hidden states of the targets with their gradient."""
         targets = self.in_completions * self.config.max_completion_length
         return self.shape.hidden * (4 * self.tokens + 2 * self.w * targets)
 

@@ -201,10 +201,11 @@ def read_config(model: str) -> dict[str, Any]:
             reason = in_one_line(error, 150)
             if base:
                 raise _lost_base(adapter, base, f"cannot be loaded: {reason}") from None
-            near = f" (the folder {Path(model).parent} has none of this name)" if Path(model).parent.is_dir() else ""
+            parent = Path(model).parent
+            near = f"The folder {parent} has none of this name. " if parent.is_dir() else ""
             raise UsageError(
-                f"--model {model} is not a preset or a folder{near}, and its config.json cannot be loaded: {reason}\n"
-                f"Presets: {', '.join(PRESET_CONFIGS)}"
+                f"--model {model} is not a preset or a folder, and its config.json cannot be loaded: {reason}\n"
+                f"{near}Presets: {', '.join(PRESET_CONFIGS)}"
             ) from None
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -65,7 +65,7 @@ def causes(known: Evidence) -> tuple[Cause, ...]:
 
 
 def few_steps(known: Evidence) -> bool:
-    """Whether the run had too few steps to compare its end with its beginning."""
+    """Return True if the run had too few steps to compare its end with its beginning."""
     return 0 < len(known.steps) < FEW_STEPS
 
 
@@ -269,13 +269,13 @@ def _kl_above_floor(known: Evidence) -> list[float]:
 
 
 def _is_still(known: Evidence) -> bool:
-    """Whether the KL never left its floor."""
+    """Return True if the KL never left its floor."""
     above = _kl_above_floor(known)
     return bool(above) and max(above) < KL_STILL
 
 
 def _keeps_form(known: Evidence, sampled: float) -> bool:
-    """Whether the held-out answers keep the form; then samples without it are due to their questions.
+    """Return True if the held-out answers keep the form; then samples without it are due to their questions.
 
     sampled: share of the first samples in form. It is compared with if too few held-out answers had the form before
     training, unless the steps are too few.
