@@ -11,6 +11,7 @@ figures are appended to --out, and a run that is started again goes on behind th
 
 import argparse
 import json
+import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=40, help="trained on, in turn; a quarter as many are held out")
     parser.add_argument("--learning_rate", type=float, default=1e-5)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--only", default="", help="ways whose name holds this text, beside Adam in fp32")
+    parser.add_argument("--only", default="", help="ways in whose name this regular expression is found, beside Adam in fp32")
     parser.add_argument("--out", type=Path, default=Path("moments.jsonl"))
     typed = parser.parse_args()
     world, rows = ranks.start(), {}
@@ -80,7 +81,7 @@ def main() -> None:
         row = json.loads(line)
         rows[row["loss"], row["seed"], row["way"]] = row
     for seed in map(int, typed.seeds.split(",")):
-        wanted = [way for way in WAYS if way == EXACT or typed.only in way]
+        wanted = [way for way in WAYS if way == EXACT or re.search(typed.only, way)]
         if all((typed.loss, seed, way) in rows for way in wanted):
             continue
         trained, held_out = draw(typed, seed, world)
@@ -137,6 +138,7 @@ def train(
         place += it.numel()
     start = weights.clone()
     masters = torch.nn.Parameter(weights if way.masters == BF16 else weights.to(way.masters))
+    masters.grad = gradient if masters.dtype == gradient.dtype else torch.zeros_like(masters)
     optimizer = way.build([masters], lr=typed.learning_rate * way.rate, weight_decay=0.0)
     before, losses = held_out_loss(policy, held_out, world), []
     for update in range(typed.updates):
@@ -144,8 +146,9 @@ def train(
         gradient.zero_()
         if loss.requires_grad:
             loss.backward()
-        masters.grad = gradient.to(way.masters)
-        masters.grad *= min(1.0, 1 / (float(masters.grad.float().norm()) + 1e-6))
+        if masters.grad is not gradient:
+            masters.grad.copy_(gradient)
+        masters.grad *= min(1.0, 1 / (float(torch.linalg.vector_norm(gradient, dtype=torch.float32)) + 1e-6))
         optimizer.step()
         if masters.data_ptr() != weights.data_ptr():
             weights.copy_(masters.data)

@@ -1,4 +1,4 @@
-"""environment.json: versions, machine and command of a run. It contains no environment variable."""
+"""environment.json: versions, machine and commands of a run. It contains no environment variable."""
 
 import json
 import platform
@@ -17,8 +17,19 @@ PACKAGES = ("grpo_ds", "torch", "transformers", "deepspeed", "bitsandbytes", "pe
 
 
 def write_environment(folder: Path, *, ranks: int) -> None:
-    """Write environment.json; a resumed run overwrites it."""
-    write_whole(folder / ENVIRONMENT_FILE, json.dumps(environment(ranks), indent=1) + "\n")
+    """Write environment.json; a resumed run overwrites it, but for the commands of the runs before it."""
+    found = environment(ranks)
+    found["commands"] = [*(it for it in _commands(folder / ENVIRONMENT_FILE) if it != found["command"]), found["command"]]
+    write_whole(folder / ENVIRONMENT_FILE, json.dumps(found, indent=1) + "\n")
+
+
+def _commands(file: Path) -> list[list[str]]:
+    """Return the commands in a run's file, the first one first; none if it is missing or damaged."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return list(found.get("commands") or [found["command"]])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
 
 
 def environment(ranks: int) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def confidence_rows(sides: Sequence[Figures]) -> list[Row]:
         ("mean_p_right_interval", "p(right), 95 % interval", _interval),
         ("mean_p_right_empty", "p(right), empty reasoning", "{:.3f}".format),
         ("reasoning_gain", "reasoning gain", "{:+.3f}".format),
-        ("reasoned", "reasoning in form", "{:.1%}".format),
+        ("reasoned", "well-formed up to the answer", "{:.1%}".format),
         ("lean", f"lean, mean p{_classes(sides)}", _shares),
         ("auc", "AUC", "{:.3f}".format),
         ("auc_interval", "AUC, 95 % interval", _interval),

@@ -16,7 +16,7 @@ class Lean:
 
     Example:
         >>> print(Lean("no", 0.76, 0.5, by_p=True))
-        mean probability 76%, 50% of the questions
+        mean probability 76%, right for 50% of the questions
     """
 
     label: str
@@ -26,7 +26,7 @@ class Lean:
 
     def __str__(self) -> str:
         measured = f"mean probability {self.share:.0%}" if self.by_p else f"{self.share:.0%} of the answers"
-        return f"{measured}, {self.of_questions:.0%} of the questions"
+        return f"{measured}, right for {self.of_questions:.0%} of the questions"
 
 
 def lean_of(known: Evidence, when: str) -> Lean | None:

@@ -37,7 +37,7 @@ class Work:
     def text(self, seconds: float) -> str:
         """Describe the work after `seconds`. The time left supposes that the rest goes as fast."""
         if not (self.done or self.tokens):
-            return f"{self.name}: {self.total} {self.unit} to come"
+            return f"{self.name}: {self.total} {self.unit} to do"
         tokens = f", {self.tokens} of at most {self.most_tokens} tokens" if self.most_tokens else ""
         rate = f", {self.tokens / seconds:.0f} tokens/s" if self.tokens and seconds else ""
         going = 0 < self.done < self.total

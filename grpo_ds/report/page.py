@@ -120,8 +120,12 @@ def versions(run: RunFiles) -> list[tuple[str, str]]:
 
 
 def command_line(run: RunFiles) -> str:
-    """Return the command as typed, with a line for each flag."""
-    words = [str(word) for word in run.environment.get("command", [])]
+    """Return the command as typed, with a line for each flag; behind it those that resumed the run."""
+    commands = run.environment.get("commands") or [run.environment.get("command", [])]
+    return "\n".join(_as_typed([str(word) for word in words]) for words in commands)
+
+
+def _as_typed(words: list[str]) -> str:
     return as_text("".join((NEXT_LINE if word.startswith("--") else " ") + shlex.quote(word) for word in words).strip())
 
 

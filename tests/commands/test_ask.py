@@ -279,7 +279,7 @@ def test_progress_of_a_file_is_not_among_its_answers(tiny_folder, file, capsys, 
     printed = capsys.readouterr()
     assert len([json.loads(line) for line in printed.out.splitlines()]) == len(RECORDS)
     lines = [line for line in printed.err.splitlines() if line.startswith("Answers: ")]
-    assert lines[0] == f"Answers: {len(RECORDS)} questions to come"
+    assert lines[0] == f"Answers: {len(RECORDS)} questions to do"
     assert lines[-1].startswith(f"Answers: {len(RECORDS)} of {len(RECORDS)} questions, ")  # of two batches
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)  # there the answers themselves show it
     ask.main(words)

@@ -204,7 +204,7 @@ def test_progress_of_an_evaluation_is_not_among_its_results(tiny_folder, capsys,
     evaluate.main(["--model", str(tiny_folder), "--data", "sample", *flags])
     printed = capsys.readouterr()
     lines = [line for line in printed.err.splitlines() if line.startswith("Evaluation: ")]
-    assert lines[0] == "Evaluation: 3 questions to come" and lines[-1].startswith("Evaluation: 3 of 3 questions, ")
+    assert lines[0] == "Evaluation: 3 questions to do" and lines[-1].startswith("Evaluation: 3 of 3 questions, ")
     assert "Evaluation:" not in printed.out and "{" not in printed.out
     assert "Held-out questions (3, greedy)" in printed.out and "macro-F1" in printed.out  # train's table
     assert "Ill-formed: 3 x cut at --max_completion_length" in printed.out

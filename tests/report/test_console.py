@@ -86,7 +86,7 @@ def test_long_work_prints_lines_in_a_file_and_none_at_a_terminal():
     made, written = every_line_is_due(terminal=False)
     work(made)
     begun, going = written.getvalue().splitlines()
-    assert begun == "Evaluation: 3 questions to come" and going.startswith("Evaluation: 1 of 3 questions, ")
+    assert begun == "Evaluation: 3 questions to do" and going.startswith("Evaluation: 1 of 3 questions, ")
     made, written = every_line_is_due(terminal=True)
     work(made)  # a bar
     assert "1/3" in written.getvalue() and "questions" not in written.getvalue()

@@ -24,7 +24,7 @@ def test_the_example_is_right():
 @pytest.mark.parametrize(
     ("done", "tokens", "seconds", "text"),
     [
-        (0, 0, 0.0, "W: 8 rows to come"),  # nothing is divided by 0
+        (0, 0, 0.0, "W: 8 rows to do"),  # nothing is divided by 0
         (0, 90, 30.0, "W: 0 of 8 rows, 3 tokens/s"),  # a batch that goes on says nothing about the time left
         (2, 90, 30.0, "W: 2 of 8 rows, 3 tokens/s, about 2 min left"),  # 15 s each, six left
         (7, 0, 30.0, "W: 7 of 8 rows, about 1 min left"),  # never 0
@@ -71,7 +71,7 @@ def test_work_that_begins_after_a_silence_is_named():
     time.now = 200.0  # a model was loaded
     with time.progress.follow(Work("Evaluation", 89, "questions")):
         pass
-    assert time.lines == [(200, "Evaluation: 89 questions to come")]
+    assert time.lines == [(200, "Evaluation: 89 questions to do")]
 
 
 def test_work_may_be_announced_at_once():
@@ -85,7 +85,7 @@ def test_work_may_be_announced_at_once():
 def test_work_that_fails_is_no_longer_shown():
     time = Time()
     with pytest.raises(KeyError), time.progress.follow(Work("W", 1, "rows")):
-        assert time.progress.text() == "W: 1 rows to come"
+        assert time.progress.text() == "W: 1 rows to do"
         raise KeyError
     assert time.progress.text() == ""
 

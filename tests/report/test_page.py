@@ -14,7 +14,7 @@ import pytest
 from markupsafe import escape
 
 from grpo_ds.errors import MAX_LINES, UsageError
-from grpo_ds.report import answers, curves, key_figures, memory_page, verdict, words
+from grpo_ds.report import answers, curves, environment, key_figures, memory_page, verdict, words
 from grpo_ds.report.metric_names import reward_name
 from grpo_ds.report.page import command_line, page, settings, write_page
 from grpo_ds.report.run_files import LONGEST_TEXT, RunFiles, memory_by_phase, read_run
@@ -240,7 +240,7 @@ NOT_WHAT_THEY_SHOULD_BE = ["", "[1, 2]", '{"a": ' * 5000, "\udcff\x00"]
 OF_THE_WRONG_SHAPE = {
     "held_out.json": ['{"before": 3}', '{"before": {}, "after": {"count": "x"}}', '{"questions": [{"question": 1}]}'],
     "memory.json": ['{"planned": 1}', '{"measured": [{"phase": "load"}], "planned": {"load": 3}}'],
-    "environment.json": ['{"versions": []}', '{"command": 3}', '{"gpus": [1]}'],
+    "environment.json": ['{"versions": []}', '{"command": 3}', '{"commands": 3}', '{"gpus": [1]}'],
     "run_status.json": [],
     "grpo_config.yaml": [],
     "summary.json": [],
@@ -410,6 +410,18 @@ def test_the_command_is_what_was_typed():
     typed = command_line(RunFiles("r", environment={"command": words}))
     assert typed == "deepspeed launch/train.py \\\n  --data 'my file.json'"
     assert shlex.split(typed.replace("\\\n", "")) == words
+
+
+@pytest.mark.parametrize("before", [None, "{", '{"commands": 3}', '{"command": ["began"]}', '{"commands": [["began"]]}'])
+def test_a_resumed_run_keeps_the_command_that_began_it(tmp_path, monkeypatch, before):
+    if before:
+        (tmp_path / "environment.json").write_text(before)
+    monkeypatch.setattr(environment, "restart_words", lambda: ["train"])
+    for flags in (["--resume_from_checkpoint", "a run"],) * 2:
+        monkeypatch.setattr(environment, "flag_words", lambda flags=flags: flags)
+        environment.write_environment(tmp_path, ranks=1)
+    began = "began\n" if before and "began" in before else ""
+    assert command_line(read_run(tmp_path)) == f"{began}train \\\n  --resume_from_checkpoint 'a run'"
 
 
 def test_a_run_that_goes_on_shows_its_last_evaluation():

@@ -115,7 +115,7 @@ def test_what_was_measured_of_p_right_lean_and_reasoning_is_said_and_old_runs_la
     )
     said = judge(known(grades(1.0, 0.5, mean_p_right=0.5), grades(1.0, 0.5, **more), mcnemar=1.0, **RISES)).aspects
     assert "Mean p(right): 0.500, then 0.600 (paired test p = 0.010)" in said[1]
-    assert "To “yes”: mean probability 90%, 50% of the questions (answers given: yes 50, no 50)" in said[2]
+    assert "To “yes”: mean probability 90%, right for 50% of the questions (answers given: yes 50, no 50)" in said[2]
 
 
 @pytest.mark.parametrize(("answers", "leans"), [((74, 26), False), ((75, 25), True), ((25, 75), True)])

@@ -445,13 +445,13 @@ def test_every_long_part_of_a_run_says_how_far_it_is(tiny_folder, tmp_path, caps
     Run(trainer, train, held_out, tmp_path / "run").run()
     printed = capsys.readouterr().out
     for begins in (
-        "Evaluation before training: 2 questions to come\n",
-        "KL floor, sampling: 2 completions to come\n",
-        "Worst case, sampling: 16 completions to come\n",
-        "Step 1 of 1, sampling: 16 completions to come\n",
-        "Step 1 of 1, redraw 1: 16 completions to come\n",  # all rewards are equal
-        "Step 1 of 1, update: 16 completions to come\n",
-        "Evaluation after training: 2 questions to come\n",
+        "Evaluation before training: 2 questions to do\n",
+        "KL floor, sampling: 2 completions to do\n",
+        "Worst case, sampling: 16 completions to do\n",
+        "Step 1 of 1, sampling: 16 completions to do\n",
+        "Step 1 of 1, redraw 1: 16 completions to do\n",  # all rewards are equal
+        "Step 1 of 1, update: 16 completions to do\n",
+        "Evaluation after training: 2 questions to do\n",
     ):
         what = begins.partition(":")[0]
         assert printed.count(begins) == 1
