@@ -73,7 +73,9 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=40, help="trained on, in turn; a quarter as many are held out")
     parser.add_argument("--learning_rate", type=float, default=1e-5)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--only", default="", help="ways in whose name this regular expression is found, beside Adam in fp32")
+    parser.add_argument(
+        "--only", default="", help="ways in whose name this regular expression is found, beside Adam in fp32"
+    )
     parser.add_argument("--out", type=Path, default=Path("moments.jsonl"))
     typed = parser.parse_args()
     world, rows = ranks.start(), {}
@@ -140,7 +142,7 @@ def train(
     masters = torch.nn.Parameter(weights if way.masters == BF16 else weights.to(way.masters))
     masters.grad = gradient if masters.dtype == gradient.dtype else torch.zeros_like(masters)
     optimizer = way.build([masters], lr=typed.learning_rate * way.rate, weight_decay=0.0)
-    before, losses = held_out_loss(policy, held_out, world), []
+    before, losses = figures(policy, trained, held_out, world), []
     for update in range(typed.updates):
         loss = loss_of(policy, trained[update % len(trained)], typed.loss, world)
         gradient.zero_()
@@ -153,12 +155,12 @@ def train(
         if masters.data_ptr() != weights.data_ptr():
             weights.copy_(masters.data)
         losses.append(float(loss.detach()))
-    moved = (weights.float() - start.float()).norm()
+    moved, after = (weights.float() - start.float()).norm(), figures(policy, trained, held_out, world)
     return {
         "losses": losses,
         "moved": float(moved),
         "changed": float((weights != start).double().mean()),
-        "held_out": [before, held_out_loss(policy, held_out, world)],
+        **{name: [value, after[name]] for name, value in before.items()},
     }, weights.float()
 
 
@@ -175,32 +177,52 @@ def loss_of(policy: LogprobModel, rollout: Rollout, kind: str, world: ranks.Worl
 
 
 @torch.no_grad()
-def held_out_loss(policy: LogprobModel, rollouts: list[Rollout], world: ranks.World) -> float:
-    """Mean negative log-prob of other questions' completions."""
-    return statistics.mean(float(loss_of(policy, it, "supervised", world)) for it in rollouts)
+def figures(
+    policy: LogprobModel, trained: list[Rollout], held_out: list[Rollout], world: ranks.World
+) -> dict[str, float]:
+    """The mean negative log-prob of other questions' completions, and what GRPO raises: mean advantage x log-prob."""
+    return {
+        "held_out": statistics.mean(float(loss_of(policy, it, "supervised", world)) for it in held_out),
+        "preferred": statistics.mean(preferred(policy, it) for it in trained),
+        "preferred_held_out": statistics.mean(preferred(policy, it) for it in held_out),
+    }
+
+
+def preferred(policy: LogprobModel, rollout: Rollout) -> float:
+    """Mean over the tokens of a question's completions of advantage x log-prob."""
+    ((rows, _),) = rollout.micro_batches(0)
+    own = policy(rows)[:, : rollout.counted.shape[1]]
+    return float((own * rollout.all_advantages()[:, : own.shape[1]] * rollout.counted).sum() / rollout.counted.sum())
 
 
 def report(rows: list[dict[str, Any]]) -> None:
     """Print medians over the seeds, in a table of Markdown."""
     exact = {row["seed"]: row for row in rows if row["way"] == EXACT}
-    print(
-        "| | loss of the last 20 updates | its distance from fp32's curve | held out | weights moved | off fp32's end |"
-    )
-    print("|---|---|---|---|---|---|")
+
+    def off_curve(row: dict[str, Any]) -> float:
+        return statistics.mean(abs(a - b) for a, b in zip(row["losses"], exact[row["seed"]]["losses"], strict=True))
+
+    by_loss: dict[str, dict[str, Callable[[dict[str, Any]], float]]] = {
+        "supervised": {
+            "loss of the last 20 updates": lambda row: statistics.mean(row["losses"][-20:]),
+            "off fp32's curve": off_curve,
+            "held-out loss": lambda row: row["held_out"][1] - row["held_out"][0],
+        },
+        "grpo": {
+            "advantage x log-prob": lambda row: row["preferred"][1] - row["preferred"][0],
+            "the same, held out": lambda row: row["preferred_held_out"][1] - row["preferred_held_out"][0],
+        },
+    }
+    columns = {
+        **by_loss[rows[0]["loss"]],
+        "weights changed": lambda row: row["changed"],
+        "off fp32's end": lambda row: row["from_exact"] / exact[row["seed"]]["moved"],
+    }
+    print(f"| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for way in WAYS:
-        if not (of_way := [row for row in rows if row["way"] == way]):
-            continue
-        cells = [
-            [statistics.mean(row["losses"][-20:]) for row in of_way],
-            [
-                statistics.mean(abs(a - b) for a, b in zip(row["losses"], exact[row["seed"]]["losses"], strict=True))
-                for row in of_way
-            ],
-            [row["held_out"][1] - row["held_out"][0] for row in of_way],
-            [row["changed"] for row in of_way],
-            [row["from_exact"] / exact[row["seed"]]["moved"] for row in of_way],
-        ]
-        print(f"| {way} | " + " | ".join(f"{statistics.median(cell):.4f}" for cell in cells) + " |")
+        if of_way := [row for row in rows if row["way"] == way]:
+            cells = (statistics.median(map(column, of_way)) for column in columns.values())
+            print(f"| {way} | " + " | ".join(f"{cell:.4f}" for cell in cells) + " |")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ PACKAGES = ("grpo_ds", "torch", "transformers", "deepspeed", "bitsandbytes", "pe
 def write_environment(folder: Path, *, ranks: int) -> None:
     """Write environment.json; a resumed run overwrites it, but for the commands of the runs before it."""
     found = environment(ranks)
-    found["commands"] = [*(it for it in _commands(folder / ENVIRONMENT_FILE) if it != found["command"]), found["command"]]
+    earlier = [command for command in _commands(folder / ENVIRONMENT_FILE) if command != found["command"]]
+    found["commands"] = [*earlier, found["command"]]
     write_whole(folder / ENVIRONMENT_FILE, json.dumps(found, indent=1) + "\n")
 
 

@@ -10,7 +10,7 @@ WORDS = {
     "KL": "Kullback-Leibler divergence: how far the model has moved away from the one that it began as. 0: not at all.",
     "nats": "Natural units of information: 1 nat is 1.44 bits. A choice between two equally likely words has 0.69.",
     "p(right)": "The probability that the model gives to the right label, whatever it answers in the end.",
-    "well-formed": "In the asked form from end to end: the reasoning in its tags, one answer in its tags, nothing else.",
+    "well-formed": "In the asked form from end to end: reasoning in its tags, one answer in its tags, nothing else.",
     "AUC": "Area under the ROC curve: how often a question of one class has the higher probability of it than one of "
     "another class. A coin toss has 50%.",
 }

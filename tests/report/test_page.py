@@ -412,7 +412,9 @@ def test_the_command_is_what_was_typed():
     assert shlex.split(typed.replace("\\\n", "")) == words
 
 
-@pytest.mark.parametrize("before", [None, "{", '{"commands": 3}', '{"command": ["began"]}', '{"commands": [["began"]]}'])
+@pytest.mark.parametrize(
+    "before", [None, "{", '{"commands": 3}', '{"command": ["began"]}', '{"commands": [["began"]]}']
+)
 def test_a_resumed_run_keeps_the_command_that_began_it(tmp_path, monkeypatch, before):
     if before:
         (tmp_path / "environment.json").write_text(before)
