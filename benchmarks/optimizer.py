@@ -21,6 +21,7 @@ from pathlib import Path
 
 OURS, OURS_SPLIT, OURS_STOCHASTIC = "CPUAdamW8bit", "same, bf16 + residual", "same, bf16 stochastic"
 COMPANDED, COMPANDED_SPLIT, COMPANDED_8 = "companded moments", "same, bf16 + residual ", "same, bf16 + 8 bits"
+SGD_SPLIT = "CPUSGD, bf16 + residual"
 COPY, STAGING = "torch copy_", "ZeRO's staging copy"
 BITSANDBYTES, DEEPSPEED, TORCH = "bitsandbytes AdamW8bit", "DeepSpeedCPUAdam", "torch AdamW(fused)"
 # Gradient + parameter read and written + moments read and written. Ours reads the gradient twice: first to find NaN.
@@ -31,6 +32,7 @@ BYTES = {
     COMPANDED: 4 + 4 + 8 + 4,
     COMPANDED_SPLIT: 2 + 2 + 8 + 4,
     COMPANDED_8: 2 + 2 + 6 + 4,
+    SGD_SPLIT: 2 + 2 + 8,
     BITSANDBYTES: 4 + 8 + 4,
     DEEPSPEED: 28,
     TORCH: 28,
@@ -86,7 +88,7 @@ def optimizer_steps(elements: int) -> dict[str, Callable[[], object]]:
     import torch
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    from grpo_ds.optim import CPUAdamW8bit
+    from grpo_ds.optim import CPUSGD, CPUAdamW8bit
 
     torch.manual_seed(0)
     gradient = torch.randn(elements) * torch.rand(elements) ** 3  # magnitudes over several decades
@@ -110,6 +112,7 @@ def optimizer_steps(elements: int) -> dict[str, Callable[[], object]]:
         COMPANDED_8: prepare(
             lambda p: CPUAdamW8bit(p, **settings, moments="companded", rounding="residual8"), torch.bfloat16
         ),
+        SGD_SPLIT: prepare(lambda p: CPUSGD(p, **settings, rounding="residual"), torch.bfloat16),
         BITSANDBYTES: prepare(lambda p: bitsandbytes.optim.AdamW8bit(p, **settings)),
         DEEPSPEED: prepare(lambda p: DeepSpeedCPUAdam(p, **settings)),
         TORCH: prepare(lambda p: torch.optim.AdamW(p, **settings, fused=True)),

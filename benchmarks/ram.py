@@ -17,12 +17,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-WAYS = {  # name -> (section bf16, parameters of AdamW8bit, goal in bytes per parameter)
+WAYS = {  # name -> (section bf16, parameters of AdamW8bit or SGD, goal in bytes per parameter)
     "own staging copy": ({}, {"share_staging": False}, 12.1),
     "zero2.json: staging shared": ({}, {}, 10.1),
     "zero2_lowram.json: bf16 + residual": ({"bf16_master_weights_and_grads": True}, {}, 8.1),
     "the same, residual of 8 bits": ({"bf16_master_weights_and_grads": True}, {"rounding": "residual8"}, 7.1),
     "the same, stochastic rounding": ({"bf16_master_weights_and_grads": True}, {"rounding": "stochastic"}, 6.1),
+    "zero2_sgd.json: bf16 + residual": ({"bf16_master_weights_and_grads": True}, {}, 6.1),
 }
 
 
@@ -124,7 +125,7 @@ def build_engine(arguments: argparse.Namespace):
     ds = {
         "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
         "bf16": {"enabled": True, **bf16},
-        "optimizer": {"type": "AdamW8bit", "params": params},
+        "optimizer": {"type": "SGD" if "sgd" in arguments.way else "AdamW8bit", "params": params},
     }
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(ds, file)

@@ -32,7 +32,7 @@ from grpo_ds.settings.ds_config import DsConfig, resolve_ds_config
 from grpo_ds.settings.flags import Flags, failed, flag
 from grpo_ds.settings.saved_config import prompt_recipe
 from grpo_ds.settings.shipped import DS_JSONS
-from grpo_ds.system.hardware import gpu_memory_gib, gpu_name, native_precision, ram_gib
+from grpo_ds.system.hardware import Precision, gpu_memory_gib, gpu_name, native_precision, ram_gib
 from grpo_ds.terminal import escape_control_chars
 
 WIDTH = 130  # columns if the output is not a terminal
@@ -43,6 +43,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "LoRA": {"lora_r": 16},
     "QLoRA": {"lora_r": 16, "load_in_4bit": True},
 }
+BY_SGD = "All parameters, by SGD", {"ds": "ds_configs/zero2_sgd.json"}  # said if it makes a larger model fit
 REFERENCES = {
     "int8": "on the card, in 8 bits",
     "llm.int8": "the same by bitsandbytes",
@@ -132,6 +133,11 @@ class Answer:
     seconds: float | None = None  # of a step; None: not known
 
     @property
+    def size(self) -> int:
+        """Parameters of the model; 0 if none fits."""
+        return self.chosen.job.shape.parameters if self.chosen else 0
+
+    @property
     def hours(self) -> float | None:
         steps = self.chosen.job.config.total_steps if self.chosen else 0
         return self.seconds * steps / 3600 if self.seconds is not None else None
@@ -156,9 +162,14 @@ def all_answers(
 ) -> list[Answer]:
     """Return the largest model for each way of training, or only for the way that is typed."""
     ways = WAYS if gpu and not typed & OF_AN_ADAPTER else {way_of(config): {}}
-    return [
+    answers = [
         answer(way, one, replace(config, **flags), typed.union(flags), gpu, ram, card) for way, flags in ways.items()
     ]
+    if ways == WAYS and "ds" not in typed and precision_of(config, on_gpu=True) == "bf16":
+        way, flags = BY_SGD
+        by_sgd = answer(way, one, replace(config, **flags), typed.union(flags), gpu, ram, card)
+        answers[1:1] = [by_sgd] if by_sgd.size > answers[0].size else []
+    return answers
 
 
 def answer(
@@ -207,17 +218,22 @@ def all_candidates(one: str, config: SelectConfig, typed: frozenset[str], gpu: f
 
 def resolved(config: SelectConfig, typed: frozenset[str], *, on_gpu: bool) -> dict[str, DsConfig]:
     """Return the DeepSpeed JSON of --ds, or for a GPU every shipped one, filled from the flags."""
-    card = card_named(config.gpu or "")
-    native = native_precision(on_gpu=on_gpu) if card is None or card.bf16 else "fp16"
+    native = precision_of(config, on_gpu=on_gpu)
     sizes = config.ds_sizes(native=native)
     files = {config.ds: Path(config.ds)}
     if on_gpu and "ds" not in typed:
         # The optimizer on the GPU first, which needs no step on the CPU; not for an adapter, whose step takes no
-        # time. fp32 masters before bf16 masters.
+        # time. fp32 masters before bf16 masters, which need a card with bf16. SGD is another algorithm: BY_SGD asks.
         shipped = sorted(DS_JSONS.names(), key=lambda name: ("lowram" in name, ("gpu" in name) == bool(config.lora_r)))
-        shipped = [name for name in shipped if native == "bf16" or "lowram" not in name]  # its masters are bf16
+        shipped = [name for name in shipped if "sgd" not in name and (native == "bf16" or "lowram" not in name)]
         files = {name: DS_JSONS.folder / Path(name).name for name in shipped}
     return {name: resolve_ds_config(path, fill=sizes, explicit=typed) for name, path in files.items()}
+
+
+def precision_of(config: SelectConfig, *, on_gpu: bool) -> Precision:
+    """Return what the named card computes in, or this machine's."""
+    card = card_named(config.gpu or "")
+    return native_precision(on_gpu=on_gpu) if card is None or card.bf16 else "fp16"
 
 
 def typed_flags(config: SelectConfig, typed: frozenset[str]) -> str:

@@ -12,7 +12,7 @@ from grpo_ds.errors import DataError, UsageError
 from grpo_ds.memory.choose import Choice, choose_model
 from grpo_ds.memory.plan import Plan
 from grpo_ds.memory.select import Job, fitted
-from grpo_ds.models.presets import EMBEDDED, PRESETS, lora_recipe
+from grpo_ds.models.presets import EMBEDDED, PRESETS, recipe_for
 from grpo_ds.models.shapes import ModelShape, adapter_base, longer_than_made_for, shape_of
 from grpo_ds.run_folder.progress import Progress
 from grpo_ds.run_folder.resume import base_needed, find_checkpoint, flags_of, refuse_other_flags, weights_of
@@ -83,7 +83,7 @@ def settle_parsed(parsed: Parsed[TrainConfig]) -> Settled:
         choice = Choice(asked.model, f"from {origin.name}", recipe={}, needs_gpu=False)
     else:
         choice = choose_model(asked.model, gpu_gib=gpu, ram_gib=ram, run=run_with_auto)
-    config = parsed.config(saved or lora_recipe(choice.recipe, asked), model=choice.model)
+    config = parsed.config(saved or recipe_for(choice.recipe, asked), model=choice.model)
     refuse_llm_int8(config)
     shape = usable_shape(config, origin)
     warnings += filter(None, [longer_than_made_for(shape, config.max_prompt_length, config.max_completion_length)])

@@ -34,8 +34,8 @@ CUDA_CONTEXT = int(0.5 * GIB)
 CUBLAS_WORKSPACES = 2 * 8 * 4096 * 1024
 
 RESIDUAL = {"residual": 2, "residual8": 1}  # bytes
-MOMENTS_8BIT = 2 + 8 / 256  # two codes, and two fp32 scales for 256 values
-MOMENTS_FP32 = 8
+MOMENTS_FP32 = 8  # bytes of a parameter, by DeepSpeed's own optimizers
+MOMENTS = {"AdamW8bit": 2 + 8 / 256, "SGD": 0}  # by ours; two codes, and two fp32 scales for 256 values
 # Extra bytes per gradient element: its cast to fp32 for fp32 masters, and the copy from which its norm is computed
 # (fp64 in DeepSpeed; engine.py needs no copy, except if the optimizer is on the card).
 GRADIENT_CAST, NORM_COPY, NORM_COPY_ON_CARD = 4, 0, 8
@@ -139,11 +139,11 @@ class _RunMemory:
 
     def optimizer(self, *, stepped: bool = True) -> Bytes:
         """Masters, gradients and moments, in GPU memory or RAM: the bytes per parameter in docs/memory.md."""
-        parameters, ds, ours = self.trained, self.ds, self.ds.optimizer.type == "AdamW8bit"
+        parameters, ds, ours = self.trained, self.ds, self.ds.optimizer.ours
         masters = self._block(parameters * self.master)
         parts = Bytes({"master weights": masters})
         if stepped:
-            parts["moments"] = int(parameters * (MOMENTS_8BIT if ours else MOMENTS_FP32))
+            parts["moments"] = int(parameters * MOMENTS.get(ds.optimizer.type, MOMENTS_FP32))
             parts["residual"] = parameters * RESIDUAL.get(ds.rounding, 0) * ds.bf16_masters
         if ds.offload:
             parts["gradients"] = masters

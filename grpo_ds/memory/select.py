@@ -11,6 +11,7 @@ from typing import Any
 from grpo_ds.memory.plan import CUDA_CONTEXT, GIB, Device, MemoryKind, Plan, make_plan
 from grpo_ds.models.shapes import ModelShape, adapter_base
 from grpo_ds.settings.config import TrainConfig
+from grpo_ds.settings.ds_checks import SGD
 from grpo_ds.settings.ds_config import SMALL_BUCKET, DsConfig, OptimizerSpec
 from grpo_ds.system import invocation
 
@@ -136,7 +137,7 @@ def _another_reference(kind: str, cost: str) -> Remedy:
 
 
 def _ours(job: Job) -> bool:
-    return job.ds.offload and job.ds.optimizer.type == "AdamW8bit"
+    return job.ds.offload and job.ds.optimizer.ours
 
 
 MOST_REMEDIES = 4
@@ -201,6 +202,12 @@ REMEDIES = (
     _more_than("max_completion_length", 200, "shorter answers"),
     _more_than("max_prompt_length", 512, "shorter contexts"),
     _more_than("num_generations", 2, "the smallest group"),
+    Remedy(
+        "--ds ds_configs/zero2_sgd.json",
+        "SGD in place of Adam, at a learning rate of its own",
+        lambda job: _ours(job) and job.ds.bf16 and job.ds.optimizer.type != SGD,
+        ds={**HALVES, "optimizer": OptimizerSpec(SGD, {})},
+    ),
     Remedy(
         "--lora_r 16",
         "only an adapter is trained",

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from grpo_ds.settings.config import TrainConfig
+from grpo_ds.settings.ds_checks import SGD
+from grpo_ds.settings.ds_config import optimizer_type
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,16 @@ PRESETS = {
 LORA_RATE = 10  # an adapter's learning rate / the rate of full fine-tuning (Schulman et al. 2025, LoRA Without Regret)
 
 
-def lora_recipe(recipe: Mapping[str, object], config: TrainConfig) -> Mapping[str, object]:
-    """Return the model's recipe, with the learning rate of an adapter if one is trained."""
-    rate = recipe.get("learning_rate", TrainConfig.learning_rate)
-    return {**recipe, "learning_rate": LORA_RATE * float(str(rate))} if config.lora_r else recipe
+SGD_RATE = 1000  # SGD's learning rate / AdamW's (docs/decisions/0010-adam-or-sgd.md)
+
+
+def recipe_for(recipe: Mapping[str, object], config: TrainConfig) -> Mapping[str, object]:
+    """Return the model's recipe with the learning rate that suits an adapter, or the JSON's SGD."""
+    lora, sgd = config.lora_r > 0, optimizer_type(config.ds) == SGD
+    return {**recipe, "learning_rate": usual_rate(recipe, lora=lora, sgd=sgd)} if lora or sgd else recipe
+
+
+def usual_rate(recipe: Mapping[str, object], *, lora: bool, sgd: bool) -> float:
+    """Return the learning rate of a recipe for all parameters and AdamW, times what an adapter and SGD need."""
+    rate = float(str(recipe.get("learning_rate", TrainConfig.learning_rate)))
+    return rate * (LORA_RATE if lora else 1) * (SGD_RATE if sgd else 1)

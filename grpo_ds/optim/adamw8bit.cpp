@@ -1,5 +1,5 @@
 // Blockwise 8-bit AdamW in one pass: decode the moments of a block, update, encode them; no temporary is larger than a
-// block. Plain C++ that the compiler vectorises three times (portable, AVX2, AVX-512); the best one for the processor
+// block. And SGD, which has none to decode. Plain C++ that the compiler vectorises three times (portable, AVX2, AVX-512); the best one for the processor
 // is chosen at run time.
 //
 // Codes of moments are bitsandbytes' (Dynamic) or computed (Companded). With the first the arithmetic is bitsandbytes
@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace {
 
@@ -102,7 +103,7 @@ struct Job {  // native.py has the same fields in the same order
     void* gradient;
     void* parameter;
     void* residual;  // if not null, a bf16 parameter is the upper half of an fp32 one
-    uint8_t *codes1, *codes2;
+    uint8_t *codes1, *codes2;  // null: no moments (SGD)
     float *absmax1, *absmax2;
     const float *qmap1, *qmap2;  // null: the codes are computed (Companded)
     const uint8_t *grid1, *grid2;  // code of each grid point, from build_grid
@@ -233,6 +234,19 @@ struct Companded {
     }
 };
 
+struct NoMoments {};
+
+template <int N, class Gradient, class Parameter>
+ALWAYS_INLINE void sgd_block(const Job& job, int64_t block, Gradient gradient, Parameter parameter) {
+    const int n = N ? N : int(job.elements - block * BLOCK);
+    prefetch_next_block(gradient.data);
+    prefetch_next_block(parameter.data);
+    const float decay = job.decay, step_size = job.step_size;
+#pragma GCC ivdep
+    for (int i = 0; i < n; i++)
+        parameter.store(i, __builtin_fmaf(step_size, gradient.load(i), parameter.load(i) * decay));
+}
+
 // N is the block's length if it is known at compile time, else 0. Assumes little-endian, as on all machines of torch.
 template <int N, class Codes, class Gradient, class Parameter>
 ALWAYS_INLINE void step_block(const Job& job, int64_t block, Gradient gradient, Parameter parameter) {
@@ -285,7 +299,10 @@ ALWAYS_INLINE void step_blocks(const Job& job, int64_t first, int64_t last) {
         const int64_t start = block * BLOCK;
         const auto gradient = at<Gradient>(job, job.gradient, start);
         const auto parameter = at<Parameter>(job, job.parameter, start);
-        if (start + BLOCK <= job.elements) step_block<BLOCK, Codes>(job, block, gradient, parameter);
+        const bool whole = start + BLOCK <= job.elements;
+        if constexpr (std::is_same_v<Codes, NoMoments>)
+            whole ? sgd_block<BLOCK>(job, block, gradient, parameter) : sgd_block<0>(job, block, gradient, parameter);
+        else if (whole) step_block<BLOCK, Codes>(job, block, gradient, parameter);
         else step_block<0, Codes>(job, block, gradient, parameter);
     }
 }
@@ -330,6 +347,7 @@ template <class C> Kernel for_gradient(const Job& job, int path) {
 Kernel choose_kernel(const Job& job) {
     const int best = best_path();
     const int path = job.path < 0 || job.path > best ? best : job.path;
+    if (!job.codes1) return for_gradient<NoMoments>(job, path);
     return job.qmap1 ? for_gradient<Dynamic>(job, path) : for_gradient<Companded>(job, path);
 }
 

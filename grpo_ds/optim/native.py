@@ -1,4 +1,4 @@
-"""The compiled step of 8-bit AdamW: adamw8bit.cpp, built at first use (system/compiled.py)."""
+"""The compiled steps of 8-bit AdamW and SGD: adamw8bit.cpp, built at first use (system/compiled.py)."""
 
 import ctypes
 import functools
@@ -6,6 +6,7 @@ import logging
 import math
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,6 @@ def native_step(
     """
     beta1, beta2 = group["betas"]
     correction1, correction2 = 1 - beta1 ** state["step"], math.sqrt(1 - beta2 ** state["step"])
-    residual = state.get("residual")
     maps = [state[name] for name in ("qmap1", "qmap2") if name in state]
     tables = {
         f"{kind}{number}": address
@@ -67,10 +67,7 @@ def native_step(
         for kind, address in (("qmap", qmap.data_ptr()), ("grid", ctypes.addressof(_grid(qmap.numpy().tobytes()))))
     }
     job = _Job(
-        elements=parameter.numel(),
-        gradient=gradient.data_ptr(),
-        parameter=parameter.data_ptr(),
-        residual=None if residual is None else residual.data_ptr(),
+        **_tensors(parameter, gradient, state, noise_key, path),
         codes1=state["state1"].data_ptr(),
         codes2=state["state2"].data_ptr(),
         **{name: state[name].data_ptr() for name in ("absmax1", "absmax2")},
@@ -83,15 +80,46 @@ def native_step(
         # The second moment's bias correction is applied to the step size, not to the root: one division less.
         step_size=-group["lr"] * correction2 / correction1,
         eps=group["eps"] * correction2,
-        gradient_is_bf16=gradient.dtype == torch.bfloat16,
-        parameter_is_bf16=parameter.dtype == torch.bfloat16,
-        threads=torch.get_num_threads(),
-        path=-1 if path is None else PATHS.index(path),
-        stochastic=noise_key is not None,
-        residual_bits=0 if residual is None else 8 * residual.element_size(),
-        key=noise_key or 0,
     )
     _kernels().grpo_ds_step(ctypes.byref(job))
+
+
+def native_sgd_step(
+    parameter: Tensor,
+    gradient: Tensor,
+    state: dict,
+    group: dict,
+    *,
+    noise_key: int | None = None,
+    path: str | None = None,
+) -> None:
+    """Update [N] elements in place by SGD; arguments as for `native_step`."""
+    job = _Job(
+        **_tensors(parameter, gradient, state, noise_key, path),
+        decay=1 - group["lr"] * group["weight_decay"],
+        step_size=-group["lr"],
+    )
+    _kernels().grpo_ds_step(ctypes.byref(job))
+
+
+def _tensors(
+    parameter: Tensor, gradient: Tensor, state: dict, noise_key: int | None, path: str | None
+) -> dict[str, Any]:
+    """Return the fields of a job that do not depend on the optimizer."""
+    residual = state.get("residual")
+    return {
+        "elements": parameter.numel(),
+        "gradient": gradient.data_ptr(),
+        "parameter": parameter.data_ptr(),
+        "residual": None if residual is None else residual.data_ptr(),
+        "gradient_is_bf16": gradient.dtype == torch.bfloat16,
+        "parameter_is_bf16": parameter.dtype == torch.bfloat16,
+        "threads": torch.get_num_threads(),
+        "path": -1 if path is None else PATHS.index(path),
+        "stochastic": noise_key is not None,
+        "residual_bits": 0 if residual is None else 8 * residual.element_size(),
+        "key": noise_key or 0,
+    }
 
 
 def native_first_bad_element(gradient: Tensor) -> int | None:

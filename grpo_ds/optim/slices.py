@@ -43,6 +43,22 @@ def slice_step(parameter: Tensor, gradient: Tensor, state: dict, group: dict, *,
         _update_master(update, window["parameter"], window.get("residual"), noise_key, first=start)
 
 
+def sgd_slice_step(
+    parameter: Tensor, gradient: Tensor, state: dict, group: dict, *, noise_key: int | None = None
+) -> None:
+    """Update [N] elements in place by SGD."""
+    flat = {"parameter": parameter, "gradient": gradient}
+    flat |= {"residual": state["residual"]} if "residual" in state else {}
+    flat = {name: tensor.view(-1) for name, tensor in flat.items()}
+    for start in range(0, parameter.numel(), SLICE):
+        window = {name: tensor[start : start + SLICE] for name, tensor in flat.items()}
+
+        def update(master: Tensor, change: Tensor = window["gradient"]) -> None:
+            master.mul_(1 - group["lr"] * group["weight_decay"]).add_(change.float(), alpha=-group["lr"])
+
+        _update_master(update, window["parameter"], window.get("residual"), noise_key, first=start)
+
+
 def _dynamic_update(
     master: Tensor, window: dict[str, Tensor], scales: tuple[Tensor, Tensor], state: dict, group: dict
 ) -> None:

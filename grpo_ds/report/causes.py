@@ -119,6 +119,8 @@ def weights_stand_still(known: Evidence) -> Cause | None:
     moved = known.values("weights_moved")
     if not moved or moved[-1] >= MOVED or few_steps(known):
         return None
+    if known.summary.get("optimizer") == "SGD":  # it moves few weights, those with large gradients, and learns
+        return None
     precision = as_label(known.summary.get("precision", "the model's precision"))
     found = f"At a learning rate of {_rate(known)} only {moved[-1]:.1%} of the weights have changed in {precision}"
     if known.summary.get("keeps_small_steps") is False:

@@ -1,8 +1,7 @@
 """Flags that help a run that did not learn, with the values that suit it; each function returns them best first."""
 
-from grpo_ds.models.presets import LORA_RATE, PRESETS
+from grpo_ds.models.presets import PRESETS, usual_rate
 from grpo_ds.report.evidence import Evidence
-from grpo_ds.settings.config import TrainConfig
 from grpo_ds.task.worked_examples import worked_examples
 
 STRONG_BETA = 0.4  # ten times the default: the pull to the reference outweighs the reward
@@ -78,8 +77,8 @@ def gentler(known: Evidence) -> tuple[str, ...]:
 def faster(known: Evidence) -> tuple[str, ...]:
     """Flags that let the policy move further: the model's usual learning rate, or more steps at it."""
     preset, rate = PRESETS.get(str(known.setting("model"))), known.setting("learning_rate")
-    usual = float(str((preset.recipe if preset else {}).get("learning_rate", TrainConfig.learning_rate)))
-    usual *= LORA_RATE if known.setting("lora_r") else 1
+    sgd = known.summary.get("optimizer") == "SGD"
+    usual = usual_rate(preset.recipe if preset else {}, lora=bool(known.setting("lora_r")), sgd=sgd)
     steps = f"--num_steps {more_steps(known)}"
     if rate < usual:
         return (f"--learning_rate {usual:g}", steps)

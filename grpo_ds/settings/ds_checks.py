@@ -9,6 +9,8 @@ from grpo_ds.settings.ds_keys import KNOWN_KEYS, PARAMS_BY_TYPE, REFUSED
 
 # Sections that every run has: an empty JSON still has a precision and an optimizer.
 ALWAYS_OPEN = ("zero_optimization", "bf16", "optimizer", "optimizer.params")
+SGD = "SGD"
+OURS = ("AdamW8bit", SGD)  # optimizers that are built here and handed to DeepSpeed
 OPEN_IF_GIVEN = ("zero_optimization.offload_optimizer", "scheduler", "scheduler.params", "fp16", "data_types")
 
 
@@ -87,12 +89,13 @@ def check_zero(engine: dict[str, Any]) -> Iterator[str]:
 
 
 def check_optimizer(engine: dict[str, Any]) -> Iterator[str]:
-    """Check the keys that AdamW8bit depends on, and set the two that make DeepSpeed accept an optimizer of ours."""
+    """Check the keys that our optimizers depend on, and set the two that make DeepSpeed accept one."""
     if not has_our_optimizer(engine):
         return
+    name = get_value(engine, "optimizer.type")
     if has_bf16_masters(engine):
         if not offloads(engine):
-            yield 'bf16.bf16_master_weights_and_grads needs "offload_optimizer": {"device": "cpu"} with AdamW8bit'
+            yield f'bf16.bf16_master_weights_and_grads needs "offload_optimizer": {{"device": "cpu"}} with {name}'
         if engine["bf16"].get("enabled") is False and not has_fp16(engine):
             yield "bf16.bf16_master_weights_and_grads needs bf16.enabled true (auto is false: this CPU emulates bf16)"
         if engine["bf16"].get("bf16_optimizer_states") is True:
@@ -100,9 +103,9 @@ def check_optimizer(engine: dict[str, Any]) -> Iterator[str]:
     if get_value(engine, "optimizer.params.moments") == "companded" and not offloads(engine):
         yield 'optimizer.params.moments companded is for moments in RAM: "offload_optimizer": {"device": "cpu"}'
     if engine.setdefault("zero_allow_untested_optimizer", True) is not True:
-        yield "zero_allow_untested_optimizer must be true: AdamW8bit is not on DeepSpeed's list"
+        yield f"zero_allow_untested_optimizer must be true: {name} is not on DeepSpeed's list"
     if engine.setdefault("zero_force_ds_cpu_optimizer", False) is not False and offloads(engine):
-        yield "zero_force_ds_cpu_optimizer must be false: true forbids AdamW8bit under offload"
+        yield f"zero_force_ds_cpu_optimizer must be false: true forbids {name} under offload"
 
 
 def check_fp16(engine: dict[str, Any]) -> Iterator[str]:
@@ -118,7 +121,7 @@ def check_fp16(engine: dict[str, Any]) -> Iterator[str]:
 
 
 def has_our_optimizer(engine: dict[str, Any]) -> bool:
-    return get_value(engine, "optimizer.type") == "AdamW8bit"
+    return get_value(engine, "optimizer.type") in OURS
 
 
 def has_bf16_masters(engine: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 from grpo_ds.errors import UsageError, one_error
 from grpo_ds.settings.ds_checks import (
+    OURS,
     check_fp16,
     check_optimizer,
     check_zero,
@@ -57,8 +58,13 @@ class DsSizes:
 class OptimizerSpec:
     """The optimizer of the JSON."""
 
-    type: str  # "AdamW8bit" is built by us and handed in; "Adam" and "AdamW" are built by DeepSpeed
-    params: dict[str, Any]  # lr, betas, eps, weight_decay, and further parameters of DeepSpeed's own
+    type: str  # "AdamW8bit" and "SGD" are built by us and handed in; "Adam" and "AdamW" are built by DeepSpeed
+    params: dict[str, Any]  # lr, weight_decay, and further ones of this type
+
+    @property
+    def ours(self) -> bool:
+        """Built by us."""
+        return self.type in OURS
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +76,10 @@ class DsConfig:
                  offload=True, bf16_masters=False, rounding="residual", share_staging=True, zero_stage=2, ...)
     """
 
-    engine: dict[str, Any]  # no "auto" left; without "optimizer" when the type is AdamW8bit
+    engine: dict[str, Any]  # no "auto" left; without "optimizer" when it is built by us
     optimizer: OptimizerSpec
     offload: bool  # optimizer states and step are in RAM
-    bf16_masters: bool  # masters and gradients in bf16; `rounding`: how AdamW8bit handles the lost bits
+    bf16_masters: bool  # masters and gradients in bf16; `rounding`: how ours handles the lost bits
     rounding: str  # one of ROUNDINGS; has no effect on fp32 masters
     share_staging: bool  # the bf16 staging buffer uses the gradients' memory, which is free by then
     zero_stage: int  # 0, 1 or 2
@@ -113,8 +119,8 @@ def resolve_ds_config(path: str | Path, *, fill: DsSizes, explicit: frozenset[st
         *precision_conflicts(engine, fill),
         *fill_autos(engine, precision_values(engine, fill), explicit),
         *fill_autos(engine, shared_values(fill), explicit),
+        *fill_autos(engine, optimizer_values(engine), explicit),
         *fill_autos(engine, schedule_values(engine, fill), explicit),
-        *fill_autos(engine, adamw8bit_values() if has_our_optimizer(engine) else [], explicit),
         *fill_peak(engine),
         *two_schedules(engine, fill, explicit),
         *check_zero(engine),
@@ -126,6 +132,12 @@ def resolve_ds_config(path: str | Path, *, fill: DsSizes, explicit: frozenset[st
         one_line_each = [" ".join(problem.split()) for problem in problems]  # a key may hold a line break
         raise one_error(UsageError, f"{path} cannot be used by DeepSpeed:", one_line_each)
     return split(engine, fill)
+
+
+def optimizer_type(path: str | Path) -> str:
+    """Return the type of the optimizer in the JSON at `path`, in our spelling; "" for none or one that is unknown."""
+    asked = str(get_value(read_json(Path(path)), "optimizer.type")).lower()
+    return next((name for name in PARAMS_BY_TYPE["optimizer"] if name.lower() == asked), "")
 
 
 # --- filling -----------------------------------------------------------------------------------------------
@@ -167,8 +179,6 @@ def shared_values(fill: DsSizes) -> list[AutoValue]:
     return [
         AutoValue("optimizer.params.lr", fill.learning_rate, AMOUNT, "learning_rate"),
         AutoValue("optimizer.params.weight_decay", fill.weight_decay, AMOUNT, "weight_decay"),
-        AutoValue("optimizer.params.betas", [0.9, 0.999], BETAS),
-        AutoValue("optimizer.params.eps", 1e-8, AMOUNT),
         AutoValue("gradient_clipping", fill.max_grad_norm, AMOUNT, "max_grad_norm"),
         AutoValue("wall_clock_breakdown", False, SWITCH),
         # On one GPU there is no communication to overlap: the second bucket would only take memory.
@@ -215,13 +225,17 @@ def precision_values(engine: dict[str, Any], fill: DsSizes) -> list[AutoValue]:
     ]
 
 
-def adamw8bit_values() -> list[AutoValue]:
-    """Parameters of our optimizer that Adam does not have."""
-    return [
+def optimizer_values(engine: dict[str, Any]) -> list[AutoValue]:
+    """Further parameters of the JSON's optimizer: Adam's and ours."""
+    known = PARAMS_BY_TYPE["optimizer"].get(str(get_value(engine, "optimizer.type")), frozenset())
+    every = [
+        AutoValue("optimizer.params.betas", [0.9, 0.999], BETAS),
+        AutoValue("optimizer.params.eps", 1e-8, AMOUNT),
         AutoValue("optimizer.params.rounding", "residual", ROUNDING),
         AutoValue("optimizer.params.moments", "bitsandbytes", MOMENTS),
         AutoValue("optimizer.params.share_staging", True, SWITCH),
     ]
+    return [value for value in every if value.path.rpartition(".")[2] in known]
 
 
 def schedule_values(engine: dict[str, Any], fill: DsSizes) -> list[AutoValue]:
@@ -292,7 +306,7 @@ def split(engine: dict[str, Any], fill: DsSizes) -> DsConfig:
     share_staging = optimizer.params.pop("share_staging", False) and offloads(engine)
     if optimizer.params.get("moments") == "bitsandbytes":  # left out, as in the checkpoints of older versions
         del optimizer.params["moments"]
-    if optimizer.type == "AdamW8bit":  # DeepSpeed would look for this name in torch.optim
+    if has_our_optimizer(engine):  # DeepSpeed would look for its name in torch.optim
         del engine["optimizer"]
     has_scheduler = "scheduler" in engine
     return DsConfig(

@@ -61,6 +61,7 @@ WARMUP_PARAMS = names("warmup_min_lr warmup_max_lr warmup_num_steps warmup_type 
 PARAMS_BY_TYPE = {
     "optimizer": {
         "AdamW8bit": names("lr betas eps weight_decay rounding moments share_staging"),
+        "SGD": names("lr weight_decay rounding share_staging"),
         "Adam": ADAM_PARAMS,
         "AdamW": ADAM_PARAMS,
     },

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, get_scheduler
 from grpo_ds.core.packing import PackedRows
 from grpo_ds.errors import CheckpointError, UsageError
 from grpo_ds.models.logprob_model import LogprobModel
-from grpo_ds.optim.adamw8bit import build_optimizer
+from grpo_ds.optim import build_optimizer
 from grpo_ds.settings.ds_config import DsConfig
 from grpo_ds.system import ranks
 from grpo_ds.system.determinism import deterministic_kernels
@@ -309,10 +309,10 @@ def _not_of_our_optimizer(record: logging.LogRecord) -> bool:
 
 def _client_optimizer(parameters: Sequence[Tensor], config: DsConfig) -> torch.optim.Optimizer | None:
     """Optimizer to hand to deepspeed.initialize; None lets DeepSpeed build its own from the JSON."""
-    if config.optimizer.type != "AdamW8bit":
+    if not config.optimizer.ours:
         return None
     if not config.bf16_masters:
-        return build_optimizer(parameters, offload=config.offload, **config.optimizer.params)
+        return build_optimizer(parameters, config.optimizer.type, offload=config.offload, **config.optimizer.params)
     # DeepSpeed allows bf16 masters only with its own Adam and checks the exact type. This object passes the check and
     # is replaced before it ever steps, so its C++ (which needs a compiler and the CUDA toolkit) is never built.
     passport = DeepSpeedCPUAdam.__new__(DeepSpeedCPUAdam)

@@ -70,7 +70,8 @@ class Reports:
             "precision": ds.precision,
             # DeepSpeed's own Adam rounds bf16 masters to the nearest; ours keeps what they cannot hold.
             "weights_changed": self.trainer.progress.weights_changed,
-            "keeps_small_steps": not ds.bf16_masters or ds.optimizer.type == "AdamW8bit",
+            "keeps_small_steps": not ds.bf16_masters or ds.optimizer.ours,
+            "optimizer": ds.optimizer.type,
         }
 
     def held_out(self, questions: Sequence[Question], evaluations: dict[str, Evaluation]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo_ds.errors import GrpoError
-from grpo_ds.optim.adamw8bit import build_optimizer
+from grpo_ds.optim import build_optimizer
 from grpo_ds.settings.ds_config import DsConfig
 
 
@@ -59,11 +59,12 @@ def replace_staging_and_optimizer(engine: Any, config: DsConfig, *, seed: int, v
     zero = engine.optimizer
     _check_insides(engine, version, bf16_masters=config.bf16_masters)
     masters, staging = zero.single_partition_of_fp32_groups, zero.param_buffer_of_bit16_for_cpu_offload_groups
-    if config.bf16_masters and config.optimizer.type == "AdamW8bit":
+    if config.bf16_masters and config.optimizer.ours:
         # Keeps the learning rate of each group, which a schedule has set by now.
         groups = [{key: group[key] for key in ("params", "lr")} for group in zero.optimizer.param_groups]
         settings = {**config.optimizer.params, "rounding": config.rounding, "seed": seed}
-        zero.optimizer = engine.basic_optimizer = build_optimizer(groups, offload=True, **settings)
+        kind = config.optimizer.type
+        zero.optimizer = engine.basic_optimizer = build_optimizer(groups, kind, offload=True, **settings)
         if engine.lr_scheduler is not None:
             engine.lr_scheduler.optimizer = zero.optimizer
         staging[:] = [master.data for master in masters]  # DeepSpeed then copies a tensor onto itself

@@ -8,7 +8,7 @@ from typing import Any
 
 from grpo_ds.memory.choose import choose_model
 from grpo_ds.memory.select import Job, fitted
-from grpo_ds.models.presets import PRESETS, lora_recipe
+from grpo_ds.models.presets import PRESETS, recipe_for
 from grpo_ds.models.shapes import PRESET_CONFIGS, gated_shape, shape_of
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import TrainConfig
@@ -46,7 +46,7 @@ def job_of(flags: str, card: float, ram: float) -> Job:
     """Return the job that train.py would run with these flags on such a machine."""
     parsed = parse(TrainConfig, flags.split(), about="")
     asked = parsed.unchecked()
-    config = parsed.config(lora_recipe(PRESETS[asked.model].recipe, asked))
+    config = parsed.config(recipe_for(PRESETS[asked.model].recipe, asked))
     ds = resolve_ds_config(ROOT / config.ds, fill=config.ds_sizes(native="bf16"))
     return fitted(Job(shape_of(config.model), config, ds), card, ram)
 

@@ -20,6 +20,7 @@ from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import EvaluateConfig, TrainConfig
 from grpo_ds.settings.ds_config import resolve_ds_config
 from grpo_ds.settings.saved_config import CONFIG_FILE, prompt_recipe, write_config
+from grpo_ds.system import hardware
 from grpo_ds.task.answers import AnswerFormat
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -328,6 +329,9 @@ def test_references_and_adapters_that_go_together(flags):
     assert not parse(TrainConfig, flags, about="").config().problems()
 
 
+SGD = "ds_configs/zero2_sgd.json"
+
+
 @pytest.mark.parametrize(
     ("flags", "rate"),
     [
@@ -336,9 +340,13 @@ def test_references_and_adapters_that_go_together(flags):
         (["--lora_r", "8", "--learning_rate", "3e-6"], 3e-6),  # a typed flag wins
         (["--model", EMBEDDED], 1.5e-5),
         (["--model", EMBEDDED, "--lora_r", "8"], 1.5e-4),
+        (["--ds", SGD], 1e-3),
+        (["--ds", SGD, "--model", EMBEDDED], 1.5e-2),
+        (["--ds", SGD, "--learning_rate", "0.02"], 0.02),
     ],
 )
-def test_an_adapter_has_a_learning_rate_of_its_own(flags, rate):
+def test_an_adapter_and_sgd_have_learning_rates_of_their_own(flags, rate, monkeypatch):
+    monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: True)  # which SGD's JSON asks for
     settled = settle(["--model", "qwen2.5-0.5b", *flags])
     assert settled.config.learning_rate == pytest.approx(rate) == settled.job.ds.learning_rate
 

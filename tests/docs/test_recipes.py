@@ -10,7 +10,7 @@ import pytest
 
 from grpo_ds.memory.plan import GIB, Plan
 from grpo_ds.memory.select import Job, fits, fitted
-from grpo_ds.models.presets import PRESETS, lora_recipe
+from grpo_ds.models.presets import PRESETS, recipe_for
 from grpo_ds.models.shapes import shape_of
 from grpo_ds.settings.command_line import parse
 from grpo_ds.settings.config import TrainConfig
@@ -29,7 +29,7 @@ def plan_of(flags: str, gpu: float, ram: float) -> Plan:
     """Return the plan that train.py would print with --plan on such a machine."""
     parsed = parse(TrainConfig, flags.split(), about="")
     asked = parsed.unchecked()
-    config = parsed.config(lora_recipe(PRESETS[asked.model].recipe, asked))
+    config = parsed.config(recipe_for(PRESETS[asked.model].recipe, asked))
     ds = resolve_ds_config(ROOT / config.ds, fill=config.ds_sizes(native="bf16" if gpu else "fp32"))
     return fitted(Job(shape_of(config.model), config, ds, "cuda" if gpu else "cpu"), gpu, ram).plan()
 

@@ -68,6 +68,8 @@ LADDER = [  # name of the JSON, changes, pack_tokens, bytes per parameter in RAM
     ("zero2_lowram", {}, 1100, 2 + 2 + 2.03 + 2),  # several backwards add up in the gradients themselves
     ("zero2_lowram", {"rounding": "residual8"}, 0, 2 + 2 + 2.03 + 1),
     ("zero2_lowram", {"rounding": "stochastic"}, 0, 2 + 2 + 2.03),
+    ("zero2_sgd", {}, 0, 2 + 2 + 2),
+    ("zero2_sgd", {"rounding": "residual8"}, 0, 2 + 2 + 1),
     ("zero2_gpu", {}, 0, 0),
 ]
 
@@ -106,7 +108,9 @@ def test_more_work_never_takes_less_memory(ds_from, flag, device):
             assert all(a[0] <= b[0] and a[1] <= b[1] for a, b in zip(less, more, strict=True))
 
 
-@pytest.mark.parametrize(("name", "device"), itertools.product(("zero2", "zero2_gpu", "zero2_lowram"), ("cuda", "cpu")))
+@pytest.mark.parametrize(
+    ("name", "device"), itertools.product(("zero2", "zero2_gpu", "zero2_lowram", "zero2_sgd"), ("cuda", "cpu"))
+)
 def test_a_larger_model_takes_more_in_every_phase(ds_from, name, device):
     ds = ds_from(name)
     models = [shape_of(f"qwen2.5-{size}") for size in ("0.5b", "1.5b", "3b", "7b")]
@@ -124,7 +128,7 @@ def test_on_the_cpu_all_of_it_is_in_ram(ds_from):
     assert update.gpu_bytes + update.ram_bytes - of_cuda == phase(here, "update").ram_bytes
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero2_lowram", "zero2_gpu"])
+@pytest.mark.parametrize("name", ["zero2", "zero2_lowram", "zero2_sgd", "zero2_gpu"])
 @pytest.mark.parametrize("changes", [{}, {"reference": "bf16"}, {"beta": 0.0}, {"lora_r": 16}])
 def test_a_run_that_fits_can_be_resumed(ds_from, name, changes):
     """The system drops a checkpoint's pages where memory is short; the rest is no more than training needs."""
@@ -138,6 +142,7 @@ def test_a_run_that_fits_can_be_resumed(ds_from, name, changes):
 SIZES_ON_DISK = [  # JSON, changes, bytes a parameter: masters, moments, (residual,) weights, reference
     ("zero2", {}, 4 + 2.03 + 2 + 1.03),
     ("zero2_lowram", {}, 2 + 2.03 + 2 + 2 + 1.03),
+    ("zero2_sgd", {}, 2 + 2 + 2 + 1.03),
     ("zero2", {"beta": 0.0}, 4 + 2.03 + 2),
 ]
 

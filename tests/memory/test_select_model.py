@@ -72,6 +72,25 @@ def test_a_card_without_bf16_is_planned_in_fp16(select, monkeypatch):
         assert {name: phase for name, phase in phases.items() if phase != bf16[key][name]}.keys() == {"load"}
 
 
+@pytest.mark.parametrize(
+    ("words", "larger"),
+    [
+        (("--gpu_gib", 12, "--ram_gib", 24), "qwen2.5-3b"),
+        (("--gpu_gib", 12, "--ram_gib", 16), "qwen2.5-1.5b"),
+        (("--gpu_gib", 12, "--ram_gib", 32), None),  # Adam has the same model
+        (("--gpu", "T4", "--ram_gib", 24), None),  # SGD's JSON has bf16 masters
+        (("--gpu_gib", 12, "--ram_gib", 24, "--ds", "ds_configs/zero2.json"), None),
+    ],
+)
+def test_sgd_is_named_where_it_makes_a_larger_model_fit(select, words, larger):
+    lines = select(*words).splitlines()
+    found = [line for line in lines if line.startswith("All parameters, by SGD: ")]
+    assert [larger in line for line in found] == ([True] if larger else [])
+    if larger:
+        command = lines[lines.index(found[0]) + 1]
+        assert f"--model {larger} --ds ds_configs/zero2_sgd.json" in command
+
+
 def test_what_does_not_fit_is_answered_with_changes(select):
     shown = select("--gpu_gib", 16, "--ram_gib", 18, "--model", "qwen2.5-1.5b", "--ds", "ds_configs/zero2.json")
     assert "Nothing fits yet" in shown and "costs:" in shown

@@ -9,7 +9,7 @@ import torch
 
 from grpo_ds.errors import UsageError
 from grpo_ds.optim import CPUAdamW8bit, build_optimizer, native, slices
-from grpo_ds.optim.adamw8bit import NonFiniteGradient
+from grpo_ds.optim.cpu_optimizer import NonFiniteGradient
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

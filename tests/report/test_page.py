@@ -422,6 +422,7 @@ def test_a_resumed_run_keeps_the_command_that_began_it(tmp_path, monkeypatch, be
     for flags in (["--resume_from_checkpoint", "a run"],) * 2:
         monkeypatch.setattr(environment, "flag_words", lambda flags=flags: flags)
         environment.write_environment(tmp_path, ranks=1)
+    (tmp_path / "run_status.json").write_text('{"status": "finished"}')
     began = "began\n" if before and "began" in before else ""
     assert command_line(read_run(tmp_path)) == f"{began}train \\\n  --resume_from_checkpoint 'a run'"
 

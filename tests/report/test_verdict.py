@@ -291,6 +291,13 @@ def test_no_verdict_advises_both_to_raise_and_to_lower_a_flag(made):
     assert raised_and_lowered(made[0]) == []
 
 
+def test_sgd_moves_few_weights_and_does_not_stand_still():
+    steps = lasting(22, **MOVED, weights_moved=0.01)
+    for optimizer, causes in ("AdamW8bit", ["weights stand still"]), ("SGD", []):
+        found = judge(known(*KEPT, steps=steps, config=RECIPE, summary={"optimizer": optimizer}))
+        assert [cause.name for cause in found.causes] == causes
+
+
 @pytest.mark.parametrize(("count", "few"), [(1, True), (3, True), (7, True), (8, False)])
 def test_of_few_steps_it_says_first_that_they_are_too_few(count, few):
     found = judge(known(*KEPT, steps=lasting(count, **STILL, weights_moved=0.01), config=RECIPE))

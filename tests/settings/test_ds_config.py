@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from grpo_ds.errors import MAX_LINES, UsageError
-from grpo_ds.settings.ds_config import DsSizes, resolve_ds_config
+from grpo_ds.settings.ds_config import DsSizes, optimizer_type, resolve_ds_config
 from grpo_ds.settings.ds_keys import KNOWN_KEYS, PARAMS_BY_TYPE
 
 SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -169,6 +169,28 @@ def test_an_optimizer_of_deepspeeds_own_stays_in_the_dict(resolve, name):
     assert config.optimizer.params["torch_adam"] is True
 
 
+def test_sgd_is_handed_in_with_its_own_parameters_alone():
+    config = resolve_ds_config(SHIPPED / "zero2_sgd.json", fill=SIZES)
+    assert (config.optimizer.type, config.optimizer.ours, config.rounding) == ("SGD", True, "residual")
+    assert config.optimizer.params == {"lr": 2e-5, "weight_decay": 0.01} and "optimizer" not in config.engine
+    assert deepspeed_config(config.engine).zero_allow_untested_optimizer is True
+
+
+@pytest.mark.parametrize(("key", "value"), [("momentum", 0.9), ("betas", [0.9, 0.999]), ("moments", "companded")])
+def test_sgd_has_no_moments(resolve, key, value):
+    changes = {"optimizer": {"type": "SGD", "params": {key: value}}}
+    with pytest.raises(UsageError, match=f"optimizer.params.{key} is not a key DeepSpeed reads"):
+        resolve(zero2(changes))
+
+
+@pytest.mark.parametrize(("text", "found"), [("SGD", "SGD"), ("sgd", "SGD"), ("adamw8bit", "AdamW8bit"), ("Lion", "")])
+def test_the_type_of_the_optimizer_is_known_before_anything_is_filled(tmp_path, text, found):
+    (tmp_path / "ds.json").write_text(json.dumps({"optimizer": {"type": text}}))
+    assert optimizer_type(tmp_path / "ds.json") == found
+    (tmp_path / "ds.json").write_text("{}")
+    assert optimizer_type(tmp_path / "ds.json") == ""
+
+
 def test_the_optimizer_type_may_be_in_any_case(resolve):
     assert resolve(zero2({"optimizer.type": "adamw8bit"})).optimizer.type == "AdamW8bit"
 
@@ -288,7 +310,7 @@ BAD_VALUES = [
     ({"gradient_allreduce_op": "mean"}, ["gradient_allreduce_op", "sum to 1"]),
     ({"compile": {"deepcompile": True}}, ["compile.deepcompile", "remove it"]),
     ({"bf16.bf16_optimizer_states": True}, ["needs bf16.bf16_master_weights_and_grads"]),
-    ({"optimizer.type": "Lion"}, ["optimizer.type", "AdamW8bit, Adam, AdamW"]),
+    ({"optimizer.type": "Lion"}, ["optimizer.type", "AdamW8bit, SGD, Adam, AdamW"]),
     ({"optimizer.type": ["AdamW"]}, ["optimizer.type is a list"]),
     ({"scheduler": {}}, ["scheduler.type is missing"]),
     ({"wall_clock_breakdown": "yes"}, ["wall_clock_breakdown", "write true or false"]),
