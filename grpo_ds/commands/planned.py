@@ -7,7 +7,7 @@ from grpo_ds.memory.plan import MemoryKind
 from grpo_ds.task.questions import read_questions
 from grpo_ds.terminal import escape_control_chars
 
-WITHOUT_BF16 = "Planned for a card with bf16; a T4, a V100 or an RTX 20xx computes in fp16 (docs/troubleshooting.md)."
+WITHOUT_BF16 = "Planned for a card with bf16; a T4, a V100 or an RTX 20xx computes in fp16"
 MEASURED_PROMPTS = 200  # of the most characters: among them is the one of the most tokens
 PLAN_WIDTH = 120  # columns if the output is not a terminal
 
@@ -26,7 +26,8 @@ def print_plan(settled: Settled, *, of_data: bool = False) -> None:
     from grpo_ds.report.memory_plan import component_table, plan_line
 
     console = Console(width=None if Console().is_terminal else PLAN_WIDTH, highlight=False, soft_wrap=True)
-    another_card = [WITHOUT_BF16] if settled.config.gpu_gib else []
+    refuses = f" and refuses {settled.config.ds}, whose masters are bf16" if settled.job.ds.bf16_masters else ""
+    another_card = [f"{WITHOUT_BF16}{refuses}."] if settled.config.gpu_gib else []
     for warning in [*settled.warnings, *another_card]:
         console.print(Text(escape_control_chars(warning)))
     kinds: tuple[MemoryKind, ...] = ("gpu", "ram") if settled.gpu_gib else ("ram",)

@@ -19,6 +19,7 @@ from grpo_ds.task.checked_questions import checked_questions, counted
 from grpo_ds.task.options import options_of, unused_options
 from grpo_ds.task.question import Question
 from grpo_ds.task.record_checks import chat_text
+from grpo_ds.task.record_remedies import forgotten_context
 from grpo_ds.task.record_shapes import OPTIONS, names_of
 from grpo_ds.task.sources import EXAMPLES, Source, open_source
 from grpo_ds.task.spelling import label_key
@@ -44,7 +45,7 @@ class QuestionSet:
     source: str  # name and counts, on one line
     left_out: dict[str, int]  # number of records by label, for PubMedQA labels that are not among `labels`
     form: str = ""  # how it was read: the form of the file, and the fields taken
-    warnings: tuple[str, ...] = ()  # columns of options that no prompt shows
+    warnings: tuple[str, ...] = ()  # columns that look like options or contexts, and are in no prompt
 
 
 def read_questions(
@@ -71,6 +72,8 @@ def read_questions(
     records = [record for _, record in source.records]
     asked = lambda record: names_of(record, fields or {}, answers=answers).question  # noqa: E731
     warnings = tuple(unused_options(records, asked))
+    if answers == "labels" and not any(question.context or question.messages for question in found):
+        warnings += tuple(filter(None, [forgotten_context(records, fields or {})]))
     if answers != "labels":
         noun, kind = NOUNS[answers]
         return QuestionSet(tuple(found), f"{source.name}: {counted(len(found), noun)}{kind}", {}, form, warnings)

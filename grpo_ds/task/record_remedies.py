@@ -124,6 +124,29 @@ def _only_text(records: Sequence[Mapping[str, object]], taken: Collection[str | 
     return long[0] if len(long) == 1 else None
 
 
+def forgotten_context(records: Sequence[object], given: Mapping[str, str]) -> str:
+    """Return a warning if no record has a context, though one of their fields looks like it; "" otherwise.
+
+    given: the fields that flags set.
+    """
+    plain = [record for record in records if isinstance(record, dict)]
+    named = [names_of(record, given) for record in plain]
+    if "context" in given or any(names.context in record for record, names in zip(plain, named, strict=True)):
+        return ""
+    fields = dict.fromkeys(str(name) for record in plain for name in record)
+    if any(map(has_options, plain)) or not fields:
+        return ""
+    found = next((name for name in fields if label_key(name.strip()) in WORDS["context"]), None)
+    taken = {it for names in named for it in (names.question, names.label, names.id)}
+    taken |= {name for name in fields if label_key(name.strip()) in WORDS["label"]}
+    if not (found := found or _only_text(plain, taken)):
+        return ""
+    return (
+        f"Warning: no prompt has a context, but {quote(found)} looks like one: --context_field {shlex.quote(found)}, "
+        f"or --context_field {NO_CONTEXT} if it is none."
+    )
+
+
 def _answers_found(records: Sequence[Mapping[str, object]], given: Mapping[str, str]) -> str:
     """Name the answers that are there, and the flag that accepts them; "" if the records differ too much."""
     if not any(names_of(record, given).label in record for record in records):

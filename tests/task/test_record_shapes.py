@@ -315,3 +315,30 @@ def test_the_word_problems_of_the_tests_are_right():
             assert used - known <= KNOWN, record  # every number comes from the question or from a step before
             known |= {abs(Fraction(result)), *map(Fraction, re.findall(r"\d+", result))}
         assert Fraction(question.label) == Fraction(steps(record["answer"])[-1][1])
+
+
+LONG = "It helped nine of ten people in a trial of a year."
+BOTH = {"question": "Frage", "label": "Antwort"}
+
+
+@pytest.mark.parametrize(
+    ("record", "fields", "named"),
+    [
+        ({"Frage": "?", "Antwort": "yes", "Abstract": "a"}, BOTH, "Abstract"),
+        ({"Frage": "?", "Antwort": "yes", "Befund": LONG}, BOTH, "Befund"),
+        ({"Frage": "?", "Antwort": "yes", "my text": LONG}, BOTH, "'my text'"),
+        ({"Frage": "?", "Antwort": "yes", "Abstract": "a"}, {**BOTH, "context": "none"}, None),
+        ({"Frage": "?", "Antwort": "yes", "Abstract": "a"}, {**BOTH, "context": "Abstract"}, None),
+        ({"Frage": "?", "Antwort": "yes", "Nr": 7}, BOTH, None),
+        ({"Frage": "?", "Antwort": "yes", "Kommentar": LONG}, BOTH, None),  # gives the answer away
+        ({"Frage": "?", "Antwort": "yes", "answer": LONG}, BOTH, None),
+        ({"Frage": "?", "Antwort": "A", "options": ["yes", LONG], "text": LONG}, BOTH, None),
+        ({"messages": [USER], "answer": "yes", "text": LONG}, {}, None),
+    ],
+)
+def test_a_column_that_looks_like_a_context_is_not_left_out_in_silence(tmp_path, record, fields, named):
+    (tmp_path / "q.json").write_text(json.dumps([record]))
+    labels = ("A", "B") if "options" in record else ("yes", "no")
+    found = read_questions(str(tmp_path / "q.json"), labels=labels, fields=fields)
+    said = [line for line in found.warnings if "no prompt has a context" in line]
+    assert [f"--context_field {named}," in line for line in said] == ([True] if named else [])
