@@ -165,7 +165,7 @@ def all_answers(
     answers = [
         answer(way, one, replace(config, **flags), typed.union(flags), gpu, ram, card) for way, flags in ways.items()
     ]
-    if ways == WAYS and "ds" not in typed and precision_of(config, on_gpu=True) == "bf16":
+    if ways == WAYS and not typed & {"ds", "learning_rate"} and precision_of(config, on_gpu=True) == "bf16":
         way, flags = BY_SGD
         by_sgd = answer(way, one, replace(config, **flags), typed.union(flags), gpu, ram, card)
         answers[1:1] = [by_sgd] if by_sgd.size > answers[0].size else []

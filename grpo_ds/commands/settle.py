@@ -12,13 +12,14 @@ from grpo_ds.errors import DataError, UsageError
 from grpo_ds.memory.choose import Choice, choose_model
 from grpo_ds.memory.plan import Plan
 from grpo_ds.memory.select import Job, fitted
-from grpo_ds.models.presets import EMBEDDED, PRESETS, recipe_for
+from grpo_ds.models.presets import EMBEDDED, PRESETS, far_below, recipe_for, usual_rate
 from grpo_ds.models.shapes import ModelShape, adapter_base, longer_than_made_for, shape_of
 from grpo_ds.run_folder.progress import Progress
 from grpo_ds.run_folder.resume import base_needed, find_checkpoint, flags_of, refuse_other_flags, weights_of
 from grpo_ds.run_folder.trained_on import TRAINED_ON_FILE
 from grpo_ds.settings.command_line import Parsed, parse
 from grpo_ds.settings.config import TrainConfig
+from grpo_ds.settings.ds_checks import SGD
 from grpo_ds.settings.ds_config import DsConfig, resolve_ds_config
 from grpo_ds.system.hardware import (
     INT8_CARD,
@@ -88,6 +89,12 @@ def settle_parsed(parsed: Parsed[TrainConfig]) -> Settled:
     shape = usable_shape(config, origin)
     warnings += filter(None, [longer_than_made_for(shape, config.max_prompt_length, config.max_completion_length)])
     ds = resolved(config)
+    usual = usual_rate(choice.recipe, lora=config.lora_r > 0, sgd=True)
+    if ds.optimizer.type == SGD and not origin and far_below(ds.learning_rate, usual):
+        warnings.append(
+            f"Warning: SGD learns hardly anything at a learning rate of {ds.learning_rate:g}, which suits Adam. "
+            f"Leave --learning_rate out, which takes {usual:g}."
+        )
     # The values that the run really uses, so that the config saved beside the model repeats the run.
     config = replace(
         config,

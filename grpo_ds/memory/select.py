@@ -140,6 +140,10 @@ def _ours(job: Job) -> bool:
     return job.ds.offload and job.ds.optimizer.ours
 
 
+def _adam(job: Job) -> bool:
+    return _ours(job) and job.ds.optimizer.type != SGD
+
+
 MOST_REMEDIES = 4
 IN_RAM = {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": False}}
 EIGHT_BIT = {"optimizer": OptimizerSpec("AdamW8bit", {}), "share_staging": True}
@@ -166,7 +170,7 @@ REMEDIES = (
     Remedy(
         "--ds ds_configs/zero2.json",
         "the step on the CPU",
-        lambda job: not job.ds.offload,
+        lambda job: not job.ds.offload and job.ds.optimizer.type != SGD,
         ds={"offload": True, "zero_stage": 2, "share_staging": True},
         zero=IN_RAM,
     ),
@@ -176,7 +180,7 @@ REMEDIES = (
     Remedy(
         "--ds ds_configs/zero2_lowram.json",
         "gradients in bf16",
-        lambda job: _ours(job) and job.ds.bf16 and not job.ds.bf16_masters,
+        lambda job: _adam(job) and job.ds.bf16 and not job.ds.bf16_masters,
         ds=HALVES,
     ),
     Remedy(
@@ -188,13 +192,19 @@ REMEDIES = (
     Remedy(
         'zero2_lowram.json with "rounding": "residual8"',
         "masters without their last 8 bits",
-        lambda job: _ours(job) and job.ds.bf16,
+        lambda job: _adam(job) and job.ds.bf16,
+        ds={**HALVES, "rounding": "residual8"},
+    ),
+    Remedy(
+        'zero2_sgd.json with "rounding": "residual8"',
+        "masters without their last 8 bits",
+        lambda job: _ours(job) and job.ds.bf16 and job.ds.optimizer.type == SGD,
         ds={**HALVES, "rounding": "residual8"},
     ),
     Remedy(
         'zero2_lowram.json with "rounding": "stochastic"',
         "masters without their lower bits",
-        lambda job: _ours(job) and job.ds.bf16,
+        lambda job: _adam(job) and job.ds.bf16,
         ds={**HALVES, "rounding": "stochastic"},
     ),
     _another_reference("bf16-cpu", "log-probs on the CPU, perhaps minutes per step"),
@@ -205,7 +215,7 @@ REMEDIES = (
     Remedy(
         "--ds ds_configs/zero2_sgd.json",
         "SGD in place of Adam, at a learning rate of its own",
-        lambda job: _ours(job) and job.ds.bf16 and job.ds.optimizer.type != SGD,
+        lambda job: _adam(job) and job.ds.bf16,
         ds={**HALVES, "optimizer": OptimizerSpec(SGD, {})},
     ),
     Remedy(

@@ -70,6 +70,11 @@ def recipe_for(recipe: Mapping[str, object], config: TrainConfig) -> Mapping[str
     return {**recipe, "learning_rate": usual_rate(recipe, lora=lora, sgd=sgd)} if lora or sgd else recipe
 
 
+def far_below(rate: float, usual: float) -> bool:
+    """True for a rate that can hardly be meant: Adam's for SGD, for example."""
+    return rate < usual / 30
+
+
 def usual_rate(recipe: Mapping[str, object], *, lora: bool, sgd: bool) -> float:
     """Return the learning rate of a recipe for all parameters and AdamW, times what an adapter and SGD need."""
     rate = float(str(recipe.get("learning_rate", TrainConfig.learning_rate)))

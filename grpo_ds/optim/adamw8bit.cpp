@@ -1,6 +1,6 @@
 // Blockwise 8-bit AdamW in one pass: decode the moments of a block, update, encode them; no temporary is larger than a
-// block. And SGD, which has none to decode. Plain C++ that the compiler vectorises three times (portable, AVX2, AVX-512); the best one for the processor
-// is chosen at run time.
+// block. And SGD, which has none to decode. Plain C++ that the compiler vectorises three times (portable, AVX2,
+// AVX-512); the best one for the processor is chosen at run time.
 //
 // Codes of moments are bitsandbytes' (Dynamic) or computed (Companded). With the first the arithmetic is bitsandbytes
 // 0.50's CPU update, operation by operation, so that the codes are the same: contraction is off at compile time, and

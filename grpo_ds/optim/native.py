@@ -140,7 +140,7 @@ def library() -> ctypes.CDLL | None:
     try:
         loaded = ctypes.CDLL(str(build(NAME, SOURCE, FLAGS)))
     except (OSError, subprocess.SubprocessError) as error:
-        logger.warning("8-bit AdamW runs on bitsandbytes' slower kernels: %s", reason(error))
+        logger.warning("The optimizer's step runs on slower kernels: %s", reason(error))
         return None
     loaded.grpo_ds_first_bad.restype = ctypes.c_int64
     loaded.grpo_ds_first_bad.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]

@@ -7,6 +7,7 @@ reason beside it. tests/training/test_verdict.py has a real run that was made to
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from grpo_ds.models.presets import far_below
 from grpo_ds.report.evidence import AFTER, BEFORE, Evidence
 from grpo_ds.report.lean import lean_of
 from grpo_ds.report.metric_names import CLIPPED_RATIO
@@ -21,6 +22,7 @@ from grpo_ds.report.remedies import (
     rate_reached,
     spread_flags,
     stronger,
+    usual_learning_rate,
 )
 from grpo_ds.report.run_files import as_label
 from grpo_ds.task.grading import FEWEST_TO_COMPARE
@@ -119,7 +121,8 @@ def weights_stand_still(known: Evidence) -> Cause | None:
     moved = known.values("weights_moved")
     if not moved or moved[-1] >= MOVED or few_steps(known):
         return None
-    if known.summary.get("optimizer") == "SGD":  # it moves few weights, those with large gradients, and learns
+    sgd = known.summary.get("optimizer") == "SGD"  # moves few weights, those with large gradients, and learns
+    if sgd and not far_below(known.setting("learning_rate"), usual_learning_rate(known)):
         return None
     precision = as_label(known.summary.get("precision", "the model's precision"))
     found = f"At a learning rate of {_rate(known)} only {moved[-1]:.1%} of the weights have changed in {precision}"

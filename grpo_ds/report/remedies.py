@@ -74,11 +74,15 @@ def gentler(known: Evidence) -> tuple[str, ...]:
     return (f"--learning_rate {known.setting('learning_rate') / 4:g}", *stronger(known), *once)
 
 
+def usual_learning_rate(known: Evidence) -> float:
+    """Return the learning rate that suits the run's model, adapter and optimizer."""
+    preset, sgd = PRESETS.get(str(known.setting("model"))), known.summary.get("optimizer") == "SGD"
+    return usual_rate(preset.recipe if preset else {}, lora=bool(known.setting("lora_r")), sgd=sgd)
+
+
 def faster(known: Evidence) -> tuple[str, ...]:
     """Flags that let the policy move further: the model's usual learning rate, or more steps at it."""
-    preset, rate = PRESETS.get(str(known.setting("model"))), known.setting("learning_rate")
-    sgd = known.summary.get("optimizer") == "SGD"
-    usual = usual_rate(preset.recipe if preset else {}, lora=bool(known.setting("lora_r")), sgd=sgd)
+    rate, usual = known.setting("learning_rate"), usual_learning_rate(known)
     steps = f"--num_steps {more_steps(known)}"
     if rate < usual:
         return (f"--learning_rate {usual:g}", steps)

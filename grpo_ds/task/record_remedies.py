@@ -136,10 +136,10 @@ def forgotten_context(records: Sequence[object], given: Mapping[str, str]) -> st
     fields = dict.fromkeys(str(name) for record in plain for name in record)
     if any(map(has_options, plain)) or not fields:
         return ""
-    found = next((name for name in fields if label_key(name.strip()) in WORDS["context"]), None)
     taken = {it for names in named for it in (names.question, names.label, names.id)}
     taken |= {name for name in fields if label_key(name.strip()) in WORDS["label"]}
-    if not (found := found or _only_text(plain, taken)):
+    by_name = (name for name in fields if name not in taken and label_key(name.strip()) in WORDS["context"])
+    if not (found := next(by_name, None) or _only_text(plain, taken)):
         return ""
     return (
         f"Warning: no prompt has a context, but {quote(found)} looks like one: --context_field {shlex.quote(found)}, "

@@ -349,6 +349,13 @@ def test_an_adapter_and_sgd_have_learning_rates_of_their_own(flags, rate, monkey
     monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: True)  # which SGD's JSON asks for
     settled = settle(["--model", "qwen2.5-0.5b", *flags])
     assert settled.config.learning_rate == pytest.approx(rate) == settled.job.ds.learning_rate
+    assert not [line for line in settled.warnings if "SGD" in line]
+
+
+def test_adams_learning_rate_for_sgd_is_warned_of(monkeypatch):
+    monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: True)
+    settled = settle(["--model", "qwen2.5-0.5b", "--ds", SGD, "--learning_rate", "1e-6"])
+    assert any("Leave --learning_rate out, which takes 0.001." in line for line in settled.warnings)
 
 
 def test_an_adapter_on_an_adapter_is_refused_before_anything_is_loaded(tmp_path):

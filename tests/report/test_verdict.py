@@ -293,8 +293,10 @@ def test_no_verdict_advises_both_to_raise_and_to_lower_a_flag(made):
 
 def test_sgd_moves_few_weights_and_does_not_stand_still():
     steps = lasting(22, **MOVED, weights_moved=0.01)
-    for optimizer, causes in ("AdamW8bit", ["weights stand still"]), ("SGD", []):
-        found = judge(known(*KEPT, steps=steps, config=RECIPE, summary={"optimizer": optimizer}))
+    still = ["weights stand still"]
+    for optimizer, rate, causes in ("AdamW8bit", 1.5e-5, still), ("SGD", 1.5e-2, []), ("SGD", 1.5e-5, still):
+        config = {**RECIPE, "learning_rate": rate}
+        found = judge(known(*KEPT, steps=steps, config=config, summary={"optimizer": optimizer}))
         assert [cause.name for cause in found.causes] == causes
 
 

@@ -330,6 +330,7 @@ BOTH = {"question": "Frage", "label": "Antwort"}
         ({"Frage": "?", "Antwort": "yes", "Abstract": "a"}, {**BOTH, "context": "none"}, None),
         ({"Frage": "?", "Antwort": "yes", "Abstract": "a"}, {**BOTH, "context": "Abstract"}, None),
         ({"Frage": "?", "Antwort": "yes", "Nr": 7}, BOTH, None),
+        ({"text": LONG, "label": "yes"}, {"question": "text", "label": "label"}, None),
         ({"Frage": "?", "Antwort": "yes", "Kommentar": LONG}, BOTH, None),  # gives the answer away
         ({"Frage": "?", "Antwort": "yes", "answer": LONG}, BOTH, None),
         ({"Frage": "?", "Antwort": "A", "options": ["yes", LONG], "text": LONG}, BOTH, None),
