@@ -57,7 +57,7 @@ class Way:
     late: bool = False  # after the others: most need the folder outputs/RUN, which STOPPED makes and RESUMED resumes
 
 
-STOPPED, KILL, RESUMED = "python launch/train.py --num_steps 40", "kill PID", "--resume_from_checkpoint outputs/RUN"
+STOPPED, KILL, RESUMED = "grpo-ds train --num_steps 40", "kill PID", "--resume_from_checkpoint outputs/RUN"
 TABLE = "iconv -f CP1252"
 WAYS = (  # the first that matches
     # make: CI runs these targets itself, or the commands are below. Here: the target exists and consists of commands.
@@ -69,12 +69,11 @@ WAYS = (  # the first that matches
     Way("grpo-ds train --data", "--model smollm2-135m --plan", "Memory plan:"),
     Way("grpo-ds completion", "&& complete -p grpo-ds", "grpo-ds"),
     Way("grpo-ds --help", "", "report"),
-    Way("show_data.py", "--model {tiny}", "my_questions.json: 20 questions (10 yes, 10 no)"),
     Way("grpo-ds data my_questions.json", "--model {tiny}", "my_questions.json: 20 questions (10 yes, 10 no)"),
     Way(TABLE),
     Way("grpo-ds data fragen.utf8.csv", "--model {tiny}", "fragen.utf8.csv: 20 questions (10 ja, 10 nein)", True),
     Way("grpo-ds select", "", "Run: grpo-ds train"),
-    Way("profile_memory.py", IN_A_FOLDER, "Worst case rehearsed"),
+    Way("grpo-ds profile", IN_A_FOLDER, "Worst case rehearsed"),
     # The tiny model from here on.
     Way(STOPPED, f"{SMALL} --num_steps 500 --output_dir {RUN} --data my_questions.json", "Resume with:", True),
     Way(KILL, "", "", True),  # stops the run before, which must save and end with 75
@@ -88,10 +87,10 @@ WAYS = (  # the first that matches
     Way("--hostfile hosts", ON_TWO, "After training: accuracy"),
     Way("--data quiz.json", IN_A_FOLDER, "After training: accuracy"),
     Way("grpo-ds eval", "--eval_limit 2", "accuracy", True),
-    Way("grpo-ds ask", "", "Answer:", True),
+    Way("grpo-ds ask --model outputs/RUN --question", "", "Answer:", True),
     Way("--file my_questions.json --json > answers.jsonl", "", "", True),
-    Way("ask.py --model outputs/RUN", "--interactive", "Answer:", True),  # typed ahead, as there is no terminal
-    Way("launch/report.py", "", "report.html", True),
+    Way("grpo-ds ask --model outputs/RUN", "--interactive", "Answer:", True),  # typed ahead, as there is no terminal
+    Way("grpo-ds report", "", "report.html", True),
 )
 
 
@@ -119,7 +118,7 @@ def question(number: int) -> dict[str, str]:
 
 
 def frage(number: int) -> str:
-    return f"Hilft die Dosis {number} für Ältere?;{('ja', 'nein')[number % 2]}"
+    return f"Hilft die Dosis {number} für Ältere?;Sie half {number} von 20.;{('ja', 'nein')[number % 2]}"
 
 
 def riddle(number: int) -> dict[str, str]:
@@ -137,7 +136,7 @@ class Shell:
         (folder / "hosts").write_text("worker-1 slots=1\nworker-2 slots=1\n")
         for name, record in (("my_questions", question), ("quiz", riddle)):
             (folder / f"{name}.json").write_text(json.dumps([record(number) for number in range(20)]))
-        table = "\n".join(["Frage;Antwort", *map(frage, range(20))])
+        table = "\n".join(["Frage;Abstract;Antwort", *map(frage, range(20))])
         (folder / "fragen.csv").write_text(table, encoding="cp1252")
         (folder / "quiz_prompt.txt").write_text("Reply <think>...</think><choice>A|B|C|D</choice>.")
 

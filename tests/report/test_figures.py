@@ -42,7 +42,7 @@ def test_every_figure_has_a_row_by_hand():
     assert found["p(right), empty reasoning"] == ["0.500", "0.500"] and found["reasoning gain"] == ["+0.000", "+0.250"]
     assert found["lean, mean p (classes: yes 75%, no 25%)"] == ["yes 50%, no 50%", "yes 70%, no 30%"]
     assert found["accuracy if misled"] == [UNKNOWN, "25.0%"] and found["accuracy of 1 votes"] == [UNKNOWN, "75.0%"]
-    assert found["reasoning in form"] == ["100.0%", "100.0%"]
+    assert found["well-formed up to the answer"] == ["100.0%", "100.0%"]
 
 
 def test_a_side_without_probabilities_is_said_to_be_unknown_and_two_have_no_rows():
