@@ -1,4 +1,4 @@
-"""What the optimizers in RAM share: checks before anything changes, and masters in bf16 with what they cannot hold."""
+"""Base of the optimizers in RAM: checks before anything changes, and masters in bf16 with what they cannot hold."""
 
 import hashlib
 from collections.abc import Iterable

@@ -18,17 +18,6 @@ SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C++ compiler on this machine")
 
 
-@pytest.fixture(params=["native", "slices"])
-def engine(request, monkeypatch):
-    """Both implementations of the step; the second one has to cross several slices."""
-    if request.param == "native" and native.library() is None:
-        pytest.skip("no C++ compiler on this machine")
-    if request.param == "slices":
-        monkeypatch.setattr(native, "library", lambda: None)
-        monkeypatch.setattr(slices, "SLICE", 16 * 256)
-    return request.param
-
-
 def gradients(kind, n, step):
     generator = torch.Generator().manual_seed(step)
     noise = torch.randn(n, generator=generator)

@@ -13,17 +13,6 @@ TAIL = 40 * 256 + 77  # forty full blocks and a short one
 SETTINGS = {"lr": 3e-2, "weight_decay": 0.1}
 
 
-@pytest.fixture(params=["native", "slices"])
-def engine(request, monkeypatch):
-    """Both implementations of the step; the second one has to cross several slices."""
-    if request.param == "native" and native.library() is None:
-        pytest.skip("no C++ compiler on this machine")
-    if request.param == "slices":
-        monkeypatch.setattr(native, "library", lambda: None)
-        monkeypatch.setattr(slices, "SLICE", 16 * 256)
-    return request.param
-
-
 def values(n, seed, dtype=torch.float32):
     return torch.randn(n, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
