@@ -159,36 +159,38 @@ ALWAYS_INLINE void decode(const uint8_t* codes, int n, const float* qmap, float*
 
 // bitsandbytes' codes: look-ups in a table of 256 values.
 struct Dynamic {
-    static ALWAYS_INLINE void decode_block(const Job& job, int64_t start, int n, float* moment1, float* moment2) {
-        decode(job.codes1 + start, n, job.qmap1, moment1);
-        decode(job.codes2 + start, n, job.qmap2, moment2);
+    static ALWAYS_INLINE void decode_block(const Job& job, int64_t block, int n, float* moment1, float* moment2) {
+        decode(job.codes1 + block * BLOCK, n, job.qmap1, moment1);
+        decode(job.codes2 + block * BLOCK, n, job.qmap2, moment2);
     }
-    static ALWAYS_INLINE float scale1(float absmax) { return absmax; }
-    static ALWAYS_INLINE float scale2(float absmax) { return absmax; }
-    static ALWAYS_INLINE float variance(float decoded, float scale) { return decoded * scale; }
+    static ALWAYS_INLINE float moment(float decoded, float scale, float beta) { return (decoded * scale) * beta; }
+    static ALWAYS_INLINE float variance(float decoded, float scale, float beta) { return (decoded * scale) * beta; }
     static ALWAYS_INLINE float kept(float v, float) { return v; }
-    static ALWAYS_INLINE void encode_block(const Job& job, int64_t block, int64_t start, int n,
+    static ALWAYS_INLINE void encode_block(const Job& job, int64_t block, int n,
                                            const float* moment1, const float* moment2) {
-        encode(moment1, n, job.absmax1[block], job.grid1, job.codes1 + start);
-        encode(moment2, n, job.absmax2[block], job.grid2, job.codes2 + start);
+        encode(moment1, n, job.absmax1[block], job.grid1, job.codes1 + block * BLOCK);
+        encode(moment2, n, job.absmax2[block], job.grid2, job.codes2 + block * BLOCK);
     }
 };
 
 // Computed codes: companding as in telephony (mu-law, in straight pieces), by integer arithmetic, which vectorises. u in
-// [0, 1] is shifted to y = u (1 - OFFSET) + OFFSET, and the code is the exponent and the first bits of the mantissa of y,
-// counted from those of OFFSET. So steps are a fixed part of an octave of y, and fine near zero: 0 has code 0.
-template <int SHIFT, uint32_t LAST> struct Law {  // SHIFT: bits of the mantissa that are rounded away
-    static constexpr uint32_t FIRST = (0x3f800000u >> SHIFT) - LAST;  // so that 1.0 has the last code
-    static ALWAYS_INLINE float offset() { return float_of(FIRST << SHIFT); }
-    static ALWAYS_INLINE float expand(uint32_t code) { return float_of((code + FIRST) << SHIFT) - offset(); }
-    // size: u x (1 - OFFSET)
-    static ALWAYS_INLINE uint32_t compress(float size) {
-        return ((bits_of(size + offset()) + (1u << (SHIFT - 1))) >> SHIFT) - FIRST;
+// [0, 1] is shifted to y = OFFSET + u (TOP - OFFSET), and the code is the exponent and the first bits of the mantissa of
+// y, counted from those of OFFSET. So steps are a fixed part of an octave of y, and fine near zero: 0 has code 0.
+template <int SHIFT, uint32_t FIRST, uint32_t LAST> struct Law {  // SHIFT: bits of the mantissa that are rounded away
+    static_assert((FIRST & LAST) == 0);  // bits of OFFSET and of the largest code
+    static ALWAYS_INLINE float offset() { return float_of(FIRST << SHIFT); }  // a power of 2, so that 0 stays exactly 0
+    static ALWAYS_INLINE float range() { return float_of((FIRST | LAST) << SHIFT) - offset(); }
+    // unit: a block's largest value / (TOP - OFFSET)
+    static ALWAYS_INLINE float expand(uint32_t code, float unit) {
+        return __builtin_fmaf(float_of((code | FIRST) << SHIFT), unit, -offset() * unit);
     }
-    static ALWAYS_INLINE float scale(float absmax) { return absmax / (1.0f - offset()); }
-    // (1 - OFFSET) / absmax; a block too small to have it becomes zero.
+    static ALWAYS_INLINE uint32_t compress(float size, float inverse) {
+        constexpr uint32_t HALF = 1u << (SHIFT - 1);
+        return (bits_of(__builtin_fmaf(size, inverse, offset())) - ((FIRST << SHIFT) - HALF)) >> SHIFT;
+    }
+    // 1 / unit; a block too small to have it becomes zero.
     static ALWAYS_INLINE float inverse(float* absmax) {
-        if (*absmax > SMALLEST) return (1.0f - offset()) / *absmax;
+        if (*absmax > SMALLEST) return range() / *absmax;
         *absmax = 0.0f;
         return 0.0f;
     }
@@ -197,39 +199,38 @@ template <int SHIFT, uint32_t LAST> struct Law {  // SHIFT: bits of the mantissa
 // First moment: a sign and 127 codes, 16 an octave. Second moment: its root, 255 codes, 32 an octave, as it changes by
 // less in a step; only 0 has code 0, because a small root rounded to 0 would divide the first moment by eps alone.
 struct Companded {
-    using First = Law<19, 127>;
-    using Root = Law<18, 255>;
-    static ALWAYS_INLINE void decode_block(const Job& job, int64_t start, int n, float* moment1, float* moment2) {
-        const int8_t* codes1 = (const int8_t*)job.codes1 + start;
-        const uint8_t* codes2 = job.codes2 + start;
+    using First = Law<19, 0x780, 127>;
+    using Root = Law<18, 0xf00, 255>;
+    static ALWAYS_INLINE void decode_block(const Job& job, int64_t block, int n, float* moment1, float* moment2) {
+        const int8_t* codes1 = (const int8_t*)job.codes1 + block * BLOCK;
+        const uint8_t* codes2 = job.codes2 + block * BLOCK;
+        const float unit1 = job.absmax1[block] * job.beta1 / First::range();
+        const float unit2 = job.absmax2[block] * __builtin_sqrtf(job.beta2) / Root::range();
         for (int i = 0; i < n; i++) {
             const int32_t c = codes1[i];
-            const float size = First::expand(uint32_t(c < 0 ? -c : c));
+            const float size = First::expand(uint32_t(c < 0 ? -c : c), unit1);
             moment1[i] = float_of(bits_of(size) | (uint32_t(c) & 0x80000000u));
-            moment2[i] = Root::expand(codes2[i]);
+            moment2[i] = Root::expand(codes2[i], unit2);
         }
     }
-    static ALWAYS_INLINE float scale1(float absmax) { return First::scale(absmax); }
-    static ALWAYS_INLINE float scale2(float absmax) { return Root::scale(absmax); }
-    static ALWAYS_INLINE float variance(float decoded, float scale) {
-        const float root = decoded * scale;
-        return root * root;
-    }
+    // Decoded values have their scale and beta in them.
+    static ALWAYS_INLINE float moment(float decoded, float, float) { return decoded; }
+    static ALWAYS_INLINE float variance(float decoded, float, float) { return decoded * decoded; }
     static ALWAYS_INLINE float kept(float, float root) { return root; }
-    static ALWAYS_INLINE void encode_block(const Job& job, int64_t block, int64_t start, int n,
+    static ALWAYS_INLINE void encode_block(const Job& job, int64_t block, int n,
                                            const float* moment1, const float* moment2) {
         const float inverse1 = First::inverse(job.absmax1 + block), inverse2 = Root::inverse(job.absmax2 + block);
-        int8_t* codes1 = (int8_t*)job.codes1 + start;
-        uint8_t* codes2 = job.codes2 + start;
+        int8_t* codes1 = (int8_t*)job.codes1 + block * BLOCK;
+        uint8_t* codes2 = job.codes2 + block * BLOCK;
         for (int i = 0; i < n; i++) {
             const uint32_t bits = bits_of(moment1[i]), sign = uint32_t(int32_t(bits) >> 31);
-            const uint32_t c = First::compress(float_of(bits & 0x7fffffff) * inverse1);
+            const uint32_t c = First::compress(float_of(bits & 0x7fffffff), inverse1);
             codes1[i] = int8_t((c ^ sign) - sign);
         }
         for (int i = 0; i < n; i++) {
-            const float size = moment2[i] * inverse2;
-            const uint32_t d = Root::compress(size);
-            codes2[i] = uint8_t(d + uint32_t(d == 0 && size > 0.0f));
+            const uint32_t d = Root::compress(moment2[i], inverse2);
+            const uint32_t least = (bits_of(moment2[i]) + 0x7fffffffu) >> 31;  // 1 for all but 0
+            codes2[i] = uint8_t(d > least ? d : least);
         }
     }
 };
@@ -252,21 +253,23 @@ template <int N, class Codes, class Gradient, class Parameter>
 ALWAYS_INLINE void step_block(const Job& job, int64_t block, Gradient gradient, Parameter parameter) {
     const int64_t start = block * BLOCK;
     const int n = N ? N : int(job.elements - start);
-    prefetch_next_block(gradient.data);
-    prefetch_next_block(parameter.data);
     prefetch_next_block(job.codes1 + start);
     prefetch_next_block(job.codes2 + start);
+    if constexpr (std::is_same_v<Codes, Dynamic>) {  // where a block takes long, the processor's own prefetching falls behind
+        prefetch_next_block(gradient.data);
+        prefetch_next_block(parameter.data);
+    }
     alignas(64) float moment1[BLOCK], moment2[BLOCK];
-    Codes::decode_block(job, start, n, moment1, moment2);
-    const float scale1 = Codes::scale1(job.absmax1[block]), scale2 = Codes::scale2(job.absmax2[block]);
+    Codes::decode_block(job, block, n, moment1, moment2);
+    const float scale1 = job.absmax1[block], scale2 = job.absmax2[block];
     const float beta1 = job.beta1, beta2 = job.beta2, rest1 = job.one_minus_beta1, rest2 = job.one_minus_beta2;
     const float decay = job.decay, step_size = job.step_size, eps = job.eps;
     int32_t largest1 = 0, largest2 = 0;  // bit patterns: positive floats have the order of integers, which vectorise
 #pragma GCC ivdep
     for (int i = 0; i < n; i++) {
         const float g = gradient.load(i);
-        const float m = __builtin_fmaf(g, rest1, (moment1[i] * scale1) * beta1);
-        const float v = __builtin_fmaf(g * rest2, g, Codes::variance(moment2[i], scale2) * beta2);
+        const float m = __builtin_fmaf(g, rest1, Codes::moment(moment1[i], scale1, beta1));
+        const float v = __builtin_fmaf(g * rest2, g, Codes::variance(moment2[i], scale2, beta2));
         const float root = __builtin_sqrtf(v), kept = Codes::kept(v, root);
         moment1[i] = m;
         moment2[i] = kept;
@@ -277,7 +280,7 @@ ALWAYS_INLINE void step_block(const Job& job, int64_t block, Gradient gradient, 
     }
     job.absmax1[block] = float_of(uint32_t(largest1));
     job.absmax2[block] = float_of(uint32_t(largest2));
-    Codes::encode_block(job, block, start, n, moment1, moment2);
+    Codes::encode_block(job, block, n, moment1, moment2);
 }
 
 template <class T> ALWAYS_INLINE T at(const Job& job, void* data, int64_t start);

@@ -10,8 +10,9 @@ from torch import Tensor
 SLICE = 1 << 20  # elements: 20 MB of bitsandbytes' temporaries; smaller slices have too much overhead per call
 BLOCK = 256  # values that share one scale; fixed by bitsandbytes' kernels
 LOW = 0xFFFFFFFF
-# Computed codes of a first moment's size and of a second moment's root: (bits of a mantissa left out, largest code).
-FIRST, ROOT = (19, 127), (18, 255)
+# Computed codes of a first moment's size and of a second moment's root: (bits of a mantissa left out, bits of code 0,
+# largest code). Code 0 stands for a power of 2 and has none of the bits of a code.
+FIRST, ROOT = (19, 0x780, 127), (18, 0xF00, 255)
 GRADIENT_LIMIT = 2.0**64  # the smallest gradient whose square overflows fp32, and with it the second moment
 
 
@@ -80,7 +81,7 @@ def _companded_update(
     correction1, correction2 = 1 - beta1 ** state["step"], math.sqrt(1 - beta2 ** state["step"])
     gradient, count = window["gradient"].float(), master.numel()
     first = decode_first(window["state1"], scales[0]).mul_(beta1).add_(gradient, alpha=1 - beta1)
-    second = decode_root(window["state2"], scales[1]).square_().mul_(beta2)
+    second = decode_root(window["state2"], scales[1] * math.sqrt(beta2)).square_()
     root = second.addcmul_(gradient, gradient, value=1 - beta2).sqrt_()
     change = first / (root + group["eps"] * correction2)
     master.mul_(1 - group["lr"] * group["weight_decay"]).add_(change, alpha=-group["lr"] * correction2 / correction1)
@@ -95,7 +96,7 @@ def _companded_update(
 def encode_first(moment: Tensor) -> tuple[Tensor, Tensor]:
     """Return (uint8 codes, fp32 scales) of first moments [N]: a sign and 127 companded sizes.
 
-    The code is a signed byte. A size u, as a share of its block's largest, is shifted to y = u (1 - offset) + offset;
+    The code is a signed byte. A size u, as a share of its block's largest, is shifted to y = offset + u (top - offset);
     its code is the exponent and the first bits of the mantissa of y, counted from those of the offset (mu-law in
     straight pieces). Steps are a sixteenth of an octave of y, and fine near zero.
     """
@@ -129,35 +130,34 @@ def decode_root(codes: Tensor, scales: Tensor) -> Tensor:
     return _expand(codes.int(), scales, ROOT)
 
 
-def _first_bits(law: tuple[int, int]) -> int:
-    """Value of code 0, such that 1.0 has the largest code."""
-    lost, last = law
-    return (0x3F800000 >> lost) - last
+def _ends(law: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Return the offset, and the top less it."""
+    lost, first, last = law
+    offset, top = (torch.tensor(bits << lost, dtype=torch.int32).view(torch.float32) for bits in (first, first | last))
+    return offset, top - offset
 
 
-def _offset(law: tuple[int, int]) -> Tensor:
-    return torch.tensor(_first_bits(law) << law[0], dtype=torch.int32).view(torch.float32)
+def _compress(sizes: Tensor, law: tuple[int, int, int]) -> Tensor:
+    lost, first, _ = law
+    bits = (sizes + _ends(law)[0]).view(torch.int32)
+    return ((bits + (1 << (lost - 1))) >> lost) - first
 
 
-def _compress(sizes: Tensor, law: tuple[int, int]) -> Tensor:
-    bits = (sizes + _offset(law)).view(torch.int32)
-    return ((bits + (1 << (law[0] - 1))) >> law[0]) - _first_bits(law)
+def _expand(codes: Tensor, scales: Tensor, law: tuple[int, int, int]) -> Tensor:
+    (lost, first, _), (offset, span) = law, _ends(law)
+    sizes = ((codes | first) << lost).view(torch.float32) - offset
+    return sizes.mul_((scales / span).repeat_interleave(BLOCK)[: codes.numel()])
 
 
-def _expand(codes: Tensor, scales: Tensor, law: tuple[int, int]) -> Tensor:
-    sizes = ((codes + _first_bits(law)) << law[0]).view(torch.float32) - _offset(law)
-    return sizes.mul_((scales / (1 - _offset(law))).repeat_interleave(BLOCK)[: codes.numel()])
-
-
-def _scaled(values: Tensor, law: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return [K, 256] values padded with 0, the largest size of each block [K], and (1 - offset) / it [K, 1].
+def _scaled(values: Tensor, law: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return [K, 256] values padded with 0, the largest size of each block [K], and (top - offset) / it [K, 1].
 
     A block too small to have an inverse becomes zero.
     """
     blocks = F.pad(values, (0, -values.numel() % BLOCK)).view(-1, BLOCK)
     largest = blocks.abs().amax(dim=1)
     largest = largest.where(largest > 2.0**-127, 0.0)
-    return blocks, largest, torch.where(largest > 0, (1 - _offset(law)) / largest, 0.0)[:, None]
+    return blocks, largest, torch.where(largest > 0, _ends(law)[1] / largest, 0.0)[:, None]
 
 
 def small_step(parameter: Tensor, gradient: Tensor, state: dict, group: dict, *, noise_key: int | None = None) -> None:
