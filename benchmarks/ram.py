@@ -17,12 +17,17 @@ import sys
 import tempfile
 from pathlib import Path
 
+LOWRAM7 = {"moments": "companded", "rounding": "residual8"}
 WAYS = {  # name -> (section bf16, parameters of AdamW8bit or SGD, goal in bytes per parameter)
     "own staging copy": ({}, {"share_staging": False}, 12.1),
     "zero2.json: staging shared": ({}, {}, 10.1),
     "zero2_lowram.json: bf16 + residual": ({"bf16_master_weights_and_grads": True}, {}, 8.1),
-    "the same, residual of 8 bits": ({"bf16_master_weights_and_grads": True}, {"rounding": "residual8"}, 7.1),
-    "the same, stochastic rounding": ({"bf16_master_weights_and_grads": True}, {"rounding": "stochastic"}, 6.1),
+    "zero2_lowram7.json: bf16 + residual of 8 bits": ({"bf16_master_weights_and_grads": True}, LOWRAM7, 7.1),
+    "zero2_lowram.json, stochastic rounding": (
+        {"bf16_master_weights_and_grads": True},
+        {"rounding": "stochastic"},
+        6.1,
+    ),
     "zero2_sgd.json: bf16 + residual": ({"bf16_master_weights_and_grads": True}, {}, 6.1),
 }
 

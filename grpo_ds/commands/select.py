@@ -223,7 +223,8 @@ def resolved(config: SelectConfig, typed: frozenset[str], *, on_gpu: bool) -> di
     files = {config.ds: Path(config.ds)}
     if on_gpu and "ds" not in typed:
         # The optimizer on the GPU first, which needs no step on the CPU; not for an adapter, whose step takes no
-        # time. fp32 masters before bf16 masters, which need a card with bf16. SGD is another algorithm: BY_SGD asks.
+        # time. fp32 masters before bf16 masters, which need a card with bf16, and of these the longer residual first.
+        # SGD is another algorithm: BY_SGD asks.
         shipped = sorted(DS_JSONS.names(), key=lambda name: ("lowram" in name, ("gpu" in name) == bool(config.lora_r)))
         shipped = [name for name in shipped if "sgd" not in name and (native == "bf16" or "lowram" not in name)]
         files = {name: DS_JSONS.folder / Path(name).name for name in shipped}

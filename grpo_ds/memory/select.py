@@ -190,7 +190,7 @@ REMEDIES = (
         flags={"pack_tokens": 2048},
     ),
     Remedy(
-        'zero2_lowram.json with "rounding": "residual8"',
+        "--ds ds_configs/zero2_lowram7.json",
         "masters without their last 8 bits",
         lambda job: _adam(job) and job.ds.bf16,
         ds={**HALVES, "rounding": "residual8"},

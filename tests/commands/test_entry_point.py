@@ -256,7 +256,7 @@ COMPLETED = [
     ("grpo-ds train --plan ", "true false"),
     ("grpo-ds train --loss_type d", "dapo dr_grpo"),
     ("grpo-ds profile --model qwen2.5-3", "qwen2.5-3b"),
-    ("grpo-ds train --ds ds_configs/zero2_l", "ds_configs/zero2_lowram.json"),
+    ("grpo-ds train --ds ds_configs/zero2_l", "ds_configs/zero2_lowram.json ds_configs/zero2_lowram7.json"),
     ("grpo-ds ask --fi", "--file"),
     ("grpo-ds ask --num_g", ""),  # a flag of training
     ("grpo-ds train --config conf", ""),  # nothing of ours: bash completes files

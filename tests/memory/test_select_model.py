@@ -67,7 +67,9 @@ def test_a_card_without_bf16_is_planned_in_fp16(select, monkeypatch):
     bf16 = planned()
     monkeypatch.setattr("grpo_ds.system.hardware.compute_capability", lambda: (7, 5))
     fp16 = planned()
-    assert {ds for ds, _ in bf16} - {ds for ds, _ in fp16} == {"ds_configs/zero2_lowram.json"}
+    assert {ds for ds, _ in bf16} - {ds for ds, _ in fp16} == {
+        "ds_configs/zero2_lowram.json", "ds_configs/zero2_lowram7.json"
+    }  # fmt: skip
     for key, phases in fp16.items():
         assert {name: phase for name, phase in phases.items() if phase != bf16[key][name]}.keys() == {"load"}
 
@@ -76,8 +78,8 @@ def test_a_card_without_bf16_is_planned_in_fp16(select, monkeypatch):
     ("words", "larger"),
     [
         (("--gpu_gib", 12, "--ram_gib", 24), "qwen2.5-3b"),
-        (("--gpu_gib", 12, "--ram_gib", 16), "qwen2.5-1.5b"),
-        (("--gpu_gib", 12, "--ram_gib", 32), None),  # Adam has the same model
+        (("--gpu_gib", 12, "--ram_gib", 16), None),  # Adam has the same model
+        (("--gpu_gib", 12, "--ram_gib", 15), "qwen2.5-1.5b"),
         (("--gpu", "T4", "--ram_gib", 24), None),  # SGD's JSON has bf16 masters
         (("--gpu_gib", 12, "--ram_gib", 24, "--ds", "ds_configs/zero2.json"), None),
     ],
@@ -89,6 +91,12 @@ def test_sgd_is_named_where_it_makes_a_larger_model_fit(select, words, larger):
     if larger:
         command = lines[lines.index(found[0]) + 1]
         assert f"--model {larger} --ds ds_configs/zero2_sgd.json" in command
+
+
+@pytest.mark.parametrize(("ram", "ds"), [(16, "zero2_lowram7"), (18, "zero2_lowram"), (24, "zero2")])
+def test_the_first_json_that_fits_is_named(select, ram, ds):
+    """15.0 GiB of RAM and more are planned for 1.5B with a residual of 16 bits, and 13.5 with one of 8."""
+    assert f"--model qwen2.5-1.5b --ds ds_configs/{ds}.json\n" in select("--gpu_gib", 12, "--ram_gib", ram)
 
 
 def test_what_does_not_fit_is_answered_with_changes(select):
