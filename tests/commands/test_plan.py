@@ -1,7 +1,6 @@
 """`train --plan`: for another machine, and for the prompts of the data that it is given."""
 
 import json
-from pathlib import Path
 
 import pytest
 
