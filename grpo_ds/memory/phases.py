@@ -166,9 +166,9 @@ RELIEF: dict[tuple[str, MemoryKind], tuple[str, str]] = {
     ("update", "gpu"): ("--gradient_checkpointing true", PARTS),
     ("initialise", "gpu"): ("a smaller --model", "--ds ds_configs/zero2.json, which keeps the optimizer in RAM"),
     ("load", "ram"): ("a smaller --model", "closing other programs"),
-    ("initialise", "ram"): ("--ds ds_configs/zero2_lowram.json (8 bytes per parameter)", "a smaller --model"),
-    ("step", "ram"): ("--ds ds_configs/zero2_lowram.json (8 bytes per parameter)", "a smaller --model"),
-    ("update", "ram"): ("--ds ds_configs/zero2_lowram.json (8 bytes per parameter)", "--gradient_checkpointing true"),
+    ("initialise", "ram"): ("--ds ds_configs/zero2_lowram7.json (7 bytes per parameter)", "a smaller --model"),
+    ("step", "ram"): ("--ds ds_configs/zero2_lowram7.json (7 bytes per parameter)", "a smaller --model"),
+    ("update", "ram"): ("--ds ds_configs/zero2_lowram7.json (7 bytes per parameter)", "--gradient_checkpointing true"),
 }
 
 

@@ -191,7 +191,7 @@ REMEDIES = (
     ),
     Remedy(
         "--ds ds_configs/zero2_lowram7.json",
-        "masters without their last 8 bits",
+        "gradients in bf16, masters without their last 8 bits",
         lambda job: _adam(job) and job.ds.bf16,
         ds={**HALVES, "rounding": "residual8"},
     ),

@@ -23,7 +23,7 @@ MIN_SCALE_GROUP = 16  # for odd widths: with smaller groups the scales would cos
 QUANTIZE_BYTES = {2: 9, 4: 5}  # models/quantized.py, per weight of that size: its fp32 copy, the quotient, the code
 LARGEST_LAYER = 40_000  # output rows: more than in any hidden layer, fewer than in any vocabulary in use
 AHEAD = 2  # layers of a streamed reference that are copied to a card before they are needed
-SHARD_BYTES = 2 * 10**9  # of a saved model; on its way to the file a shard is copied from the card to RAM
+SHARD_BYTES = 10**9  # of a file of a saved model; on its way there it is copied from the card to RAM
 
 ALL_LINEAR = "all-linear"
 ADAPTER_FILE = "adapter_config.json"  # in a folder written by peft; it names the base model

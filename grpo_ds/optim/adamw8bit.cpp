@@ -175,10 +175,11 @@ struct Dynamic {
 
 // Computed codes: companding as in telephony (mu-law, in straight pieces), by integer arithmetic, which vectorises. u in
 // [0, 1] is shifted to y = OFFSET + u (TOP - OFFSET), and the code is the exponent and the first bits of the mantissa of
-// y, counted from those of OFFSET. So steps are a fixed part of an octave of y, and fine near zero: 0 has code 0.
+// y, counted from those of OFFSET. So steps are a fixed part of an octave of y, and fine near zero: 0 has code 0, and
+// TOP the last one.
 template <int SHIFT, uint32_t FIRST, uint32_t LAST> struct Law {  // SHIFT: bits of the mantissa that are rounded away
-    static_assert((FIRST & LAST) == 0);  // bits of OFFSET and of the largest code
-    static ALWAYS_INLINE float offset() { return float_of(FIRST << SHIFT); }  // a power of 2, so that 0 stays exactly 0
+    static_assert((FIRST & LAST) == 0 && (FIRST << SHIFT & 0x7fffff) == 0);  // a power of 2, so that 0 stays exactly 0
+    static ALWAYS_INLINE float offset() { return float_of(FIRST << SHIFT); }
     static ALWAYS_INLINE float range() { return float_of((FIRST | LAST) << SHIFT) - offset(); }
     // unit: a block's largest value / (TOP - OFFSET)
     static ALWAYS_INLINE float expand(uint32_t code, float unit) {
@@ -255,7 +256,7 @@ ALWAYS_INLINE void step_block(const Job& job, int64_t block, Gradient gradient, 
     const int n = N ? N : int(job.elements - start);
     prefetch_next_block(job.codes1 + start);
     prefetch_next_block(job.codes2 + start);
-    if constexpr (std::is_same_v<Codes, Dynamic>) {  // where a block takes long, the processor's own prefetching falls behind
+    if constexpr (std::is_same_v<Codes, Dynamic>) {  // a block takes so long that the processor's own prefetching fails
         prefetch_next_block(gradient.data);
         prefetch_next_block(parameter.data);
     }

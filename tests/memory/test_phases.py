@@ -100,7 +100,7 @@ run_script(main)
 def test_ram_that_is_really_full_ends_in_the_same_message():
     done = subprocess.run([sys.executable, "-c", FILL_RAM], capture_output=True, text=True)
     assert done.returncode == 5 and "Traceback" not in done.stderr
-    assert "Out of RAM in phase 'step'" in done.stderr and "zero2_lowram.json" in done.stderr
+    assert "Out of RAM in phase 'step'" in done.stderr and "zero2_lowram7.json" in done.stderr
 
 
 def test_the_comparison_says_how_far_the_plan_was_off_and_what_binds():

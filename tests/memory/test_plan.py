@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,7 @@ from tests.conftest import check_example
 
 CONFIG = TrainConfig()
 SHAPE = shape_of("qwen2.5-1.5b")
+JSONS = sorted(file.stem for file in Path("ds_configs").glob("*.json"))
 SIZES = DsSizes(1e-6, 0.0, 1.0, 0, 100, CONFIG.batch_size * CONFIG.num_generations, 1, native="bf16")
 OPTIMIZER = ("master weights", "gradients", "staging buffer", "moments", "residual", "accumulated gradients")
 
@@ -108,9 +110,7 @@ def test_more_work_never_takes_less_memory(ds_from, flag, device):
             assert all(a[0] <= b[0] and a[1] <= b[1] for a, b in zip(less, more, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("name", "device"), itertools.product(("zero2", "zero2_gpu", "zero2_lowram", "zero2_sgd"), ("cuda", "cpu"))
-)
+@pytest.mark.parametrize(("name", "device"), itertools.product(JSONS, ("cuda", "cpu")))
 def test_a_larger_model_takes_more_in_every_phase(ds_from, name, device):
     ds = ds_from(name)
     models = [shape_of(f"qwen2.5-{size}") for size in ("0.5b", "1.5b", "3b", "7b")]
@@ -128,7 +128,7 @@ def test_on_the_cpu_all_of_it_is_in_ram(ds_from):
     assert update.gpu_bytes + update.ram_bytes - of_cuda == phase(here, "update").ram_bytes
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero2_lowram", "zero2_sgd", "zero2_gpu"])
+@pytest.mark.parametrize("name", JSONS)
 @pytest.mark.parametrize("changes", [{}, {"reference": "bf16"}, {"beta": 0.0}, {"lora_r": 16}])
 def test_a_run_that_fits_can_be_resumed(ds_from, name, changes):
     """The system drops a checkpoint's pages where memory is short; the rest is no more than training needs."""
@@ -225,7 +225,7 @@ def test_margins_count(ds_from):
 TIGHT = [  # model, JSON, changes of the config, card, RAM
     ("qwen2.5-1.5b", "zero2", {}, 16, 18),
     ("qwen2.5-1.5b", "zero2_gpu", {}, 16, 32),
-    ("qwen2.5-3b", "zero2", {}, 16, 34),
+    ("qwen2.5-3b", "zero2", {}, 16, 32),
     ("qwen2.5-3b", "zero2", {"num_generations": 16, "batch_size": 8}, 16, 64),
     ("qwen2.5-1.5b", "zero2", {"gradient_checkpointing": False}, 8, 64),
     ("qwen2.5-1.5b", "zero2", {"reference": "bf16"}, 7, 64),

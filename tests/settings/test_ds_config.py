@@ -86,7 +86,7 @@ def test_a_shipped_file_resolves_to_what_deepspeed_accepts(name, offload):
         assert accepted.zero_config.offload_optimizer.pin_memory is False
 
 
-@pytest.mark.parametrize("name", ["zero2.json", "zero2_gpu.json"])
+@pytest.mark.parametrize("name", sorted(file.name for file in SHIPPED.glob("*.json")))
 def test_the_readme_explains_every_key_of_a_shipped_file(name):
     readme = (SHIPPED / "README.md").read_text()
 
@@ -167,6 +167,12 @@ def test_an_optimizer_of_deepspeeds_own_stays_in_the_dict(resolve, name):
     assert accepted.optimizer_name == name.lower()
     assert accepted.optimizer_params == config.optimizer.params
     assert config.optimizer.params["torch_adam"] is True
+
+
+def test_seven_bytes_a_parameter_are_computed_codes_and_a_residual_of_8_bits():
+    config = resolve_ds_config(SHIPPED / "zero2_lowram7.json", fill=SIZES)
+    assert (config.optimizer.type, config.bf16_masters, config.rounding) == ("AdamW8bit", True, "residual8")
+    assert config.optimizer.params["moments"] == "companded"
 
 
 def test_sgd_is_handed_in_with_its_own_parameters_alone():

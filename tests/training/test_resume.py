@@ -33,12 +33,13 @@ CONFIG = TrainConfig(
     num_generations=3, batch_size=2, num_steps=2, num_iterations=2, mu=2, max_completion_length=6,
     max_prompt_length=480, learning_rate=5e-3, beta=0.1, eval_limit=2, save_steps=0,
 )  # fmt: skip
-LOWRAM, ON_CARD, SGD = (f"ds_configs/zero2_{name}.json" for name in ("lowram", "gpu", "sgd"))
+LOWRAM, LOWRAM7, ON_CARD, SGD = (f"ds_configs/zero2_{name}.json" for name in ("lowram", "lowram7", "gpu", "sgd"))
 # Kinds of runs: (changed flags, DeepSpeed JSON, in bf16)
 KINDS = {
     "offload, int8 reference": ({}, "ds_configs/zero2.json", False),
     "offload in bf16": ({}, "ds_configs/zero2.json", True),
     "bf16 masters": ({}, LOWRAM, True),
+    "masters of 24 bits": ({}, LOWRAM7, True),
     "SGD": ({"learning_rate": 0.5}, SGD, True),
     "no offload": ({}, ON_CARD, False),
     "LoRA": ({"lora_r": 4, "lora_alpha": 8}, "ds_configs/zero2.json", False),
