@@ -296,8 +296,8 @@ class _RunMemory:
         return [self._during(norm), self._during({"gradients": gradients, "flat gradients": flat})]
 
     def save(self) -> list[Moment]:
-        """save_pretrained; a merged adapter needs a second copy of the base in RAM."""
-        shard = min(self.trained * self.w, SHARD_BYTES) * self.on_gpu
+        """save_pretrained, a file at a time; a merged adapter needs a second copy of the base in RAM."""
+        shard = min(self.trained * self.w, max(SHARD_BYTES, self.largest * self.w)) * self.on_gpu
         merged = self.shape.parameters * self.w * self.config.merge_adapter
         return [self._during({}, {"shard in transfer": shard, "merged model": merged})]
 

@@ -139,6 +139,12 @@ def test_a_run_that_fits_can_be_resumed(ds_from, name, changes):
         assert resume.needed_in(kind) <= max(p.needed_in(kind) for p in plan.phases if p is not resume)
 
 
+@pytest.mark.parametrize(("size", "most"), [("0.5b", 0.989e9), ("3b", 1e9), ("7b", 152_064 * 3584 * 2)])
+def test_saving_copies_a_file_at_a_time_and_a_tensor_is_not_split(ds_from, size, most):
+    save = phase(make_plan(shape_of(f"qwen2.5-{size}"), CONFIG, ds_from("zero2")), "save")
+    assert save.ram["shard in transfer"] == pytest.approx(most, rel=1e-3)
+
+
 SIZES_ON_DISK = [  # JSON, changes, bytes a parameter: masters, moments, (residual,) weights, reference
     ("zero2", {}, 4 + 2.03 + 2 + 1.03),
     ("zero2_lowram", {}, 2 + 2.03 + 2 + 2 + 1.03),
