@@ -48,7 +48,7 @@ OTHERS = {  # flags of other programs, and of commands that take no config
     *("local_rank", "no-deps", "install", "shutdown", "logdir", "project", "tasks", "model_args", "version"),
     *("output", "id", "query-gpu", "format", "device", "steps", "series"),
     *("no-index", "no-binary", "target", "docs", "stage", "rounds", "python", "cuda"),  # of pip and of benchmarks/
-    *("dtype", "preset", "completion"),
+    *("dtype", "preset", "completion", "loss"),
     *("port", "max-model-len", "enable-lora", "max-lora-rank", "lora-modules", "outtype", "outfile", "jinja", "merge"),
 }  # fmt: skip
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*\b)(?:[ =](?![->])([^\s`;\"')\]}]+))?")
